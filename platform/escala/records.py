@@ -1,0 +1,162 @@
+"""Records that cross a folder: frozen dataclasses, standard library only. Field names carry units.
+
+A missing number is None, never zero.
+
+An attempt's directory (`AttemptFiles`) is the contract between the control plane, which starts a job and
+watches it, and the workload, which runs somewhere on the cluster and sees the same storage. All files are written
+whole and renamed (`write_json`), so a reader sees an old state or a new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it."""
+    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(json.dumps(plain, indent=1, sort_keys=True))
+    os.replace(temporary, path)
+
+
+def read_record(kind: type[T], path: Path) -> T | None:
+    """The record of type `kind` in `path`; None where the file does not exist. Keys of a newer version are left out."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{k: v for k, v in data.items() if k in known})
+
+
+@dataclass(frozen=True)
+class AttemptSpec:
+    """What a workload is given: the path of this record, as JSON, is its only command-line argument."""
+
+    job_id: str
+    attempt: int  # 1, 2, ...
+    name: str
+    workload: str  # "pretrain"
+    entry_point: str  # "workloads.pretrain"
+    config: dict[str, Any]  # the resolved workload configuration
+    directory: str  # this attempt's directory (AttemptFiles)
+    checkpoints: str  # the job's checkpoint directory, shared by its attempts
+    data: str  # the content-addressed store of tokenizers and token shards
+    tracking_uri: str  # "spool:PATH" or an MLflow address; for tracking.open_tracker
+    experiment: str
+    tags: dict[str, str] = field(default_factory=dict)
+    resume_from: str | None = None  # another job's checkpoint directory, on the first attempt only
+    remaining_flops: float | None = None  # the job's budget less its earlier attempts
+    remaining_seconds: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # handshake: escala, ray, torch, python
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an attempt is, and what this attempt (not its predecessors) has spent."""
+
+    step: int
+    total_steps: int
+    train_tokens: int  # by this attempt
+    compute_flops: float  # by this attempt
+    wall_seconds: float  # since this attempt's first step
+    loss_nats: float | None
+    tokens_per_second: float | None
+    model_flops_utilization: float | None  # None where the device's peak is unknown
+    updated_at: float  # Unix seconds
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the control plane (or a SIGTERM) asks of a running attempt: stop at the next step, checkpoint first."""
+
+    stop: str  # "user" | "budget" | "preempted"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. Written once, last; an attempt that ends without one was lost.
+
+    kind: "succeeded", or the reason of a clean early end ("user", "budget", "preempted"), or a class of failure
+    ("user_error", "out_of_memory", "diverged", "worker_lost", "node_lost", "driver_lost", "superseded", "internal").
+    """
+
+    kind: str
+    message: str = ""
+    hint: str = ""
+    checkpoint: str | None = None  # the last good one
+    record: dict[str, Any] | None = None  # RunRecord as plain data, where the attempt got far enough
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What happened in one attempt: one MLflow run. Losses in nats per token, on the held-out set."""
+
+    run_id: str | None
+    job_id: str
+    attempt: int
+    name: str
+    workload: str
+    status: str  # an Outcome's kind, or "running"
+    started_at: float  # Unix seconds
+    ended_at: float | None = None
+    initial_held_out_loss_nats: float | None = None
+    held_out_loss_nats: float | None = None
+    held_out_bits_per_byte: float | None = None
+    train_loss_nats: float | None = None
+    n_total: int | None = None
+    n_active: int | None = None
+    n_non_embedding: int | None = None
+    context_tokens: int | None = None
+    train_tokens: int | None = None  # seen by the model up to its last step, earlier attempts included
+    compute_flops: float | None = None  # the same
+    attempt_tokens: int | None = None  # spent by this attempt alone, repeated steps included
+    attempt_flops: float | None = None
+    wall_seconds: float | None = None
+    peak_memory_bytes: int | None = None  # the largest worker's
+    tokens_per_second: float | None = None
+    model_flops_utilization: float | None = None
+    energy_joules: float | None = None
+    cost_usd: float | None = None
+    workers: int | None = None
+    seed: int | None = None
+    config_fingerprint: str | None = None
+    code_fingerprint: str | None = None
+    corpus_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+    evaluation_fingerprint: str | None = None
+    parent_run_id: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A job's sums over its attempts. None where no attempt reported."""
+
+    attempts: int
+    train_tokens: int | None
+    compute_flops: float | None
+    wall_seconds: float | None
+    energy_joules: float | None
+
+
+class AttemptFiles:
+    """The names in an attempt's directory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.spec = self.directory / "attempt.json"  # AttemptSpec; by the control plane
+        self.control = self.directory / "control.json"  # Control; by the control plane or the driver's SIGTERM
+        self.progress = self.directory / "progress.json"  # Progress; by the driver or rank 0
+        self.outcome = self.directory / "outcome.json"  # Outcome; by the driver, last
+        self.log = self.directory / "log.txt"  # the driver's and the workers' output
+        self.spool = self.directory / "tracking"  # the tracking spool (tracking/spool.py)
+        self.current = self.directory.parent / "current"  # the number of the attempt that may write: the fence

@@ -1,0 +1,59 @@
+"""What escala asks of an experiment tracker, and `open_tracker`, which picks one by its address.
+
+Two trackers: MLflow itself (`http:`, `sqlite:`, `postgresql:`), and a spool (`spool:DIRECTORY`), a bounded local
+queue that a workload appends to without importing mlflow and that the reconcile loop delivers, now or when the
+server is back (`spool.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run. `step` counts optimiser steps; `time_ms` is Unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Tracker(Protocol):
+    """One process writes a run. `key` names the run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run."""
+
+    def start(
+        self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
+    ) -> str:
+        """Open the run, or find the one that the same key opened before. Returns the run's id for the other calls."""
+        ...
+
+    def metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
+        """Record metrics; a repeated (key, step, time, value) counts once."""
+        ...
+
+    def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags (and overwrite earlier ones of the same name)."""
+        ...
+
+    def text(self, run_id: str, path: str, content: str) -> None:
+        """Store `content` as the artifact `path`."""
+        ...
+
+    def finish(self, run_id: str, status: str) -> None:
+        """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words)."""
+        ...
+
+
+def open_tracker(uri: str) -> Tracker:
+    """The tracker at `uri`. Raises SpecError for an address of an unknown kind; imports mlflow only where needed."""
+    if uri.startswith("spool:"):
+        from escala.tracking.spool import SpoolTracker
+
+        return SpoolTracker(uri.removeprefix("spool:"))
+    from escala.tracking.mlflow_tracker import MlflowTracker
+
+    return MlflowTracker(uri)

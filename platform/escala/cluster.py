@@ -235,7 +235,8 @@ def _is_up(
         processes.launch(command)
         started[command.name] += 1
         return False
-    if not command.ready():
+    # Asked again after the answer, which may have come from a child that outlives it.
+    if not command.ready() or processes.alive(command.name) is None:
         return False
     took = f"up after {time.monotonic() - begun:.1f} s" if started[command.name] else "already up"
     report(f"{command.name}: {took}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 from escala import cluster
 from escala.errors import ClusterError
-from escala.managed import token_path
+from escala.managed import ray_directory, token_path
 from escala.processes import Processes
 from escala.settings import Settings
 
@@ -65,6 +66,7 @@ def running(settings: Settings) -> Iterator[Settings]:
         yield settings
     finally:
         cluster.down(settings)
+        shutil.rmtree(ray_directory(settings).parent)
 
 
 def pids(status: cluster.ClusterStatus) -> dict[str, int | None]:
@@ -105,6 +107,7 @@ def test_a_taken_port_is_named(running: Settings, tmp_path_factory: pytest.TempP
     assert "gcs_server" in caught.value.message
     assert "ESCALA_RAY_PORT" in caught.value.hint
     assert {p.state for p in cluster.status(other).processes} == {"absent"}
+    ray_directory(other).parent.rmdir()
 
 
 def test_an_external_address_that_does_not_answer_is_named(running: Settings) -> None:
@@ -152,6 +155,7 @@ def test_a_killed_tracker_comes_back(running: Settings) -> None:
     before = pids(cluster.status(running))
     assert before["mlflow"]
     os.kill(before["mlflow"], signal.SIGKILL)
+    wait_for(lambda: Processes(running.home).alive("mlflow") is None, 20, "the end of the tracker")
     after = pids(cluster.up(running))
     assert after["mlflow"] not in (None, before["mlflow"])
     assert after["ray"] == before["ray"]

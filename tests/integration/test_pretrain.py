@@ -63,12 +63,13 @@ def text() -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(environment: dict[str, str], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     job = attempts.Job(tmp_path_factory.mktemp("job"), environment, config(text))
-    return job, job.run(1)
+    outcome = job.run(1)
+    assert outcome.kind == "succeeded", job.files(1).log.read_text()[-5000:]
+    return job, outcome
 
 
 def test_two_workers_train_and_record(undisturbed: Any) -> None:
     job, outcome = undisturbed
-    assert outcome.kind == "succeeded", outcome.message
     record = outcome.record
     assert record["held_out_loss_nats"] < record["initial_held_out_loss_nats"] - 0.5
     assert record["train_tokens"] == record["attempt_tokens"] == STEPS * 4 * 64

@@ -18,12 +18,13 @@ KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks"
 METRICS, PARAMS, TAGS = 1000, 100, 100  # MLflow's limits of one log_batch call
 PARAM_CHARACTERS, TAG_CHARACTERS, KEY_CHARACTERS = 6000, 8000, 250
 # An absent server is an error within seconds, not after MLflow's default of seven retries in four minutes.
-PATIENCE = {
+CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # or `finish` writes into our --json
 }
 
 
@@ -35,7 +36,7 @@ def open_client(uri: str) -> Any:
         raise SpecError(
             f"{uri!r} is no tracker's address", f"it begins with one of {', '.join(KINDS)}, spool"
         )
-    for name, value in PATIENCE.items():
+    for name, value in CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 

@@ -23,14 +23,15 @@ class Metric:
 
 
 class Tracker(Protocol):
-    """`key` names a run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run. One process writes a
-    run in MLflow; of a spool, several may (the driver, rank 0), each with a tracker of its own.
+    """`key` names a run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run.
+
+    One process writes a run in MLflow; in a spool several may (the driver, rank 0), each by its own tracker.
     """
 
     def start(
         self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        """Open the run, or find the one that the same key opened before. Returns its id for the other calls."""
+        """Open the run, or find the one that the same key opened before. Returns its id for other calls."""
         ...
 
     def metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:

@@ -55,6 +55,8 @@ def ray_command(settings: Settings) -> Command:
     environment = ray_environment(settings) | {
         # Workers write their title over their environment, and our mark with it, unless told not to.
         "SPT_NOENV": "1",
+        # Ray's default of 15 lets anything else on the machine go before a training step.
+        "RAY_worker_niceness": "0",
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",

@@ -15,12 +15,12 @@ from tests.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 600
+STEPS = 300
 OVERRIDES = [
     "model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
     "data={tokenizer: {vocab_size: 512, train_characters: 300000}, max_characters: 2000000, held_out_fraction: 0.2}",
-    f"training={{steps: {STEPS}, batch_sequences: 8, evaluation_tokens: 4096, checkpoint_every_steps: 100}}",
-    "resources.workers=2",
+    f"training={{steps: {STEPS}, batch_sequences: 8, evaluation_tokens: 4096, checkpoint_every_steps: 50}}",
+    "resources.workers=1",  # two workers, killed and resumed: tests/integration/test_pretrain.py
 ]
 
 
@@ -81,7 +81,7 @@ def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
     undisturbed: tuple[float, float], what: str
 ) -> None:
     job_id = submit(f"{what}-killed")
-    at_step(job_id, 150)
+    at_step(job_id, 60)
     victims = processes(job_id, what)
     assert victims
     victims[0].kill()
@@ -96,7 +96,7 @@ def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
 
 def test_a_killed_head_is_restarted_and_its_jobs_go_on(undisturbed: tuple[float, float]) -> None:
     job_id = submit("head-killed")
-    at_step(job_id, 150)
+    at_step(job_id, 60)
     before = next(p.pid for p in api.status().processes if p.name == "ray")
     psutil.Process(before).kill()
     details = ended(job_id)
@@ -110,7 +110,7 @@ def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
     undisturbed: tuple[float, float],
 ) -> None:
     job_id = submit("tracker-and-loop-killed")
-    at_step(job_id, 100)
+    at_step(job_id, 30)
     for name in ("runner", "mlflow"):
         psutil.Process(next(p.pid for p in api.status().processes if p.name == name)).kill()
     api.up()
@@ -140,7 +140,7 @@ def test_a_sigterm_to_the_driver_checkpoints_first_and_costs_no_retry(
     undisturbed: tuple[float, float],
 ) -> None:
     job_id = submit("preempted")
-    at_step(job_id, 150)
+    at_step(job_id, 60)
     processes(job_id, "driver")[0].terminate()
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["preempted", "succeeded"]

@@ -93,7 +93,7 @@ class Reconciler:
             self._guard(job.id, self._advance, job)
         for job, other, state in self._store.broken_dependencies():
             self._guard(job.id, self._apply, job, DependencyEnded(other, state))
-        if self._backend.reachable():
+        if self._store.queue(1) and self._backend.reachable():
             self._guard("queue", self._start)
 
     def deliver(self) -> None:

@@ -1,4 +1,6 @@
-"""Scaling laws: `fit_law(points)` -> `Law`. Names load on first use, so a query on law.json imports neither pandas nor scipy."""
+"""Scaling laws: `fit_law(points)` -> `Law`. Names load on first use, so a query on law.json imports neither
+pandas nor scipy.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,16 @@ _HOME = {
     "slices": "diagnostics",
 }
 
-__all__ = ["Allocation", "Backtest", "Law", "Objective", "Prediction", "fit_law", "isoflop_parabolas", "slices"]
+__all__ = [
+    "Allocation",
+    "Backtest",
+    "Law",
+    "Objective",
+    "Prediction",
+    "fit_law",
+    "isoflop_parabolas",
+    "slices",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,16 @@ import pandas as pd
 
 from escala.errors import LawError
 from escala.laws.fit import fit_law
+from escala.laws.forms import Floats
 from escala.laws.law import Law
 from escala.laws.table import read_points
 
 
 @dataclass(frozen=True)
 class Backtest:
-    """Mean absolute relative errors on the held-out largest points, and how often they fell inside the interval."""
+    """Mean absolute relative errors on the held-out largest points, and how often they fell inside the
+    interval.
+    """
 
     train_points: int
     test_points: int
@@ -56,17 +59,12 @@ def backtest(law: Law, share: float = 0.1) -> Backtest:
         size=law.size,
         seed=settings["seed"],
     )
-    names = [law.size if name == "size" else name for name in law.form.columns]
-    inputs = {name: table.columns["size" if name == law.size and "size" in table.columns else name] for name in names}
+    inputs = {law.size if name == "size" else name: values[test] for name, values in table.columns.items()}
     actual = table.loss_N[test]
-    predicted = refit.curve({name: values[test] for name, values in inputs.items()})
+    predicted = refit.curve(inputs)
     log_c, log_l = np.log(compute_N[train]), np.log(table.loss_N[train])
     slope, level = np.polyfit(log_c - log_c.mean(), log_l, 1)
     linear = np.exp(level + slope * (np.log(compute_N[test]) - log_c.mean()))
-    inside = []
-    for i in test if len(refit.replicates_BP) else []:
-        answer = refit.predict(0.9, **{name: float(values[i]) for name, values in inputs.items()})
-        inside.append(bool(answer.low_nats is not None and answer.high_nats is not None and answer.low_nats <= table.loss_N[i] <= answer.high_nats))
     return Backtest(
         len(train),
         len(test),
@@ -74,15 +72,27 @@ def backtest(law: Law, share: float = 0.1) -> Backtest:
         _error(np.full(len(test), table.loss_N[train[-1]]), actual),
         _error(linear, actual),
         float(np.mean(predicted / actual - 1)),
-        float(np.mean(inside)) if inside else math.nan,
+        _covered(refit, inputs, actual),
         float(compute_N[test].max() / compute_N[train].max()),
     )
 
 
-def _error(predicted: np.ndarray, actual: np.ndarray) -> float:
+def _error(predicted: Floats, actual: Floats) -> float:
     return float(np.mean(np.abs(predicted / actual - 1)))
 
 
-def _n_times_d(law: Law, points: pd.DataFrame) -> np.ndarray:
+def _covered(law: Law, inputs: dict[str, Floats], actual_N: Floats) -> float:
+    """Share of the losses inside the law's 90 % predictive interval; NaN without a bootstrap."""
+    if not len(law.replicates_BP):
+        return math.nan
+    inside = []
+    for i, actual in enumerate(actual_N):
+        answer = law.predict(0.9, **{name: float(values[i]) for name, values in inputs.items()})
+        inside.append(answer.low_nats is not None and answer.low_nats <= actual <= (answer.high_nats or 0.0))
+    return float(np.mean(inside))
+
+
+def _n_times_d(law: Law, points: pd.DataFrame) -> Floats:
     size = "n_active" if law.form.mixed else law.size
-    return 6.0 * points[size].to_numpy(np.float64) * points["tokens"].to_numpy(np.float64)
+    product: Floats = 6.0 * points[size].to_numpy(np.float64) * points["tokens"].to_numpy(np.float64)
+    return product

@@ -1,7 +1,9 @@
-"""IsoFLOP parabolas and one-factor slices: quick looks beside the joint fit, each with its bias stated (SPEC.md D.8).
+"""IsoFLOP parabolas and one-factor slices: quick looks beside the joint fit, each with its bias stated
+(SPEC.md D.8).
 
-Neither feeds the law. A parabola in log N is a second-order picture of a curve that is steeper on one side, so its vertex is off
-whenever the sizes do not straddle the optimum evenly; a slice's constant contains the other terms at the slice's own values.
+Neither feeds the law. A parabola in log N is a second-order picture of a curve that is steeper on one side,
+so its vertex is off whenever the sizes do not straddle the optimum evenly; a slice's constant contains the
+other terms at the slice's own values.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from escala.laws.law import Law
 
 @dataclass(frozen=True)
 class Parabola:
-    """loss = quadratic in log N at one budget. `bias_factor`: the same parabola through the law's own noise-free losses,
-    its vertex over the law's true optimum; 1 is unbiased, None where the law has no optimum."""
+    """loss = quadratic in log N at one budget. `bias_factor`: the same parabola through the law's own
+    noise-free losses, its vertex over the law's true optimum; 1 is unbiased, None where the law has no
+    optimum."""
 
     compute_flops: float
     points: int
@@ -30,7 +33,9 @@ class Parabola:
 
 
 def isoflop_parabolas(law: Law, tolerance: float = 0.1, smallest: int = 4) -> list[Parabola]:
-    """One parabola per group of points whose compute agrees within `tolerance` (relative) and that has `smallest` sizes."""
+    """One parabola per group of points whose compute agrees within `tolerance` (relative) and that has
+    `smallest` sizes.
+    """
     if law.form_name == "c" or law.form.mixed:
         raise LawError("IsoFLOP parabolas need one N and D per point.", "Fit form nd or ndt.")
     points = law.points
@@ -60,13 +65,19 @@ def _parabola(law: Law, rows: pd.DataFrame, compute: float) -> Parabola:
     vertex = _vertex(np.log(size_N), rows["loss_nats"].to_numpy(np.float64))
     bias = None
     if vertex is not None:
-        columns = {name: rows[law.size if name == "size" else name].to_numpy(np.float64) for name in law.form.columns}
+        columns = {
+            name: rows[law.size if name == "size" else name].to_numpy(np.float64) for name in law.form.columns
+        }
         columns[law.size] = columns.pop("size")
         own = _vertex(np.log(size_N), law.curve(columns))
         bias = _bias(law, rows, own, compute)
     if vertex is None:
         return Parabola(compute, len(rows), None, None, None, "no minimum inside the sizes tried")
-    finding = "its own bias is unknown" if bias is None else f"bias of this vertex on the law's own curve: {bias:.2f}x"
+    finding = (
+        "its own bias is unknown"
+        if bias is None
+        else f"bias of this vertex on the law's own curve: {bias:.2f}x"
+    )
     return Parabola(compute, len(rows), float(np.exp(vertex[0])), vertex[1], bias, finding)
 
 
@@ -106,7 +117,9 @@ class Slice:
 
 
 def slices(law: Law, factor: str, tolerance: float = 0.05, smallest: int = 5) -> list[Slice]:
-    """Log-log regressions along `factor` with the constant profiled out; none where no slice has `smallest` values."""
+    """Log-log regressions along `factor` with the constant profiled out; none where no slice has `smallest`
+    values.
+    """
     from escala.laws.fit import fit_law
 
     inputs = [law.size if name == "size" else name for name in law.form.columns]
@@ -121,6 +134,10 @@ def slices(law: Law, factor: str, tolerance: float = 0.05, smallest: int = 5) ->
         table = pd.DataFrame({"loss_nats": rows["loss_nats"], "compute_flops": rows[factor]})
         found = fit_law(table, form="c", objective=law.objective, bootstrap=0).parameters
         held = {name: float(rows[name].median()) for name in others}
-        bias = f"the constant contains the terms of {', '.join(others)} at their held values" if others else "none known"
+        bias = (
+            f"the constant contains the terms of {', '.join(others)} at their held values"
+            if others
+            else "none known"
+        )
         out.append(Slice(factor, held, len(rows), found["alpha"], found["L_inf"], bias))
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from escala.laws.forms import (
     make_features,
     to_natural,
 )
-from escala.laws.health import Evidence, problems
+from escala.laws.health import Evidence, problems, remarks
 from escala.laws.intervals import bootstrap_weights, residual_draws
 from escala.laws.law import Law, plain_frame
 from escala.laws.search import best_fit, replicate_fits
@@ -73,14 +74,22 @@ def fit_law(
     rng = np.random.default_rng(seed)
     weight_BN = bootstrap_weights(bootstrap, len(table.loss_N), table.group_N, rng)
     replicates_BP = replicate_fits(problem, theta_P, weight_BN) if bootstrap else np.empty((0, len(theta_P)))
-    settings = {"bootstrap": bootstrap, "group": group, "fixed": fixed, "priors": priors, "seed": seed}
+    settings: dict[str, Any] = {
+        "bootstrap": bootstrap,
+        "group": group,
+        "fixed": fixed,
+        "priors": priors,
+        "seed": seed,
+    }
     return _assemble(problem, table, theta_P, replicates_BP, settings, size, rng)
 
 
 def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, bootstrap: int) -> None:
     for name in (*fixed, *priors):
         if name not in form.names:
-            raise LawError(f"Form {form.name} has no parameter '{name}'.", f"It has: {', '.join(form.names)}.")
+            raise LawError(
+                f"Form {form.name} has no parameter '{name}'.", f"It has: {', '.join(form.names)}."
+            )
     both = sorted(set(fixed) & set(priors))
     if both:
         raise LawError(f"{', '.join(both)} cannot be both fixed and have a prior.", "Choose one.")
@@ -99,7 +108,9 @@ def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, boot
 def _problem(
     form: Form, table: Table, objective: Objective, fixed: Mapping[str, float], priors: Priors
 ) -> Problem:
-    """The centred problem. A term whose coefficient is fixed or has a prior keeps its units: it means x = 1."""
+    """The centred problem. A term whose coefficient is fixed or has a prior keeps its units: it means x =
+    1.
+    """
     held = {**fixed, **priors}
     features = make_features(form, table.columns, tuple(term.coefficient not in held for term in form.terms))
     low, high = form.bounds()
@@ -116,8 +127,8 @@ def _problem(
 def _scale_priors(problem: Problem) -> Problem:
     """Put the priors on the scale of the Huber sum.
 
-    exp(-rho/scale) is a likelihood when scale = mean of r psi(r): the variance where residuals are inside delta, delta times the
-    Laplace scale where they are outside. It comes from the fit without priors.
+    exp(-rho/scale) is a likelihood when scale = mean of r psi(r): the variance where residuals are inside
+    delta, delta times the Laplace scale where they are outside. It comes from the fit without priors.
     """
     if not problem.prior_weight_P.any():
         return problem
@@ -134,7 +145,7 @@ def _assemble(
     table: Table,
     theta_P: Floats,
     replicates_BP: Floats,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     size: str,
     rng: np.random.Generator,
 ) -> Law:
@@ -153,7 +164,7 @@ def _assemble(
         objective=problem.objective,
         parameters=dict(zip(form.names, natural_P.tolist(), strict=True)),
         objective_value=float(huber(residual_N, problem.objective.huber_delta).sum()),
-        findings=(*found, *table.notes, *_notes(table, settings)),
+        findings=(*found, *remarks(evidence), *table.notes, *_notes(table, settings)),
         healthy=not found,
         ranges=_ranges(table, size),
         replicates_BP=natural_BP,
@@ -198,13 +209,17 @@ def _inputs_of(table: Table) -> set[str]:
     return {name for name in ("n_active", "n_total", "n_non_embedding") if name in table.points}
 
 
-def _notes(table: Table, settings: Mapping[str, object]) -> list[str]:
+def _notes(table: Table, settings: Mapping[str, Any]) -> list[str]:
     notes = []
     if settings["priors"]:
-        notes.append(f"priors shrink: {', '.join(settings['priors'])}")  # type: ignore[arg-type]
+        notes.append(f"priors shrink: {', '.join(settings['priors'])}")
     if settings["fixed"]:
-        notes.append(f"held fixed: {', '.join(settings['fixed'])}")  # type: ignore[arg-type]
-    if settings["group"] is None and "run_id" in table.points and table.points["run_id"].dropna().duplicated().any():
+        notes.append(f"held fixed: {', '.join(settings['fixed'])}")
+    if (
+        settings["group"] is None
+        and "run_id" in table.points
+        and table.points["run_id"].dropna().duplicated().any()
+    ):
         notes.append("several points share a run_id: they are not independent; resample with group='run_id'")
     return notes
 
@@ -214,5 +229,3 @@ def _ranges(table: Table, size: str) -> dict[str, tuple[float, float]]:
     if table.compute_N is not None:
         out["compute_flops"] = (float(table.compute_N.min()), float(table.compute_N.max()))
     return out
-
-

@@ -1,8 +1,8 @@
 """The forms of a law, their gradients and closed-form optima (SPEC.md D.1, D.3, D.4).
 
-Every form is L = L_inf + sum over terms of coefficient * x^-exponent. Inside a fit each log x is centred, so nothing
-depends on the units of N, D, T, C. Letters: B replicates or starts, N points, K terms, P parameters (first the
-1 + K coefficients, then the exponents).
+Every form is L = L_inf + sum over terms of coefficient * x^-exponent. Inside a fit each log x is centred, so
+nothing depends on the units of N, D, T, C. Letters: B replicates or starts, N points, K terms, P parameters
+(first the 1 + K coefficients, then the exponents).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MIX_BOUNDS = (0.0, 1.0)  # rho: N_eff between N_active and N_total
 
 @dataclass(frozen=True)
 class Term:
-    """coefficient * x^-exponent, where log x = log column + mix * log ratio (mix and ratio only for N_eff)."""
+    """coefficient * x^-exponent, where log x = log column + mix * log ratio (mix and ratio only for
+    N_eff).
+    """
 
     coefficient: str
     exponent: str
@@ -108,7 +110,9 @@ def get_form(name: str) -> Form:
 
 @dataclass(frozen=True)
 class Features:
-    """Logs of the inputs less their offsets: `main_KN`, and for N_eff the log of N_total/N_active, `mix_N`."""
+    """Logs of the inputs less their offsets: `main_KN`, and for N_eff the log of N_total/N_active,
+    `mix_N`.
+    """
 
     main_KN: Floats
     mix_N: Floats | None
@@ -116,8 +120,12 @@ class Features:
     mix_offset: float
 
 
-def make_features(form: Form, columns: Mapping[str, Floats], centred: tuple[bool, ...] | None = None) -> Features:
-    """Features of `columns` (positive arrays of one length). `centred` says, per term, whether its mean is taken off."""
+def make_features(
+    form: Form, columns: Mapping[str, Floats], centred: tuple[bool, ...] | None = None
+) -> Features:
+    """Features of `columns` (positive arrays of one length). `centred` says, per term, whether its mean is
+    taken off.
+    """
     keep = centred if centred is not None else (True,) * len(form.terms)
     main_KN = np.stack([np.log(columns[term.column]) for term in form.terms])
     offset_K = np.where(keep, main_KN.mean(axis=1), 0.0)
@@ -129,7 +137,9 @@ def make_features(form: Form, columns: Mapping[str, Floats], centred: tuple[bool
 
 
 def to_natural(form: Form, theta_BP: Floats, features: Features) -> Floats:
-    """Parameters of the centred problem -> those of the formula (a in nats * N^alpha, and so on). (B, P) -> (B, P)."""
+    """Parameters of the centred problem -> those of the formula (a in nats * N^alpha, and so on). (B, P) ->
+    (B, P).
+    """
     out = theta_BP.copy()
     k = len(form.terms)
     for i, term in enumerate(form.terms):
@@ -163,7 +173,9 @@ def losses(form: Form, theta_BP: Floats, features: Features) -> Floats:
 
 
 def loss_and_jacobian(form: Form, theta_BP: Floats, features: Features) -> tuple[Floats, Floats]:
-    """Loss (B, N) and its derivative by every parameter (B, P, N). For a coefficient's log, multiply by the coefficient."""
+    """Loss (B, N) and its derivative by every parameter (B, P, N). For a coefficient's log, multiply by the
+    coefficient.
+    """
     k = len(form.terms)
     powers, logs = term_powers(form, theta_BP, features)
     jacobian_BPN = np.empty((*theta_BP.shape, features.main_KN.shape[1]))

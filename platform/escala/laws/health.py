@@ -1,6 +1,8 @@
-"""What a fit does not tell: terms that the data do not identify, lack of fit, several regimes. In plain words.
+"""What a fit does not tell: terms that the data do not identify, lack of fit, several regimes. In plain
+words.
 
-Thresholds were set on synthetic laws and on public tables (see benchmarks/laws.py); each is printed with its number.
+Thresholds were set on synthetic laws and on public tables (see benchmarks/laws.py); each is printed with its
+number.
 """
 
 from __future__ import annotations
@@ -14,9 +16,16 @@ from escala.laws.forms import EXPONENT_BOUNDS, Floats, Form
 SMALLEST_SPAN = 1.2  # a factor whose largest value is less than 1.2 times its smallest was hardly varied
 LARGEST_CONDITION = 3e4  # of the unit-column Jacobian by log-coefficients and exponents
 WIDEST_RATIO = 5.0  # upper over lower end of an identified exponent's 90 % interval
-TAIL_SHARE, TAIL_SIGMAS, TAIL_SIZE = 0.05, 6.0, 0.05  # several regimes: > 5 % of points beyond 6 robust sigmas and 5 % of loss
+TAIL_SHARE, TAIL_SIGMAS, TAIL_SIZE = (
+    0.02,
+    6.0,
+    0.1,
+)  # several regimes: > 2 % of points beyond 6 robust sigmas and 10 % of loss
 TREND_SHARE, TREND_SIZE = 0.5, 0.01  # lack of fit: a quadratic explains half of residuals of 1 % or more
-COLUMN_CORRELATION = 0.5  # rank correlation of residuals with a column that the form does not use
+COLUMN_CORRELATION = (
+    0.5  # rank correlation of residuals with a column that the form does not use: always said,
+)
+COLUMN_SIZE = 0.03  # and a problem where the residuals' root mean square is more than 3 % of the loss
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ def _never_varied(e: Evidence) -> list[str]:
     out = []
     for term in e.form.terms:
         if not term.mix and _free(e, term.coefficient) and _span(e.columns[term.column]) < SMALLEST_SPAN:
-            out.append(f"{term.column} was never varied (factor {_span(e.columns[term.column]):.3g}): {_names(term)}")
+            out.append(
+                f"{term.column} was never varied (factor {_span(e.columns[term.column]):.3g}): {_names(term)}"
+            )
         if term.mix and _free(e, term.coefficient) and _span(e.columns["n_active"]) < SMALLEST_SPAN:
             out.append(f"n_active was never varied: {_names(term)}")
         if term.mix and _free(e, term.mix):
@@ -75,7 +86,9 @@ def _free(e: Evidence, name: str) -> bool:
 
 
 def _not_identified(e: Evidence) -> list[str]:
-    """Parameters at a bound, in the fit or in more than 5 % of replicates, and intervals too wide to mean a value."""
+    """Parameters at a bound, in the fit or in more than 5 % of replicates, and intervals too wide to mean a
+    value.
+    """
     out = []
     smallest = 1e-6 * float(e.loss_N.min())
     parts = _shares(e)
@@ -116,7 +129,9 @@ def _shares(e: Evidence) -> Floats:
 
 
 def condition_number(e: Evidence) -> float:
-    """Of the Jacobian (free parameters, unit columns): how far directions in parameter space are from being told apart."""
+    """Of the Jacobian (free parameters, unit columns): how far directions in parameter space are from being
+    told apart.
+    """
     kept = e.jacobian_PN[e.free_P & ~e.prior_P]
     norm = np.linalg.norm(kept, axis=1, keepdims=True)
     if not len(kept) or (norm == 0).any():
@@ -128,11 +143,15 @@ def _conditioning(e: Evidence) -> list[str]:
     number = condition_number(e)
     if number <= LARGEST_CONDITION:
         return []
-    return [f"the condition number is {number:.1e}: the points cannot tell the terms apart (vary N and D separately)"]
+    return [
+        f"the condition number is {number:.1e}: the points cannot tell the terms apart; vary N and D apart"
+    ]
 
 
 def _several_regimes(e: Evidence) -> list[str]:
-    """Heavy tails, a trend that the form leaves in the residuals, or a column outside the form that explains them."""
+    """Heavy tails, a trend that the form leaves in the residuals, or a column outside the form that explains
+    them.
+    """
     residual, n, out = e.residual_N, len(e.loss_N), []
     size = np.abs(residual)
     sigma = 1.4826 * float(np.median(size))
@@ -143,20 +162,41 @@ def _several_regimes(e: Evidence) -> list[str]:
             f"(and {TAIL_SIZE:.0%} of their loss) off this law, the worst {size.max():.0%}"
         )
     share = _trend_share(e)
-    if share > TREND_SHARE and float(np.sqrt((residual**2).mean())) > TREND_SIZE:
-        out.append(f"lack of fit: a quadratic in the logs of the inputs explains {share:.0%} of the residuals")
-    if n >= 20 and size.max() > TREND_SIZE:
-        for name, values in e.unused.items():
-            rank = _rank_correlation(values, residual)
-            if abs(rank) > COLUMN_CORRELATION:
-                out.append(f"residuals follow the column {name} (rank correlation {rank:+.2f}), which the form leaves out")
-    return out
+    if share > TREND_SHARE and _size(e) > TREND_SIZE:
+        out.append(
+            f"lack of fit: a quadratic in the logs of the inputs explains {share:.0%} of the residuals"
+        )
+    return [*out, *(_columns_outside(e) if _size(e) > COLUMN_SIZE else [])]
+
+
+def remarks(e: Evidence) -> list[str]:
+    """Worth saying, without making the law unhealthy."""
+    return [] if _size(e) > COLUMN_SIZE else _columns_outside(e)
+
+
+def _size(e: Evidence) -> float:
+    return float(np.sqrt((e.residual_N**2).mean()))
+
+
+def _columns_outside(e: Evidence) -> list[str]:
+    if len(e.loss_N) < 20 or _size(e) < 1e-3:
+        return []
+    ranks = {name: _rank_correlation(values, e.residual_N) for name, values in e.unused.items()}
+    return [
+        f"residuals follow the column {name} (rank correlation {rank:+.2f}), which the form leaves out"
+        for name, rank in ranks.items()
+        if abs(rank) > COLUMN_CORRELATION
+    ]
 
 
 def _trend_share(e: Evidence) -> float:
     """Adjusted R^2 of the residuals on all monomials up to degree two of the inputs' logs."""
     logs = [np.log(v) - np.log(v).mean() for v in e.columns.values() if _span(v) > SMALLEST_SPAN]
-    basis = [np.ones(len(e.loss_N)), *logs, *(logs[i] * logs[j] for i in range(len(logs)) for j in range(i + 1))]
+    basis = [
+        np.ones(len(e.loss_N)),
+        *logs,
+        *(logs[i] * logs[j] for i in range(len(logs)) for j in range(i + 1)),
+    ]
     n, p = len(e.loss_N), len(basis)
     if n < 2 * p + 4:
         return 0.0

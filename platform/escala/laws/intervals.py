@@ -1,10 +1,11 @@
 """Bootstrap weights, percentile intervals, and the predictive interval (SPEC.md D.8).
 
-The bootstrap is Rubin's (1981) Bayesian one: exponential weights with mean 1 per row, or per group (checkpoints of one run are not
-independent). With integer counts a table of 20 points often loses the very points that identify a term, and the intervals come
-out too wide (measured: 96-100 % coverage of parameters at 90 %, against 93-96 % with exponential weights).
-The predictive distribution adds to each replicate one residual of the fit, inflated by sqrt(n/(n - p)), since a fit of p
-parameters makes its own residuals too small.
+The bootstrap is Rubin's (1981) Bayesian one: exponential weights with mean 1 per row, or per group
+(checkpoints of one run are not independent). With integer counts a table of 20 points often loses the very
+points that identify a term, and the intervals come out too wide (measured: 96-100 % coverage of parameters at
+90 %, against 93-96 % with exponential weights). The predictive distribution adds to each replicate one
+residual of the fit, inflated by sqrt(n/(n - p)), since a fit of p parameters makes its own residuals too
+small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A law that answers: parameters with intervals, predictions, the best split of a budget, and what is wrong with it.
+"""A law that answers: parameters with intervals, predictions, the best split of a budget, and what is wrong
+with it.
 
 Nothing here imports pandas or scipy until a table is asked for, so a query on a cached law.json is quick.
 """
@@ -6,7 +7,7 @@ Nothing here imports pandas or scipy until a table is asked for, so a query on a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,8 @@ INPUTS = (
 class Prediction:
     """Loss in nats per token with its interval (None without a bootstrap).
 
-    `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the data; 1 is inside.
+    `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the
+    data; 1 is inside.
     """
 
     loss_nats: float
@@ -55,7 +57,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The best split of a budget. Bounds are the predictive interval of the loss and the percentile interval of N, at 90 %."""
+    """The best split of a budget. Bounds are the predictive interval of the loss and the percentile interval
+    of N, at 90 %.
+    """
 
     n_active: float
     n_total: float
@@ -79,7 +83,9 @@ class Allocation:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A fitted law. Parameters are those of the formula in nats, parameters, tokens; see `fit_law` for the rest."""
+    """A fitted law. Parameters are those of the formula in nats, parameters, tokens; see `fit_law` for the
+    rest.
+    """
 
     form_name: str
     size: str
@@ -119,14 +125,17 @@ class Law:
         return {name: quantile_pair(self.replicates_BP[:, i], level) for i, name in enumerate(names)}
 
     def predict(self, level: float = 0.9, **point: float) -> Prediction:
-        """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit and residual.
+        """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit
+        and residual.
 
         Raises LawError for an input that is missing, unknown or not positive.
         """
         return self._answer(level, point, residual=True)
 
     def predict_mean(self, level: float = 0.9, **point: float) -> Prediction:
-        """As `predict`, with the interval of the MEAN: what a better design can shrink (the residual it cannot)."""
+        """As `predict`, with the interval of the MEAN: what a better design can shrink (the residual it
+        cannot).
+        """
         return self._answer(level, point, residual=False)
 
     def _answer(self, level: float, point: Mapping[str, float], residual: bool) -> Prediction:
@@ -143,8 +152,12 @@ class Law:
         return Prediction(loss, low, high, self._extrapolation(point), level)
 
     def curve(self, columns: Mapping[str, Floats]) -> Floats:
-        """The law's loss at arrays of inputs (named as in `predict`), without intervals: for plots and searches."""
-        return self._evaluate(np.array([[self.parameters[name] for name in self.form.names]]), columns)[0]
+        """The law's loss at arrays of inputs (named as in `predict`), without intervals: for plots and
+        searches.
+        """
+        theta_BP = np.array([[self.parameters[name] for name in self.form.names]])
+        loss_N: Floats = self._evaluate(theta_BP, columns)[0]
+        return loss_N
 
     def _evaluate(self, theta_BP: Floats, columns: Mapping[str, Floats]) -> Floats:
         named = {name: columns[self.size if name == "size" else name] for name in self.form.columns}
@@ -163,14 +176,19 @@ class Law:
         needed = [self.size if name == "size" else name for name in self.form.columns]
         missing = [name for name in needed if name not in given]
         if missing:
-            raise LawError(f"The law ({self.form.formula}) needs {', '.join(missing)}.", f"It reads: {', '.join(needed)}.")
+            raise LawError(
+                f"The law ({self.form.formula}) needs {', '.join(missing)}.",
+                f"It reads: {', '.join(needed)}.",
+            )
         for name in needed:
             if not (np.isfinite(given[name]) and given[name] > 0):
                 raise LawError(f"{name} = {given[name]} must be a positive number.", "Give counts, not logs.")
         return {name: np.array([float(given[name])]) for name in needed}
 
     def _extrapolation(self, point: Mapping[str, float]) -> dict[str, float]:
-        """How many times beyond the data, per input and for compute (6 N D where the point does not say it)."""
+        """How many times beyond the data, per input and for compute (6 N D where the point does not say
+        it).
+        """
         known = dict(point)
         if "compute_flops" not in known and "tokens" in known:
             size = known.get("n_active", known.get(self.size))
@@ -190,7 +208,8 @@ class Law:
         context_tokens: float | None = None,
         n_total_over_active: float | None = None,
     ) -> Allocation:
-        """N and D that minimise the loss at C = kappa N_active D, in closed form (nd; ndt at T; moe at a ratio).
+        """N and D that minimise the loss at C = kappa N_active D, in closed form (nd; ndt at T; moe at a
+        ratio).
 
         Raises LawError for form c or moe_cf, and where the bound that the form needs is missing.
         """
@@ -207,7 +226,12 @@ class Law:
 
         found = best(self.parameters)
         n_total = found.size * (n_total_over_active or 1.0)
-        point = {"n_active": found.size, "n_total": n_total, "tokens": found.tokens, "compute_flops": compute_flops}
+        point = {
+            "n_active": found.size,
+            "n_total": n_total,
+            "tokens": found.tokens,
+            "compute_flops": compute_flops,
+        }
         point[self.size] = found.size
         if context_tokens is not None:
             point["context_tokens"] = context_tokens
@@ -229,13 +253,14 @@ class Law:
             self.size,
         )
 
-    def _size_interval(self, best: Any) -> tuple[float | None, float | None]:
+    def _size_interval(
+        self, best: Callable[[Mapping[str, float]], Optimum]
+    ) -> tuple[float | None, float | None]:
         """90 % interval of the optimal N over the replicates that have an interior optimum."""
-        sizes, names = [], self.form.names
-        positive = (self.replicates_BP[:, 1:3] > 0).all(axis=1) if len(self.replicates_BP) else []
-        for theta_P in self.replicates_BP[positive] if len(self.replicates_BP) else []:
-            sizes.append(best(dict(zip(names, theta_P.tolist(), strict=True))).size)
-        return quantile_pair(np.array(sizes), 0.9) if sizes else (None, None)
+        replicates_BP = self.replicates_BP[(self.replicates_BP[:, 1:3] > 0).all(axis=1)]
+        thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
+        sizes = np.array([best(theta).size for theta in thetas])
+        return quantile_pair(sizes, 0.9) if len(sizes) else (None, None)
 
     def backtest(self, share: float = 0.1) -> Backtest:
         """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines."""
@@ -298,5 +323,7 @@ def _frame(plain: dict[str, Any]) -> pd.DataFrame:
         values = column["values"]
         if column["kind"] == "float":
             values = [np.nan if v is None else float(v) for v in values]
-        series[column["name"]] = pd.Series(values, index=plain["index"], dtype="float64" if column["kind"] == "float" else None)
+        series[column["name"]] = pd.Series(
+            values, index=plain["index"], dtype="float64" if column["kind"] == "float" else None
+        )
     return pd.DataFrame(series, index=plain["index"])

@@ -1,8 +1,9 @@
 """The global optimum of one objective, and warm-started replicates of it (SPEC.md D.8).
 
-Grid starts find the basin at a smooth delta; delta then shrinks to its target. Safety starts follow: optima of randomly
-re-weighted tables, which lie where the other local minima of a near-L1 objective lie, each polished under the true weights.
-The random weights have their own fixed seed, so the answer depends on no seed of the caller.
+Grid starts find the basin at a smooth delta; delta then shrinks to its target. Safety starts follow: optima
+of randomly re-weighted tables, which lie where the other local minima of a near-L1 objective lie, each
+polished under the true weights. The random weights have their own fixed seed, so the answer depends on no
+seed of the caller.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ from escala.laws.forms import Floats, losses
 from escala.laws.solve import Problem, descend, minimise, residuals
 from escala.laws.starts import grid_starts
 
-# Round by round: how far the safety weights stray from 1, and where delta starts below the median residual. Larger starts of
-# delta smooth neighbouring minima away and miss the best one; measured against 400 random starts (benchmarks/laws.py).
-ROUNDS = ((1.0, 40.0), (0.3, 200.0), (0.1, 40.0), (1.0, 200.0), (0.3, 40.0), (0.1, 200.0), (0.03, 200.0), (1.0, 40.0))
+# Round by round: how far the safety weights stray from 1, and where delta starts below the median residual.
+# Larger starts of delta smooth neighbouring minima away and miss the best one; measured against hundreds
+# of random starts (tests/numerics/test_law_fit.py).
+ROUNDS = (
+    (1.0, 40.0),
+    (0.3, 200.0),
+    (0.1, 40.0),
+    (1.0, 200.0),
+    (0.3, 40.0),
+    (0.1, 200.0),
+    (0.03, 200.0),
+    (1.0, 40.0),
+)
 
 
 def best_fit(problem: Problem) -> tuple[Floats, float]:
@@ -61,7 +72,9 @@ def _basin(problem: Problem) -> tuple[Floats, Floats]:
     return theta_BP[order], value_B[order]
 
 
-def _reweighted(problem: Problem, best_P: Floats, count: int, width: float, rng: np.random.Generator) -> Floats:
+def _reweighted(
+    problem: Problem, best_P: Floats, count: int, width: float, rng: np.random.Generator
+) -> Floats:
     """Rough optima (count, P) of tables whose points have random weights around 1."""
     weight_BN = np.maximum(1.0 + width * (rng.exponential(1.0, (count, len(problem.loss_N))) - 1.0), 0.0)
     start_BP = np.repeat(best_P[None], count, axis=0)
@@ -86,7 +99,9 @@ def _safety_round(
 def _l1_round(
     problem: Problem, best_P: Floats, width: float, divisor: float, rng: np.random.Generator
 ) -> tuple[Floats, float]:
-    """The best of 64 re-weighted optima where the objective is nearly an L1 norm: each descends to its own vertex."""
+    """The best of 64 re-weighted optima where the objective is nearly an L1 norm: each descends to its own
+    vertex.
+    """
     theta_BP = _reweighted(problem, best_P, 64, width, rng)
     first = max(_typical_residual(problem, best_P) / divisor, problem.objective.huber_delta)
     ones_BN = np.ones((len(theta_BP), len(problem.loss_N)))

@@ -1,9 +1,10 @@
 """Minimise the sum of Huber losses of many fits at once: damped Newton with bounds, batched over replicates.
 
 Letters: B replicates (bootstrap weights, or starts), N points, P parameters, K terms; see forms.py.
-The objective is sum_i w_i rho_delta(r_i), a SUM (a mean stops quasi-Newton early), with r = log L_obs - log L_pred
-("log") or L_obs - L_pred ("linear"). The step solves (H + mu A) s = -g with the exact Hessian H and A the Hessian of the
-IRLS majoriser: mu -> 0 is Newton, large mu a short IRLS step, which always descends (Huber & Ronchetti 2009, 7.8).
+The objective is sum_i w_i rho_delta(r_i), a SUM (a mean stops quasi-Newton early), with r = log L_obs - log
+L_pred ("log") or L_obs - L_pred ("linear"). The step solves (H + mu A) s = -g with the exact Hessian H and A
+the Hessian of the IRLS majoriser: mu -> 0 is Newton, large mu a short IRLS step, which always descends (Huber
+& Ronchetti 2009, 7.8).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from escala.laws.forms import Features, Floats, Form, term_powers
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the SUM of Huber losses of residuals in `space` ("log" or "linear"), linear beyond `huber_delta`."""
+    """What is minimised: the SUM of Huber losses of residuals in `space` ("log" or "linear"), linear beyond
+    `huber_delta`.
+    """
 
     space: str = "log"
     huber_delta: float = 1e-3
@@ -38,7 +41,9 @@ def huber(residual: Floats, delta: float) -> Floats:
 
 @dataclass(frozen=True)
 class Problem:
-    """One table to fit. `log_coefficient_P` marks coefficients optimised as their log (those with a prior)."""
+    """One table to fit. `log_coefficient_P` marks coefficients optimised as their log (those with a
+    prior).
+    """
 
     form: Form
     features: Features
@@ -81,7 +86,9 @@ def local_model(problem: Problem, theta_BP: Floats, weight_BN: Floats, delta: fl
     size_B, size_P = theta_BP.shape
     powers, logs = term_powers(form, theta_BP, problem.features)
     loss_BN = theta_BP[:, :1] + sum(theta_BP[:, 1 + i, None] * power for i, power in enumerate(powers))
-    np.maximum(loss_BN, 1e-6 * problem.loss_N.min(), out=loss_BN)  # all coefficients 0: a step that is refused
+    np.maximum(
+        loss_BN, 1e-6 * problem.loss_N.min(), out=loss_BN
+    )  # all coefficients 0: a step that is refused
     residual_BN = residuals(problem, loss_BN)
     psi_BN = np.clip(residual_BN, -delta, delta)
     weighted_BN = weight_BN * psi_BN
@@ -117,9 +124,16 @@ def local_model(problem: Problem, theta_BP: Floats, weight_BN: Floats, delta: fl
 
 
 def _second_order(
-    problem: Problem, theta_BP: Floats, weighted_BN: Floats, slopes_BPN: Floats, logs: list[Floats], bare_BP: Floats
+    problem: Problem,
+    theta_BP: Floats,
+    weighted_BN: Floats,
+    slopes_BPN: Floats,
+    logs: list[Floats],
+    bare_BP: Floats,
 ) -> Floats:
-    """sum_i w psi d2L (over L in log space): the part of the Hessian from the law's own curvature. (B, P, P)."""
+    """sum_i w psi d2L (over L in log space): the part of the Hessian from the law's own curvature. (B, P,
+    P).
+    """
     k = len(problem.form.terms)
     out_BPP = np.zeros((*theta_BP.shape, theta_BP.shape[1]))
     for i, term in enumerate(problem.form.terms):
@@ -173,7 +187,7 @@ def _solve_scaled(matrix_BPP: Floats, right_BP: Floats, free_BP: np.ndarray) -> 
     except np.linalg.LinAlgError:  # one exactly singular row refuses the whole batch
         scaled_BPP[:, diagonal, diagonal] += 1e-7
         solved_BP1 = np.linalg.solve(scaled_BPP, right_BP1)
-    return solved_BP1[..., 0] * scale_BP
+    return np.asarray(solved_BP1[..., 0] * scale_BP, dtype=np.float64)
 
 
 def _step(problem: Problem, theta_BP: Floats, local: _Local, mu_B: Floats) -> tuple[Floats, Floats]:
@@ -193,7 +207,9 @@ def _step(problem: Problem, theta_BP: Floats, local: _Local, mu_B: Floats) -> tu
         right = -gradient_BP[rows] - (matrix_BPP[rows] @ pinned[..., None])[..., 0]
         step_BP[rows] = pinned + _solve_scaled(matrix_BPP[rows], right, (free_BP & ~out_BP)[rows])
         step_BP = np.clip(step_BP, limit_low, limit_high)
-    moved_BP = np.where(marked, x_BP * np.exp(np.where(marked, step_BP, 0.0)), np.clip(x_BP + step_BP, low_P, high_P))
+    moved_BP = np.where(
+        marked, x_BP * np.exp(np.where(marked, step_BP, 0.0)), np.clip(x_BP + step_BP, low_P, high_P)
+    )
     return moved_BP, -np.einsum("bp,bp->b", gradient_BP, step_BP)
 
 
@@ -206,7 +222,8 @@ def minimise(
     tolerance: float = 1e-12,
     max_steps: int = 60,
 ) -> tuple[Floats, Floats]:
-    """Local minima (B, P) and their objectives (B,) from the starts `theta_BP` under the rows' weights (B, N).
+    """Local minima (B, P) and their objectives (B,) from the starts `theta_BP` under the rows' weights (B,
+    N).
 
     A row stops when its step promises less than `tolerance` of its objective.
     """
@@ -216,7 +233,10 @@ def minimise(
     active = np.arange(len(theta_BP))
     for _ in range(max_steps):
         here = _Local(
-            local.value_B[active], local.gradient_BP[active], local.hessian_BPP[active], local.majoriser_BPP[active]
+            local.value_B[active],
+            local.gradient_BP[active],
+            local.hessian_BPP[active],
+            local.majoriser_BPP[active],
         )
         moved, promised = _step(problem, theta_BP[active], here, mu_B[active])
         there = local_model(problem, moved, weight_BN[active], delta)
@@ -224,7 +244,9 @@ def minimise(
         rows = active[better]
         theta_BP[rows] = moved[better]
         local.put(rows, there, better)
-        mu_B[active] = np.where(better, np.maximum(mu_B[active] * 0.1, 1e-12), np.maximum(mu_B[active] * 8.0, 1e-3))
+        mu_B[active] = np.where(
+            better, np.maximum(mu_B[active] * 0.1, 1e-12), np.maximum(mu_B[active] * 8.0, 1e-3)
+        )
         small = np.abs(promised) <= tolerance * here.value_B + 1e-300
         active = active[~(small | (mu_B[active] > 1e9))]
         if not len(active):
@@ -233,12 +255,19 @@ def minimise(
 
 
 def descend(
-    problem: Problem, theta_BP: Floats, weight_BN: Floats, *, first_delta: float, ratio: float = 5.0, tolerance: float = 1e-11
+    problem: Problem,
+    theta_BP: Floats,
+    weight_BN: Floats,
+    *,
+    first_delta: float,
+    ratio: float = 5.0,
+    tolerance: float = 1e-11,
 ) -> tuple[Floats, Floats]:
-    """Minima at the objective's delta by way of larger ones: first_delta, first_delta/ratio, ... (graduated non-convexity).
+    """Minima at the objective's delta by way of larger ones: first_delta, first_delta/ratio, ... (graduated
+    non-convexity).
 
-    With few residuals inside +-delta the sum is nearly an L1 norm, whose Newton steps mean little until the points
-    that the law passes through are known; a shrinking delta finds them.
+    With few residuals inside +-delta the sum is nearly an L1 norm, whose Newton steps mean little until the
+    points that the law passes through are known; a shrinking delta finds them.
     """
     target = problem.objective.huber_delta
     delta = first_delta

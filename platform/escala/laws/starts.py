@@ -1,7 +1,9 @@
-"""Starts for the fit: a grid of exponents, with the coefficients by non-negative least squares in closed form.
+"""Starts for the fit: a grid of exponents, with the coefficients by non-negative least squares in closed
+form.
 
-With the exponents fixed the law is linear in its coefficients, so every grid point has one convex inner problem: at most
-five unknowns, solved for all grid points at once by trying each set of non-zero coefficients.
+With the exponents fixed the law is linear in its coefficients, so every grid point has one convex inner
+problem: at most five unknowns, solved for all grid points at once by trying each set of non-zero
+coefficients.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def _columns(problem: Problem, grid_GE: Floats) -> tuple[Floats, np.ndarray]:
 
 
 def non_negative(gram_GKK: Floats, moment_GK: Floats) -> tuple[Floats, Floats]:
-    """Minimise c'Gc - 2 m'c over c >= 0 for each row: the best of all supports. Returns c (G, K) and the value (G,)."""
+    """Minimise c'Gc - 2 m'c over c >= 0 for each row: the best of all supports. Returns c (G, K) and the
+    value (G,).
+    """
     size_G, size_K = moment_GK.shape
     best_GK, value_G = np.zeros((size_G, size_K)), np.zeros(size_G)
     supports = chain.from_iterable(combinations(range(size_K), r) for r in range(1, size_K + 1))
@@ -66,7 +70,9 @@ def non_negative(gram_GKK: Floats, moment_GK: Floats) -> tuple[Floats, Floats]:
 
 
 def grid_starts(problem: Problem, count: int) -> Floats:
-    """The `count` best grid points that are no neighbours of a better one, with their coefficients: (count, P)."""
+    """The `count` best grid points that are no neighbours of a better one, with their coefficients: (count,
+    P).
+    """
     grid_GE = _grid(problem)
     columns_MN, pick_GK = _columns(problem, grid_GE)
     relative_MN = columns_MN / problem.loss_N  # least squares of L_pred/L_obs - 1, near the log residual
@@ -75,7 +81,9 @@ def grid_starts(problem: Problem, count: int) -> Floats:
     k = pick_GK.shape[1]
     fixed = np.flatnonzero(problem.low_P[:k] == problem.high_P[:k])
     free = np.setdiff1d(np.arange(k), fixed)
-    coefficient_GK = np.tile(np.where(np.isfinite(problem.high_P[:k]), problem.high_P[:k], 0.0), (len(grid_GE), 1))
+    coefficient_GK = np.tile(
+        np.where(np.isfinite(problem.high_P[:k]), problem.high_P[:k], 0.0), (len(grid_GE), 1)
+    )
     offset_GK = np.einsum("gjk,gk->gj", gram_GKK, coefficient_GK)
     value_G = np.einsum("gk,gk->g", coefficient_GK, offset_GK - 2 * moment_GK)
     if len(free):

@@ -1,4 +1,6 @@
-"""From a table to arrays: which points are used, which are refused and why. Pandas stays in this file and in law.py's edge."""
+"""From a table to arrays: which points are used, which are refused and why. Pandas stays in this file and in
+law.py's edge.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,18 @@ def _needed(form: Form, size: str) -> list[str]:
 
 
 def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) -> Table:
-    """Check `points` for `form`; a row with a missing, non-finite or non-positive number is refused with its reason.
+    """Check `points` for `form`; a row with a missing, non-finite or non-positive number is refused with its
+    reason.
 
-    Raises LawError for missing columns and for points that do not belong in one law: several tokenizers or evaluation
-    sets, since their losses cannot be compared (SPEC.md D.1).
+    Raises LawError for missing columns and for points that do not belong in one law: several tokenizers or
+    evaluation sets, since their losses cannot be compared (SPEC.md D.1).
     """
     if size not in SIZES:
         raise LawError(f"size cannot be '{size}'.", f"Choose one of: {', '.join(SIZES)}.")
     if not isinstance(points, pd.DataFrame):
-        raise LawError(f"Points are a pandas DataFrame, not a {type(points).__name__}.", "pd.DataFrame(rows) makes one.")
+        raise LawError(
+            f"Points are a pandas DataFrame, not a {type(points).__name__}.", "pd.DataFrame(rows) makes one."
+        )
     frame, notes = _with_compute(points, form)
     missing = [name for name in ["loss_nats", *_needed(form, size)] if name not in frame]
     if group is not None and group not in frame:
@@ -53,13 +58,15 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
         )
     reasons = _reasons(frame, form, size, group)
     bad = reasons != ""
-    used = frame[~bad]
+    used = frame[~bad] if bad.any() else frame
     _refuse_mixtures(used)
     refused = frame[bad].assign(reason=reasons[bad])
     if len(refused):
         notes = (*notes, f"{len(refused)} of {len(frame)} points were refused; each keeps its reason.")
     if not len(used):
-        raise LawError(f"No usable point: {reasons.iloc[0] if len(reasons) else 'the table is empty'}.", "See .refused.")
+        raise LawError(
+            f"No usable point: {reasons[0] if len(reasons) else 'the table is empty'}.", "See .refused."
+        )
     columns = {name: _floats(used[size if name == "size" else name]) for name in form.columns}
     groups = None if group is None else np.asarray(pd.factorize(used[group])[0])
     return Table(used, refused, columns, _floats(used["loss_nats"]), _compute(used), groups, notes)
@@ -90,23 +97,26 @@ def _compute(used: pd.DataFrame) -> Floats | None:
     return None
 
 
-def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> pd.Series:
-    """Why each row cannot be used; empty where it can."""
-    reasons = pd.Series("", index=frame.index, dtype=object)
+def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> np.ndarray:
+    """Why each row cannot be used; empty where it can. The first reason found stands."""
+    reasons_N = np.full(len(frame), "", dtype=object)
+
+    def refuse(bad_N: np.ndarray, reason: str) -> None:
+        reasons_N[bad_N & (reasons_N == "")] = reason
+
     for name in ["loss_nats", *_needed(form, size)]:
-        values = _floats(frame[name])
-        words = np.select(
-            [np.isnan(values), np.isinf(values), values <= 0],
-            [f"{name} is missing or not a number", f"{name} is infinite", f"{name} is not positive"],
-            "",
-        )
-        reasons = reasons.where(reasons != "", pd.Series(words, index=frame.index, dtype=object))
+        values_N = _floats(frame[name])
+        refuse(np.isnan(values_N), f"{name} is missing or not a number")
+        refuse(np.isinf(values_N), f"{name} is infinite")
+        refuse(values_N <= 0, f"{name} is not positive")
     if form.mixed:
-        fewer = pd.Series(_floats(frame["n_total"]) < _floats(frame["n_active"]) * (1 - 1e-9), index=frame.index)
-        reasons = reasons.where((reasons != "") | ~fewer, "n_total is less than n_active")
+        refuse(
+            _floats(frame["n_total"]) < _floats(frame["n_active"]) * (1 - 1e-9),
+            "n_total is less than n_active",
+        )
     if group is not None:
-        reasons = reasons.where((reasons != "") | frame[group].notna(), f"{group} is missing")
-    return reasons
+        refuse(np.asarray(frame[group].isna()), f"{group} is missing")
+    return reasons_N
 
 
 def _refuse_mixtures(used: pd.DataFrame) -> None:

@@ -107,15 +107,6 @@ def timings() -> dict[str, float]:
 FLOORS = {"fit_seconds": 0.050, "bootstrap_seconds": 1.5, "query_seconds": 0.001}
 
 
-def peer_seconds() -> str:
-    """CPU seconds of the `chinchilla` package on the same table, where it is installed."""
-    try:
-        from chinchilla import Chinchilla  # noqa: F401
-    except ImportError:
-        return "the chinchilla package is not installed here: no comparison"
-    return "chinchilla is installed; its own fit needs a project directory: see its README"
-
-
 def main() -> int:
     """Print every number beside its floor."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -28,7 +28,9 @@ class ModelConfig(Strict):
     d_model: int = Field(256, gt=0)
     n_heads: int = Field(4, gt=0)
     n_kv_heads: int | None = Field(None, gt=0, description="None: n_heads")
-    d_ff: int | None = Field(None, gt=0, description="SwiGLU width; None: 8/3 d_model, up to a multiple of 32")
+    d_ff: int | None = Field(
+        None, gt=0, description="SwiGLU width; None: 8/3 d_model, up to a multiple of 32"
+    )
     max_context_tokens: int = Field(256, gt=0)
     head_dim: int | None = Field(None, gt=0, description="None: d_model / n_heads")
     rope_base: float = Field(10_000.0, gt=0)
@@ -162,8 +164,8 @@ class OptimizerConfig(Strict):
 class TrainingConfig(Strict):
     """How long, how wide and how precisely. Batches are counted over all workers."""
 
-    steps: int | None = Field(None, gt=0, description="optimiser steps; give steps or train_tokens")
-    train_tokens: int | None = Field(None, gt=0, description="rounded up to whole steps")
+    steps: int | None = Field(None, gt=0, description="optimiser steps; None without train_tokens: 100")
+    train_tokens: int | None = Field(None, gt=0, description="instead of steps; rounded up to whole steps")
     context_tokens: int | None = Field(None, gt=0, description="None: the model's max_context_tokens")
     batch_sequences: int = Field(16, gt=0, description="sequences in one optimiser step, over all workers")
     micro_batch_sequences: int | None = Field(None, gt=0, description="per worker; None: batch / workers")
@@ -175,21 +177,25 @@ class TrainingConfig(Strict):
     )
     zero_stage: Literal[0, 1, 2, 3] = 3
     zero_param_persistence_threshold: int | None = Field(
-        None, ge=0, description="parameters smaller than this stay whole on every rank; None: DeepSpeed's default"
+        None,
+        ge=0,
+        description="parameters smaller than this stay whole on every rank; None: DeepSpeed's default",
     )
     offload: Literal["none", "cpu"] = Field("none", description="ZeRO optimiser states in host memory (GPU)")
     activation_checkpointing: bool = False
     seed: int = Field(0, ge=0)
     evaluate_every_steps: int | None = Field(None, gt=0, description="None: only before and after")
     evaluation_tokens: int = Field(65_536, gt=0, description="held-out tokens, at most")
-    checkpoint_every_steps: int | None = Field(None, gt=0, description="None: every tenth of the run, and at its end")
+    checkpoint_every_steps: int | None = Field(
+        None, gt=0, description="None: every tenth of the run, and at its end"
+    )
     keep_checkpoints: int = Field(2, gt=0)
     log_every_steps: int = Field(1, gt=0)
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
-        if (self.steps is None) == (self.train_tokens is None):
-            raise ValueError("give exactly one of steps and train_tokens")
+        if self.steps is not None and self.train_tokens is not None:
+            raise ValueError("give steps or train_tokens, not both")
         return self
 
 
@@ -199,7 +205,9 @@ class ResourcesConfig(Strict):
     workers: int = Field(1, gt=0)
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: int = Field(0, ge=0, le=1, description="one GPU a worker")
-    threads_per_worker: int = Field(1, gt=0, description="OMP_NUM_THREADS: more than the cores costs up to 10x")
+    threads_per_worker: int = Field(
+        1, gt=0, description="OMP_NUM_THREADS: more than the cores costs up to 10x"
+    )
 
 
 class PretrainConfig(Strict):
@@ -207,7 +215,7 @@ class PretrainConfig(Strict):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig(steps=100)
+    training: TrainingConfig = TrainingConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
@@ -250,9 +258,9 @@ class PretrainConfig(Strict):
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        if self.training.steps is not None:
-            return self.training.steps
-        return -(-(self.training.train_tokens or 0) // self.step_tokens)
+        if self.training.train_tokens is None:
+            return self.training.steps or 100
+        return -(-self.training.train_tokens // self.step_tokens)
 
     @property
     def train_tokens(self) -> int:

@@ -154,9 +154,13 @@ class AttemptFiles:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.spec = self.directory / "attempt.json"  # AttemptSpec; by the control plane
-        self.control = self.directory / "control.json"  # Control; by the control plane or the driver's SIGTERM
+        self.control = (
+            self.directory / "control.json"
+        )  # Control; by the control plane or the driver's SIGTERM
         self.progress = self.directory / "progress.json"  # Progress; by the driver or rank 0
         self.outcome = self.directory / "outcome.json"  # Outcome; by the driver, last
         self.log = self.directory / "log.txt"  # the driver's and the workers' output
         self.spool = self.directory / "tracking"  # the tracking spool (tracking/spool.py)
-        self.current = self.directory.parent / "current"  # the number of the attempt that may write: the fence
+        self.current = (
+            self.directory.parent / "current"
+        )  # the number of the attempt that may write: the fence

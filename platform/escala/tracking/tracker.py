@@ -1,8 +1,8 @@
 """What escala asks of an experiment tracker, and `open_tracker`, which picks one by its address.
 
-Two trackers: MLflow itself (`http:`, `sqlite:`, `postgresql:`), and a spool (`spool:DIRECTORY`), a bounded local
-queue that a workload appends to without importing mlflow and that the reconcile loop delivers, now or when the
-server is back (`spool.py`).
+Two trackers: MLflow itself (`http:`, `sqlite:`, `postgresql:`), and a spool (`spool:DIRECTORY`), a bounded
+local queue that a workload appends to without importing mlflow and that the reconcile loop delivers, now or
+when the server is back (`spool.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ class Metric:
 
 
 class Tracker(Protocol):
-    """One process writes a run. `key` names the run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run."""
+    """`key` names a run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run.
+
+    One process writes a run in MLflow; in a spool several may (the driver, rank 0), each by its own tracker.
+    """
 
     def start(
         self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> str:
-        """Open the run, or find the one that the same key opened before. Returns the run's id for the other calls."""
+        """Open the run, or find the one that the same key opened before. Returns its id for other calls."""
         ...
 
     def metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
@@ -49,7 +52,7 @@ class Tracker(Protocol):
 
 
 def open_tracker(uri: str) -> Tracker:
-    """The tracker at `uri`. Raises SpecError for an address of an unknown kind; imports mlflow only where needed."""
+    """The tracker at `uri`. Raises SpecError for an unknown kind; imports mlflow only where needed."""
     if uri.startswith("spool:"):
         from escala.tracking.spool import SpoolTracker
 

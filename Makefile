@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` the tests. Both set up first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-fast test-docs lint bench clean
+
+setup: .setup-done
+
+.setup-done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@sh .ci/install-postgres
+	@touch $@
+
+demo: setup
+	$(BIN)/escala demo
+
+# Slow tests run as well; `test-fast` leaves out what starts a cluster.
+test: setup
+	$(BIN)/pytest -m "not gpu and not docs"
+
+test-fast: setup
+	$(BIN)/pytest -m "not gpu and not docs and not ray and not slow"
+
+# README's own commands and the demos, each as a newcomer would run it.
+test-docs: setup
+	$(BIN)/pytest -m docs tests/docs
+
+lint: setup
+	test ! -e platform/__init__.py
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) .setup-done

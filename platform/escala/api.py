@@ -1,0 +1,376 @@
+"""What the CLI, a server and notebooks call. Reads top to bottom: cluster, jobs, runs, checkpoints, demo.
+
+Everything heavy (ray, mlflow, the database) is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala import manifests, spec
+from escala.errors import NotFoundError, SpecError
+from escala.records import AttemptFiles, Progress, RunRecord, Totals, read_record
+from escala.settings import load_settings
+
+if TYPE_CHECKING:
+    from escala.cluster import ClusterStatus
+    from escala.jobs.model import Attempt, HistoryEvent, Job
+    from escala.jobs.state import State
+    from escala.jobs.store import JobStore
+
+Report = Callable[[str], None]
+POLL_SECONDS = 0.5
+FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
+
+
+def _silent(text: str) -> None:
+    """A report that nobody reads."""
+
+
+# The cluster
+
+
+def up(report: Report = _silent) -> ClusterStatus:
+    """Start what is missing of the embedded cluster. Raises ClusterError, naming a taken port or a dead process."""
+    from escala import cluster
+
+    return cluster.up(load_settings(), report)
+
+
+def down(report: Report = _silent) -> None:
+    """End the processes that `up` started, and no others."""
+    from escala import cluster
+
+    cluster.down(load_settings(), report)
+
+
+def status() -> ClusterStatus:
+    """The processes of the cluster and whether they answer."""
+    from escala import cluster
+
+    return cluster.status(load_settings())
+
+
+# Jobs
+
+
+@dataclass(frozen=True)
+class JobDetails:
+    """A job with its attempts and its history. `runs`: the MLflow run of each attempt, None until it is delivered."""
+
+    job: Job
+    totals: Totals
+    attempts: Sequence[Attempt]
+    runs: Sequence[str | None]
+    events: Sequence[HistoryEvent]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A job at one moment: its row, its attempt's progress, and what it does while there is none yet."""
+
+    job: Job
+    progress: Progress | None
+    doing: str
+
+
+def resolve(
+    workload: str,
+    files: Iterable[str | Path] = (),
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> spec.Resolved:
+    """The spec in full and what it costs; starts nothing. Raises as `spec.load_job`."""
+    return spec.resolve(spec.load_job(workload, files, overrides, options))
+
+
+def submit(
+    workload: str,
+    files: Iterable[str | Path] = (),
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    report: Report = _silent,
+) -> Job:
+    """Check a job, bring the cluster up where none is configured, and queue the job.
+
+    Args as `spec.load_job`. Raises SpecError or NotFoundError before anything starts, ClusterError after that.
+    """
+    job = spec.load_job(workload, files, overrides, options)
+    return _queue(job, report)
+
+
+def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
+    """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first."""
+    with _store() as store:
+        if everything:
+            return store.list(limit=limit)[::-1]
+        waiting = sorted(store.list(("queued",)), key=lambda job: (-job.priority, job.order))
+        found = [*store.active(), *waiting]
+        return found[:limit] if limit is not None else found
+
+
+def job(name: str) -> JobDetails:
+    """One job in full. Raises NotFoundError."""
+    with _store() as store:
+        found = store.get(name)
+        attempts = store.attempts(found.id)
+        runs = [_run_id(found.id, a.number) for a in attempts]
+        return JobDetails(found, found.totals, attempts, runs, store.events(found.id))
+
+
+def stop(name: str) -> Job:
+    """Ask a job to write a checkpoint and end. Raises NotFoundError, StateError."""
+    with _store() as store:
+        return store.request_stop(name)
+
+
+def retry(name: str, report: Report = _silent) -> Job:
+    """Queue a failed or stopped job again, its retries renewed; it continues from its last checkpoint.
+
+    Raises NotFoundError, StateError for a job that has not failed or been stopped.
+    """
+    with _store() as store:
+        job = store.request_retry(name)
+    up(report)
+    return job
+
+
+def resume(name: str, overrides: Iterable[str] = (), report: Report = _silent) -> Job:
+    """A new job that starts from the last good checkpoint of another one, its spec overridden.
+
+    Raises NotFoundError where the job has no checkpoint, SpecError for a bad override.
+    """
+    with _store() as store:
+        old = store.get(name)
+    checkpoints = load_settings().home / "jobs" / old.id / "checkpoints"
+    if manifests.latest(checkpoints)[0] is None:
+        raise NotFoundError(
+            f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
+        )
+    options = {"name": old.name, "priority": old.priority, "retries": old.retries}
+    job = spec.load_job(old.workload, (), overrides, options, base=old.config)
+    return _queue(job, report, resume_from=str(checkpoints), parent=old.id)
+
+
+def logs(name: str, follow: bool = False) -> Iterator[str]:
+    """The lines of a job's output, attempt after attempt; with `follow`, until it ends."""
+    with _store() as store:
+        job_id, number = store.get(name).id, 1
+        while True:
+            job = store.get(job_id)
+            path = _files(job_id, number).log
+            if path.exists():
+                yield from _lines(path, partial(_at_work, store, job_id, number) if follow else lambda: False)
+            if number < job.attempts:
+                number += 1
+            elif not follow or job.state in FINAL:
+                return
+            else:
+                time.sleep(POLL_SECONDS)
+                number += path.exists() and store.get(job_id).attempts > number
+
+
+def watch(name: str) -> Iterator[Watched]:
+    """The job's state and progress, again and again, until it has ended; the last item is the final state."""
+    with _store() as store:
+        job_id = store.get(name).id
+        while True:
+            job = store.get(job_id)
+            files = _files(job_id, max(1, job.attempts))
+            progress = read_record(Progress, files.progress) if job.attempts else None
+            yield Watched(job, progress, _doing(job, files))
+            if job.state in FINAL:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def _queue(
+    job: spec.JobSpec, report: Report, resume_from: str | None = None, parent: str | None = None
+) -> Job:
+    from escala.jobs.model import NewJob
+
+    options = job.options
+    new = NewJob(
+        workload=job.workload,
+        entry_point=job.entry_point,
+        config=job.plain(),
+        name=options.name,
+        command=tuple(sys.argv),
+        priority=options.priority,
+        retries=options.retries,
+        after=options.after,
+        max_flops=options.max_flops,
+        max_seconds=options.max_seconds,
+        resume_from=resume_from,
+        parent=parent,
+        experiment=load_settings().experiment,
+    )
+    with _store() as store:
+        queued = store.submit(new)
+    up(report)
+    return queued
+
+
+def _doing(job: Job, files: AttemptFiles) -> str:
+    """What a job without progress does, from the last line of its log."""
+    if job.state == "queued":
+        return "waits for a free slot" if not job.after else f"waits for a free slot, or for {job.after}"
+    if not files.log.exists():
+        return "starts"
+    with files.log.open("rb") as stream:
+        stream.seek(max(0, files.log.stat().st_size - 2000))
+        lines = stream.read().decode(errors="replace").splitlines()
+    return lines[-1][:100] if lines else "starts"
+
+
+def _at_work(store: JobStore, job_id: str, number: int) -> bool:
+    job = store.get(job_id)
+    return job.attempts == number and job.state not in (*FINAL, "queued")
+
+
+def _lines(path: Path, more_may_come: Callable[[], bool]) -> Iterator[str]:
+    """Lines as they are written, until no more may come."""
+    with path.open(errors="replace") as stream:
+        while True:
+            working = more_may_come()  # asked before the read, so that the last lines are not missed
+            for line in stream:
+                yield line.rstrip("\n")
+            if not working:
+                return
+            time.sleep(POLL_SECONDS)
+
+
+def _files(job_id: str, attempt: int) -> AttemptFiles:
+    return AttemptFiles(load_settings().home / "jobs" / job_id / f"attempt-{attempt}")
+
+
+def _run_id(job_id: str, attempt: int) -> str | None:
+    path = _files(job_id, attempt).spool / "run_id"
+    return path.read_text().strip() if path.exists() else None
+
+
+class _store:
+    """The job database, opened for one call."""
+
+    def __enter__(self) -> JobStore:
+        from escala.jobs.store import JobStore
+
+        self._open = JobStore(load_settings().database_url)
+        return self._open
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
+# Runs
+
+
+def runs(
+    job: str | None = None,
+    workload: str | None = None,
+    status: str | None = None,
+    name: str | None = None,
+    limit: int = 50,
+) -> Sequence[RunRecord]:
+    """Runs in the tracker that match all filters given, newest first. Raises ClusterError where it does not answer."""
+    from escala.tracking.runs import list_runs
+
+    settings = load_settings()
+    return list_runs(
+        settings.tracker,
+        settings.experiment,
+        job_id=job,
+        workload=workload,
+        status=status,
+        name=name,
+        limit=limit,
+    )
+
+
+def run(name: str) -> RunRecord:
+    """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
+    from escala.tracking.runs import get_run
+
+    try:
+        details = job(name)
+        ids = [run_id for run_id in details.runs if run_id]
+        if not ids:
+            raise NotFoundError(
+                f"job {details.job.id} has no run in the tracker yet", "wait for its first step"
+            )
+        name = ids[-1]
+    except NotFoundError as error:
+        if "has no run" in error.message:
+            raise
+    settings = load_settings()
+    return get_run(settings.tracker, settings.experiment, name)
+
+
+def run_url(record: RunRecord) -> str:
+    """The run's page in MLflow."""
+    from escala.tracking.runs import run_url
+
+    return run_url(load_settings().tracker, str(record.run_id))
+
+
+def compare(names: Sequence[str]) -> dict[str, list[Any]]:
+    """Where the records of several runs differ: field -> a value for each run; `run_id` names the columns."""
+    if len(names) < 2:
+        raise SpecError("a comparison needs two runs", "escala runs compare RUN RUN")
+    records = [asdict(run(name)) for name in names]
+    rows = {key: [record[key] for record in records] for key in records[0]}
+    return {key: values for key, values in rows.items() if key == "run_id" or len(set(map(str, values))) > 1}
+
+
+# Checkpoints
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Checkpoints that the retention rule gives up: (path, bytes)."""
+
+    checkpoints: list[tuple[str, int]]
+
+
+def collect_garbage(name: str | None = None, keep: int | None = None, delete: bool = False) -> Garbage:
+    """The checkpoints beyond each job's retention rule (or beyond `keep`); freed with `delete`.
+
+    Jobs that wait or run are left alone: their own rule works while they write.
+    """
+    if keep is not None and keep < 1:
+        raise SpecError("--keep must be at least 1", "a job without a checkpoint cannot be resumed")
+    with _store() as store:
+        ended = [store.get(name)] if name else store.list(FINAL)
+    found: list[tuple[str, int]] = []
+    for job in ended:
+        if job.state not in FINAL:
+            raise SpecError(f"job {job.id} is {job.state}", "its own retention rule works while it runs")
+        directory = load_settings().home / "jobs" / job.id / "checkpoints"
+        rule = keep or int(job.config.get("training", {}).get("keep_checkpoints", 1))
+        names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+        found += [_size(directory / n) for n in manifests.to_delete(names, rule)]
+    if delete:
+        for path, _ in found:
+            shutil.rmtree(path)
+    return Garbage(found)
+
+
+def _size(directory: Path) -> tuple[str, int]:
+    return str(directory), sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+# The demo
+
+
+def demo(report: Report = _silent) -> Job:
+    """Submit the demo: a small transformer, ZeRO-3 on two workers, real text (tune_spaces/demo.yaml)."""
+    import tune_spaces
+
+    return submit("pretrain", [Path(str(tune_spaces.__file__)).parent / "demo.yaml"], report=report)

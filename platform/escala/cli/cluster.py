@@ -1,0 +1,39 @@
+"""`escala up | down | status`: the embedded head, tracker and reconcile loop."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from escala.cli import render
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command()(up)
+    app.command()(down)
+    app.command()(status)
+
+
+def up(json: Json = False) -> None:
+    """Start what is missing: Ray head, MLflow server, reconcile loop. Safe to repeat."""
+    from escala import api
+
+    render.cluster(api.up(report=render.note), json)
+
+
+def down() -> None:
+    """Stop the processes that `up` started; queued jobs and all history stay."""
+    from escala import api
+
+    api.down(report=render.note)
+
+
+def status(json: Json = False) -> None:
+    """Show each process, its address and whether it answers."""
+    from escala import api
+
+    render.cluster(api.status(), json)

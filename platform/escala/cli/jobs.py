@@ -1,0 +1,149 @@
+"""`escala submit | ps | logs | stop | gc` and `escala jobs show | retry | resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from escala.cli import render
+from escala.cli.cluster import Json
+
+JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key: a.b=value.", metavar="A.B=C")
+]
+Files = Annotated[
+    list[Path] | None, typer.Argument(help="YAML specs; later ones win.", metavar="[FILE.yaml]...")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved spec and its cost; start nothing.")
+]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the progress.")]
+
+nouns = typer.Typer(help="One job: its history, another try, a continuation.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for verb in (submit, ps, logs, stop, gc):
+        app.command()(verb)
+    nouns.command()(show)
+    nouns.command()(retry)
+    nouns.command()(resume)
+    app.add_typer(nouns, name="jobs")
+
+
+def submit(
+    workload: Annotated[str, typer.Argument(help="What to run: pretrain.")],
+    files: Files = None,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="For people; need not be unique.")] = None,
+    priority: Annotated[int | None, typer.Option(help="0-100, higher first. [default: 50]")] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="After a lost worker, node or driver. [default: 2]")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="A job that must succeed first.", metavar="JOB")] = None,
+    max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    follow: Follow = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Queue a job; starts the embedded cluster when none is configured."""
+    from escala import api
+
+    options = {
+        "name": name,
+        "priority": priority,
+        "retries": retries,
+        "after": after,
+        "max_flops": max_flops,
+        "max_seconds": max_seconds,
+    }
+    if dry_run:
+        render.resolved(api.resolve(workload, files or (), overrides or (), options), json)
+        return
+    job = api.submit(
+        workload, files or (), overrides or (), options, report=render.quiet if json else render.note
+    )
+    render.submitted(job, json)
+    if follow:
+        _follow(job.id)
+
+
+def ps(
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Finished jobs too.")] = False,
+    limit: Annotated[int, typer.Option(help="At most so many rows.")] = 50,
+    json: Json = False,
+) -> None:
+    """List the jobs that wait or run."""
+    from escala import api
+
+    render.jobs(api.jobs(everything=everything, limit=limit), json)
+
+
+def logs(job: JobName, follow: Follow = False) -> None:
+    """Print a job's output, all attempts in order."""
+    from escala import api
+
+    for line in api.logs(job, follow=follow):
+        render.raw(line)
+
+
+def stop(job: JobName) -> None:
+    """Ask a job to write a checkpoint and stop."""
+    from escala import api
+
+    render.submitted(api.stop(job), False)
+
+
+def gc(
+    job: Annotated[str | None, typer.Argument(help="Only this job's checkpoints.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(help="Checkpoints to keep a job. [default: each job's own rule]")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Free the space; without it, only show.")] = False,
+    json: Json = False,
+) -> None:
+    """Show the checkpoints that the retention rule no longer keeps, and free them."""
+    from escala import api
+
+    render.garbage(api.collect_garbage(job, keep=keep, delete=delete), delete, json)
+
+
+def show(job: JobName, json: Json = False) -> None:
+    """Show a job: state, reason, attempts, totals, events, the run of each attempt."""
+    from escala import api
+
+    render.job(api.job(job), json)
+
+
+def retry(job: JobName, follow: Follow = False) -> None:
+    """Queue a failed or stopped job again; it continues from its last checkpoint."""
+    from escala import api
+
+    again = api.retry(job, report=render.note)
+    render.submitted(again, False)
+    if follow:
+        _follow(again.id)
+
+
+def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, json: Json = False) -> None:
+    """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
+    from escala import api
+
+    new = api.resume(job, overrides or (), report=render.quiet if json else render.note)
+    render.submitted(new, json)
+    if follow:
+        _follow(new.id)
+
+
+def _follow(job_id: str) -> None:
+    """Progress until the job ends; exit 1 unless it succeeded or stopped as asked."""
+    from escala import api
+
+    ended = render.follow(api.watch(job_id))
+    if ended.state != "succeeded":
+        raise typer.Exit(1)

@@ -1,0 +1,38 @@
+"""`escala`: a noun a file, the daily verbs at top level. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from escala.cli import cluster, demo, jobs, render, runs
+from escala.errors import EscalaError
+
+app = typer.Typer(
+    name="escala",
+    help="LLM experiments on a Ray cluster, turned into scaling laws that decide the next experiment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cluster.register(app)
+jobs.register(app)
+runs.register(app)
+demo.register(app)
+
+
+def main() -> None:
+    """Run one command; an EscalaError prints what, why and the mend, and sets the exit code."""
+    try:
+        app()
+    except EscalaError as error:
+        render.error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        render.note("interrupted; nothing that was submitted is lost")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""The only module that prints. Tables for people, `--json` for programs, errors to stderr."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from escala.errors import EscalaError
+from escala.records import Progress, RunRecord
+
+if TYPE_CHECKING:
+    from escala.api import Garbage, JobDetails, Watched
+    from escala.cluster import ClusterStatus
+    from escala.jobs.model import Attempt, HistoryEvent, Job
+    from escala.spec import Resolved
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def error(failure: EscalaError) -> None:
+    """What and why, then the mend."""
+    _err.print(f"[bold red]error:[/] {escape(failure.message)}")
+    if failure.hint:
+        _err.print(f"[bold]hint:[/] {escape(failure.hint)}")
+
+
+def note(text: str) -> None:
+    """A line about what is going on; on stderr, so that stdout stays the answer."""
+    _err.print(f"[dim]{escape(text)}[/]")
+
+
+def quiet(text: str) -> None:
+    """A reporter that says nothing, for --json."""
+
+
+def raw(text: str) -> None:
+    """A line as it is."""
+    _out.print(text, markup=False)
+
+
+def as_json(value: Any) -> None:
+    """One JSON document."""
+    print(jsonlib.dumps(value, indent=1, default=str))
+
+
+def cluster(status: ClusterStatus, json: bool) -> None:
+    """The processes of the cluster, a row each."""
+    if json:
+        as_json(asdict(status))
+        return
+    rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
+    _table(("process", "state", "pid", "address", "log"), rows)
+
+
+def resolved(answer: Resolved, json: bool) -> None:
+    """The spec in full, what was derived, what it costs."""
+    import yaml
+
+    spec = {
+        "workload": answer.spec.workload,
+        "job": answer.spec.options.model_dump(mode="json"),
+        **answer.spec.plain(),
+    }
+    cost = {
+        "n_total": answer.n_total,
+        "n_active": answer.n_active,
+        "n_non_embedding": answer.n_non_embedding,
+        "train_tokens": answer.train_tokens,
+        "flops_per_token": answer.flops_per_token,
+        "compute_flops": answer.compute_flops,
+    }
+    if json:
+        as_json({"spec": spec, "derived": answer.derived, **cost})
+        return
+    raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
+    raw("\nderived")
+    _pairs(answer.derived)
+    raw("\ncost")
+    _pairs(cost)
+
+
+def submitted(view: Job, json: bool) -> None:
+    """One line about a job, and what to type next."""
+    if json:
+        as_json(asdict(view))
+        return
+    raw(f"{view.id}  {view.name}  {view.state}" + (f" ({view.reason})" if view.reason else ""))
+    if view.state in ("queued", "starting", "running"):
+        note(f"next: escala logs -f {view.id}, or escala jobs show {view.id}")
+
+
+def jobs(views: Sequence[Job], json: bool) -> None:
+    """Jobs, a row each."""
+    if json:
+        as_json([asdict(v) for v in views])
+        return
+    rows = [
+        (v.id, v.name, v.workload, v.state, v.reason, v.priority, v.attempts, _ago(v.submitted_at))
+        for v in views
+    ]
+    _table(("job", "name", "workload", "state", "reason", "priority", "attempts", "submitted"), rows)
+    if not views:
+        note("no jobs wait or run; `escala ps --all` shows finished ones")
+
+
+def job(details: JobDetails, json: bool) -> None:
+    """A job in full."""
+    if json:
+        as_json(asdict(details))
+        return
+    _pairs({k: v for k, v in asdict(details.job).items() if k != "config" and v is not None})
+    raw("\ntotals over the attempts")
+    _pairs(asdict(details.totals))
+    raw("")
+    _table(
+        ("attempt", "ended as", "run", "step", "loss", "seconds", "checkpoint"),
+        [_attempt_row(a, run) for a, run in zip(details.attempts, details.runs, strict=True)],
+    )
+    raw("")
+    _table(("when", "attempt", "state", "why"), [_event_row(e) for e in details.events])
+
+
+def _attempt_row(attempt: Attempt, run: str | None) -> tuple[Any, ...]:
+    progress = attempt.progress or {}
+    loss, seconds = _number(progress.get("loss_nats")), _number(attempt.wall_seconds)
+    return attempt.number, attempt.outcome, run, progress.get("step"), loss, seconds, attempt.checkpoint
+
+
+def _event_row(event: HistoryEvent) -> tuple[Any, ...]:
+    return (
+        _ago(event.at),
+        event.attempt or "",
+        event.state,
+        " ".join(filter(None, (event.reason, event.message))),
+    )
+
+
+def runs(records: Sequence[RunRecord], json: bool) -> None:
+    """Runs, a row each; `--json` gives every field."""
+    if json:
+        as_json([asdict(r) for r in records])
+        return
+    columns = ("run", "job", "name", "status", "held-out loss", "tokens", "N", "FLOPs", "seconds")
+    rows = [
+        (
+            r.run_id,
+            f"{r.job_id}-{r.attempt}",
+            r.name,
+            r.status,
+            _number(r.held_out_loss_nats),
+            _number(r.train_tokens),
+            _number(r.n_total),
+            _number(r.compute_flops),
+            _number(r.wall_seconds),
+        )
+        for r in records
+    ]
+    _table(columns, rows)
+
+
+def run(record: RunRecord, url: str, json: bool) -> None:
+    """One run's record."""
+    if json:
+        as_json({**asdict(record), "url": url})
+        return
+    _pairs({k: v for k, v in asdict(record).items() if v is not None})
+    raw(f"\n{url}")
+
+
+def comparison(table: Mapping[str, Sequence[Any]], json: bool) -> None:
+    """Rows: what differs; columns: runs. The first row names the runs."""
+    if json:
+        as_json(table)
+        return
+    names = [str(n) for n in table["run_id"]]
+    _table(("", *names), [(key, *values) for key, values in table.items() if key != "run_id"])
+
+
+def garbage(found: Garbage, deleted: bool, json: bool) -> None:
+    """Checkpoints that the retention rule gives up, and their size."""
+    if json:
+        as_json(asdict(found))
+        return
+    _table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
+    total = sum(size for _, size in found.checkpoints) / 1e6
+    raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
+
+
+def follow(states: Iterable[Watched]) -> Job:
+    """A progress bar over the states of a job as they come; returns the last."""
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+    )
+    last: Watched | None = None
+    with Bar(*columns, TextColumn("{task.fields[facts]}"), console=_err) as bar:
+        task = bar.add_task("queued", total=1, facts="")
+        for last in states:
+            progress = last.progress
+            bar.update(
+                task,
+                description=last.job.state,
+                completed=progress.step if progress else 0,
+                total=progress.total_steps if progress else 1,
+                facts=_facts(progress) if progress else last.doing,
+            )
+    if last is None:
+        raise EscalaError("the job vanished while it was followed", "escala ps --all")
+    submitted(last.job, False)
+    if last.job.state == "failed" and last.job.message:
+        _err.print(f"[bold red]failed:[/] {escape(last.job.message)}")
+    return last.job
+
+
+def _facts(progress: Progress) -> str:
+    parts = []
+    if progress.loss_nats is not None:
+        parts.append(f"loss {progress.loss_nats:.3f}")
+    if progress.tokens_per_second:
+        parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
+    if progress.model_flops_utilization is not None:
+        parts.append(f"MFU {progress.model_flops_utilization:.0%}")
+    if progress.step:
+        left = progress.wall_seconds / progress.step * (progress.total_steps - progress.step)
+        parts.append(f"{_duration(left)} left")
+    return "  ".join(parts)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    _out.print(table)
+
+
+def _pairs(values: Mapping[str, Any]) -> None:
+    width = max((len(k) for k in values), default=0)
+    for key, value in values.items():
+        raw(f"  {key:<{width}}  {_number(value)}")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return (
+            f"{value:.4g}"
+            if abs(value) >= 1e5 or 0 < abs(value) < 1e-3
+            else f"{value:,.4f}".rstrip("0").rstrip(".")
+        )
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _ago(at: float | None) -> str:
+    return "" if at is None else f"{_duration(max(0.0, time.time() - at))} ago"
+
+
+def demo(record: RunRecord, url: str) -> None:
+    """What the demo learned, where to look at it, and what to type next."""
+    raw("")
+    before, after = _number(record.initial_held_out_loss_nats), _number(record.held_out_loss_nats)
+    tokens, flops = _number(record.train_tokens), _number(record.compute_flops)
+    raw(f"held-out loss   {before} -> {after} nats per token")
+    raw(f"trained on      {tokens} tokens, {flops} FLOPs, {record.workers} workers, ZeRO-3")
+    raw(f"run in MLflow   {url}")
+    raw(f"next            escala runs show {record.run_id}")

@@ -1,0 +1,153 @@
+"""Jobs as the store hands them out: frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from escala.jobs.state import JobView, Queued, State
+from escala.records import Progress, Totals
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+
+    workload: str
+    entry_point: str
+    config: dict[str, Any]  # resolved
+    name: str | None = None  # None: the workload's name
+    command: tuple[str, ...] = ()  # the command line as typed
+    priority: int = 50
+    retries: int = 2
+    after: str | None = None
+    max_flops: float | None = None
+    max_seconds: float | None = None
+    resume_from: str | None = None  # another job's checkpoint directory
+    parent: str | None = None  # the job that this one retries or resumes
+    experiment: str = "escala"
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job and where it stands. Times: Unix seconds. Sums: over its attempts, None where none reported."""
+
+    order: int  # submit order
+    id: str
+    name: str
+    workload: str
+    entry_point: str
+    experiment: str
+    config: dict[str, Any]
+    command: list[str]
+    tags: dict[str, str]
+    priority: int
+    retries: int
+    retries_used: int
+    after: str | None
+    max_flops: float | None
+    max_seconds: float | None
+    resume_from: str | None
+    parent: str | None
+    submitted_at: float
+    state: State
+    reason: str | None
+    message: str
+    hint: str
+    revision: int
+    stop_requested: bool
+    attempts: int  # started so far; the number of the last one
+    changed_at: float
+    train_tokens: int | None
+    compute_flops: float | None
+    wall_seconds: float | None
+    energy_joules: float | None
+
+    @property
+    def view(self) -> JobView:
+        """What the state machine reads."""
+        stop = self.reason if self.state == "stopping" else None
+        return JobView(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+
+    @property
+    def place(self) -> Queued:
+        """Its place in the queue."""
+        return Queued(self.id, self.priority, self.order)
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the attempts."""
+        return Totals(
+            self.attempts, self.train_tokens, self.compute_flops, self.wall_seconds, self.energy_joules
+        )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one attempt has spent; None where it did not report."""
+
+    train_tokens: int | None = None
+    compute_flops: float | None = None
+    wall_seconds: float | None = None
+    energy_joules: float | None = None
+
+    @classmethod
+    def of(cls, progress: Progress | None, record: Mapping[str, Any] | None) -> Usage:
+        """From the last progress and the RunRecord (plain data), which wins where it has the number."""
+        record = record or {}
+        found = cls() if progress is None else cls(*(getattr(progress, f) for f in _PROGRESS_FIELDS))
+        known = {f: record.get(key) for f, key in _RECORD_KEYS.items()}
+        return replace(found, **{f: value for f, value in known.items() if value is not None})
+
+
+_PROGRESS_FIELDS = ("train_tokens", "compute_flops", "wall_seconds")
+_RECORD_KEYS = {
+    "train_tokens": "attempt_tokens",
+    "compute_flops": "attempt_flops",
+    "wall_seconds": "wall_seconds",
+    "energy_joules": "energy_joules",
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job."""
+
+    job_id: str
+    number: int
+    claimed_at: float
+    submitted_at: float | None  # the backend has it
+    running_at: float | None
+    stopping_at: float | None
+    ended_at: float | None
+    outcome: str | None  # records.Outcome's kind
+    message: str
+    hint: str
+    checkpoint: str | None
+    progress: dict[str, Any] | None  # records.Progress
+    record: dict[str, Any] | None  # records.RunRecord
+    train_tokens: int | None
+    compute_flops: float | None
+    wall_seconds: float | None
+    energy_joules: float | None
+    delivered: bool
+
+    @property
+    def submission_id(self) -> str:
+        """The backend's name for it: always the same, so that nothing is submitted twice."""
+        return f"{self.job_id}-{self.number}"
+
+
+@dataclass(frozen=True)
+class HistoryEvent:
+    """One line of a job's history."""
+
+    number: int
+    job_id: str
+    attempt: int
+    at: float
+    state: State
+    reason: str | None
+    message: str

@@ -1,0 +1,288 @@
+"""The reconcile loop: makes what runs agree with what the store says.
+
+Killed between any two lines and started again, it loses nothing and doubles nothing, because
+- an attempt is claimed in the store first, then submitted under an id that follows from it (JOB-ATTEMPT);
+- a claimed attempt that the backend does not know is submitted again only if the store does not say that it
+  was submitted and it has left no log: otherwise it ran, and is lost;
+- the fence (`AttemptFiles.current`) moves to the new attempt before that is submitted, so that an old driver
+  that outlived its Ray head may no longer write;
+- an outcome is read from the attempt's directory and stored with the job's new state in one transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from escala import handshake
+from escala.errors import ClusterError
+from escala.jobs.model import Attempt, Job, Usage
+from escala.jobs.ray_backend import Backend, entry_command
+from escala.jobs.state import (
+    BudgetOverrun,
+    BudgetSpent,
+    DependencyEnded,
+    DriverSeen,
+    Event,
+    Spent,
+    budget_spent,
+    next_to_start,
+    remaining,
+)
+from escala.jobs.store import JobStore, LostRace
+from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, Progress, read_record, write_json
+
+log = logging.getLogger("escala.runner")
+P = ParamSpec("P")
+
+LOOK_AHEAD = 64  # queued jobs looked at in one step; more only matter once these have started
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds."""
+
+    interval: float = 0.5  # between steps
+    stop_grace: float = 60.0  # from asking an attempt to stop to killing it
+    budget_grace: float = 30.0  # beyond the budget before we ask: the workload stops by itself at the limit
+    lost_grace: float = 5.0  # from a driver's end to calling it lost: shared storage may be late
+    submit_grace: float = 120.0  # of a reachable head that refuses to start an attempt
+    progress_every: float = 1.0  # between two stored progress reports of an attempt
+    kill_every: float = 10.0
+
+
+class Reconciler:
+    """One step at a time; everything that is not pure is injected.
+
+    Args:
+        store: the truth.
+        backend: where attempts run.
+        home: holds `jobs/JOB/attempt-N`, `jobs/JOB/checkpoints` and `data`; shared with the cluster's nodes.
+        environment: a job's Ray runtime_env (`escala.runtime_env`).
+        limit: jobs at work at the same time.
+        deliver: carries an attempt directory's spool to the tracker; True once all of it is there. Its
+            second argument: the attempt was lost, so that nobody else closes its run.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        backend: Backend,
+        home: Path,
+        environment: Callable[[Job], Mapping[str, Any]],
+        limit: int,
+        deliver: Callable[[Path, bool], bool],
+        clock: Callable[[], float],
+        timing: Timing = Timing(),
+    ) -> None:
+        self._store, self._backend, self._home = store, backend, home
+        self._environment, self._limit, self._deliver = environment, limit, deliver
+        self._clock, self._timing = clock, timing
+        self._versions = handshake.versions()
+        # (what, submission id) -> when first seen; kept in memory: a restarted loop only waits longer
+        self._since: dict[tuple[str, str], float] = {}
+        self._said: dict[str, str] = {}  # subject -> the last trouble logged about it
+
+    def step(self) -> None:
+        """Advance every active job, drop jobs whose dependency is broken, start what may start."""
+        for job in self._store.active():
+            self._guard(job.id, self._advance, job)
+        for job, other, state in self._store.broken_dependencies():
+            self._guard(job.id, self._apply, job, DependencyEnded(other, state))
+        if self._backend.reachable():
+            self._guard("queue", self._start)
+
+    def deliver(self) -> None:
+        """Carry the tracking of all attempts that is not at the tracker yet."""
+        for attempt in self._store.undelivered():
+            self._guard(f"tracking of {attempt.submission_id}", self._deliver_one, attempt)
+
+    def directory(self, attempt: Attempt) -> Path:
+        """The attempt's directory."""
+        return self._home / "jobs" / attempt.job_id / f"attempt-{attempt.number}"
+
+    # Jobs with an attempt at work
+
+    def _advance(self, job: Job) -> None:
+        attempts = self._store.attempts(job.id)
+        attempt = attempts[-1]
+        files = AttemptFiles(self.directory(attempt))
+        progress = read_record(Progress, files.progress)
+        outcome = read_record(Outcome, files.outcome)
+        if outcome is not None:
+            self._finish(job, outcome, progress)
+            return
+        self._note_progress(attempt, progress)
+        if job.state == "stopping" and files.directory.is_dir() and not files.control.exists():
+            write_json(files.control, Control(job.reason or "user"))
+        match self._backend.status(attempt.submission_id):
+            case "absent" if attempt.submitted_at is None and not files.log.exists():
+                self._submit(job, attempt, files)
+            case "absent":
+                self._gone(job, attempt, progress, "the Ray head was restarted and has lost the job's driver")
+            case "ended":
+                self._gone(job, attempt, progress, "the job's driver ended without an outcome")
+            case status:
+                self._at_work(job, attempts, progress, working=status == "running")
+
+    def _at_work(
+        self, job: Job, attempts: Sequence[Attempt], progress: Progress | None, *, working: bool
+    ) -> None:
+        attempt, now = attempts[-1], self._clock()
+        self._since.pop(("gone", attempt.submission_id), None)
+        if attempt.submitted_at is None:
+            self._store.record_submitted(attempt)
+        if job.state == "stopping":
+            late = now - (attempt.stopping_at or job.changed_at) > self._timing.stop_grace
+            if late and self._due("kill", attempt, self._timing.kill_every):
+                log.info("%s did not stop in time: its driver is killed", attempt.submission_id)
+                self._backend.kill(attempt.submission_id)
+            return
+        if job.state == "starting" and working:
+            job = self._apply(job, DriverSeen())
+        earlier = sum(a.wall_seconds or 0.0 for a in attempts[:-1])
+        if _overrun_seconds(job, attempt, earlier, progress, now) > self._timing.budget_grace:
+            self._apply(job, BudgetOverrun())
+
+    def _gone(self, job: Job, attempt: Attempt, progress: Progress | None, message: str) -> None:
+        if self._waited("gone", attempt) >= self._timing.lost_grace:
+            hint = f"`escala logs {job.id}` shows its last words"
+            self._finish(job, Outcome("driver_lost", message, hint), progress)
+
+    def _finish(self, job: Job, outcome: Outcome, progress: Progress | None) -> None:
+        self._log(self._store.finish(job, outcome, Usage.of(progress, outcome.record)))
+
+    def _note_progress(self, attempt: Attempt, progress: Progress | None) -> None:
+        stored = (attempt.progress or {}).get("updated_at", 0.0)
+        if progress is not None and progress.updated_at - stored >= self._timing.progress_every:
+            self._store.record_progress(attempt, progress)
+
+    # Jobs that start
+
+    def _start(self) -> None:
+        active, queue = len(self._store.active()), {}
+        if active >= self._limit:
+            return
+        for job in self._store.queue(LOOK_AHEAD):
+            why = budget_spent(job.max_flops, job.max_seconds, Spent(job.compute_flops, job.wall_seconds))
+            if why is None:
+                queue[job.id] = job
+            else:
+                self._apply(job, BudgetSpent(why))
+        for place in next_to_start([job.place for job in queue.values()], active, self._limit):
+            attempt = self._store.claim_start(queue[place.id])
+            log.info("%s: attempt %d is claimed", attempt.job_id, attempt.number)
+            self._advance(self._store.get(place.id))
+
+    def _submit(self, job: Job, attempt: Attempt, files: AttemptFiles) -> None:
+        """Write the attempt's directory and fence, then submit. Repeating any part of it changes nothing."""
+        if job.state == "stopping":  # asked to stop before it ever ran
+            self._finish(job, Outcome(job.reason or "user", "stopped before it started"), None)
+            return
+        files.directory.mkdir(parents=True, exist_ok=True)
+        write_json(files.spec, self._spec(job, attempt, files))
+        write_json(files.current, attempt.number)
+        if attempt.number > 1:
+            self._kill_predecessor(attempt)
+        command = entry_command(job.entry_point, files.spec, files.log)
+        metadata = {"escala_job": job.id, "escala_attempt": str(attempt.number)}
+        try:
+            self._backend.submit(attempt.submission_id, command, self._environment(job), metadata)
+        except ClusterError as error:
+            if self._waited("refused", attempt) < self._timing.submit_grace or not self._backend.reachable():
+                raise
+            self._finish(job, Outcome("driver_lost", error.message, error.hint), None)
+            return
+        self._store.record_submitted(attempt)
+        log.info("%s is submitted", attempt.submission_id)
+
+    def _spec(self, job: Job, attempt: Attempt, files: AttemptFiles) -> AttemptSpec:
+        return AttemptSpec(
+            job_id=job.id,
+            attempt=attempt.number,
+            name=job.name,
+            workload=job.workload,
+            entry_point=job.entry_point,
+            config=job.config,
+            directory=str(files.directory),
+            checkpoints=str(files.directory.parent / "checkpoints"),
+            data=str(self._home / "data"),
+            tracking_uri=f"spool:{files.spool}",
+            experiment=job.experiment,
+            tags=job.tags,
+            resume_from=job.resume_from if attempt.number == 1 else None,
+            remaining_flops=remaining(job.max_flops, job.compute_flops),
+            remaining_seconds=remaining(job.max_seconds, job.wall_seconds),
+            versions=self._versions,
+        )
+
+    def _kill_predecessor(self, attempt: Attempt) -> None:
+        """Best effort: the fence is what keeps an old driver from writing."""
+        try:
+            self._backend.kill(f"{attempt.job_id}-{attempt.number - 1}")
+        except ClusterError as error:
+            log.warning("%s: its predecessor was not killed: %s", attempt.submission_id, error.message)
+
+    # Tracking
+
+    def _deliver_one(self, attempt: Attempt) -> None:
+        ended = attempt.ended_at is not None  # read before the delivery: later lines belong to the next one
+        if self._deliver(self.directory(attempt), attempt.outcome == "driver_lost") and ended:
+            self._store.record_delivered(attempt)
+
+    # Waiting and saying
+
+    def _waited(self, what: str, attempt: Attempt) -> float:
+        """Seconds since this was first seen."""
+        now = self._clock()
+        return now - self._since.setdefault((what, attempt.submission_id), now)
+
+    def _due(self, what: str, attempt: Attempt, every: float) -> bool:
+        key, now = (what, attempt.submission_id), self._clock()
+        due = key not in self._since or now - self._since[key] >= every
+        if due:
+            self._since[key] = now
+        return due
+
+    def _apply(self, job: Job, event: Event) -> Job:
+        return self._log(self._store.apply(job, event))
+
+    def _log(self, job: Job) -> Job:
+        log.info("%s is %s%s", job.id, job.state, f" ({job.reason}: {job.message})" if job.reason else "")
+        return job
+
+    def _guard(self, subject: str, act: Callable[P, object], *args: P.args, **named: P.kwargs) -> None:
+        """One job's trouble must not hold the others up; the same trouble is logged once, and tried again."""
+        try:
+            act(*args, **named)
+            self._said.pop(subject, None)
+        except LostRace as race:
+            log.info("%s", race.message)
+        except ClusterError as error:
+            if self._said.get(subject) != error.message:
+                log.warning("%s: %s", subject, error.message)
+            self._said[subject] = error.message
+        except Exception as error:
+            if self._said.get(subject) != repr(error):
+                log.exception("%s: an error in escala itself; it is tried again", subject)
+            self._said[subject] = repr(error)
+
+
+def _overrun_seconds(
+    job: Job, attempt: Attempt, earlier: float, progress: Progress | None, now: float
+) -> float:
+    """Seconds beyond the job's budget; negative while there is some left.
+
+    Counts from the attempt's first step, or from its driver's start while no step is reported, so that a
+    start-up that hangs ends too.
+    """
+    if job.max_seconds is None:
+        return float("-inf")
+    began = attempt.running_at or now
+    if progress is not None:
+        began = progress.updated_at - progress.wall_seconds
+    return now - began - (job.max_seconds - earlier)

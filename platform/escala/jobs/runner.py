@@ -1,0 +1,144 @@
+"""The runner: the reconcile loop as a process of `escala up`. `python -m escala.jobs.runner`."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala.errors import ClusterError, EscalaError
+from escala.jobs.model import Job
+from escala.jobs.reconcile import Reconciler, Timing
+from escala.jobs.store import JobStore
+from escala.records import AttemptFiles
+
+if TYPE_CHECKING:
+    from escala.settings import Settings
+
+log = logging.getLogger("escala.runner")
+
+
+ENSURE_SECONDS = 2.0  # how soon a dead head or tracker is noticed
+
+
+def run(
+    reconciler: Reconciler,
+    ensure: Callable[[], object],
+    ending: threading.Event,
+    timing: Timing = Timing(),
+) -> None:
+    """Step until `ending` is set. Beside it, since either may take long and must hold no job up: tracking is
+    delivered, and `ensure` restarts what died of the embedded cluster.
+    """
+    for name, act, interval in (
+        ("delivery", reconciler.deliver, timing.interval),
+        ("ensure", ensure, ENSURE_SECONDS),
+    ):
+        threading.Thread(target=_repeat, args=(act, ending, interval), name=name, daemon=True).start()
+    _repeat(reconciler.step, ending, timing.interval)
+
+
+def _repeat(act: Callable[[], None], ending: threading.Event, interval: float) -> None:
+    said = ""
+    while not ending.is_set():
+        try:
+            act()
+            said = ""
+        except Exception as error:
+            if repr(error) != said:  # for example a database that is away: it is tried again
+                log.exception("a step failed; it is tried again")
+            said = repr(error)
+        ending.wait(interval)
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the lock that makes this process the home's only runner. Raises ClusterError where it is taken."""
+    path = home / "run" / "runner.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise ClusterError(
+                f"another runner (process {holder}) serves {home}", "`escala status` shows it"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def main() -> int:
+    """The process: settings from the environment, log lines to stdout, SIGTERM or SIGINT ends it cleanly."""
+    from escala.settings import load_settings
+
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    ending = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ending.set())
+    try:
+        settings = load_settings()
+        with only_one(settings.home):
+            store = JobStore(settings.database_url)
+            run(_reconciler(settings, store), lambda: _restart_dead(settings), ending)
+            store.close()
+    except EscalaError as error:
+        log.error("%s", error)
+        return error.exit_code
+    log.info("the runner ends")
+    return 0
+
+
+def _restart_dead(settings: Settings) -> None:
+    from escala.cluster import ensure
+
+    for name in ensure(settings):
+        log.warning("%s was dead and has been restarted", name)
+
+
+def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
+    from escala.jobs.ray_backend import RayBackend
+    from escala.runtime_env import runtime_env
+    from escala.tracking.delivery import Delivery
+    from escala.tracking.spool import close_spool
+
+    ray_address = settings.ray_address or f"127.0.0.1:{settings.ray_port}"
+    tracking_uri = settings.tracking_uri or f"http://127.0.0.1:{settings.mlflow_port}"
+    delivery = Delivery(tracking_uri)
+
+    def environment(job: Job) -> Mapping[str, Any]:
+        resources = job.config.get("resources", {})
+        threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
+        return runtime_env(ray_address, threads, gpus, tracking_uri)
+
+    def deliver(directory: Path, lost: bool) -> bool:
+        spool = AttemptFiles(directory).spool
+        if lost:
+            close_spool(spool, "FAILED")
+        return delivery.deliver(spool)
+
+    return Reconciler(
+        store,
+        RayBackend(settings.ray_dashboard),
+        settings.home,
+        environment,
+        settings.max_running_jobs,
+        deliver,
+        time.time,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

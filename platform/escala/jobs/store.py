@@ -1,0 +1,305 @@
+"""The job database: queue and history. The store is the truth; Ray is asked and told.
+
+Every change of a job is one transaction with a compare-and-set on its `revision`: of two that act on
+the same reading of a job, one wins and the other gets LostRace. So no attempt is ever started by two.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy.sql import Select
+
+from escala.errors import NotFoundError, StateError
+from escala.jobs import tables
+from escala.jobs.database import open_engine, writing
+from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
+from escala.jobs.state import (
+    ACTIVE,
+    AttemptEnded,
+    Claimed,
+    Decision,
+    DriverSeen,
+    Event,
+    RetryRequested,
+    State,
+    StopRequested,
+    transition,
+)
+from escala.records import Outcome, Progress
+
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
+USER_TRIES = 10  # a user's word must not lose a race against a progress of the job
+
+
+class LostRace(StateError):
+    """Another process changed the job since it was read: read it again and decide anew."""
+
+
+def new_id() -> str:
+    """A job's id: "j" and 7 characters of base 32 (35 random bits)."""
+    return "j" + "".join(secrets.choice(ALPHABET) for _ in range(7))
+
+
+class JobStore:
+    """Jobs in a database.
+
+    Args:
+        url: sqlite:///PATH or postgresql://...; created or migrated when needed.
+        clock: Unix seconds.
+
+    Raises as `database.open_engine`.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self._engine = open_engine(url)
+        self._clock = clock
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    # What a user does
+
+    def submit(self, new: NewJob) -> Job:
+        """Queue a job. Raises NotFoundError where `after` or `parent` names no job."""
+        now = self._clock()
+        values = asdict(new) | {
+            "name": new.name or new.workload,
+            "command": [*new.command],
+            "after": self.get(new.after).id if new.after else None,
+            "parent": self.get(new.parent).id if new.parent else None,
+        }
+        values |= {"submitted_at": now, "changed_at": now, "state": "queued", "message": "", "hint": ""}
+        values |= {"revision": 0, "attempts": 0, "retries_used": 0, "stop_requested": False}
+        with writing(self._engine) as connection:
+            job_id = new_id()
+            while connection.execute(select(tables.job.c.id).where(tables.job.c.id == job_id)).first():
+                job_id = new_id()
+            connection.execute(insert(tables.job).values(**values, id=job_id))
+            _note(connection, job_id, 0, Decision("queued", at=now))
+            return _job(connection, job_id)
+
+    def get(self, name: str) -> Job:
+        """The job with this id, else unique name, else unique prefix of an id. Raises NotFoundError."""
+        job = tables.job.c
+        for matches in (job.id == name, job.name == name, job.id.startswith(name, autoescape=True)):
+            with self._engine.connect() as connection:
+                found = connection.execute(select(tables.job).where(matches).limit(6)).mappings().all()
+            if len(found) == 1:
+                return _read_job(found[0])
+            if found:
+                ids = ", ".join(row["id"] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+                raise NotFoundError(f"{name!r} is not one job but several: {ids}", "give the id")
+        raise NotFoundError(f"there is no job {name!r}", "`escala ps --all` lists the jobs")
+
+    def request_stop(self, name: str) -> Job:
+        """Stop a job: at once if queued, else it becomes `stopping`. Raises StateError if it has ended."""
+        return self._insist(name, StopRequested())
+
+    def request_retry(self, name: str) -> Job:
+        """Queue a failed or stopped job again, its retries renewed. Raises StateError for any other."""
+        return self._insist(name, RetryRequested())
+
+    def _insist(self, name: str, event: Event) -> Job:
+        for _ in range(USER_TRIES):
+            try:
+                return self.apply(self.get(name), event)
+            except LostRace:
+                continue  # it moved on meanwhile: decide on what it is now
+        raise LostRace(f"job {name} changes too fast", "try again")
+
+    # What the reconcile loop does
+
+    def apply(self, job: Job, event: Event) -> Job:
+        """Carry out `event` on `job` as it was read. Raises LostRace, and StateError as `transition`."""
+        now = self._clock()
+        decision = transition(job.view, event, now)
+        with writing(self._engine) as connection:
+            _write(connection, job, decision, _more(event))
+            if isinstance(event, DriverSeen):
+                _update_attempt(connection, job.id, job.attempts, running_at=now)
+            if decision.state == "stopping":
+                _update_attempt(connection, job.id, job.attempts, stopping_at=now)
+            return _job(connection, job.id)
+
+    def claim_start(self, job: Job) -> Attempt:
+        """Start the next attempt of a queued job: its row and the state `starting` in one transaction.
+
+        Raises LostRace where another process has changed the job since it was read.
+        """
+        decision = transition(job.view, Claimed(), self._clock())
+        number = job.attempts + 1
+        with writing(self._engine) as connection:
+            _write(connection, job, decision, {"attempts": number})
+            row = {"job_id": job.id, "number": number, "claimed_at": decision.at}
+            connection.execute(insert(tables.attempt).values(**row, message="", hint="", delivered=False))
+            return _attempt(connection, job.id, number)
+
+    def finish(self, job: Job, outcome: Outcome, usage: Usage) -> Job:
+        """End the job's current attempt: outcome, record, usage, the job's new state and totals, at once."""
+        decision = transition(job.view, AttemptEnded(outcome.kind, outcome.message), self._clock())
+        with writing(self._engine) as connection:
+            more = {"hint": outcome.hint, "retries_used": job.retries_used + decision.uses_retry}
+            _write(connection, job, decision, more)
+            _update_attempt(
+                connection,
+                job.id,
+                job.attempts,
+                ended_at=decision.at,
+                outcome=outcome.kind,
+                message=outcome.message,
+                hint=outcome.hint,
+                checkpoint=outcome.checkpoint,
+                record=outcome.record,
+                **asdict(usage),
+            )
+            _sum_up(connection, job.id)
+            return _job(connection, job.id)
+
+    def record_submitted(self, attempt: Attempt) -> None:
+        """The backend has the attempt."""
+        with writing(self._engine) as connection:
+            _update_attempt(connection, attempt.job_id, attempt.number, submitted_at=self._clock())
+
+    def record_progress(self, attempt: Attempt, progress: Progress) -> None:
+        """How far the attempt is; the job's totals follow."""
+        with writing(self._engine) as connection:
+            usage = asdict(Usage.of(progress, None))
+            _update_attempt(connection, attempt.job_id, attempt.number, progress=asdict(progress), **usage)
+            _sum_up(connection, attempt.job_id)
+
+    def record_delivered(self, attempt: Attempt) -> None:
+        """All of the attempt's tracking has reached the tracker."""
+        with writing(self._engine) as connection:
+            _update_attempt(connection, attempt.job_id, attempt.number, delivered=True)
+
+    def queue(self, limit: int) -> Sequence[Job]:
+        """The first `limit` queued jobs that may start (what they wait for has succeeded), in order."""
+        job, other = tables.job, tables.job.alias()
+        waits_for_nothing = job.c.after.is_(None) | (other.c.state == "succeeded")
+        query = (
+            select(job)
+            .outerjoin(other, job.c.after == other.c.id)
+            .where(job.c.state == "queued", waits_for_nothing)
+            .order_by(job.c.priority.desc(), job.c.order)
+            .limit(limit)
+        )
+        return self._jobs(query)
+
+    def broken_dependencies(self) -> Sequence[tuple[Job, str, str]]:
+        """Queued jobs whose `after` job failed or was stopped: (job, that job's id, its state)."""
+        job, other = tables.job, tables.job.alias()
+        ended = other.c.state.in_(("failed", "stopped"))
+        query = (
+            select(job, other.c.state.label("other_state"))
+            .join(other, job.c.after == other.c.id)
+            .where(job.c.state == "queued", ended)
+        )
+        with self._engine.connect() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        return [(Job(**row), row["after"], state) for row in rows for state in [row.pop("other_state")]]
+
+    def undelivered(self) -> Sequence[Attempt]:
+        """Attempts whose tracking is not complete at the tracker."""
+        query = select(tables.attempt).where(tables.attempt.c.delivered.is_(False))
+        with self._engine.connect() as connection:
+            return [Attempt(**row) for row in connection.execute(query).mappings()]
+
+    # What everybody reads
+
+    def attempts(self, job_id: str) -> Sequence[Attempt]:
+        """The job's attempts, the first one first."""
+        table = tables.attempt
+        query = select(table).where(table.c.job_id == job_id).order_by(table.c.number)
+        with self._engine.connect() as connection:
+            return [Attempt(**row) for row in connection.execute(query).mappings()]
+
+    def events(self, job_id: str) -> Sequence[HistoryEvent]:
+        """The job's history, oldest first."""
+        table = tables.event
+        query = select(table).where(table.c.job_id == job_id).order_by(table.c.number)
+        with self._engine.connect() as connection:
+            return [HistoryEvent(**row) for row in connection.execute(query).mappings()]
+
+    def active(self) -> Sequence[Job]:
+        """Jobs with an attempt that may be at work."""
+        return self.list(ACTIVE)
+
+    def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
+        """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""
+        query = select(tables.job).order_by(tables.job.c.order.desc())
+        if states is not None:
+            query = query.where(tables.job.c.state.in_(tuple(states)))
+        return self._jobs(query.limit(limit) if limit is not None else query)[::-1]
+
+    def _jobs(self, query: Select[Any]) -> Sequence[Job]:
+        with self._engine.connect() as connection:
+            return [_read_job(row) for row in connection.execute(query).mappings()]
+
+
+def _more(event: Event) -> dict[str, Any]:
+    match event:
+        case StopRequested():
+            return {"stop_requested": True}
+        case RetryRequested():
+            return {"stop_requested": False, "retries_used": 0, "hint": ""}
+    return {}
+
+
+def _read_job(row: RowMapping) -> Job:
+    return Job(**row)
+
+
+def _job(connection: Connection, job_id: str) -> Job:
+    return _read_job(connection.execute(select(tables.job).where(tables.job.c.id == job_id)).mappings().one())
+
+
+def _attempt(connection: Connection, job_id: str, number: int) -> Attempt:
+    table = tables.attempt
+    query = select(table).where(table.c.job_id == job_id, table.c.number == number)
+    return Attempt(**connection.execute(query).mappings().one())
+
+
+def _write(connection: Connection, job: Job, decision: Decision, more: dict[str, Any]) -> None:
+    """The compare-and-set, and the line of history with it."""
+    changes: dict[str, Any] = {
+        "state": decision.state,
+        "reason": decision.reason,
+        "message": decision.message,
+        "revision": job.revision + 1,
+        "changed_at": decision.at,
+    }
+    same = (tables.job.c.id == job.id) & (tables.job.c.revision == job.revision)
+    if connection.execute(update(tables.job).where(same).values(**changes, **more)).rowcount != 1:
+        raise LostRace(f"another process changed job {job.id} at the same time", "look again and repeat")
+    _note(connection, job.id, decision.attempt or job.attempts, decision)
+
+
+def _note(connection: Connection, job_id: str, attempt: int, decision: Decision) -> None:
+    line = {"state": decision.state, "reason": decision.reason, "message": decision.message}
+    connection.execute(insert(tables.event).values(job_id=job_id, attempt=attempt, at=decision.at, **line))
+
+
+def _update_attempt(connection: Connection, job_id: str, number: int, **values: Any) -> None:
+    table = tables.attempt
+    this = (table.c.job_id == job_id) & (table.c.number == number)
+    connection.execute(update(table).where(this).values(**values))
+
+
+def _sum_up(connection: Connection, job_id: str) -> None:
+    """The job's totals from its attempts; SQL's sum leaves NULLs out and is NULL where all are."""
+    names = ("train_tokens", "compute_flops", "wall_seconds", "energy_joules")
+    table = tables.attempt
+    sums = connection.execute(
+        select(*(func.sum(table.c[name]).label(name) for name in names)).where(table.c.job_id == job_id)
+    ).one()
+    values = dict(zip(names, sums, strict=True))
+    if values["train_tokens"] is not None:
+        values["train_tokens"] = int(values["train_tokens"])  # PostgreSQL sums big integers into a Decimal
+    connection.execute(update(tables.job).where(tables.job.c.id == job_id).values(**values))

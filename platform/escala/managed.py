@@ -1,0 +1,195 @@
+"""What the managed processes are started with: Ray head, MLflow server, reconcile loop. Why each option,
+beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from escala.errors import ClusterError
+from escala.processes import Command, Processes
+from escala.settings import Settings
+
+ANSWER_SECONDS = 5.0
+# No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 away.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """What every process that talks to the embedded head needs, clients too."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path(settings)),
+        # Despite its name: without it Ray replaces 127.0.0.1 by the outward address and listens there.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def ray_command(settings: Settings) -> Command:
+    """The head. `--block` makes it end, and end its children, within a second of any of their deaths
+    (measured).
+    """
+    client_port, autoscaler_metrics, dashboard_metrics = _free_ports(3)
+    arguments = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+        "--node-ip-address", "127.0.0.1", "--port", str(settings.ray_port),
+        "--dashboard-host", "127.0.0.1", "--dashboard-port", str(settings.ray_dashboard_port),
+        "--num-cpus", str(settings.num_cpus), "--temp-dir", str(ray_directory(settings)),
+        "--ray-client-server-port", str(client_port),  # cannot be turned off; its default is fixed
+        "--dashboard-agent-listen-port", "0",  # the default is fixed: a second home would collide
+        "--min-worker-port", "0", "--max-worker-port", "0",  # else 10002-19999, which may hold ray_port
+        "--disable-usage-stats", "--log-color", "false",
+    ]  # fmt: skip
+    environment = ray_environment(settings) | {
+        # Workers write their title over their environment, and our mark with it, unless told not to.
+        "SPT_NOENV": "1",
+        "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+        "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+    ports = {settings.ray_port: "ESCALA_RAY_PORT", settings.ray_dashboard_port: "ESCALA_RAY_DASHBOARD_PORT"}
+    key = f"port {settings.ray_port}, dashboard {settings.ray_dashboard_port}, {settings.num_cpus} CPUs"
+    without = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "ESCALA_RAY_ADDRESS")
+    return Command(
+        "ray", arguments, environment, lambda: ray_nodes_alive(settings) > 0, ports, without, key,
+        attempts=3,  # Ray gives up when its raylet takes more than 30 s, as on a busy machine it may
+    )  # fmt: skip
+
+
+def mlflow_command(settings: Settings) -> Command:
+    """The MLflow server, on SQLite. One worker (720 MB) is enough: metrics come in batches."""
+    port, home = settings.mlflow_port, settings.home
+    arguments = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}",
+        "--artifacts-destination", str(home / "mlflow-artifacts"), "--serve-artifacts",
+    ]  # fmt: skip
+    environment = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for features that we don't use
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    ready_at = f"http://127.0.0.1:{port}/health"
+    ports, without = {port: "ESCALA_MLFLOW_PORT"}, ("MLFLOW_TRACKING_URI",)
+    return Command(
+        "mlflow", arguments, environment, lambda: answers(ready_at), ports, without, f"port {port}"
+    )
+
+
+def runner_command(settings: Settings) -> Command:
+    """The reconcile loop. It is ready when it holds its lock, HOME/run/runner.lock, and has written its pid
+    there.
+    """
+    environment = settings.environment() | ({} if settings.ray_address else ray_environment(settings))
+    lock = settings.home / "run" / "runner.lock"
+
+    def ready() -> bool:
+        record = Processes(settings.home).record("runner")
+        return record is not None and lock.exists() and lock.read_text().strip() == str(record.pid)
+
+    key = hashlib.sha256(json.dumps(settings.environment(), sort_keys=True).encode()).hexdigest()[:16]
+    return Command("runner", [sys.executable, "-m", "escala.jobs.runner"], environment, ready, key=key)
+
+
+def token_path(settings: Settings) -> Path:
+    """The embedded head's token, made at its first use, readable by this user only."""
+    path = settings.home / "run" / "ray_token"
+    if not path.exists():
+        Processes(settings.home).make_directories()
+        fresh = path.with_name(f".ray_token.{os.getpid()}.{secrets.token_hex(4)}")
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        try:
+            os.link(fresh, path)  # the first of two wins
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+    return path
+
+
+def ray_token() -> str | None:
+    """The token for an external head, from where Ray's own clients read it; None where there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return path.read_text().strip() if path.is_file() else None
+
+
+def ray_directory(settings: Settings) -> Path:
+    """Ray's sessions: its logs and sockets. A short name in the system's temporary directory, since a Unix
+    socket's path may have 107 bytes, of which Ray takes 64; ours alone, since others may write in that
+    directory.
+    """
+    base = Path(tempfile.gettempdir())
+    if len(os.fsencode(base)) > 12:
+        base = Path("/tmp")
+    digest = hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:10]
+    path = base / f"escala-{os.getuid()}-{digest}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise ClusterError(
+            f"{path}, which Ray's sockets need, belongs to somebody else", "remove it, or set TMPDIR"
+        )
+    return path / "ray"  # Ray opens its own directory to everybody, but not the one above
+
+
+def prune_sessions(settings: Settings, keep: int = 3) -> None:
+    """Remove what Ray left of all but the last few of the embedded head's sessions; no head may run."""
+    for session in sorted(ray_directory(settings).glob("session_2*"))[:-keep]:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def ray_nodes_alive(settings: Settings) -> int:
+    """How many nodes of the cluster live, by its dashboard; 0 where that does not answer (yet)."""
+    token = token_path(settings).read_text() if settings.ray_address is None else ray_token()
+    body = _get(f"{settings.ray_dashboard}/nodes?view=summary", token)
+    if body is None or not answers(f"{settings.ray_dashboard}/api/jobs/", token):
+        return 0
+    nodes: list[dict[str, Any]] = json.loads(body).get("data", {}).get("summary", [])
+    return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+
+
+def answers(url: str, token: str | None = None, any_status: bool = False) -> bool:
+    """Whether `url` answers with success, or at all where `any_status`."""
+    try:
+        return _get(url, token, raising=True) is not None
+    except urllib.error.HTTPError:
+        return any_status
+
+
+def _get(url: str, token: str | None, raising: bool = False) -> bytes | None:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with _OPENER.open(request, timeout=ANSWER_SECONDS) as response:
+            return bytes(response.read())
+    except urllib.error.HTTPError:
+        if raising:
+            raise
+        return None
+    except OSError:
+        return None
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -1,0 +1,114 @@
+"""Where escala keeps its things and what it talks to: ESCALA_* variables, with defaults that need none of
+them.
+
+In the CLI's path: no ray, torch or mlflow here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from escala.errors import SpecError
+
+
+class Settings(BaseSettings):
+    """One home: its database, its cluster, its tracker. Two homes live side by side when their ports differ.
+
+    The default ports keep clear of Ray's, MLflow's and each other's own defaults (6379, 8265, 5000), so that
+    another cluster on the machine is neither joined nor hindered.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="ESCALA_", frozen=True, extra="ignore", populate_by_name=True
+    )
+
+    home: Path = Path("~/.escala")
+    database_url: str = ""  # filled in: sqlite:///HOME/escala.db
+    ray_address: str | None = None  # HOST:PORT of an existing head; None: the embedded one
+    ray_dashboard: str = ""  # the existing head's dashboard and job server; filled in: http://HOST:8265
+    tracking_uri: str | None = Field(  # an existing MLflow; None: the embedded one
+        default=None, validation_alias=AliasChoices("ESCALA_TRACKING_URI", "MLFLOW_TRACKING_URI")
+    )
+    ray_port: int = Field(default=6399, ge=1024, le=65535)
+    ray_dashboard_port: int = Field(default=8299, ge=1024, le=65535)
+    mlflow_port: int = Field(default=5099, ge=1024, le=65535)
+    max_running_jobs: int = Field(default=2, ge=1)  # jobs that run at once; the rest wait in the queue
+    num_cpus: int = Field(default_factory=lambda: max(os.cpu_count() or 1, 4), ge=1)
+    """Logical CPUs of the embedded head. More than the machine has: a waiting driver holds one and uses none.
+    """
+    start_seconds: float = Field(default=300.0, gt=0)  # how long a managed process may take until it answers
+    experiment: str = Field(default="escala", min_length=1, max_length=500)
+
+    def __init__(self, **values: Any) -> None:
+        """From the environment; `values` go first. Raises SpecError that names the variable."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explained(error) from error
+
+    @property
+    def gcs_address(self) -> str:
+        """HOST:PORT for ray.init, embedded or not."""
+        return self.ray_address or f"127.0.0.1:{self.ray_port}"
+
+    @property
+    def tracker(self) -> str:
+        """The address of the tracker, embedded or not."""
+        return self.tracking_uri or f"http://127.0.0.1:{self.mlflow_port}"
+
+    @field_validator("ray_address", "tracking_uri", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("ray_address")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            host, _, port = value.rpartition(":")
+            if not host or not port.isdigit() or "//" in host:
+                raise ValueError(f"{value!r} is not HOST:PORT, for example 10.0.0.7:6379")
+        return value
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        ports = [self.ray_port, self.ray_dashboard_port, self.mlflow_port]
+        if len(set(ports)) < len(ports):
+            raise ValueError(f"ray_port, ray_dashboard_port and mlflow_port must differ, and are {ports}")
+        filled = {}
+        if not self.database_url:
+            filled["database_url"] = f"sqlite:///{self.home / 'escala.db'}"
+        if self.ray_address is None:
+            filled["ray_dashboard"] = f"http://127.0.0.1:{self.ray_dashboard_port}"
+        elif not self.ray_dashboard:
+            filled["ray_dashboard"] = f"http://{self.ray_address.rpartition(':')[0]}:8265"
+        self.__dict__.update(filled)  # frozen for everybody else; this is still construction
+        return self
+
+    def environment(self) -> dict[str, str]:
+        """These settings as ESCALA_* variables, so that a child process reads the same ones."""
+        values = self.model_dump(mode="json")
+        return {f"ESCALA_{name.upper()}": str(value) for name, value in values.items() if value is not None}
+
+
+def _explained(error: ValidationError) -> SpecError:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    variable = name if name.isupper() else f"ESCALA_{name.upper()}" if name else "the ESCALA_*_PORT variables"
+    message = first["msg"].removeprefix("Value error, ")
+    return SpecError(f"{variable}: {message}", f"correct or unset {variable}")
+
+
+def load_settings() -> Settings:
+    """The settings of this process's environment. Raises SpecError that names the variable."""
+    return Settings()

@@ -1,0 +1,259 @@
+"""Job specs from YAML: defaults < files, in their order < `--set` overrides. Unknown keys fail with the nearest one.
+
+A file holds the workload's own sections (`model`, `data`, `training`, `resources`) and may hold `job`, the
+scheduling half (`JobOptions`), which the command line's flags override.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from escala.errors import NotFoundError, SpecError
+from workloads.config import WORKLOADS, PretrainConfig
+from workloads.flops import flops_per_token, parameter_counts
+
+
+class JobOptions(BaseModel):
+    """How a job is queued and bounded. Budgets sum over the job's attempts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = Field(None, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    priority: int = Field(50, ge=0, le=100, description="higher first; equal ones first in, first out")
+    retries: int = Field(2, ge=0, le=100, description="new attempts after a lost worker, node or driver")
+    after: str | None = Field(None, description="a job that must succeed first")
+    max_flops: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job, checked: what `escala submit` stores and a workload receives."""
+
+    workload: str
+    entry_point: str
+    options: JobOptions
+    config: PretrainConfig
+
+    def plain(self) -> dict[str, Any]:
+        """The workload's configuration as plain data."""
+        plain: dict[str, Any] = self.config.model_dump(mode="json")
+        return plain
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A spec in full, the values that were derived (dotted key -> value), and what the job will cost in FLOPs."""
+
+    spec: JobSpec
+    derived: dict[str, Any]
+    n_total: int
+    n_active: int
+    n_non_embedding: int
+    train_tokens: int
+    flops_per_token: float
+    compute_flops: float
+
+
+def load_job(
+    workload: str,
+    files: Iterable[str | Path] = (),
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> JobSpec:
+    """Read and check a job spec.
+
+    Args:
+        workload: a name in `workloads.config.WORKLOADS`.
+        files: YAML files; a later one overrides an earlier one, key by key.
+        overrides: `a.b=value` with the value in YAML; a number addresses an item of a list.
+        options: fields of JobOptions from the command line; None means not given.
+        base: a configuration to start from, instead of the defaults.
+
+    Raises SpecError for anything that does not validate, NotFoundError for a file that is not there.
+    """
+    if workload not in WORKLOADS:
+        raise SpecError(f"there is no workload {workload!r}", _nearest(workload, WORKLOADS))
+    entry_point, config_class = WORKLOADS[workload]
+    data = merge({}, base or {})
+    for file in files:
+        data = merge(data, read_yaml(Path(file)))
+    for override in overrides:
+        _apply(data, override)
+    job = data.pop("job", {})
+    stated = {k: v for k, v in (options or {}).items() if v is not None}
+    return JobSpec(
+        workload,
+        entry_point,
+        _validate(JobOptions, {**_mapping(job, "job"), **stated}, "job"),
+        _validate(config_class, data, workload),
+    )
+
+
+def resolve(spec: JobSpec) -> Resolved:
+    """The full spec with what it derived: parameters, tokens and FLOPs (SPEC.md D.2)."""
+    config = spec.config
+    counts = parameter_counts(config.model)
+    flops = flops_per_token(config.model, config.context_tokens)
+    return Resolved(
+        spec=spec,
+        derived={
+            "training.context_tokens": config.context_tokens,
+            "training.steps": config.total_steps,
+            "training.micro_batch_sequences": config.micro_batch_sequences,
+            "training.optimizer.warmup_steps": config.warmup_steps,
+            "training.checkpoint_every_steps": config.checkpoint_every_steps,
+            "tokens in a step": config.step_tokens,
+        },
+        n_total=counts.n_total,
+        n_active=counts.n_active,
+        n_non_embedding=counts.n_non_embedding,
+        train_tokens=config.train_tokens,
+        flops_per_token=flops.total,
+        compute_flops=flops.total * config.train_tokens,
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises NotFoundError or SpecError, naming the file and the line."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path}", "give the path of a YAML spec") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {error}", "give a readable UTF-8 YAML file") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {error}", "mend the line that is named") from error
+    return _mapping(data, str(path))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _mapping(data: object, where: str) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SpecError(
+            f"{where} holds a {type(data).__name__}, not a mapping",
+            "write `section:` lines with keys below them",
+        )
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one dotted override in place."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise SpecError(
+            f"--set {override!r} is not of the form key.subkey=value", "for example --set model.n_layers=6"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"the value in --set {override!r} is not YAML: {error}", "quote it") from error
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 1e-3 as a string
+    node: Any = data
+    for here, following in pairwise(parts):
+        node = _step_into(node, here, following, override)
+    if isinstance(node, list):
+        node[_index(node, parts[-1], override)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _step_into(node: Any, part: str, following: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, override)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise SpecError(
+            f"--set {override!r}: {part} is a value, not a section with {following}", "set it directly"
+        )
+    return child
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise SpecError(
+            f"--set {override!r}: {part!r} is not an index of a list of {len(items)}", "indices count from 0"
+        )
+    return int(part)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _validate(kind: type[Any], data: dict[str, Any], root: str) -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _spec_error(kind, error, root) from None
+
+
+def _spec_error(kind: type[BaseModel], error: ValidationError, root: str) -> SpecError:
+    messages, hints = [], []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(p) for p in item["loc"]) or root
+        if item["type"] == "extra_forbidden":
+            messages.append(f"unknown key {where}")
+            hints.append(_nearest(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])))
+        else:
+            given = item.get("input")
+            shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
+            messages.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    hint = "; ".join(dict.fromkeys(hints)) or "`--dry-run` prints the spec in full, with every key"
+    return SpecError("; ".join(messages), hint)
+
+
+def _keys_at(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """The keys that the model at `location` inside `kind` accepts."""
+    candidates: list[type[BaseModel]] = [kind]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
+        if fields:
+            candidates = [m for annotation in fields for m in _models_in(annotation)]
+        else:  # the tag of a discriminated union
+            candidates = [c for c in candidates if _tag(c) == part] or candidates
+    return [name for c in candidates for name in c.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models_in(a)]
+
+
+def _tag(kind: type[BaseModel]) -> str | None:
+    field = kind.model_fields.get("kind")
+    return get_args(field.annotation)[0] if field and field.annotation is not None else None
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"

@@ -1,0 +1,146 @@
+"""Reading runs back as RunRecords: from the tag `escala.record`, or, of a run that has none yet, from its
+start tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from escala.errors import EscalaError, NotFoundError
+from escala.records import RunRecord
+from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
+
+RECORD_TAG = "escala.record"
+PAGE = 500
+FILTERS = {"job_id": "escala.job_id", "workload": "escala.workload", "name": "escala.name"}
+_KNOWN = {field.name for field in fields(RunRecord)}
+
+
+def list_runs(
+    uri: str,
+    experiment: str | None = None,
+    *,
+    job_id: str | None = None,
+    workload: str | None = None,
+    status: str | None = None,
+    name: str | None = None,
+    limit: int = 50,
+) -> list[RunRecord]:
+    """The newest `limit` runs that match every filter given, newest first; `experiment` None: all
+    experiments.
+
+    Raises ClusterError where the tracker does not answer.
+    """
+    wanted = {"job_id": job_id, "workload": workload, "name": name}
+    terms = [
+        f"tags.`{tag}` = '{_checked(value)}'"
+        for key, tag in FILTERS.items()
+        if (value := wanted[key]) is not None
+    ]
+    found: list[RunRecord] = []
+    with _explained(uri):
+        for run in _pages(open_client(uri), experiment, " and ".join(terms), PAGE if status else limit):
+            record = _record(run)
+            if status is None or record.status == status:
+                found.append(record)
+            if len(found) >= limit:
+                break
+    return found
+
+
+def get_run(uri: str, experiment: str | None, name: str) -> RunRecord:
+    """The run whose id is, or alone begins with, `name`. Raises NotFoundError, ClusterError."""
+    with _explained(uri):
+        client = open_client(uri)
+        matches = [run for run in _pages(client, experiment, "", None) if run.info.run_id.startswith(name)]
+    if not name or not matches:
+        raise NotFoundError(f"there is no run {name!r} in the tracker", "`escala runs list` shows them")
+    if len(matches) > 1:
+        ids = ", ".join(run.info.run_id for run in matches[:5])
+        raise NotFoundError(f"{len(matches)} runs begin with {name!r}: {ids}", "give more of the id")
+    return _record(matches[0])
+
+
+def run_url(uri: str, run_id: str) -> str:
+    """The run's page. Raises ClusterError; NotFoundError for an unknown run or a tracker without pages."""
+    if not uri.startswith(("http://", "https://")):
+        raise NotFoundError(
+            f"the tracker at {uri} is a database, and has no pages", "start `mlflow server` on it"
+        )
+    from mlflow.exceptions import MlflowException
+
+    with _explained(uri):
+        try:
+            run = open_client(uri).get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise NotFoundError(f"there is no run {run_id!r} in the tracker", "`escala runs list`") from error
+    return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+
+
+class _explained:
+    """What the tracker's client raises, as a ClusterError that names the tracker."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, EscalaError):
+            raise tracker_error(self._uri, error) from error
+
+
+def _pages(client: Any, experiment: str | None, terms: str, limit: int | None) -> Iterator[Any]:
+    """Runs, newest first, a page at a time."""
+    if experiment is not None:
+        one = client.get_experiment_by_name(experiment)
+        ids = [one.experiment_id] if one else []
+    else:
+        ids = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+    token = None
+    while ids:
+        size = min(limit or PAGE, PAGE)
+        page = client.search_runs(
+            ids, terms, max_results=size, order_by=["start_time DESC"], page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _record(run: Any) -> RunRecord:
+    tags: Mapping[str, str] = run.data.tags
+    written = joined_tag(tags, RECORD_TAG)
+    if written is not None:
+        known = {k: v for k, v in json.loads(written).items() if k in _KNOWN}
+        return replace(RunRecord(**known), run_id=run.info.run_id)
+    ended = run.info.end_time
+    fingerprints: dict[str, Any] = {
+        key: tags[f"escala.{key}"]
+        for key in _KNOWN
+        if key.endswith("_fingerprint") and f"escala.{key}" in tags
+    }
+    return RunRecord(
+        run_id=run.info.run_id,
+        job_id=tags.get("escala.job_id", ""),
+        attempt=int(tags.get("escala.attempt", 0)),
+        name=tags.get("escala.name", run.info.run_name or ""),
+        workload=tags.get("escala.workload", ""),
+        status=run.info.status.lower(),  # or "failed", "killed" where its writer was killed
+        started_at=run.info.start_time / 1000,
+        ended_at=ended / 1000 if ended else None,
+        **fingerprints,
+    )
+
+
+def _checked(value: str) -> str:
+    if "'" in value:
+        raise NotFoundError(f"no run has {value!r}: a name holds no quote", "`escala runs list` shows all")
+    return value

@@ -1,0 +1,65 @@
+"""One real local cluster for the whole session: Ray head, MLflow server, reconcile loop, in a home of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def wait_for(condition: Callable[[], T], seconds: float, what: str, every: float = 0.1) -> T:
+    """The first true value of `condition`, within a limit."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(every)
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    """A home of the session's own, away from ~/.escala, on free ports."""
+    directory = Path(tempfile.mkdtemp(prefix="escala-tests-"))
+    ray, dashboard, mlflow = free_ports(3)
+    os.environ.update(
+        ESCALA_HOME=str(directory),
+        ESCALA_RAY_PORT=str(ray),
+        ESCALA_RAY_DASHBOARD_PORT=str(dashboard),
+        ESCALA_MLFLOW_PORT=str(mlflow),
+    )
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Path) -> Iterator[Path]:
+    """The session's cluster, up."""
+    from escala import api
+
+    api.up(report=print)
+    yield home
+    api.down(report=print)

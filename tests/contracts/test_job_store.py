@@ -1,0 +1,254 @@
+"""What the job store promises, on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import insert, text
+
+from escala.errors import ClusterError, NotFoundError, SpecError, StateError, VersionError
+from escala.jobs import database, tables
+from escala.jobs.database import open_engine, writing
+from escala.jobs.model import NewJob, Usage
+from escala.jobs.state import BudgetSpent, DriverSeen, StopRequested
+from escala.jobs.store import JobStore, LostRace
+from escala.records import Outcome, Progress
+
+NEW = NewJob("pretrain", "workloads.pretrain", {"model": {"n_layers": 2}})
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def open_and_list(url: str) -> int:
+    """For another process: open the store, count the jobs."""
+    return len(JobStore(url).list())
+
+
+def claim_all(url: str) -> list[str]:
+    """For another thread or process: claim every queued job that nobody else claims first."""
+    store = JobStore(url)
+    claimed = []
+    while queue := store.queue(20):
+        for job in queue:
+            try:
+                claimed.append(store.claim_start(job).submission_id)
+            except LostRace:
+                continue
+    store.close()
+    return claimed
+
+
+@pytest.fixture
+def store(database_url):
+    store = JobStore(database_url)
+    yield store
+    store.close()
+
+
+class TestJobStore:
+    def test_a_job_comes_back_as_it_was_submitted(self, store):
+        parent = store.submit(NEW)
+        new = NewJob(
+            "pretrain",
+            "workloads.pretrain",
+            {"a": [1, 2.5, None, "ü"]},
+            name="first",
+            command=("escala", "submit", "pretrain"),
+            priority=70,
+            retries=1,
+            after=parent.id,
+            max_flops=1e21,
+            max_seconds=12.5,
+            resume_from="/checkpoints",
+            parent=parent.id[:5],
+            tags={"team": "x"},
+        )
+        job = store.submit(new)
+        assert store.get(job.id) == job == store.list()[-1]
+        assert (job.state, job.attempts, job.after, job.parent) == ("queued", 0, parent.id, parent.id)
+        stored = {name: getattr(job, name) for name in ("config", "name", "priority", "retries", "max_flops")}
+        assert stored == {name: getattr(new, name) for name in stored}
+        assert tuple(job.command) == new.command
+        assert (job.resume_from, job.tags, job.max_seconds) == ("/checkpoints", {"team": "x"}, 12.5)
+        assert [e.state for e in store.events(job.id)] == ["queued"]
+
+    def test_get_takes_id_unique_name_and_unique_prefix(self, store):
+        one, two = store.submit(replace(NEW, name="a")), store.submit(replace(NEW, name="b"))
+        assert store.get("a") == one
+        assert store.get(two.id[:7]) == two
+        with pytest.raises(NotFoundError, match="several"):
+            store.get("j")
+        with pytest.raises(NotFoundError, match="no job 'c%'"):
+            store.get("c%")
+        with pytest.raises(NotFoundError):
+            store.submit(replace(NEW, after="nothing"))
+
+    def test_an_attempt_from_claim_to_end(self, store):
+        job = store.submit(NEW)
+        attempt = store.claim_start(job)
+        assert (attempt.number, attempt.submission_id) == (1, f"{job.id}-1")
+        store.record_submitted(attempt)
+        store.record_progress(attempt, Progress(5, 10, 640, 1e9, 2.0, 3.5, 320.0, None, 1.0))
+        running = store.apply(store.get(job.id), DriverSeen())
+        assert (running.state, running.train_tokens) == ("running", 640)
+        lost = store.finish(running, Outcome("driver_lost", "gone"), Usage(640, 1e9, 2.0))
+        assert (lost.state, lost.reason, lost.retries_used) == ("queued", "driver_lost", 1)
+        second = store.claim_start(lost)
+        outcome = Outcome("succeeded", checkpoint="c", record={"run_id": "r"})
+        done = store.finish(store.get(job.id), outcome, Usage(1280, 2e9, 4.0, 7.0))
+        assert done.state == "succeeded"
+        assert (done.totals.attempts, done.totals.train_tokens, done.totals.compute_flops) == (2, 1920, 3e9)
+        assert (done.totals.wall_seconds, done.totals.energy_joules) == (6.0, 7.0)
+        first, second = store.attempts(job.id)
+        assert first.submitted_at is not None
+        assert first.progress["step"] == 5
+        assert (second.number, second.outcome, second.checkpoint, second.record) == (
+            2,
+            "succeeded",
+            "c",
+            {"run_id": "r"},
+        )
+        states = [(e.state, e.attempt) for e in store.events(job.id)]
+        assert states == [
+            ("queued", 0),
+            ("starting", 1),
+            ("running", 1),
+            ("queued", 1),
+            ("starting", 2),
+            ("succeeded", 2),
+        ]
+        assert [a.number for a in store.undelivered()] == [1, 2]
+        store.record_delivered(first)
+        assert [a.number for a in store.undelivered()] == [2]
+
+    def test_a_stale_reading_loses(self, store):
+        job = store.submit(NEW)
+        store.claim_start(job)
+        for stale in (lambda: store.claim_start(job), lambda: store.apply(job, BudgetSpent("all"))):
+            with pytest.raises(LostRace):
+                stale()
+        assert len(store.attempts(job.id)) == 1
+        assert store.get(job.id).state == "starting"
+
+    def test_stop(self, store):
+        queued, started = store.submit(NEW), store.submit(NEW)
+        assert (store.request_stop(queued.id).state, store.get(queued.id).reason) == ("stopped", "user")
+        store.claim_start(started)
+        stopping = store.request_stop(started.id)
+        assert (stopping.state, stopping.stop_requested) == ("stopping", True)
+        assert store.attempts(started.id)[0].stopping_at is not None
+        with pytest.raises(StateError, match="already stopping"):
+            store.request_stop(started.id)
+        with pytest.raises(StateError, match="already stopped"):
+            store.request_stop(queued.id)
+        again = store.request_retry(queued.id)
+        assert (again.state, again.stop_requested, again.order) == ("queued", False, queued.order)
+        with pytest.raises(StateError, match="stop it first"):
+            store.request_retry(started.id)
+
+    def test_the_queue_is_in_order_and_leaves_waiting_jobs_out(self, store):
+        first = store.submit(NEW)
+        urgent = store.submit(replace(NEW, priority=90))
+        waiting = store.submit(replace(NEW, priority=100, after=first.id))
+        assert [job.id for job in store.queue(10)] == [urgent.id, first.id]
+        assert store.broken_dependencies() == []
+        store.apply(first, StopRequested())
+        assert [job.id for job in store.queue(10)] == [urgent.id]
+        assert [(j.id, other, state) for j, other, state in store.broken_dependencies()] == [
+            (waiting.id, first.id, "stopped")
+        ]
+
+    def test_a_waiting_job_may_start_once_the_other_succeeded(self, store):
+        first = store.submit(NEW)
+        waiting = store.submit(replace(NEW, after=first.id))
+        store.claim_start(first)
+        store.finish(store.get(first.id), Outcome("succeeded"), Usage())
+        assert [job.id for job in store.queue(10)] == [waiting.id]
+        assert store.get(first.id).totals.train_tokens is None
+
+    @pytest.mark.parametrize("pool", ["threads", "processes"])
+    def test_four_claimers_start_each_job_once(self, store, database_url, pool):
+        jobs = [store.submit(NEW) for _ in range(20)]
+        make = ThreadPoolExecutor(4) if pool == "threads" else ProcessPoolExecutor(4, mp_context=SPAWN)
+        with make as executor:
+            claims = [c for found in executor.map(claim_all, [database_url] * 4) for c in found]
+        assert sorted(claims) == sorted(f"{job.id}-1" for job in jobs)
+        assert all(len(store.attempts(job.id)) == 1 for job in jobs)
+
+    def test_two_processes_may_open_a_new_database_at_once(self, database_url):
+        with ProcessPoolExecutor(2, mp_context=SPAWN) as executor:
+            assert [*executor.map(open_and_list, [database_url] * 2)] == [0, 0]
+
+    def test_the_migrations_make_the_tables_that_the_code_uses(self, database_url):
+        from alembic.autogenerate import compare_metadata
+        from alembic.migration import MigrationContext
+
+        with open_engine(database_url).connect() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), tables.metadata) == []
+
+    def test_a_newer_database_is_refused(self, store, database_url):
+        with writing(open_engine(database_url)) as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        with pytest.raises(VersionError, match="another version"):
+            JobStore(database_url)
+
+    def test_opening_again_is_quick_and_imports_no_alembic(self, store, database_url, monkeypatch):
+        for name in [m for m in sys.modules if m.split(".")[0] == "alembic"]:
+            monkeypatch.delitem(sys.modules, name)
+        seconds = []
+        for _ in range(3):
+            began = time.process_time()
+            JobStore(database_url).close()
+            seconds.append(time.process_time() - began)
+        assert min(seconds) < 0.1
+        assert "alembic" not in sys.modules
+
+    def test_ten_thousand_jobs(self, store, database_url):
+        job = store.submit(NEW)
+        template = {c.name: getattr(job, c.name) for c in tables.job.columns if c.name != "order"}
+        config = {"section": {f"key_{i}": i for i in range(60)}}
+        rows = [template | {"id": f"x{i}", "priority": i % 100, "config": config} for i in range(10_000)]
+        for row in rows[1000:]:
+            row["state"] = "succeeded"
+        with writing(open_engine(database_url)) as connection:
+            connection.execute(insert(tables.job), rows)
+        timings = {"list": 9.0, "queue": 9.0}
+        for _ in range(3):
+            began = time.process_time()
+            assert len(store.list(["queued"])) == 1001
+            timings["list"] = min(timings["list"], time.process_time() - began)
+            began = time.process_time()
+            assert [job.priority for job in store.queue(20)] == [99] * 10 + [98] * 10
+            timings["queue"] = min(timings["queue"], time.process_time() - began)
+        print(timings)
+        assert timings["list"] < 0.2
+        assert timings["queue"] < 0.1
+
+
+def test_the_stated_head_is_the_last_migration():
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", database.__file__.replace("database.py", "migrations"))
+    assert ScriptDirectory.from_config(config).get_current_head() == database.HEAD
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("nonsense", SpecError),
+        ("mysql://x/y", SpecError),
+        ("sqlite://", SpecError),
+        ("postgresql://escala:secret@127.0.0.1:1/x", ClusterError),
+    ],
+)
+def test_an_address_that_cannot_be_used_says_so_without_the_password(url, error):
+    with pytest.raises(error) as caught:
+        JobStore(url)
+    assert caught.value.hint
+    assert "secret" not in str(caught.value)

@@ -1,0 +1,287 @@
+"""What every tracker does: MLflow itself, and the spool with its delivery, seen in one MLflow database."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escala.errors import ClusterError, NotFoundError, SpecError
+from escala.records import RunRecord
+from escala.tracking import spool as spool_module
+from escala.tracking.delivery import Delivery
+from escala.tracking.lineage import canonical_json, code_fingerprint, fingerprint
+from escala.tracking.mlflow_tracker import MlflowTracker, joined_tag, split_tag
+from escala.tracking.runs import get_run, list_runs, run_url
+from escala.tracking.spool import DROPPED_TAG, SpoolTracker, close_spool
+from escala.tracking.tracker import Metric, Tracker, open_tracker
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for the file: its creation takes seconds. Tests use experiments of their own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def experiment(
+    request: pytest.FixtureRequest, uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
+    monkeypatch.chdir(tmp_path)  # MLflow puts a database's artifacts under the working directory
+    return request.node.name
+
+
+@pytest.fixture(scope="module")
+def client(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@pytest.fixture(params=["mlflow", "spool"])
+def opened(request: pytest.FixtureRequest, uri: str, tmp_path: Path) -> tuple[Tracker, Callable[[], None]]:
+    """(tracker, what makes its words arrive)."""
+    if request.param == "mlflow":
+        return MlflowTracker(uri), lambda: None
+    directory = tmp_path / "spool"
+    delivery = Delivery(uri)
+    return SpoolTracker(directory), lambda: [delivery.deliver(directory), None][1]
+
+
+def only_run(client: Any, experiment: str) -> Any:
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert len(found) == 1
+    return found[0]
+
+
+def points(key: str, count: int, first: int = 0) -> list[Metric]:
+    return [Metric(key, float(i), i, 1_700_000_000_000 + i) for i in range(first, first + count)]
+
+
+def test_a_whole_run(opened: Any, client: Any, experiment: str) -> None:
+    tracker, arrive = opened
+    run_id = tracker.start("job-1", experiment, "first", {"a": "1"}, {"lr": "0.1"})
+    tracker.metrics(run_id, points("loss", 2500))
+    tracker.tags(run_id, {"a": "2", "b": "x"})
+    tracker.text(run_id, "folder/note.json", '{"é": 1}')
+    tracker.finish(run_id, "FINISHED")
+    arrive()
+    run = only_run(client, experiment)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "first"
+    assert run.data.params == {"lr": "0.1"}
+    assert {"a": "2", "b": "x"}.items() <= run.data.tags.items()
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(i, float(i)) for i in range(2500)]
+    path = client.download_artifacts(run.info.run_id, "folder/note.json")
+    assert json.loads(Path(path).read_text()) == {"é": 1}
+
+
+def test_one_key_is_one_run_and_a_repeated_point_counts_once(
+    opened: Any, client: Any, experiment: str
+) -> None:
+    tracker, arrive = opened
+    for _ in range(2):
+        run_id = tracker.start("job-1", experiment, "name", {}, {"lr": "0.1"})
+        tracker.metrics(run_id, points("loss", 3))
+    tracker.finish(run_id, "KILLED")
+    arrive()
+    run = only_run(client, experiment)
+    assert run.info.status == "KILLED"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 3
+
+
+def test_beyond_mlflows_limits(opened: Any, client: Any, experiment: str) -> None:
+    tracker, arrive = opened
+    params = {f"p{i}": "v" for i in range(250)} | {"long": "x" * 7000}
+    long = "y" * 20_000
+    run_id = tracker.start("job-1", experiment, "name", {"long": long}, params)
+    tracker.finish(run_id, "FINISHED")
+    arrive()
+    run = only_run(client, experiment)
+    assert len(run.data.params) == 251
+    assert run.data.params["long"].endswith("x…")
+    assert joined_tag(run.data.tags, "long") == long
+
+
+@pytest.mark.parametrize("length", [0, 1, 7999, 8000, 8001, 16000, 24001])
+def test_a_long_tag_survives_and_may_shrink(length: int) -> None:
+    tags = dict(split_tag("t", "a" * 24001)) | dict(split_tag("t", "b" * length))
+    assert joined_tag(tags, "t") == "b" * length
+    assert all(len(value) <= 8000 for value in tags.values())
+
+
+class Flaky:
+    """A real tracker behind a connection that breaks after `calls` more calls."""
+
+    def __init__(self, inner: Tracker, calls: int, before: bool) -> None:
+        self._inner, self.calls, self._before = inner, calls, before
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.calls -= 1
+            if self.calls < 0 and self._before:
+                raise ConnectionError("away")
+            answer = getattr(self._inner, name)(*arguments)
+            if self.calls < 0:
+                raise ConnectionError("away, after it was done")
+            return answer
+
+        return call
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("calls", range(5))
+def test_cut_off_at_every_call_nothing_is_lost_or_doubled(
+    uri: str, client: Any, experiment: str, tmp_path: Path, calls: int, before: bool
+) -> None:
+    directory = tmp_path / "spool"
+    spool = SpoolTracker(directory)
+    spool.start("job-1", experiment, "name", {"a": "1"}, {"p": "1"})
+    spool.metrics("", points("loss", 1500))
+    spool.text("", "note.txt", "hello")
+    spool.finish("", "FINISHED")
+    flaky = Flaky(MlflowTracker(uri), calls, before)
+    first = Delivery(lambda: flaky).deliver(directory)
+    assert first is (flaky.calls >= 0)
+    assert Delivery(uri).deliver(directory)  # another process, later
+    run = only_run(client, experiment)
+    assert run.info.status == "FINISHED"
+    assert (directory / "run_id").read_text() == run.info.run_id
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 1500
+
+
+def test_a_tracker_that_is_away_is_said_once_and_waited_for(
+    uri: str, client: Any, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory, now = tmp_path / "spool", [0.0]
+    spool = SpoolTracker(directory)
+    spool.start("job-1", experiment, "name", {}, {})
+    flaky = Flaky(MlflowTracker(uri), 0, before=True)
+    delivery = Delivery(lambda: flaky, clock=lambda: now[0])
+    with caplog.at_level(logging.WARNING, "escala.delivery"):
+        for _ in range(10):
+            now[0] += 0.2
+            assert not delivery.deliver(directory)
+    assert len(caplog.records) == 1
+    assert flaky.calls >= -4  # waits double: 0.5 s, 1 s, ...
+    spool.finish("", "FINISHED")
+    flaky.calls, now[0] = 100, 100.0
+    assert delivery.deliver(directory)
+    assert only_run(client, experiment).info.status == "FINISHED"
+
+
+def test_an_absent_server_is_an_error_within_seconds(tmp_path: Path) -> None:
+    spool = SpoolTracker(tmp_path)
+    spool.start("job-1", "experiment", "name", {}, {})
+    begun = time.monotonic()
+    assert not Delivery("http://127.0.0.1:9").deliver(tmp_path)
+    with pytest.raises(ClusterError, match=r"127\.0\.0\.1:9"):
+        list_runs("http://127.0.0.1:9")
+    assert time.monotonic() - begun < 15
+
+
+def test_delivered_while_it_is_written_by_two(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:
+    """The driver opens and closes the run; rank 0, in a process of its own, measures."""
+    driver, rank, delivery = SpoolTracker(tmp_path / "s"), SpoolTracker(tmp_path / "s"), Delivery(uri)
+    run_id = driver.start("job-1", experiment, "name", {}, {})
+    assert not delivery.deliver(tmp_path / "s")
+    rank.metrics(run_id, points("loss", 10))
+    assert not delivery.deliver(tmp_path / "s")
+    rank.metrics(run_id, points("loss", 10, first=10))
+    with next((tmp_path / "s").glob("*-1.jsonl")).open("ab") as file:
+        file.write(b'{"event":"metrics","poi')  # killed while it wrote
+    driver.finish(run_id, "FAILED")
+    assert delivery.deliver(tmp_path / "s")
+    run = only_run(client, experiment)
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 20
+    assert run.info.status == "FAILED"
+
+
+def test_a_killed_writers_run_is_closed(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:
+    close_spool(tmp_path / "none", "KILLED")
+    assert Delivery(uri).deliver(tmp_path / "none")
+    SpoolTracker(tmp_path / "s").start("job-1", experiment, "name", {}, {})
+    for _ in range(2):
+        close_spool(tmp_path / "s", "KILLED")
+    assert len(list((tmp_path / "s").glob("*.jsonl"))) == 2
+    assert Delivery(uri).deliver(tmp_path / "s")
+    assert only_run(client, experiment).info.status == "KILLED"
+
+
+def test_a_refused_event_is_left_out(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:
+    spool = SpoolTracker(tmp_path / "s")
+    run_id = spool.start("job-1", experiment, "name", {}, {})
+    spool.metrics(run_id, [Metric("no?such*name", 1.0, 0, 1)])
+    spool.tags(run_id, {"after": "1"})
+    spool.finish(run_id, "FINISHED")
+    assert Delivery(uri).deliver(tmp_path / "s")
+    assert only_run(client, experiment).data.tags["after"] == "1"
+
+
+def test_the_spool_is_bounded_and_says_so(tmp_path: Path) -> None:
+    spool = SpoolTracker(tmp_path, limit_bytes=10_000)
+    spool.start("job-1", "e", "name", {}, {})
+    for first in range(0, 5000, 100):
+        spool.metrics("job-1", points("loss", 100, first))
+    spool.finish("job-1", "FINISHED")
+    events = list(spool_module.read_events(tmp_path))
+    kept = sum(len(e["points"]) for e in events if e["event"] == "metrics")
+    dropped = [int(e["tags"][DROPPED_TAG]) for e in events if e["event"] == "tags"]
+    assert 0 < kept < 5000
+    assert kept + dropped[-1] == 5000
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 12_000
+
+
+def test_runs_are_read_back(uri: str, experiment: str, tmp_path: Path) -> None:
+    tracker = open_tracker(uri)
+    for number in range(3):
+        tags = {"escala.job_id": f"job{number}", "escala.attempt": "1", "escala.workload": "pretrain",
+                "escala.name": f"n{number}", "escala.config_fingerprint": "abc"}  # fmt: skip
+        run_id = tracker.start(f"{experiment}-{number}", experiment, f"n{number}", tags, {})
+        if number:
+            record = RunRecord(None, f"job{number}", 1, f"n{number}", "pretrain", "succeeded", 5.0 + number,
+                               held_out_loss_nats=2.5, reason="long " * 3000)  # fmt: skip
+            tracker.tags(run_id, {"escala.record": json.dumps(asdict(record)), "x": "y"})
+            tracker.finish(run_id, "FINISHED")
+    found = list_runs(uri, experiment)
+    assert [r.job_id for r in found] == ["job2", "job1", "job0"]
+    assert found[0].held_out_loss_nats == 2.5
+    assert found[0].reason == "long " * 3000
+    assert (found[2].status, found[2].config_fingerprint) == ("running", "abc")
+    assert [r.job_id for r in list_runs(uri, experiment, status="succeeded", limit=1)] == ["job2"]
+    assert [r.name for r in list_runs(uri, experiment, job_id="job1")] == ["n1"]
+    assert list_runs(uri, "no such experiment") == []
+    run_id = str(found[1].run_id)
+    assert get_run(uri, experiment, run_id) == get_run(uri, None, run_id[:12]) == found[1]
+    with pytest.raises(NotFoundError, match="no run"):
+        get_run(uri, experiment, "zzz")
+    with pytest.raises(NotFoundError, match="database"):
+        run_url(uri, run_id)
+
+
+def test_an_unknown_kind_of_address() -> None:
+    with pytest.raises(SpecError, match="ftp"):
+        open_tracker("ftp://somewhere")
+
+
+def test_fingerprints() -> None:
+    assert canonical_json({"b": (1, 2.5), "a": None}) == '{"a":null,"b":[1,2.5]}'
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+    assert len(fingerprint(1)) == 16
+    refused: list[tuple[Any, str]] = [
+        ({"x": {1, 2}}, r"value\.x is a set"),
+        ({"x": [float("nan")]}, r"value\.x\[0\] is nan"),
+        ({"x": object()}, r"value\.x is a object"),
+        ({1: 2}, "key 1"),
+    ]
+    for value, name in refused:
+        with pytest.raises(SpecError, match=name):
+            fingerprint(value)
+    assert len(code_fingerprint().fingerprint) == 16

@@ -1,0 +1,150 @@
+"""Real kills, by pid, of all that a job stands on. Nothing is lost or doubled; the loss is the undisturbed run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from escala import api
+from escala.records import AttemptFiles, Progress, read_record
+from escala.settings import load_settings
+from escala.tracking.runs import list_runs
+from tests.conftest import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = 600
+OVERRIDES = [
+    "model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
+    "data={tokenizer: {vocab_size: 512, train_characters: 300000}, max_characters: 2000000, held_out_fraction: 0.2}",
+    f"training={{steps: {STEPS}, batch_sequences: 8, evaluation_tokens: 4096, checkpoint_every_steps: 100}}",
+    "resources.workers=2",
+]
+
+
+def submit(name: str, *more: str) -> str:
+    return api.submit("pretrain", (), [*OVERRIDES, *more], {"name": name}).id
+
+
+def files(job_id: str, attempt: int = 1) -> AttemptFiles:
+    return AttemptFiles(load_settings().home / "jobs" / job_id / f"attempt-{attempt}")
+
+
+def at_step(job_id: str, step: int, attempt: int = 1) -> None:
+    def reached() -> bool:
+        assert api.job(job_id).job.state not in api.FINAL, "it ended before it could be disturbed"
+        progress = read_record(Progress, files(job_id, attempt).progress)
+        return progress is not None and progress.step >= step
+
+    wait_for(reached, 180, f"step {step} of {job_id}")
+
+
+def ended(job_id: str) -> api.JobDetails:
+    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 300, f"the end of {job_id}", every=0.5)
+    return api.job(job_id)
+
+
+def final(details: api.JobDetails) -> tuple[float, float]:
+    """Held-out loss and training loss of the last step, as recorded."""
+    assert details.job.state == "succeeded", details.job.message
+    record = details.attempts[-1].record
+    return record["held_out_loss_nats"], record["train_loss_nats"]
+
+
+def processes(job_id: str, what: str) -> list[psutil.Process]:
+    """This job's driver, or the session's training workers: ours, found by their command line and home."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if what == "driver" and str(files(job_id).directory.parent) in line and "workloads.pretrain" in line:
+            found.append(process)
+        if what == "worker" and "RayTrainWorker" in line and _in_this_home(process):
+            found.append(process)
+    return found
+
+
+def _in_this_home(process: psutil.Process) -> bool:
+    head = psutil.Process(next(p.pid for p in api.status().processes if p.name == "ray"))
+    return head.pid in {parent.pid for parent in process.parents()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Path) -> tuple[float, float]:
+    """What the run ends with when nobody disturbs it."""
+    return final(ended(submit("undisturbed")))
+
+
+@pytest.mark.parametrize("what", ["worker", "driver"])
+def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
+    undisturbed: tuple[float, float], what: str
+) -> None:
+    job_id = submit(f"{what}-killed")
+    at_step(job_id, 150)
+    victims = processes(job_id, what)
+    assert victims
+    victims[0].kill()
+    details = ended(job_id)
+    assert [a.outcome for a in details.attempts] == [f"{what}_lost", "succeeded"]
+    assert final(details) == undisturbed
+    last = details.attempts[-1].record
+    assert last["train_tokens"] == STEPS * 8 * 64
+    assert last["attempt_tokens"] < last["train_tokens"]  # it went on from a checkpoint
+    assert details.totals.train_tokens >= last["train_tokens"]
+
+
+def test_a_killed_head_is_restarted_and_its_jobs_go_on(undisturbed: tuple[float, float]) -> None:
+    job_id = submit("head-killed")
+    at_step(job_id, 150)
+    before = next(p.pid for p in api.status().processes if p.name == "ray")
+    psutil.Process(before).kill()
+    details = ended(job_id)
+    assert [a.outcome for a in details.attempts] == ["driver_lost", "succeeded"]
+    assert final(details) == undisturbed
+    assert next(p.pid for p in api.status().processes if p.name == "ray") != before
+    assert any("step 0" in line or "held-out" in line for line in api.logs(job_id))  # logs outlive the head
+
+
+def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
+    undisturbed: tuple[float, float],
+) -> None:
+    job_id = submit("tracker-and-loop-killed")
+    at_step(job_id, 100)
+    for name in ("runner", "mlflow"):
+        psutil.Process(next(p.pid for p in api.status().processes if p.name == name)).kill()
+    api.up()
+    details = ended(job_id)
+    assert [a.outcome for a in details.attempts] == ["succeeded"]
+    assert final(details) == undisturbed
+    settings = load_settings()
+
+    def delivered() -> bool:
+        found = list_runs(settings.tracker, settings.experiment, job_id=job_id)
+        assert len(found) <= 1, "a run was doubled"
+        return bool(found) and found[0].held_out_loss_nats is not None
+
+    wait_for(delivered, 120, "the run in MLflow", every=1.0)
+    assert len(_training_losses(job_id)) == STEPS
+
+
+def _training_losses(job_id: str) -> list[float]:
+    from mlflow import MlflowClient
+
+    settings = load_settings()
+    run = list_runs(settings.tracker, settings.experiment, job_id=job_id)[0]
+    return [m.value for m in MlflowClient(settings.tracker).get_metric_history(run.run_id, "train_loss_nats")]
+
+
+def test_a_sigterm_to_the_driver_checkpoints_first_and_costs_no_retry(
+    undisturbed: tuple[float, float],
+) -> None:
+    job_id = submit("preempted")
+    at_step(job_id, 150)
+    processes(job_id, "driver")[0].terminate()
+    details = ended(job_id)
+    assert [a.outcome for a in details.attempts] == ["preempted", "succeeded"]
+    assert details.job.retries_used == 0
+    assert final(details) == undisturbed
+    first, second = (a.record for a in details.attempts)
+    assert first["attempt_tokens"] + second["attempt_tokens"] == STEPS * 8 * 64  # not one step repeated

@@ -1,0 +1,356 @@
+"""The reconcile step against an in-memory backend: whatever it is killed at, it loses and doubles nothing.
+
+The backend here is the other side of the `Backend` protocol; its drivers write the same files as real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escala.errors import ClusterError
+from escala.jobs import reconcile
+from escala.jobs.model import NewJob
+from escala.jobs.reconcile import Reconciler
+from escala.jobs.runner import only_one
+from escala.jobs.store import JobStore
+from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, read_record, write_json
+
+REAL_WRITE, REAL_READ = write_json, read_record
+
+
+class Crash(BaseException):
+    """The process is killed here."""
+
+
+@dataclass
+class Killer:
+    """Kills right after the operations with these numbers took effect, which is before the next one."""
+
+    at: range = range(0)
+    count: int = 0
+
+    def around(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            self.count += 1
+            number = self.count
+            result = operation(*args, **named)
+            if number in self.at:
+                raise Crash
+            return result
+
+        return call
+
+
+class Breakable:
+    """An object whose every method goes through the killer."""
+
+    def __init__(self, inner: Any, killer: Killer) -> None:
+        self._inner, self._killer = inner, killer
+
+    def __getattr__(self, name: str) -> Any:
+        return self._killer.around(getattr(self._inner, name))
+
+
+@dataclass
+class Cluster:
+    """The backend and its drivers. `plans`: what the n-th driver of a job does; the default is to succeed."""
+
+    home: Path
+    plans: dict[str, list[str]]
+    up: bool = True
+    drivers: dict[str, str] = field(default_factory=dict)  # submission id -> status
+    submissions: list[str] = field(default_factory=list)
+    killed: list[str] = field(default_factory=list)
+    fences: list[tuple[str, str]] = field(default_factory=list)  # as they stood at each submission
+
+    def _asked(self) -> None:
+        if not self.up:
+            raise ClusterError("the head is away")
+
+    def reachable(self) -> bool:
+        return self.up
+
+    def submit(self, submission_id: str, entrypoint: str, env: Any, metadata: Any) -> None:
+        self._asked()
+        job_id, _, number = submission_id.rpartition("-")
+        assert read_record(AttemptSpec, self._files(submission_id).spec).attempt == int(number)
+        self.fences.append((submission_id, (self.home / "jobs" / job_id / "current").read_text()))
+        self.submissions.append(submission_id)
+        self.drivers[submission_id] = "pending"
+
+    def status(self, submission_id: str) -> str:
+        self._asked()
+        return self.drivers.get(submission_id, "absent")
+
+    def kill(self, submission_id: str) -> None:
+        self._asked()
+        if self.drivers.get(submission_id) in ("pending", "running"):
+            self.killed.append(submission_id)
+            self.drivers[submission_id] = "ended"
+
+    def restart(self) -> None:
+        """The head dies with all it knew; the next one knows nothing."""
+        self.drivers.clear()
+
+    def _files(self, submission_id: str) -> AttemptFiles:
+        job_id, _, number = submission_id.rpartition("-")
+        return AttemptFiles(self.home / "jobs" / job_id / f"attempt-{number}")
+
+    def tick(self) -> None:
+        """Every driver takes a step: pending -> running with a log -> what its plan says."""
+        for submission_id, status in list(self.drivers.items()):
+            files = self._files(submission_id)
+            if status == "pending":
+                files.log.write_text("started\n")
+                REAL_WRITE(files.progress, Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0))
+                self.drivers[submission_id] = "running"
+            elif status == "running":
+                self._end(submission_id, files)
+
+    def _end(self, submission_id: str, files: AttemptFiles) -> None:
+        name = read_record(AttemptSpec, files.spec).name
+        plan = self.plans.get(name, [])
+        number = int(submission_id.rpartition("-")[2])
+        act = plan[number - 1] if number <= len(plan) else "succeeded"
+        if act == "obey" and files.control.exists():
+            REAL_WRITE(files.outcome, Outcome(json.loads(files.control.read_text())["stop"]))
+        elif act not in ("vanish", "obey", "hang"):
+            usage = {"attempt_tokens": 128, "attempt_flops": 2e6, "wall_seconds": 2.0}
+            REAL_WRITE(files.outcome, Outcome(act, "said so", record=usage))
+        if act != "hang" and (act != "obey" or files.control.exists()):
+            self.drivers[submission_id] = "ended"
+
+
+class World:
+    """A store, a cluster and a clock; reconcilers come and go."""
+
+    def __init__(self, tmp_path: Path, plans: dict[str, list[str]] | None = None, store: Path | None = None):
+        self.now = 1000.0
+        if store is not None:
+            shutil.copy(store, tmp_path / "jobs.db")
+        self.store = JobStore(f"sqlite:///{tmp_path}/jobs.db", lambda: self.now)
+        self.cluster = Cluster(tmp_path, plans or {})
+        self.killer = Killer()
+        self.delivered: list[Path] = []
+        self.home = tmp_path
+        self.born()
+
+    def born(self) -> None:
+        store, backend = Breakable(self.store, self.killer), Breakable(self.cluster, self.killer)
+        self.reconciler = Reconciler(
+            store, backend, self.home, lambda job: {}, 2, self._deliver, lambda: self.now
+        )
+
+    def _deliver(self, directory: Path, lost: bool) -> bool:
+        self.delivered.append(directory)
+        return True
+
+    def submit(self, name: str, **named: Any) -> str:
+        return self.store.submit(NewJob("pretrain", "workloads.pretrain", {}, name=name, **named)).id
+
+    def tick(self) -> None:
+        try:
+            self.reconciler.step()
+            self.reconciler.deliver()
+        except Crash:
+            self.born()
+        self.cluster.tick()
+        self.now += 2.0
+
+    def until(self, true: Callable[[], bool], limit: int = 60) -> None:
+        for _ in range(limit):
+            if true():
+                return
+            self.tick()
+        raise AssertionError([(j.name, j.state, j.reason) for j in self.store.list()])
+
+    def run(self) -> None:
+        self.until(lambda: not self.store.list(("queued", "starting", "running", "stopping")))
+
+    def end(self) -> dict[str, Any]:
+        return {j.name: (j.state, j.reason, j.attempts, j.train_tokens) for j in self.store.list()}
+
+
+PLANS = {
+    "lost once": ["vanish"],
+    "bad": ["user_error"],
+    "preempted": ["preempted", "vanish"],
+    "stop me": ["obey"],
+    "spent": ["vanish"],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lost once": {"retries": 1},
+    "preempted": {"retries": 1, "priority": 90},
+    "stop me": {"priority": 100},
+    "spent": {"max_flops": 1e6, "retries": 3},
+}
+BAD = ("failed", "user_error", 1, 128)  # comes with "after bad"
+EXPECTED = {
+    "plain": ("succeeded", None, 1, 128),
+    "lost once": ("succeeded", None, 2, 64 + 128),
+    "after bad": ("failed", "dependency", 0, None),
+    "preempted": ("succeeded", None, 3, 128 + 64 + 128),
+    "stop me": ("stopped", "user", 1, 64),
+    "spent": ("stopped", "budget", 1, 64),
+}
+
+
+def play(world: World, names: tuple[str, ...] = tuple(EXPECTED)) -> None:
+    """The story of these jobs: `stop me` is stopped once it runs."""
+    world.cluster.plans = PLANS
+    for name in names:
+        named = dict(OPTIONS.get(name, {}))
+        if name == "after bad":
+            named["after"] = world.submit("bad")
+        world.submit(name, **named)
+    world.until(lambda: world.store.get("stop me").state == "running")
+    world.store.request_stop("stop me")
+    world.run()
+    world.until(lambda: not world.store.undelivered())
+
+
+@pytest.fixture
+def breakable_files(monkeypatch):
+    def use(killer: Killer) -> None:
+        monkeypatch.setattr(reconcile, "write_json", killer.around(REAL_WRITE))
+        monkeypatch.setattr(reconcile, "read_record", killer.around(REAL_READ))
+
+    return use
+
+
+def check(world: World, names: tuple[str, ...] = tuple(EXPECTED)) -> None:
+    expected = {name: EXPECTED[name] for name in names}
+    assert world.end() == expected | ({"bad": BAD} if "after bad" in names else {})
+    started = [a.submission_id for job in world.store.list() for a in world.store.attempts(job.id)]
+    assert sorted(world.cluster.submissions) == sorted(started), "each attempt is submitted exactly once"
+    assert all(submission.endswith(f"-{fence}") for submission, fence in world.cluster.fences)
+
+
+def test_undisturbed(tmp_path):
+    world = World(tmp_path)
+    play(world)
+    check(world)
+
+
+def killed_world(directory: Path, migrated: Path, kills: range, breakable_files: Any) -> World:
+    directory.mkdir()
+    world = World(directory, store=migrated)
+    world.killer = Killer(kills)
+    world.born()
+    breakable_files(world.killer)
+    return world
+
+
+@pytest.fixture
+def migrated(tmp_path):
+    World(tmp_path).store.close()  # closing folds the write-ahead log into the file
+    return tmp_path / "jobs.db"
+
+
+@pytest.mark.slow
+def test_killed_after_any_operation_it_loses_and_doubles_nothing(tmp_path, migrated, breakable_files):
+    """Every operation on store, backend and files in turn, until the story ends before the kill."""
+    story = ("lost once", "stop me")
+    at, ended = 0, False
+    while not ended:
+        at += 1
+        world = killed_world(tmp_path / str(at), migrated, range(at, at + 1), breakable_files)
+        play(world, story)
+        check(world, story)
+        ended = world.killer.count < at
+        world.store.close()
+        shutil.rmtree(world.home)
+    assert at > 50
+
+
+@pytest.mark.parametrize("stride", [53, 71])
+def test_killed_again_and_again_it_loses_and_doubles_nothing(tmp_path, migrated, breakable_files, stride):
+    world = killed_world(tmp_path / "w", migrated, range(stride, 100_000, stride), breakable_files)
+    play(world)
+    check(world)
+
+
+def test_a_head_that_is_away_is_waited_for_and_a_restarted_one_has_lost_its_jobs(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    world.cluster.up = False
+    for _ in range(20):
+        world.tick()
+    assert world.store.get(job).state == "running"
+    world.cluster.up = True
+    world.cluster.restart()
+    world.run()
+    assert world.cluster.submissions == [f"{job}-1", f"{job}-2"]
+    assert [a.outcome for a in world.store.attempts(job)] == ["driver_lost", "succeeded"]
+
+
+def test_an_unanswered_submission_that_ran_is_lost_not_repeated(tmp_path):
+    """Submitted, killed before it was noted, and the head restarted: the log shows that the attempt ran."""
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    attempt = world.store.claim_start(world.store.get(job))
+    world.reconciler.directory(attempt).mkdir(parents=True)
+    AttemptFiles(world.reconciler.directory(attempt)).log.write_text("started\n")
+    world.run()
+    assert world.cluster.submissions == [f"{job}-2"]
+
+
+def test_who_does_not_stop_is_killed_after_the_grace(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    world.store.request_stop(job)
+    asked = world.now
+    world.run()
+    assert world.cluster.killed == [f"{job}-1"]
+    assert 60 < world.now - asked < 80
+    assert world.end()["x"][:2] == ("stopped", "user")
+
+
+def test_who_overruns_its_seconds_is_asked_then_killed(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    world.submit("x", max_seconds=20.0)
+    world.run()
+    assert len(world.cluster.killed) == 1
+    assert world.end()["x"][:2] == ("stopped", "budget")
+
+
+def test_stopped_between_claim_and_submission_it_never_runs(tmp_path):
+    world = World(tmp_path)
+    job = world.submit("x")
+    world.store.claim_start(world.store.get(job))
+    world.store.request_stop(job)
+    world.run()
+    assert world.cluster.submissions == []
+    assert world.end()["x"][:2] == ("stopped", "user")
+
+
+def test_one_job_that_breaks_holds_no_other_up(tmp_path):
+    world = World(tmp_path)
+    broken, fine = world.submit("broken"), world.submit("fine")
+    world.until(lambda: world.store.get(broken).state == "starting")
+    AttemptFiles(tmp_path / "jobs" / broken / "attempt-1").outcome.write_text("{")
+    world.until(lambda: world.store.get(fine).state == "succeeded")
+
+
+def test_the_lock_lets_one_runner_in(tmp_path):
+    code = (
+        "from pathlib import Path; from escala.jobs.runner import only_one; "
+        f"only_one(Path({str(tmp_path)!r})).__enter__()"
+    )
+    with only_one(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.returncode == 1
+        assert "another runner" in other.stderr
+    with only_one(tmp_path):
+        pass

@@ -1,0 +1,83 @@
+"""Specs: the grammar (defaults < files < overrides), and what each mistake says."""
+
+import pytest
+
+from escala.errors import NotFoundError, SpecError
+from escala.spec import load_job, merge, resolve
+
+
+def test_defaults_are_a_valid_job() -> None:
+    spec = load_job("pretrain")
+    assert spec.entry_point == "workloads.pretrain"
+    assert spec.options.priority == 50
+    assert spec.config.training.zero_stage == 3
+
+
+def test_a_later_file_and_then_an_override_win(tmp_path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("model: {d_model: 128, n_layers: 2}\njob: {priority: 10, retries: 0}\n")
+    second.write_text("model: {n_layers: 3}\n")
+    spec = load_job(
+        "pretrain", [first, second], ["training.optimizer.learning_rate=1e-3"], {"priority": 70, "name": None}
+    )
+    assert (spec.config.model.d_model, spec.config.model.n_layers) == (128, 3)
+    assert spec.config.training.optimizer.learning_rate == 1e-3
+    assert (spec.options.priority, spec.options.retries) == (70, 0)
+
+
+def test_an_override_reaches_into_a_list(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"data: {{corpora: [{{kind: files, root: {tmp_path}}}]}}\n")
+    spec = load_job("pretrain", [file], ["data.corpora.0.weight=2"])
+    assert spec.config.data.corpora[0].weight == 2
+    with pytest.raises(SpecError, match="not an index of a list of 1"):
+        load_job("pretrain", [file], ["data.corpora.1.weight=2"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says", "hint"),
+    [
+        ("model.n_layer=3", "unknown key model.n_layer", "did you mean n_layers?"),
+        ("modle.n_layers=3", "unknown key modle", "did you mean model?"),
+        ("data.corpora=[{kind: files, root: /, glob: x}]", "unknown key", "did you mean globs?"),
+        ("training.optimizer.lr=3", "unknown key training.optimizer.lr", "learning_rate"),
+        ("model.n_layers=three", "model.n_layers", "--dry-run"),
+        ("model.n_layers", "not of the form", "--set model.n_layers=6"),
+        ("model.n_heads=3", "not a multiple of n_heads 3", ""),
+        ("training.batch_sequences=3", "not a multiple of workers", ""),
+        ("training.context_tokens=100000", "longer than", ""),
+    ],
+)
+def test_a_mistake_says_what_and_how_to_mend(override: str, says: str, hint: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_job("pretrain", [], ["resources.workers=2", override])
+    assert says in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path) -> None:
+    with pytest.raises(NotFoundError, match=r"no\.yaml"):
+        load_job("pretrain", [tmp_path / "no.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [1, \n")
+    with pytest.raises(SpecError, match="line"):
+        load_job("pretrain", [broken])
+    broken.write_text("- a list\n")
+    with pytest.raises(SpecError, match="holds a list"):
+        load_job("pretrain", [broken])
+    with pytest.raises(SpecError, match="did you mean pretrain"):
+        load_job("pretrian")
+
+
+def test_resolve_counts_tokens_and_flops() -> None:
+    resolved = resolve(
+        load_job("pretrain", [], ["training.train_tokens=100_000", "training.batch_sequences=8"])
+    )
+    assert resolved.derived["training.steps"] == -(-100_000 // (8 * 256))
+    assert resolved.train_tokens == resolved.derived["training.steps"] * 8 * 256 >= 100_000
+    assert resolved.compute_flops == resolved.flops_per_token * resolved.train_tokens
+    assert resolved.flops_per_token > 6 * resolved.n_non_embedding
+
+
+def test_merge_replaces_lists_and_merges_mappings() -> None:
+    assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}

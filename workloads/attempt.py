@@ -1,0 +1,142 @@
+"""What every entry point shares: its spec, the fence, requests to stop, and its one last word, the outcome.
+
+A workload is started as `python -m workloads.NAME ATTEMPT.json`. It writes `outcome.json` last; whoever finds
+none knows that the driver was lost.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import escala
+from escala.errors import SpecError, Superseded
+from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
+
+STOP_REASONS = ("user", "budget", "preempted")
+
+
+@dataclass(frozen=True)
+class WorkerInputs:
+    """What the driver gives every worker."""
+
+    spec: AttemptSpec
+    prepared: str  # path of the prepared data
+    checkpoint: str | None  # a verified one to resume from
+    run_id: str  # of the tracker
+    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
+
+
+def read_attempt(arguments: list[str]) -> AttemptSpec:
+    """The spec at the path that is the only command-line argument. Raises SpecError."""
+    if len(arguments) != 1:
+        raise SpecError(f"expected one argument, the path of attempt.json; got {len(arguments)}")
+    try:
+        spec = read_record(AttemptSpec, Path(arguments[0]))
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise SpecError(f"{arguments[0]} is not an attempt's spec: {error}") from error
+    if spec is None:
+        raise SpecError(
+            f"{arguments[0]} does not exist", "start workloads by `escala submit`, which writes it"
+        )
+    return spec
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested configuration as dotted keys and texts, for the tracker's parameters; lists as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else str(value)
+    return flat
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """SHA-256 over the Python sources of `escala` and `workloads` as they run here."""
+    digest = hashlib.sha256()
+    for root in (Path(escala.__file__).parent, Path(__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(
+                f"{root.name}/{path.relative_to(root)}".encode() + b"\0" + path.read_bytes() + b"\0"
+            )
+    return digest.hexdigest()
+
+
+def check_fence(files: AttemptFiles, attempt: int) -> None:
+    """Raise Superseded where another attempt than `attempt` may write now. A missing fence forbids
+    nothing.
+    """
+    try:
+        current = files.current.read_text().strip()
+    except FileNotFoundError:
+        return
+    if current != str(attempt):
+        raise Superseded(f"attempt {attempt} was declared lost; attempt {current} has the job now")
+
+
+def request_stop(files: AttemptFiles, reason: str) -> None:
+    """Ask the running attempt to stop at its next step, unless somebody asked before."""
+    if not files.control.exists():
+        write_json(files.control, Control(reason))
+
+
+def stop_on_sigterm(files: AttemptFiles) -> None:
+    """Make SIGTERM a request to write a checkpoint and stop. Call it after ray.init, which installs its own
+    handler.
+    """
+
+    def handler(_signal: int, _frame: FrameType | None) -> None:
+        request_stop(files, "preempted")
+        print("SIGTERM: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+class Watch:
+    """Rank 0's eye on the outside between two steps: the fence, the control file, the budget."""
+
+    def __init__(self, spec: AttemptSpec) -> None:
+        self.spec = spec
+        self.files = AttemptFiles(spec.directory)
+        self.started = time.monotonic()
+
+    def poll(self, spent_flops: float, next_flops: float) -> str | None:
+        """Why to stop before a step of `next_flops`: one of STOP_REASONS, "superseded", or None to go on."""
+        try:
+            check_fence(self.files, self.spec.attempt)
+        except Superseded:
+            return "superseded"
+        if self.files.control.exists():
+            control = read_record(Control, self.files.control)
+            if control is not None and control.stop in STOP_REASONS:
+                return control.stop
+        flops, seconds = self.spec.remaining_flops, self.spec.remaining_seconds
+        if flops is not None and spent_flops + next_flops > flops:
+            return "budget"
+        if seconds is not None and time.monotonic() - self.started >= seconds:
+            return "budget"
+        return None
+
+
+def finish(spec: AttemptSpec, outcome: Outcome) -> None:
+    """Write the outcome, the last thing that an attempt does; not where another attempt has taken over."""
+    files = AttemptFiles(spec.directory)
+    write_json(files.outcome, outcome)
+    print(f"escala: attempt {spec.attempt} of {spec.job_id}: {outcome.kind}", flush=True)
+    if outcome.message:
+        print(
+            outcome.message + (f"\n  hint: {outcome.hint}" if outcome.hint else ""),
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,115 @@
+"""A decoder-only transformer in Llama's layout: RMSNorm, SwiGLU, RoPE, grouped-query heads, optional QK-norm.
+
+Weights of Hugging Face's Llama family fit unchanged (names differ, shapes and channel order do not). Draw the
+same weights again by calling `torch.manual_seed` before the constructor.
+
+Dimensions: B batch, T context, D model width, H query heads, G key/value heads, S head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
+
+from workloads.config import ModelConfig
+from workloads.model.attention.exact import attention_mask, exact_attention
+from workloads.model.layers import INIT_STD, Embedding, FeedForward, Linear, RMSNorm
+from workloads.model.rope import RotaryTable, rotate
+
+
+class Attention(nn.Module):
+    """Projections, optional norms of each head's query and key (Qwen3), RoPE, attention, output."""
+
+    def __init__(self, config: ModelConfig, output_std: float) -> None:
+        super().__init__()
+        d_model, size = config.d_model, config.head_size
+        self.heads, self.kv_heads, self.size = config.n_heads, config.kv_heads, size
+        self.window_tokens = config.window_tokens
+        self.query = Linear(d_model, self.heads * size)
+        self.key = Linear(d_model, self.kv_heads * size)
+        self.value = Linear(d_model, self.kv_heads * size)
+        self.output = Linear(self.heads * size, d_model, output_std)
+        self.query_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D); `rotation` from RotaryTable, `mask` from attention_mask."""
+        q_BTHS = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.size)))
+        k_BTGS = self.key_norm(self.key(x_BTD).unflatten(-1, (self.kv_heads, self.size)))
+        v_BTGS = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.size))
+        q_BTHS, k_BTGS = rotate(q_BTHS, *rotation), rotate(k_BTGS, *rotation)
+        out_BTHS = exact_attention(q_BTHS, k_BTGS, v_BTGS, mask, self.window_tokens)
+        return self.output(out_BTHS.flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        output_std = INIT_STD / math.sqrt(2 * config.n_layers)  # GPT-2: 2 residual additions a layer
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config, output_std)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = FeedForward(config.d_model, config.ff_size, output_std)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """The model of `config`.
+
+    Attributes:
+        activation_checkpointing: keep only each block's input and recompute the rest in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.unembedding = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
+        self._rotary = RotaryTable(config.head_size, config.rope_base)
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits_BTV of the next token.
+
+        Args:
+            tokens_BT: token ids.
+            positions_BT: for RoPE; None: 0..T-1. They turn queries and keys, they don't mask.
+            documents_BT: a number for each token; no token sees one with another number (packing).
+        """
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT))
+
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Final normed states_BTD: `logits` of a part of them is that part of `forward`'s."""
+        x_BTD = self.embedding(tokens_BT)
+        context = tokens_BT.shape[1]
+        rotation = self._rotary(context if positions_BT is None else positions_BT, like=x_BTD)
+        mask = attention_mask(context, documents_BT, self.config.window_tokens, x_BTD.device)
+        recompute = self.activation_checkpointing and is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                x_BTD = checkpoint(block, x_BTD, rotation, mask, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rotation, mask)
+        return self.final_norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of final normed states (..., D)."""
+        return (self.unembedding or self.embedding)(hidden=hidden)
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Losses of the last forward pass to be added to the task's, by name. A dense model has none."""
+        return {}

@@ -1,0 +1,269 @@
+"""Pretraining: `python -m workloads.pretrain ATTEMPT.json`. Reads top to bottom.
+
+The driver prepares data, chooses the checkpoint, starts Ray Train's workers (training/loop.py) and writes the
+outcome. It retries nothing: a retry is a new attempt, which the control plane makes from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from escala import handshake
+from escala.errors import CheckpointError, EscalaError, SpecError
+from escala.manifests import Checkpoint, check_fits, latest
+from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.tracking.tracker import Tracker, open_tracker
+from workloads.attempt import (
+    STOP_REASONS,
+    WorkerInputs,
+    check_fence,
+    code_fingerprint,
+    finish,
+    flatten,
+    read_attempt,
+    stop_on_sigterm,
+)
+from workloads.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from workloads.data.prepared import PreparedData
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt; returns the process's exit code (0 for every clean end, else the error's)."""
+    try:
+        spec = read_attempt(arguments)
+    except EscalaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    run = Run(spec)
+    try:
+        run.train()
+    except BaseException as error:  # noqa: BLE001  whatever happened, the outcome says so
+        return run.fail(error)
+    return run.succeed()
+
+
+class Run:
+    """One attempt: its tracker run, and its outcome."""
+
+    def __init__(self, spec: AttemptSpec) -> None:
+        self.spec, self.files = spec, AttemptFiles(spec.directory)
+        self.started_at = time.time()
+        self.tracker: Tracker | None = None
+        self.run_id: str | None = None
+        self.fingerprints: dict[str, str] = {}
+        self.resumed_from: Checkpoint | None = None
+        self.nodes: Any = None  # failures.NodeWatch, once Ray is reached
+
+    def train(self) -> None:
+        """Everything up to the end of training. Raises what goes wrong."""
+        spec = self.spec
+        handshake.check(spec.versions)
+        check_fence(self.files, spec.attempt)
+        config = parse_config(spec.config)
+        tracker, run_id = self._start_tracking(config)
+        prepared = prepare_data(spec, config)
+        self.fingerprints = prepared_fingerprints(prepared)
+        tracker.tags(run_id, {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()})
+        self.resumed_from = choose_checkpoint(spec, config, self.fingerprints["tokenizer"])
+
+        import ray
+
+        from workloads.failures import NodeWatch
+        from workloads.training.driver import fit
+
+        ray.init(address="auto", log_to_driver=True, namespace="escala")
+        stop_on_sigterm(self.files)
+        self.nodes = NodeWatch()
+        source = str(self.resumed_from.path) if self.resumed_from else None
+        fit(WorkerInputs(spec, str(prepared.path), source, run_id, self.fingerprints), config)
+
+    def _start_tracking(self, config: PretrainConfig) -> tuple[Tracker, str]:
+        spec = self.spec
+        resolved = config.model_dump(mode="json")
+        self.tracker = tracker = open_tracker(spec.tracking_uri)
+        tags = spec.tags | {
+            "escala.job_id": spec.job_id,
+            "escala.attempt": str(spec.attempt),
+            "escala.workload": spec.workload,
+            "escala.name": spec.name,
+            "escala.config_fingerprint": config_fingerprint(spec.config),
+            "escala.code_fingerprint": code_fingerprint(),
+        }
+        key = f"{spec.job_id}-{spec.attempt}"
+        self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
+        tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
+        return tracker, self.run_id
+
+    def succeed(self) -> int:
+        """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""
+        kind = self._facts().get("outcome", "internal")
+        if kind != "succeeded" and kind not in STOP_REASONS:
+            return self.fail(RuntimeError("the workers ended without saying how"))
+        status = "FINISHED" if kind in ("succeeded", "budget") else "KILLED"
+        self._conclude(Outcome(kind, STOP_MESSAGES[kind]), status)
+        return 0
+
+    def fail(self, error: BaseException) -> int:
+        """Classify `error` and write it down."""
+        from workloads.failures import classify
+
+        failure = classify(error, self.nodes)
+        if failure.kind in (
+            "internal",
+            "worker_lost",
+            "node_lost",
+        ):  # the others say themselves what is to be done
+            traceback.print_exception(error)
+        outcome = Outcome(failure.kind, failure.message, failure.hint)
+        if failure.kind == "superseded":
+            finish(
+                self.spec, outcome
+            )  # in this attempt's own directory; its tracker run is the control plane's now
+        else:
+            self._conclude(outcome, "FAILED")
+        return int(failure.exit_code)
+
+    def _conclude(self, outcome: Outcome, status: str) -> None:
+        """Record, tracker, outcome: in this order, the outcome last."""
+        facts = self._facts()
+        record = self._record(outcome, facts)
+        plain = asdict(record)
+        if self.tracker is not None and self.run_id is not None:
+            self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
+            known = {k: v for k, v in plain.items() if v is not None}
+            tags = {"escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True)}
+            if "parameters_held" in facts:
+                tags["escala.parameters_held"] = json.dumps(facts["parameters_held"])
+            self.tracker.tags(self.run_id, tags)
+            self.tracker.finish(self.run_id, status)
+        source = str(self.resumed_from.path) if self.resumed_from else None
+        checkpoint = facts.get("checkpoint", source)
+        finish(self.spec, Outcome(outcome.kind, outcome.message, outcome.hint, checkpoint, plain))
+
+    def _facts(self) -> dict[str, Any]:
+        """What rank 0 left (training/report.py); empty where it did not get far enough."""
+        try:
+            facts: dict[str, Any] = json.loads((self.files.directory / "facts.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return facts
+
+    def _record(self, outcome: Outcome, facts: dict[str, Any]) -> RunRecord:
+        spec, config = self.spec, spec_numbers(self.spec)
+        known = {f.name for f in fields(RunRecord)}
+        values = config | {k: v for k, v in facts.items() if k in known}
+        progress = read_record(Progress, self.files.progress)
+        if progress is not None:  # newer than the facts where the attempt was cut off
+            values["attempt_tokens"] = max(values.get("attempt_tokens") or 0, progress.train_tokens)
+            values["attempt_flops"] = max(values.get("attempt_flops") or 0.0, progress.compute_flops)
+            values["wall_seconds"] = max(values.get("wall_seconds") or 0.0, progress.wall_seconds)
+        values |= {f"{k}_fingerprint": v for k, v in self.fingerprints.items()}
+        return RunRecord(
+            run_id=self.run_id,
+            job_id=spec.job_id,
+            attempt=spec.attempt,
+            name=spec.name,
+            workload=spec.workload,
+            status=outcome.kind,
+            started_at=self.started_at,
+            ended_at=time.time(),
+            config_fingerprint=config_fingerprint(spec.config),
+            code_fingerprint=code_fingerprint(),
+            parent_run_id=spec.tags.get("escala.parent_run_id"),
+            reason=outcome.message or None,
+            **values,
+        )
+
+
+STOP_MESSAGES = {
+    "succeeded": "",
+    "user": "stopped on request, with a checkpoint",
+    "budget": "the job's budget is spent; stopped with a checkpoint",
+    "preempted": "preempted; stopped with a checkpoint",
+}
+
+
+def parse_config(config: dict[str, Any]) -> PretrainConfig:
+    """The validated configuration. Raises SpecError with pydantic's words."""
+    try:
+        return PretrainConfig(**config)
+    except ValidationError as error:
+        raise SpecError(f"the pretrain configuration is not valid: {error}") from error
+
+
+def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
+    """What the record takes from the configuration; nothing where it does not validate."""
+    try:
+        config = PretrainConfig(**spec.config)
+    except ValidationError:
+        return {}
+    return {
+        "context_tokens": config.context_tokens,
+        "workers": config.resources.workers,
+        "seed": config.training.seed,
+    }
+
+
+def prepare_data(spec: AttemptSpec, config: PretrainConfig) -> PreparedData:
+    """Corpus, tokenizer and token shards, from the store where they are there. Raises DataError."""
+    from workloads.data.prepared import check
+    from workloads.data.shards import prepare
+
+    prepared = prepare(
+        config.data, Path(spec.data), config.context_tokens, lambda text: print(text, flush=True)
+    )
+    check(prepared, config)
+    return prepared
+
+
+def prepared_fingerprints(prepared: PreparedData) -> dict[str, str]:
+    """corpus, tokenizer and evaluation fingerprints."""
+    return {
+        "corpus": prepared.corpus_fingerprint,
+        "tokenizer": prepared.tokenizer_fingerprint,
+        "evaluation": prepared.evaluation_fingerprint,
+    }
+
+
+def choose_checkpoint(spec: AttemptSpec, config: PretrainConfig, tokenizer: str) -> Checkpoint | None:
+    """The newest good checkpoint of the job, else of the job to resume from, else none; refused ones are
+    printed.
+
+    Raises CheckpointError where it does not fit, or where the job to resume from has no good one.
+    """
+    found = _newest(Path(spec.checkpoints))
+    if found is None and spec.resume_from:
+        found = _newest(Path(spec.resume_from))
+        if found is None:
+            raise CheckpointError(f"there is no good checkpoint in {spec.resume_from} to resume from")
+    if found is not None:
+        check_fits(found, config.model.model_dump(mode="json"), tokenizer)
+    return found
+
+
+def _newest(directory: Path) -> Checkpoint | None:
+    found, refused = latest(directory)
+    for error in refused:
+        print(f"refused: {error}", file=sys.stderr, flush=True)
+    return found
+
+
+def config_fingerprint(config: dict[str, Any]) -> str:
+    """SHA-256 of the configuration as canonical JSON."""
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

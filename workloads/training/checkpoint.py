@@ -1,0 +1,187 @@
+"""Checkpoints that do not know how many ranks or which ZeRO stage wrote them.
+
+One safetensors file a rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
+and a manifest. Safe loaders only: nothing here unpickles. What the control plane needs (names, hashes,
+retention) is in `escala.manifests`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from escala.errors import CheckpointError
+from escala.manifests import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PARTIAL,
+    Checkpoint,
+    checkpoint_name,
+    file_sha256,
+    read_checkpoint,
+    to_delete,
+)
+from escala.records import write_json
+from workloads.training import zero
+
+
+def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], keep: int) -> Checkpoint:
+    """Write checkpoint `step` into `directory` and free what retention does not keep. A collective call.
+
+    `manifest` is the caller's part (config, tokens, data position, ...). Each rank writes a share of the
+    tensors, and rank 0 renames the directory when all files are there. Raises CheckpointError, on all ranks,
+    where one cannot write.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    name = checkpoint_name(step)
+    partial = directory / (name + PARTIAL)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    tensors = _gather_share(engine, ranks)
+    entry, failure = _write_share(partial / f"rank-{rank:05d}-of-{ranks:05d}.safetensors", tensors)
+    gathered: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(gathered, (entry, failure))
+    failures = [f for _, f in gathered if f]
+    if failures:
+        raise CheckpointError(
+            f"checkpoint {name} cannot be written: {failures[0]}", "see that there is room for it"
+        )
+    if rank == 0:
+        files = {file: facts for files, _ in gathered for file, facts in files.items()}
+        whole = manifest | {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "adam_step": zero.adam_step(engine),
+            "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
+            "files": files,
+        }
+        _publish(partial, directory / name, whole)
+        for stale in to_delete([p.name for p in directory.iterdir()], keep):
+            shutil.rmtree(directory / stale, ignore_errors=True)
+    torch.distributed.barrier()
+    return read_checkpoint(directory / name)
+
+
+def load(engine: Any, checkpoint: Checkpoint) -> None:
+    """Restore weights and optimiser from a verified checkpoint, at any number of ranks and any ZeRO stage.
+
+    Raises CheckpointError where the tensors are not those of the engine's model.
+    """
+    where = _index(checkpoint)
+    shapes = zero.parameter_shapes(engine)
+    _check_shapes(checkpoint, where, shapes)
+    zero.begin_restore(engine, int(checkpoint.manifest["adam_step"]))
+    parameters = dict(engine.module.named_parameters())
+    readers = {file: safe_open(checkpoint.path / file, framework="pt") for file in set(where.values())}
+    for name in shapes:
+        for key in zero.STATE_KEYS:
+            stored = f"{key}/{name}"
+            zero.set_state(engine, parameters[name], key, readers[where[stored]].get_tensor(stored))
+    zero.end_restore(engine)
+
+
+def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Parameter name -> fp32 master weight, on the CPU: a model's state for generation, export or
+    fine-tuning.
+    """
+    prefix = f"{zero.MASTER}/"
+    weights: dict[str, Tensor] = {}
+    for file in checkpoint.manifest["files"]:
+        with safe_open(checkpoint.path / file, framework="pt") as reader:
+            weights |= {
+                n.removeprefix(prefix): reader.get_tensor(n) for n in _names(reader) if n.startswith(prefix)
+            }
+    return weights
+
+
+def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
+    """Parameter name -> the rank that writes it: the largest first, each to the rank with the least so
+    far.
+    """
+    load = [0] * ranks
+    owners = {}
+    for name, shape in sorted(shapes.items(), key=lambda item: (-torch.Size(item[1]).numel(), item[0])):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += torch.Size(shape).numel()
+    return owners
+
+
+def _gather_share(engine: Any, ranks: int) -> dict[str, Tensor]:
+    """The tensors that this rank writes, whole."""
+    owners = assign(zero.parameter_shapes(engine), ranks)
+    zero.link_state(engine)
+    share: dict[str, Tensor] = {}
+    for name, param in engine.module.named_parameters():
+        if name not in owners:
+            continue
+        for key in zero.STATE_KEYS:
+            full = zero.gather_state(engine, param, key, owners[name])
+            if full is not None:
+                share[f"{key}/{name}"] = full.contiguous()
+    return share
+
+
+def _write_share(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
+    """Write one file; returns its manifest entry, and what went wrong ("" if nothing)."""
+    if not tensors:
+        return {}, ""
+    try:
+        save_file(tensors, path)
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        return {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}}, ""
+    except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
+        return {}, f"{type(error).__name__}: {error}"
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """The manifest, then the name: from here on the checkpoint exists."""
+    write_json(partial / MANIFEST, manifest)
+    if final.exists():  # a refused one of the same step, which this attempt has just trained past
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _index(checkpoint: Checkpoint) -> dict[str, str]:
+    """Stored tensor's name -> the file that has it."""
+    where = {}
+    for file in checkpoint.manifest["files"]:
+        with safe_open(checkpoint.path / file, framework="pt") as reader:
+            where |= dict.fromkeys(reader.keys(), file)
+    return where
+
+
+def _names(reader: Any) -> list[str]:
+    """The tensors of an open safetensors file, which is no dict and cannot be iterated."""
+    return list(reader.keys())
+
+
+def _check_shapes(checkpoint: Checkpoint, where: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+    wanted = {f"{key}/{name}" for name in shapes for key in zero.STATE_KEYS}
+    odd = sorted(wanted ^ where.keys())
+    if odd:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} and the model differ in their tensors: {odd[:4]}"
+        )
+    for file in checkpoint.manifest["files"]:
+        with safe_open(checkpoint.path / file, framework="pt") as reader:
+            for stored in _names(reader):
+                name = stored.split("/", 1)[1]
+                found = tuple(reader.get_slice(stored).get_shape())
+                if found != shapes[name]:
+                    raise CheckpointError(
+                        f"checkpoint {checkpoint.path}: {stored} is {found}, the model has {shapes[name]}"
+                    )

@@ -1,0 +1,82 @@
+"""Starting Ray Train's workers from the driver."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from workloads.attempt import WorkerInputs
+from workloads.config import PretrainConfig
+
+TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a dead worker is seen in a quarter of a second, not in two
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less: preemption comes as SIGTERM
+}
+
+
+def train_worker(arguments: dict[str, Any]) -> None:
+    """One rank of the run. Raises Diverged, CheckpointError, Superseded."""
+    from workloads.training.loop import (
+        Trainer,  # here, so that the driver and Ray's controller need no DeepSpeed
+    )
+
+    trainer = Trainer(arguments["inputs"])
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+
+
+def fit(inputs: WorkerInputs, config: PretrainConfig) -> None:
+    """Run the training loop on the workers that `config.resources` asks for. Raises
+    ray.train.TrainingFailedError.
+
+    FailureConfig(max_failures=0): a failure ends the attempt.
+    """
+    os.environ.update(TRAIN_ENVIRONMENT)
+    resources = config.resources
+    needed = {"CPU": resources.cpus_per_worker, "GPU": float(resources.gpus_per_worker)}
+    _warn_if_scarce({k: v * resources.workers for k, v in needed.items() if v})
+    on_gpu = bool(resources.gpus_per_worker)
+    environment = {
+        "OMP_NUM_THREADS": str(resources.threads_per_worker),  # oversubscribed OpenMP costs up to 10x
+        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed's use of torch.distributed, once a collective
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"inputs": inputs},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={k: v for k, v in needed.items() if v},
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(Path(inputs.spec.directory) / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    trainer.fit()
+
+
+def _warn_if_scarce(needed: dict[str, float]) -> None:
+    """Ray waits for ever for what a cluster does not have; an autoscaling one may yet get it."""
+    have = ray.cluster_resources()
+    short = [
+        f"{amount:g} {name} (it has {have.get(name, 0):g})"
+        for name, amount in needed.items()
+        if have.get(name, 0) < amount
+    ]
+    if short:
+        print(f"waiting for the cluster to grow: the job needs {', '.join(short)}", flush=True)

@@ -1,0 +1,337 @@
+"""The training loop that each Ray Train worker runs: restore, evaluate, train, evaluate, save.
+
+Everything that a step needs follows from its number (batch, learning rate, seed), so a resumed run repeats
+nothing and stores no more than weights, moments and counters. All ranks agree on every decision through the
+one small all-reduce of a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from escala.errors import Diverged, Superseded
+from escala.manifests import Checkpoint, read_checkpoint
+from escala.records import AttemptFiles, Progress
+from workloads.attempt import STOP_REASONS, Watch, WorkerInputs, check_fence
+from workloads.config import PretrainConfig
+from workloads.data.batches import Batches
+from workloads.data.prepared import PreparedData
+from workloads.flops import flops_per_token, parameter_counts
+from workloads.model.transformer import Transformer
+from workloads.training import checkpoint, meter, zero
+from workloads.training.evaluate import HeldOut, evaluate
+from workloads.training.report import Reporter
+from workloads.training.schedule import learning_rate
+from workloads.training.step import accumulate
+
+STOP_CODES = (None, *STOP_REASONS, "superseded")
+
+
+@dataclass
+class Counters:
+    """How far the run is. `attempt_*` count this attempt alone."""
+
+    step: int = 0
+    train_tokens: int = 0
+    compute_flops: float = 0.0
+    attempt_tokens: int = 0
+    attempt_flops: float = 0.0
+    initial: dict[str, Any] | None = None  # held-out loss before the first step, kept over resumes
+    last_loss: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+class Trainer:
+    """One rank's part of a pretraining run."""
+
+    def __init__(self, inputs: WorkerInputs) -> None:
+        self.inputs, self.spec = inputs, inputs.spec
+        self.config = config = PretrainConfig(**inputs.spec.config)
+        self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
+        set_up_torch(config)
+        self.reporter = Reporter(self.spec, inputs.run_id) if self.rank == 0 else None
+        self.watch = Watch(self.spec)
+        self.count = Counters()
+        self.flops = flops_per_token(config.model, config.context_tokens).total
+        self._open_data()
+        self._build()
+        self._measure()
+        self.throughput = meter.Throughput()
+
+    def _open_data(self) -> None:
+        config = self.config
+        self.data = PreparedData.open(Path(self.inputs.prepared))
+        training = config.training
+        self.batches = Batches(
+            self.data,
+            config.context_tokens,
+            training.batch_sequences,
+            training.seed,
+            config.micro_batch_sequences,
+        )
+        self.held_out_NT1 = self.data.held_out(config.context_tokens, config.training.evaluation_tokens)
+
+    def _build(self) -> None:
+        training = self.config.training
+        self.micro_batch = self.config.micro_batch_sequences
+        self.micro_steps = training.batch_sequences // (self.ranks * self.micro_batch)
+        torch.manual_seed(training.seed)
+        model = Transformer(self.config.model)
+        model.activation_checkpointing = training.activation_checkpointing
+        self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
+        held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
+        held[self.rank] = zero.parameters_held(self.engine)
+        torch.distributed.all_reduce(held)
+        self.parameters_held = held.tolist()
+
+    def _measure(self) -> None:
+        training = self.config.training
+        choice = meter.choose_matmul_precision(training.matmul_precision, self.device)
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        peak = torch.tensor(
+            meter.measure_peak_flops(dtype, self.device), dtype=torch.float64, device=self.device
+        )
+        torch.distributed.all_reduce(peak)
+        self.peak_flops = float(peak)
+        if self.rank == 0:
+            print(choice, flush=True)
+            print(
+                f"matmul peak of {self.ranks} workers together: {self.peak_flops / 1e9:.1f} GFLOP/s",
+                flush=True,
+            )
+            print(f"parameters held by each rank: {self.parameters_held}", flush=True)
+
+    def run(self) -> None:
+        """Train to the end, or to the first reason to stop early."""
+        self._restore()
+        if self.count.initial is None:
+            first = self._evaluate()
+            self.count.initial = {"loss_nats": first.loss_nats, "bits_per_byte": first.bits_per_byte}
+        self._tell(
+            initial_held_out_loss_nats=self.count.initial["loss_nats"],
+            parameters_held=self.parameters_held,
+            matmul_precision=torch.get_float32_matmul_precision(),
+            peak_flops_per_second=self.peak_flops,
+        )
+        stop = self._train()
+        if stop in (None, "budget"):
+            self._evaluate()
+        self._finish(stop)
+
+    def _restore(self) -> None:
+        if self.inputs.checkpoint is None:
+            return
+        found = read_checkpoint(Path(self.inputs.checkpoint))
+        checkpoint.load(self.engine, found)
+        saved = found.manifest["counters"]
+        self.count = Counters(
+            step=found.step,
+            train_tokens=saved["train_tokens"],
+            compute_flops=saved["compute_flops"],
+            initial=saved["initial"],
+            last_loss=saved["last_loss"],
+        )
+        if self.rank == 0:
+            print(f"resumed from {found.path} (step {found.step})", flush=True)
+            self._tell(checkpoint=str(found.path))
+
+    def _train(self) -> str | None:
+        """Steps until the end (None) or a reason to stop, which is checkpointed first."""
+        total, every = self.config.total_steps, self.config.checkpoint_every_steps
+        evaluate_every = self.config.training.evaluate_every_steps
+        saved = self.count.step
+        while self.count.step < total:
+            stop = self._step()
+            if stop == "superseded":
+                check_fence(AttemptFiles(self.spec.directory), self.spec.attempt)
+                raise Superseded(f"attempt {self.spec.attempt} was declared lost while it ran")
+            if stop is not None:
+                if self.count.step > saved:
+                    self._save()
+                return stop
+            step = self.count.step
+            if evaluate_every and step % evaluate_every == 0 and step < total:
+                self._evaluate()
+            if step % every == 0 or step == total:
+                self._save()
+                saved = step
+        return None
+
+    def _step(self) -> str | None:
+        """One optimiser step; or, before its update, the reason not to make it."""
+        step, config, count = self.count.step, self.config, self.count
+        self.throughput.begin_step()
+        step_flops = self.flops * config.step_tokens
+        stop = self.watch.poll(count.attempt_flops, step_flops) if self.rank == 0 else None
+        torch.manual_seed(config.training.seed * 1_000_003 + step)
+        micro_batches = (
+            self.batches.batch(step, self.rank, self.ranks, micro).to(self.device)
+            for micro in range(self.micro_steps)
+        )
+        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, config.step_tokens)
+        agreed = torch.zeros(2, dtype=torch.float64, device=self.device)
+        agreed[0], agreed[1] = loss_sum, STOP_CODES.index(stop)
+        torch.distributed.all_reduce(agreed)
+        total, code = agreed.tolist()
+        loss = total / config.step_tokens
+        if code:
+            return STOP_CODES[int(code)]
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        rate = learning_rate(step, config)
+        zero.set_learning_rate(self.engine, rate)
+        norm = zero.optimizer_step(self.engine, config.training)
+        if not math.isfinite(norm):
+            raise self._diverged("the gradient norm is not finite")
+        self.throughput.end_step(config.step_tokens)
+        count.step += 1
+        count.last_loss = loss
+        for name, amount in (("tokens", config.step_tokens), ("flops", step_flops)):
+            total_name = {"tokens": "train_tokens", "flops": "compute_flops"}[name]
+            setattr(count, total_name, getattr(count, total_name) + amount)
+            setattr(count, f"attempt_{name}", getattr(count, f"attempt_{name}") + amount)
+        self._report(rate, norm)
+        return None
+
+    def _diverged(self, what: str) -> Diverged:
+        count = self.count
+        last = "none" if count.last_loss is None else f"{count.last_loss:.4f} at step {count.step}"
+        return Diverged(
+            f"training diverged at step {count.step + 1}: {what} (last finite loss: {last})",
+            "lower training.optimizer.learning_rate, or warm up longer; the last checkpoint is from before",
+        )
+
+    def _utilization(self, tokens_per_second: float | None) -> float | None:
+        return None if tokens_per_second is None else tokens_per_second * self.flops / self.peak_flops
+
+    def _report(self, rate: float, norm: float) -> None:
+        if self.reporter is None:
+            return
+        count, speed = self.count, self.throughput.recent
+        if count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps:
+            self.reporter.metrics(
+                count.step,
+                {
+                    "train_loss_nats": count.last_loss,
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    "tokens_per_second": speed,
+                    "model_flops_utilization": self._utilization(speed),
+                    "train_tokens": count.train_tokens,
+                },
+            )
+        self._progress(force=count.step == self.config.total_steps)
+
+    def _progress(self, force: bool = False) -> None:
+        if self.reporter is None:
+            return
+        count, speed = self.count, self.throughput.recent
+        self.reporter.progress(
+            Progress(
+                step=count.step,
+                total_steps=self.config.total_steps,
+                train_tokens=count.attempt_tokens,
+                compute_flops=count.attempt_flops,
+                wall_seconds=self.throughput.wall_seconds,
+                loss_nats=count.last_loss,
+                tokens_per_second=speed,
+                model_flops_utilization=self._utilization(speed),
+                updated_at=time.time(),
+            ),
+            force,
+        )
+
+    def _evaluate(self) -> HeldOut:
+        result = evaluate(
+            self.engine, self.held_out_NT1, self.data.held_out_bytes_per_token, self.micro_batch
+        )
+        if self.reporter is not None:
+            count = self.count
+            print(
+                f"step {count.step}: held-out loss {result.loss_nats:.4f} nats per token, "
+                f"{result.bits_per_byte:.4f} bits per byte ({result.tokens} tokens)",
+                flush=True,
+            )
+            values = {"held_out_loss_nats": result.loss_nats, "held_out_bits_per_byte": result.bits_per_byte}
+            self.reporter.metrics(count.step, dict(values))
+            self._tell(**values)
+        return result
+
+    def _save(self) -> Checkpoint:
+        """Checkpoint the present step; the fence is checked first, so that a lost attempt writes nothing."""
+        if self.rank == 0:
+            check_fence(AttemptFiles(self.spec.directory), self.spec.attempt)
+        count = self.count
+        manifest = {
+            "config": self.config.model_dump(mode="json"),
+            "fingerprints": self.inputs.fingerprints,
+            "versions": self.spec.versions,
+            "job_id": self.spec.job_id,
+            "attempt": self.spec.attempt,
+            "data": {"next_step": count.step, "sequences": count.step * self.config.training.batch_sequences},
+            "counters": {
+                "train_tokens": count.train_tokens,
+                "compute_flops": count.compute_flops,
+                "initial": count.initial,
+                "last_loss": count.last_loss,
+            },
+        }
+        keep = self.config.training.keep_checkpoints
+        saved = checkpoint.save(self.engine, Path(self.spec.checkpoints), count.step, manifest, keep)
+        self._tell(checkpoint=str(saved.path))
+        return saved
+
+    def _finish(self, stop: str | None) -> None:
+        """Leave the driver what the record needs."""
+        memory = torch.tensor(meter.peak_memory_bytes(self.device), dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
+        speed = self.throughput.overall
+        self._progress(force=True)
+        self._tell(
+            outcome=stop or "succeeded",
+            peak_memory_bytes=int(memory),
+            tokens_per_second=speed,
+            model_flops_utilization=self._utilization(speed),
+        )
+
+    def _tell(self, **facts: Any) -> None:
+        """Update what the driver will find, whatever happens next."""
+        if self.reporter is None:
+            return
+        count, counts = self.count, parameter_counts(self.config.model)
+        self.reporter.facts(
+            step=count.step,
+            train_tokens=count.train_tokens,
+            compute_flops=count.compute_flops,
+            attempt_tokens=count.attempt_tokens,
+            attempt_flops=count.attempt_flops,
+            train_loss_nats=count.last_loss,
+            wall_seconds=self.throughput.wall_seconds,
+            n_total=counts.n_total,
+            n_active=counts.n_active,
+            n_non_embedding=counts.n_non_embedding,
+            **facts,
+        )
+
+    def close(self) -> None:
+        """Deliver what is buffered."""
+        if self.reporter is not None:
+            self.reporter.close()
+
+
+def set_up_torch(config: PretrainConfig) -> None:
+    """Threads and determinism: the same seed and world size give the same bits."""
+    torch.set_num_threads(config.resources.threads_per_worker)  # oversubscribed OpenMP costs up to 10x
+    if not config.resources.gpus_per_worker:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # a debugging aid that costs a pass over memory
+        )

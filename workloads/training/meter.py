@@ -1,0 +1,127 @@
+"""How fast, how full: the device's measured peak, which matmul precision keeps fp32 error, throughput,
+memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+PEAK_SIZE = 1024  # square matrices: large enough for the peak, 2 GFLOP each
+PEAK_SECONDS = 0.5
+TRAINING_SHAPE = (2048, 512, 1408)  # rows = tokens of a micro-batch, d_model, d_ff
+
+
+@dataclass(frozen=True)
+class MatmulChoice:
+    """What the start-up check found. Errors: largest, relative to the result's root mean square."""
+
+    precision: str  # "medium" or "highest"
+    highest_error: float
+    medium_error: float
+    highest_flops_per_second: float
+    medium_flops_per_second: float
+
+    def __str__(self) -> str:
+        gain = self.medium_flops_per_second / self.highest_flops_per_second
+        return (
+            f"matmul precision {self.precision}: 'medium' {self.medium_flops_per_second / 1e9:.1f} GFLOP/s "
+            f"against {self.highest_flops_per_second / 1e9:.1f} ({gain:.2f}x), largest relative error "
+            f"{self.medium_error:.1e} against {self.highest_error:.1e}"
+        )
+
+
+def choose_matmul_precision(setting: str, device: torch.device) -> MatmulChoice:
+    """Measure 'medium' against 'highest' on fp32 matrices of a training's shape, and set what is to be used.
+
+    'medium' stays where its largest error against fp64 is at most twice that of 'highest'. Error decides,
+    never speed: a decision by the clock could differ from run to run, and with it the last bits of the loss.
+    All ranks take the more careful choice of any of them.
+    """
+    rows, inner, columns = TRAINING_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(rows, inner, generator=generator).to(device)
+    b = torch.randn(inner, columns, generator=generator).to(device)
+    exact = a.double() @ b.double()
+    errors, speeds = {}, {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        errors[precision] = float((a @ b - exact).abs().max() / exact.square().mean().sqrt())
+        speeds[precision] = _best_speed(a, b, repeats=4)
+    keep = torch.tensor(float(setting == "auto" and errors["medium"] <= 2 * errors["highest"]), device=device)
+    torch.distributed.all_reduce(keep, op=torch.distributed.ReduceOp.MIN)
+    chosen = "medium" if keep.item() else "highest"
+    torch.set_float32_matmul_precision(chosen)
+    return MatmulChoice(chosen, errors["highest"], errors["medium"], speeds["highest"], speeds["medium"])
+
+
+def measure_peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of this rank's best square matmul in half a second, at the threads and precision now set.
+
+    This is what MFU is relative to: the device under its present load, not a data sheet.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(PEAK_SIZE, PEAK_SIZE, generator=generator).to(device, dtype)
+    best, until = 0.0, time.perf_counter() + PEAK_SECONDS
+    while time.perf_counter() < until:
+        best = max(best, _best_speed(a, a, repeats=3))
+    return best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """This process's largest resident set; on CUDA the largest allocation of the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+class Throughput:
+    """Tokens per second of optimiser steps alone: evaluations and checkpoints stand outside its laps."""
+
+    def __init__(self) -> None:
+        self._first = self._started = time.perf_counter()
+        self._last: float | None = None
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def begin_step(self) -> None:
+        """Start the clock of one step."""
+        self._started = time.perf_counter()
+
+    def end_step(self, tokens: int) -> None:
+        """Stop it; the step trained on `tokens`."""
+        lap = time.perf_counter() - self._started
+        self.tokens += tokens
+        self.seconds += lap
+        rate = tokens / lap
+        self._last = rate if self._last is None else 0.9 * self._last + 0.1 * rate
+
+    @property
+    def recent(self) -> float | None:
+        """Tokens per second, the last ten steps or so weighing most."""
+        return self._last
+
+    @property
+    def overall(self) -> float | None:
+        """Tokens per second over all steps of this attempt."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Since this object was made: steps, evaluations and checkpoints together."""
+        return time.perf_counter() - self._first
+
+
+def _best_speed(a: Tensor, b: Tensor, repeats: int) -> float:
+    flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).flatten()[0].item()  # item() waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return flops / best

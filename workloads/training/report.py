@@ -1,0 +1,61 @@
+"""What rank 0 tells the world while it trains: progress.json, metrics for the tracker, and facts for the
+driver.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from escala.records import AttemptFiles, AttemptSpec, Progress, write_json
+from escala.tracking.tracker import Metric, open_tracker
+
+PROGRESS_SECONDS = 0.5
+FLUSH_SECONDS = 2.0
+
+
+def facts_path(files: AttemptFiles) -> Path:
+    """Where rank 0 leaves what it knows about the run (fields of RunRecord, and "outcome") for the driver."""
+    return files.directory / "facts.json"
+
+
+class Reporter:
+    """One per run, on rank 0 (the others get none). `close` delivers what is buffered."""
+
+    def __init__(self, spec: AttemptSpec, run_id: str) -> None:
+        self._files = AttemptFiles(spec.directory)
+        self._tracker = open_tracker(spec.tracking_uri)
+        self._run_id = run_id
+        self._buffer: list[Metric] = []
+        self._flushed = self._progressed = 0.0
+        self._facts: dict[str, Any] = {}
+
+    def metrics(self, step: int, values: dict[str, float | None]) -> None:
+        """Buffer metrics of one step; those that are None are unknown and not recorded."""
+        now = time.time_ns() // 1_000_000
+        self._buffer += [Metric(key, float(v), step, now) for key, v in values.items() if v is not None]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the buffered metrics to the tracker."""
+        if self._buffer:
+            self._tracker.metrics(self._run_id, self._buffer)
+            self._buffer = []
+        self._flushed = time.monotonic()
+
+    def progress(self, progress: Progress, force: bool = False) -> None:
+        """Write progress.json, at most twice a second unless `force`."""
+        if force or time.monotonic() - self._progressed > PROGRESS_SECONDS:
+            write_json(self._files.progress, progress)
+            self._progressed = time.monotonic()
+
+    def facts(self, **values: Any) -> None:
+        """Add to facts.json."""
+        self._facts |= values
+        write_json(facts_path(self._files), self._facts)
+
+    def close(self) -> None:
+        """Deliver what is buffered."""
+        self.flush()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from escala.laws.diagnostics import isoflop_parabolas, slices
     from escala.laws.fit import fit_law
     from escala.laws.law import Allocation, Law, Prediction
+    from escala.laws.registry import load_law
     from escala.laws.solve import Objective
 
 _HOME = {
@@ -22,6 +23,7 @@ _HOME = {
     "Prediction": "law",
     "fit_law": "fit",
     "isoflop_parabolas": "diagnostics",
+    "load_law": "registry",
     "slices": "diagnostics",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "Prediction",
     "fit_law",
     "isoflop_parabolas",
+    "load_law",
     "slices",
 ]
 

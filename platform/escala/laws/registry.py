@@ -89,7 +89,9 @@ class Registry:
             finally:
                 tracker.finish(run_id, status)
             source = f"{client.get_run(run_id).info.artifact_uri}/model"
-            made = client.create_model_version(name, source, run_id, tags=_summary(law, provenance))
+            made = client.create_model_version(
+                name, source, run_id, tags=_summary(law, provenance), await_creation_for=None
+            )
             version = int(made.version)
             champion = _champion(client, name)
             if law.healthy and champion is None:

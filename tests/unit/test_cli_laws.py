@@ -7,7 +7,9 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from escala.errors import EscalaError, LawError, NotFoundError
 from escala.laws import Law, fit_law
 from escala.laws.reference import Cache, Reference, Stored, parse
 from escala.laws.service import read_points_file
+from escala.records import RunRecord
 
 URI = "http://127.0.0.1:9"  # nothing listens there: a query that asks the tracker fails
 
@@ -156,12 +159,21 @@ def test_map_renames_and_names_the_nearest_column(tmp_path: Path) -> None:
 
 
 def test_runs_as_json_are_points(tmp_path: Path) -> None:
+    measured: dict[str, Any] = {
+        "n_active": 5,
+        "train_tokens": 7,
+        "held_out_loss_nats": 3.5,
+        "wall_seconds": 9.0,
+    }
+    run = RunRecord("r1", "j1", 1, "first", "pretrain", "succeeded", 0.0, **measured)
     file = tmp_path / "runs.json"
-    file.write_text(
-        json.dumps([{"n_active": 5, "train_tokens": 7, "held_out_loss_nats": 3.5, "reason": None}])
-    )
-    points, _ = read_points_file(file, {"train_tokens": "tokens", "held_out_loss_nats": "loss_nats"})
+    file.write_text(json.dumps([asdict(run)]))
+    points, _ = read_points_file(file, {})
     assert points[["n_active", "tokens", "loss_nats"]].to_numpy().tolist() == [[5, 7, 3.5]]
+    assert set(points.columns) == {"n_active", "tokens", "loss_nats", "run_id", "job_id", "name"}
+    file.write_text(json.dumps([asdict(run), asdict(replace(run, status="diverged"))]))
+    with pytest.raises(LawError, match=r"1 of 2 runs did not succeed \(diverged\)"):
+        read_points_file(file, {})
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1, 2]"])

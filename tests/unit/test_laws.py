@@ -116,7 +116,7 @@ def test_the_fit_depends_on_no_seed_and_the_intervals_on_theirs():
 def test_coverage_of_fifty_repetitions():
     inside, named = [], {name: [] for name in FORMS["nd"].names}
     for seed in range(50):
-        law = fit_law(sweep(n=50, seed=seed), bootstrap=150, seed=seed)
+        law = fit_law(sweep(n=50, seed=seed), bootstrap=100, seed=seed)
         size, tokens = np.sqrt(1e21 / 120), 20 * np.sqrt(1e21 / 120)
         truth = 1.8172 + 482.01 * size**-0.3478 + 2085.43 * tokens**-0.3658
         obtained = truth * np.exp(0.005 * np.random.default_rng([7, seed]).standard_normal())

@@ -37,6 +37,8 @@ KNOWN = (
     "tokenizer_fingerprint",
     "evaluation_fingerprint",
 )
+RUN_COLUMNS = {"held_out_loss_nats": "loss_nats", "train_tokens": "tokens"}  # of a RunRecord
+RUN_LABELS = ("job_id", "name", "seed")
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,33 @@ def read_points_file(file: str | Path, rename: Mapping[str, str]) -> tuple[pd.Da
     if not path.is_file():
         raise NotFoundError(f"there is no file {path}", "give a CSV, or what `escala runs list --json` wrote")
     try:
-        frame = pd.DataFrame(json.loads(path.read_text())) if path.suffix == ".json" else pd.read_csv(path)
+        if path.suffix == ".json":
+            frame = _points_of_runs(pd.DataFrame(json.loads(path.read_text())))
+        else:
+            frame = pd.read_csv(path)
     except (ValueError, AttributeError) as error:  # pandas' parser errors are ValueErrors
         said = str(error).splitlines()[0]
         raise LawError(f"{path} is no table: {said}.", "A CSV with a header, or a JSON list.") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return _renamed(frame, rename), f"{path.name} sha256={digest}"
+
+
+def _points_of_runs(frame: pd.DataFrame) -> pd.DataFrame:
+    """The points of `escala runs list --json`; another table is left as it is.
+
+    What a run measured besides its loss (seconds, memory, training loss) goes: no law is a function of it. Raises
+    LawError where a run did not succeed: its loss is not that of its planned tokens.
+    """
+    if not {"workload", "status", *RUN_COLUMNS} <= set(frame.columns):
+        return frame
+    bad = frame["status"][frame["status"] != "succeeded"]
+    if len(bad):
+        raise LawError(
+            f"{len(bad)} of {len(frame)} runs did not succeed ({', '.join(sorted(set(bad)))}).",
+            "`escala runs list --status succeeded --json` leaves them out.",
+        )
+    frame = frame.rename(columns=RUN_COLUMNS).dropna(axis="columns", how="all")
+    return frame[[name for name in (*KNOWN, *RUN_LABELS) if name in frame]]
 
 
 def _renamed(frame: pd.DataFrame, rename: Mapping[str, str]) -> pd.DataFrame:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"submit": "escala.api", "runs": "escala.api"}
-__all__ = ["runs", "submit"]
+_PUBLIC = {
+    "fit_law": "escala.laws",
+    "load_law": "escala.laws",
+    "runs": "escala.api",
+    "submit": "escala.api",
+}
+__all__ = ["fit_law", "load_law", "runs", "submit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""What the CLI, a server and notebooks call. Reads top to bottom: cluster, jobs, runs, checkpoints, demo.
+"""What the CLI, a server and notebooks call. Reads top to bottom: cluster, jobs, runs, checkpoints, demo; laws are
+in `escala.laws.service` and named here.
 
 Everything heavy (ray, mlflow, the database) is imported by the function that needs it.
 """
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,24 @@ if TYPE_CHECKING:
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
+LAWS = (
+    "compare_laws",
+    "export_law",
+    "fit_file",
+    "law",
+    "laws",
+    "plan_law",
+    "plot_law",
+    "predict_law",
+    "promote_law",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """The laws' functions, from `escala.laws.service` at their first use."""
+    if name not in LAWS:
+        raise AttributeError(f"module 'escala.api' has no attribute '{name}'")
+    return getattr(import_module("escala.laws.service"), name)
 
 
 def _silent(text: str) -> None:

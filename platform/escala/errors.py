@@ -88,3 +88,9 @@ class Superseded(EscalaError):
 
     exit_code = 11
     kind = "superseded"
+
+
+class LawError(EscalaError):
+    """A law that cannot be fitted, or a question that it cannot answer: unknown form, missing column or bound."""
+
+    exit_code = 12

@@ -1,4 +1,4 @@
-"""The only module that prints. Tables for people, `--json` for programs, errors to stderr."""
+"""With render_laws.py the only module that prints. Tables for people, `--json` for programs, errors to stderr."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         as_json(asdict(status))
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
-    _table(("process", "state", "pid", "address", "log"), rows)
+    table(("process", "state", "pid", "address", "log"), rows)
 
 
 def resolved(answer: Resolved, json: bool) -> None:
@@ -82,9 +82,9 @@ def resolved(answer: Resolved, json: bool) -> None:
         return
     raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
     raw("\nderived")
-    _pairs(answer.derived)
+    pairs(answer.derived)
     raw("\ncost")
-    _pairs(cost)
+    pairs(cost)
 
 
 def submitted(view: Job, json: bool) -> None:
@@ -103,10 +103,10 @@ def jobs(views: Sequence[Job], json: bool) -> None:
         as_json([asdict(v) for v in views])
         return
     rows = [
-        (v.id, v.name, v.workload, v.state, v.reason, v.priority, v.attempts, _ago(v.submitted_at))
+        (v.id, v.name, v.workload, v.state, v.reason, v.priority, v.attempts, ago(v.submitted_at))
         for v in views
     ]
-    _table(("job", "name", "workload", "state", "reason", "priority", "attempts", "submitted"), rows)
+    table(("job", "name", "workload", "state", "reason", "priority", "attempts", "submitted"), rows)
     if not views:
         note("no jobs wait or run; `escala ps --all` shows finished ones")
 
@@ -116,27 +116,27 @@ def job(details: JobDetails, json: bool) -> None:
     if json:
         as_json(asdict(details))
         return
-    _pairs({k: v for k, v in asdict(details.job).items() if k != "config" and v is not None})
+    pairs({k: v for k, v in asdict(details.job).items() if k != "config" and v is not None})
     raw("\ntotals over the attempts")
-    _pairs(asdict(details.totals))
+    pairs(asdict(details.totals))
     raw("")
-    _table(
+    table(
         ("attempt", "ended as", "run", "step", "loss", "seconds", "checkpoint"),
         [_attempt_row(a, run) for a, run in zip(details.attempts, details.runs, strict=True)],
     )
     raw("")
-    _table(("when", "attempt", "state", "why"), [_event_row(e) for e in details.events])
+    table(("when", "attempt", "state", "why"), [_event_row(e) for e in details.events])
 
 
 def _attempt_row(attempt: Attempt, run: str | None) -> tuple[Any, ...]:
     progress = attempt.progress or {}
-    loss, seconds = _number(progress.get("loss_nats")), _number(attempt.wall_seconds)
+    loss, seconds = number(progress.get("loss_nats")), number(attempt.wall_seconds)
     return attempt.number, attempt.outcome, run, progress.get("step"), loss, seconds, attempt.checkpoint
 
 
 def _event_row(event: HistoryEvent) -> tuple[Any, ...]:
     return (
-        _ago(event.at),
+        ago(event.at),
         event.attempt or "",
         event.state,
         " ".join(filter(None, (event.reason, event.message))),
@@ -155,15 +155,15 @@ def runs(records: Sequence[RunRecord], json: bool) -> None:
             f"{r.job_id}-{r.attempt}",
             r.name,
             r.status,
-            _number(r.held_out_loss_nats),
-            _number(r.train_tokens),
-            _number(r.n_total),
-            _number(r.compute_flops),
-            _number(r.wall_seconds),
+            number(r.held_out_loss_nats),
+            number(r.train_tokens),
+            number(r.n_total),
+            number(r.compute_flops),
+            number(r.wall_seconds),
         )
         for r in records
     ]
-    _table(columns, rows)
+    table(columns, rows)
 
 
 def run(record: RunRecord, url: str, json: bool) -> None:
@@ -171,17 +171,17 @@ def run(record: RunRecord, url: str, json: bool) -> None:
     if json:
         as_json({**asdict(record), "url": url})
         return
-    _pairs({k: v for k, v in asdict(record).items() if v is not None})
+    pairs({k: v for k, v in asdict(record).items() if v is not None})
     raw(f"\n{url}")
 
 
-def comparison(table: Mapping[str, Sequence[Any]], json: bool) -> None:
+def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:
     """Rows: what differs; columns: runs. The first row names the runs."""
     if json:
-        as_json(table)
+        as_json(values)
         return
-    names = [str(n) for n in table["run_id"]]
-    _table(("", *names), [(key, *values) for key, values in table.items() if key != "run_id"])
+    names = [str(n) for n in values["run_id"]]
+    table(("", *names), [(key, *row) for key, row in values.items() if key != "run_id"])
 
 
 def garbage(found: Garbage, deleted: bool, json: bool) -> None:
@@ -189,7 +189,7 @@ def garbage(found: Garbage, deleted: bool, json: bool) -> None:
     if json:
         as_json(asdict(found))
         return
-    _table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
+    table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
     total = sum(size for _, size in found.checkpoints) / 1e6
     raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
 
@@ -238,22 +238,25 @@ def _facts(progress: Progress) -> str:
     return "  ".join(parts)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Rows under their headings; an empty cell for None."""
+    grid = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
-    _out.print(table)
+        grid.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    _out.print(grid)
 
 
-def _pairs(values: Mapping[str, Any]) -> None:
+def pairs(values: Mapping[str, Any]) -> None:
+    """A name and its value a line."""
     width = max((len(k) for k in values), default=0)
     for key, value in values.items():
-        raw(f"  {key:<{width}}  {_number(value)}")
+        raw(f"  {key:<{width}}  {number(value)}")
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """A number for people: rounded, with separators."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -270,15 +273,16 @@ def _duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _ago(at: float | None) -> str:
+def ago(at: float | None) -> str:
+    """How long since a Unix time."""
     return "" if at is None else f"{_duration(max(0.0, time.time() - at))} ago"
 
 
 def demo(record: RunRecord, url: str) -> None:
     """What the demo learned, where to look at it, and what to type next."""
     raw("")
-    before, after = _number(record.initial_held_out_loss_nats), _number(record.held_out_loss_nats)
-    tokens, flops = _number(record.train_tokens), _number(record.compute_flops)
+    before, after = number(record.initial_held_out_loss_nats), number(record.held_out_loss_nats)
+    tokens, flops = number(record.train_tokens), number(record.compute_flops)
     raw(f"held-out loss   {before} -> {after} nats per token")
     raw(f"trained on      {tokens} tokens, {flops} FLOPs, {record.workers} workers, ZeRO-3")
     raw(f"run in MLflow   {url}")

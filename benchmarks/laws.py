@@ -1,0 +1,132 @@
+"""Coverage and speed of the law fitter, against the project's floors. Exit code 1 where one is missed.
+
+    python benchmarks/laws.py                       # 1000 repetitions per form, about 20 CPU-minutes
+    python benchmarks/laws.py --repetitions 100 --form nd
+
+Coverage: synthetic sweeps over 1000x in compute with 0.5 % noise; the predictive interval at 10x the largest
+compute is compared with a newly drawn run there, and each parameter's interval with the truth. Speed: CPU
+seconds of this process on one thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+
+from escala.laws import Law, fit_law
+
+TRUTH = {
+    "L_inf": 1.8172,
+    "a": 482.01,
+    "alpha": 0.3478,
+    "b": 2085.43,
+    "beta": 0.3658,
+    "c": 5.0,
+    "zeta": 0.5,
+    "rho": 0.47,
+}
+NOISE = 0.005  # of the loss, lognormal
+LEVEL = 0.9
+
+
+def loss(form: str, table: pd.DataFrame) -> np.ndarray:
+    """The true law: Besiroglu et al. (2024), equation 4, with a context or an expert term of our own."""
+    size = table["n_active"].to_numpy()
+    if form == "moe":
+        size = size * (table["n_total"] / table["n_active"]).to_numpy() ** TRUTH["rho"]
+    out = (
+        TRUTH["L_inf"]
+        + TRUTH["a"] * size ** -TRUTH["alpha"]
+        + TRUTH["b"] * table["tokens"].to_numpy() ** -TRUTH["beta"]
+    )
+    if form == "ndt":
+        out = out + TRUTH["c"] * table["context_tokens"].to_numpy() ** -TRUTH["zeta"]
+    return np.asarray(out)
+
+
+def sweep(form: str, n: int, rng: np.random.Generator) -> pd.DataFrame:
+    """n runs of 1e17 to 1e20 FLOPs, 20 tokens per parameter within a factor of 5.6."""
+    compute, ratio = 10 ** rng.uniform(17, 20, n), 20 * 10 ** rng.uniform(-0.75, 0.75, n)
+    table = pd.DataFrame({"n_active": np.sqrt(compute / 6 / ratio)})
+    table["tokens"] = compute / 6 / table["n_active"]
+    table["n_total"] = table["n_active"] * (rng.choice([1.0, 2, 4, 8, 16, 32], n) if form == "moe" else 1.0)
+    table["context_tokens"] = 2.0 ** rng.integers(7, 13, n)
+    table["loss_nats"] = loss(form, table) * np.exp(NOISE * rng.standard_normal(n))
+    return table
+
+
+def coverage(form: str, n: int, repetitions: int, bootstrap: int) -> dict[str, float]:
+    """Share of repetitions whose interval holds the truth: `predict`, and each parameter."""
+    hits: dict[str, list[bool]] = {}
+    for repetition in range(repetitions):
+        rng = np.random.default_rng([20220329, repetition])
+        table = sweep(form, n, rng)
+        law = fit_law(table, form, bootstrap=bootstrap, seed=repetition)
+        budget = 10 * float((6 * table["n_active"] * table["tokens"]).max())
+        size = np.sqrt(budget / 6 / 20)
+        point = {"n_active": size, "tokens": budget / 6 / size, "n_total": size * (8 if form == "moe" else 1)}
+        point["context_tokens"] = 1024.0
+        obtained = loss(form, pd.DataFrame([point]))[0] * np.exp(NOISE * rng.standard_normal())
+        answer = law.predict(LEVEL, **point)
+        hits.setdefault("predict", []).append(bool(answer.low_nats <= obtained <= answer.high_nats))
+        for name, (low, high) in law.intervals(LEVEL).items():
+            hits.setdefault(name, []).append(low <= TRUTH[name] <= high)
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+def timings() -> dict[str, float]:
+    """CPU seconds: a fit of 240 points with its safety starts, 1000 bootstraps beside it, and a query (best
+    of several).
+    """
+    table = sweep("nd", 240, np.random.default_rng(1))
+    fit_law(table, bootstrap=10)  # imports
+
+    def best(work: object, repeats: int = 5) -> float:
+        seconds = []
+        for _ in range(repeats):
+            start = time.process_time()
+            work()  # type: ignore[operator]
+            seconds.append(time.process_time() - start)
+        return min(seconds)
+
+    fit = best(lambda: fit_law(table, bootstrap=0))
+    law: Law = fit_law(table)
+    full = best(lambda: fit_law(table), 3)
+    query = best(lambda: [law.predict(n_active=1e9, tokens=2e10) for _ in range(200)]) / 200
+    return {"fit_seconds": fit, "bootstrap_seconds": full - fit, "query_seconds": query}
+
+
+FLOORS = {"fit_seconds": 0.050, "bootstrap_seconds": 1.5, "query_seconds": 0.001}
+
+
+def main() -> int:
+    """Print every number beside its floor."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--points", type=int, default=60)
+    parser.add_argument("--bootstrap", type=int, default=300)
+    parser.add_argument("--form", choices=["nd", "ndt", "moe"], action="append")
+    options = parser.parse_args()
+    missed = 0
+    for name, seconds in timings().items():
+        missed += seconds > FLOORS[name]
+        print(f"{name:20} {1e3 * seconds:10.3f} ms   floor {1e3 * FLOORS[name]:.0f} ms")
+    for form in options.form or ["nd", "ndt", "moe"]:
+        for name, share in coverage(form, options.points, options.repetitions, options.bootstrap).items():
+            low, high = (0.85, 0.95) if name == "predict" else (0.80, 0.97)
+            missed += not low <= share <= high
+            print(f"{form:4} {name:8} coverage {share:.3f}   floor {low:.2f} to {high:.2f}", flush=True)
+    print("all floors hold" if not missed else f"{missed} floors missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""`escala laws ...`: fit a law to measured runs, keep it, and ask it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from escala.cli import render, render_laws
+from escala.cli.cluster import Json
+from escala.errors import LawError
+
+Name = Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its champion.")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the tracker which version is champion now.")]
+nouns = typer.Typer(help="Scaling laws: fit, keep, ask.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    nouns.command()(fit)
+    nouns.command("list")(list_)
+    nouns.command()(show)
+    nouns.command()(predict)
+    nouns.command()(plan)
+    nouns.command()(compare)
+    nouns.command()(plot)
+    nouns.command()(export)
+    nouns.command()(promote)
+    app.add_typer(nouns, name="laws")
+
+
+def fit(
+    points: Annotated[Path, typer.Option(help="A CSV, or the JSON of `escala runs list --json`.")],
+    name: Annotated[str, typer.Option(help="The law's name; its versions are counted from 1.")],
+    map_: Annotated[
+        list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
+    ] = None,
+    form: Annotated[str, typer.Option(help="nd, ndt, moe, moe_cf or c.")] = "nd",
+    group: Annotated[
+        str | None, typer.Option(help="Column of points that are not independent, e.g. run_id.")
+    ] = None,
+    size: Annotated[
+        str, typer.Option(help="The N of nd and ndt: n_active, n_total, n_non_embedding.")
+    ] = "n_active",
+    bootstrap: Annotated[int, typer.Option(help="Replicates behind the intervals; 0: none.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap; the fit depends on none.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fit a law to a table of measured runs, and store it as the next version of its name."""
+    from escala.laws import service
+
+    rename = _pairs(map_ or [])
+    found = service.fit_file(
+        points, name, rename=rename, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed
+    )
+    render_laws.fitted(found, json)
+
+
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only this law.")] = None, json: Json = False
+) -> None:
+    """List the stored laws, newest version first."""
+    from escala.laws import service
+
+    render_laws.laws(service.laws(name), json)
+
+
+def show(law: Name, refresh: Refresh = False, json: Json = False) -> None:
+    """Show a law: parameters with intervals, what is wrong with it, where it came from."""
+    from escala.laws import service
+
+    render_laws.law(service.law(law, refresh), json)
+
+
+def predict(
+    law: Name,
+    n_total: Annotated[float | None, typer.Option(help="Parameters.")] = None,
+    n_active: Annotated[float | None, typer.Option(help="Parameters that a token uses.")] = None,
+    n_non_embedding: Annotated[float | None, typer.Option(help="Parameters without embeddings.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Training tokens D.")] = None,
+    context_tokens: Annotated[float | None, typer.Option(help="Context length T.")] = None,
+    capacity_factor: Annotated[float | None, typer.Option(help="Of a mixture of experts.")] = None,
+    compute_flops: Annotated[float | None, typer.Option(help="C, for a law of form c.")] = None,
+    level: Annotated[float, typer.Option(help="Of the predictive interval.")] = 0.9,
+    refresh: Refresh = False,
+    json: Json = False,
+) -> None:
+    """Predict the loss of a run, with its interval and how far that lies beyond the data."""
+    from escala.laws import service
+
+    given = {
+        "n_total": n_total,
+        "n_active": n_active,
+        "n_non_embedding": n_non_embedding,
+        "tokens": tokens,
+        "context_tokens": context_tokens,
+        "capacity_factor": capacity_factor,
+        "compute_flops": compute_flops,
+    }
+    point = {name: value for name, value in given.items() if value is not None}
+    render_laws.prediction(service.predict_law(law, level, refresh, **point), json)
+
+
+def plan(
+    law: Name,
+    compute_flops: Annotated[float, typer.Option(help="The budget C.")],
+    kappa: Annotated[float, typer.Option(help="FLOPs per active parameter and token.")] = 6.0,
+    context_tokens: Annotated[float | None, typer.Option(help="T, for a law of form ndt.")] = None,
+    n_total_over_active: Annotated[float | None, typer.Option(help="For a law of form moe, e.g. 8.")] = None,
+    refresh: Refresh = False,
+    json: Json = False,
+) -> None:
+    """Split a budget into parameters and tokens so that the law's loss is lowest."""
+    from escala.laws import service
+
+    answer = service.plan_law(
+        law,
+        compute_flops,
+        kappa=kappa,
+        context_tokens=context_tokens,
+        n_total_over_active=n_total_over_active,
+        refresh=refresh,
+    )
+    render_laws.allocation(answer, json)
+
+
+def compare(first: Name, second: Name, json: Json = False) -> None:
+    """Show two laws side by side, and how much their losses disagree."""
+    from escala.laws import service
+
+    render_laws.comparison(service.compare_laws(first, second), json)
+
+
+def plot(
+    law: Name,
+    to: Annotated[Path, typer.Option(help="Directory for the PNG files.")] = Path("plots"),
+    json: Json = False,
+) -> None:
+    """Draw a law: loss along each input, residuals, IsoFLOP curves, allocation."""
+    from escala.laws import service
+
+    render_laws.files(service.plot_law(law, to), json)
+
+
+def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")], json: Json = False) -> None:
+    """Write law.json, provenance, points and plots into a new directory."""
+    from escala.laws import service
+
+    render_laws.files(service.export_law(law, to), json)
+
+
+def promote(
+    law: Annotated[str, typer.Argument(help="NAME@VERSION.")],
+    force: Annotated[bool, typer.Option("--force", help="Though the law is not healthy.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a version the champion of its name: the one that NAME alone means."""
+    from escala.laws import service
+
+    stored = service.promote_law(law, force)
+    if json:
+        render_laws.law(stored, json)
+    else:
+        render.note(f"{stored.reference} is champion")
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not (old and equals and new):
+            raise LawError(f"--map '{text}' is not FILE_COLUMN=name.", "For example --map params=n_active.")
+        pairs[old] = new
+    return pairs

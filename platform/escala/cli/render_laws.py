@@ -1,0 +1,204 @@
+"""Laws as text and JSON. With render.py, whose tables it uses, the only module that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala.cli.render import ago, as_json, note, number, pairs, raw, table
+
+if TYPE_CHECKING:
+    from escala.laws.law import Allocation, Law, Prediction
+    from escala.laws.reference import Stored
+    from escala.laws.registry import LawVersion
+    from escala.laws.service import Answer, Comparison, Fitted
+
+INSIDE = 1.0005  # a factor that prints as 1
+
+
+def fitted(found: Fitted, json: bool) -> None:
+    """The law that was stored, and what its name answers with now."""
+    stored = found.stored
+    if json:
+        as_json({**_plain(stored), "champion": found.champion})
+        return
+    _law(stored)
+    raw("")
+    if found.champion == stored.version:
+        raw(f"stored as {stored.reference}, champion of {stored.name}")
+    elif found.champion is None:
+        raw(f"stored as {stored.reference}; not healthy, so {stored.name} has no champion")
+    else:
+        raw(f"stored as {stored.reference}; champion is still {stored.name}@{found.champion}")
+        note(f"next: escala laws compare {stored.name} {stored.reference}")
+
+
+def laws(rows: Sequence[LawVersion], json: bool) -> None:
+    """Versions, a row each."""
+    if json:
+        as_json([asdict(row) for row in rows])
+        return
+    columns = ("law", "champion", "healthy", "form", "N", "points", "by", "fitted")
+    cells = [
+        (
+            row.reference,
+            "yes" if row.champion else "",
+            "yes" if row.healthy else "no",
+            row.form,
+            row.size,
+            row.points,
+            row.by,
+            ago(row.created_at),
+        )
+        for row in rows
+    ]
+    table(columns, cells)
+    if not rows:
+        note("no laws yet; `escala laws fit --points FILE.csv --name NAME` makes one")
+
+
+def law(stored: Stored, json: bool) -> None:
+    """A law in full, its points apart."""
+    if json:
+        as_json(_plain(stored))
+        return
+    _law(stored)
+    raw("\nprovenance")
+    told = {key: value for key, value in stored.provenance.items() if value not in (None, [])}
+    pairs({key: ago(value) if key == "created_at" else _listed(value) for key, value in told.items()})
+
+
+def _law(stored: Stored) -> None:
+    law = stored.law
+    raw(f"{stored.reference}   loss = {law.form.formula}   (N is {law.size})")
+    intervals = law.intervals(0.9) if len(law.replicates_BP) else {}
+    rows = [
+        (name, number(value), *(number(end) for end in intervals.get(name, (None, None))))
+        for name, value in law.parameters.items()
+    ]
+    table(("parameter", "value", "90 % from", "to"), rows)
+    for name, (low, high) in law.ranges.items():
+        raw(f"  measured  {name} {low:.4g} to {high:.4g}")
+    raw(f"  healthy   {'yes' if law.healthy else 'no'}")
+    for finding in law.findings:
+        raw(f"  finding   {finding}")
+
+
+def prediction(answer: Answer, json: bool) -> None:
+    """A loss, its interval and its distance from the data."""
+    if json:
+        as_json(answer.plain())
+        return
+    found: Prediction = answer.answer  # type: ignore[assignment]
+    interval = _interval(found.low_nats, found.high_nats, f"{found.level * 100:g} % predictive interval")
+    raw(f"loss            {number(found.loss_nats)} nats per token  ({interval})")
+    _caveats(answer)
+
+
+def allocation(answer: Answer, json: bool) -> None:
+    """The best split of a budget."""
+    if json:
+        as_json(answer.plain())
+        return
+    best: Allocation = answer.answer  # type: ignore[assignment]
+    size = _interval(best.n_active_low, best.n_active_high, "90 % interval")
+    loss = _interval(best.low_nats, best.high_nats, "90 % predictive interval")
+    raw(f"N active        {best.n_active:.4g}  ({size})")
+    if best.n_total != best.n_active:
+        raw(f"N total         {best.n_total:.4g}")
+    raw(f"tokens          {best.tokens:.4g}  ({best.tokens_per_parameter:.3g} per active parameter)")
+    raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
+    _caveats(answer)
+
+
+def _interval(low: float | None, high: float | None, what: str) -> str:
+    return (
+        "no interval: fitted without a bootstrap"
+        if low is None
+        else f"{what} {number(low)} to {number(high)}"
+    )
+
+
+def _caveats(answer: Answer) -> None:
+    """Which law, what was assumed, how far it extrapolates, and whether it is healthy."""
+    raw(f"extrapolation   {_distance(answer.extrapolation)}")
+    for text in answer.assumed:
+        raw(f"assumed         {text}")
+    law = answer.law.law
+    raw(f"law             {answer.law.reference}, {'healthy' if law.healthy else 'NOT HEALTHY'}")
+    for finding in () if law.healthy else law.findings:
+        raw(f"finding         {finding}")
+
+
+def _distance(extrapolation: Mapping[str, float]) -> str:
+    far = sorted(((v, k) for k, v in extrapolation.items() if v > INSIDE), reverse=True)
+    return (
+        ", ".join(f"{name} {factor:.3g}x beyond the data" for factor, name in far) or "none: inside the data"
+    )
+
+
+def comparison(found: Comparison, json: bool) -> None:
+    """Parameters side by side, and how much the losses disagree."""
+    a, b = found.first, found.second
+    if json:
+        keys = ("disagreement", "largest_disagreement")
+        sides = {"first": _plain(a), "second": _plain(b)}
+        as_json({**sides, **{key: getattr(found, key) for key in keys}})
+        return
+    rows: list[tuple[str, ...]] = [("form", a.law.form_name, b.law.form_name), ("N", a.law.size, b.law.size)]
+    names = dict.fromkeys([*a.law.parameters, *b.law.parameters])
+    rows += [(name, _value(a.law, name), _value(b.law, name)) for name in names]
+    rows += [("points", *(str(s.provenance["points"]) for s in (a, b)))]
+    rows += [("healthy", *("yes" if s.law.healthy else "no" for s in (a, b)))]
+    table(("", a.reference, b.reference), rows)
+    median, most = found.disagreement, found.largest_disagreement
+    if median is None or most is None:
+        raw("\ntheir losses cannot be compared: a law reads an input that the other's points lack")
+    else:
+        raw(f"\ntheir losses differ by {median:.2%} at the median point, {most:.2%} at most")
+
+
+def _value(law: Law, name: str) -> str:
+    if name not in law.parameters:
+        return "-"
+    value = number(law.parameters[name])
+    if not len(law.replicates_BP):
+        return value
+    low, high = law.intervals(0.9)[name]
+    return f"{value}  ({number(low)} to {number(high)})"
+
+
+def files(paths: Sequence[Path], json: bool) -> None:
+    """The files that were written."""
+    if json:
+        as_json([str(path) for path in paths])
+        return
+    for path in paths:
+        raw(str(path))
+
+
+def _plain(stored: Stored) -> dict[str, Any]:
+    law = stored.law
+    return {
+        "law": stored.reference,
+        "form": law.form_name,
+        "formula": law.form.formula,
+        "size": law.size,
+        "parameters": law.parameters,
+        "intervals_90": law.intervals(0.9) if len(law.replicates_BP) else None,
+        "objective": asdict(law.objective),
+        "objective_value": law.objective_value,
+        "ranges": law.ranges,
+        "healthy": law.healthy,
+        "findings": list(law.findings),
+        "settings": law.settings,
+        "provenance": stored.provenance,
+    }
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return ", ".join(map(str, value[:5])) + (f", and {len(value) - 5} more" if len(value) > 5 else "")

@@ -1,0 +1,98 @@
+"""Cross-validation across scales: does the law foresee runs larger than any that it saw (SPEC.md D.8)?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from escala.errors import LawError
+from escala.laws.fit import fit_law
+from escala.laws.forms import Floats
+from escala.laws.law import Law
+from escala.laws.table import read_points
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Mean absolute relative errors on the held-out largest points, and how often they fell inside the
+    interval.
+    """
+
+    train_points: int
+    test_points: int
+    error: float  # of the law
+    last_known_error: float  # baseline: the loss of the largest training run
+    log_linear_error: float  # baseline: log loss linear in log compute
+    bias: float  # mean signed relative error of the law
+    covered: float  # share of held-out losses inside the 90 % predictive interval
+    largest_factor: float  # largest compute held out over the largest in training
+
+    @property
+    def ratio(self) -> float:
+        """The law's error over the better baseline's."""
+        best = min(self.last_known_error, self.log_linear_error)
+        return self.error / best if best > 0 else math.inf
+
+
+def backtest(law: Law, share: float = 0.1) -> Backtest:
+    """Refit without the largest `share` of points by compute (6 N D, or compute_flops for form c)."""
+    settings = law.settings
+    points = law.points
+    table = read_points(points, law.form, law.size, settings["group"])
+    compute_N = table.compute_N if law.form_name == "c" else _n_times_d(law, table.points)
+    if compute_N is None:
+        raise LawError("The points do not say their compute.", "Give tokens and a size, or compute_flops.")
+    order = np.argsort(compute_N, kind="stable")
+    held = max(1, math.ceil(share * len(order)))
+    train, test = order[:-held], order[-held:]
+    refit = fit_law(
+        points.iloc[train],
+        form=law.form_name,
+        objective=law.objective,
+        bootstrap=min(settings["bootstrap"], 300),
+        group=settings["group"],
+        fixed=settings["fixed"],
+        priors=settings["priors"],
+        size=law.size,
+        seed=settings["seed"],
+    )
+    inputs = {law.size if name == "size" else name: values[test] for name, values in table.columns.items()}
+    actual = table.loss_N[test]
+    predicted = refit.curve(inputs)
+    log_c, log_l = np.log(compute_N[train]), np.log(table.loss_N[train])
+    slope, level = np.polyfit(log_c - log_c.mean(), log_l, 1)
+    linear = np.exp(level + slope * (np.log(compute_N[test]) - log_c.mean()))
+    return Backtest(
+        len(train),
+        len(test),
+        _error(predicted, actual),
+        _error(np.full(len(test), table.loss_N[train[-1]]), actual),
+        _error(linear, actual),
+        float(np.mean(predicted / actual - 1)),
+        _covered(refit, inputs, actual),
+        float(compute_N[test].max() / compute_N[train].max()),
+    )
+
+
+def _error(predicted: Floats, actual: Floats) -> float:
+    return float(np.mean(np.abs(predicted / actual - 1)))
+
+
+def _covered(law: Law, inputs: dict[str, Floats], actual_N: Floats) -> float:
+    """Share of the losses inside the law's 90 % predictive interval; NaN without a bootstrap."""
+    if not len(law.replicates_BP):
+        return math.nan
+    inside = []
+    for i, actual in enumerate(actual_N):
+        answer = law.predict(0.9, **{name: float(values[i]) for name, values in inputs.items()})
+        inside.append(answer.low_nats is not None and answer.low_nats <= actual <= (answer.high_nats or 0.0))
+    return float(np.mean(inside))
+
+
+def _n_times_d(law: Law, points: pd.DataFrame) -> Floats:
+    size = "n_active" if law.form.mixed else law.size
+    product: Floats = 6.0 * points[size].to_numpy(np.float64) * points["tokens"].to_numpy(np.float64)
+    return product

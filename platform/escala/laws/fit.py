@@ -1,0 +1,231 @@
+"""fit_law: from a table of measured runs to a law (SPEC.md D.8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from escala.errors import LawError
+from escala.laws.forms import (
+    Floats,
+    Form,
+    get_form,
+    loss_and_jacobian,
+    losses,
+    make_features,
+    to_natural,
+)
+from escala.laws.health import Evidence, problems, remarks
+from escala.laws.intervals import bootstrap_weights, residual_draws
+from escala.laws.law import Law, plain_frame
+from escala.laws.search import best_fit, replicate_fits
+from escala.laws.solve import Objective, Problem, huber, residuals
+from escala.laws.table import Table, read_points
+
+Priors = Mapping[str, tuple[float, float]]
+
+
+def fit_law(
+    points: pd.DataFrame,
+    form: str = "nd",
+    objective: Objective = Objective(space="log", huber_delta=1e-3),
+    bootstrap: int = 1000,
+    group: str | None = None,
+    fixed: Mapping[str, float] | None = None,
+    priors: Priors | None = None,
+    size: str = "n_active",
+    seed: int = 0,
+) -> Law:
+    """Fit a law to measured runs: the global minimum of the sum of Huber losses, with a bootstrap.
+
+    Args:
+        points: one row per run or checkpoint: `loss_nats` and the form's inputs; other columns are kept.
+        form: "nd", "ndt", "moe", "moe_cf" or "c" (loss against compute).
+        objective: residual space and Huber's delta; delta 1e-8 is the L1 limit.
+        bootstrap: replicates; 0 for none (no intervals then).
+        group: column whose values are resampled together (checkpoints of one run are not independent).
+        fixed: parameters held at a value of the formula.
+        priors: {name: (mean, sd)}, normal on the log of coefficients and L_inf, on exponents as they are.
+        size: the N of forms nd and ndt: "n_active", "n_total" or "n_non_embedding".
+        seed: of the bootstrap alone; the fit depends on no seed.
+
+    Raises:
+        LawError: a missing column, several tokenizers or evaluation sets, no usable point, fewer points than
+            free parameters, or a bad setting.
+    """
+    chosen = get_form(form)
+    fixed, priors = dict(fixed or {}), {k: (float(m), float(s)) for k, (m, s) in (priors or {}).items()}
+    _check_settings(chosen, fixed, priors, bootstrap)
+    table = read_points(points, chosen, size, group)
+    problem = _problem(chosen, table, objective, fixed, priors)
+    free = int((problem.low_P < problem.high_P).sum())
+    if len(table.loss_N) < free and not priors:
+        raise LawError(
+            f"{len(table.loss_N)} points cannot determine {free} parameters of form {form}.",
+            "Measure more runs, fix parameters with fixed=, or give priors=.",
+        )
+    problem = _scale_priors(problem)
+    theta_P, _ = best_fit(problem)
+    rng = np.random.default_rng(seed)
+    weight_BN = bootstrap_weights(bootstrap, len(table.loss_N), table.group_N, rng)
+    replicates_BP = replicate_fits(problem, theta_P, weight_BN) if bootstrap else np.empty((0, len(theta_P)))
+    settings: dict[str, Any] = {
+        "bootstrap": bootstrap,
+        "group": group,
+        "fixed": fixed,
+        "priors": priors,
+        "seed": seed,
+    }
+    return _assemble(problem, table, theta_P, replicates_BP, settings, size, rng)
+
+
+def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, bootstrap: int) -> None:
+    for name in (*fixed, *priors):
+        if name not in form.names:
+            raise LawError(
+                f"Form {form.name} has no parameter '{name}'.", f"It has: {', '.join(form.names)}."
+            )
+    both = sorted(set(fixed) & set(priors))
+    if both:
+        raise LawError(f"{', '.join(both)} cannot be both fixed and have a prior.", "Choose one.")
+    low, high = form.bounds()
+    for name, value in fixed.items():
+        i = form.names.index(name)
+        if not (math.isfinite(value) and low[i] <= value <= high[i]):
+            raise LawError(f"{name} cannot be fixed at {value}.", f"Its range is {low[i]:g} to {high[i]:g}.")
+    for name, (mean, sd) in priors.items():
+        if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
+            raise LawError(f"The prior of {name} is ({mean}, {sd}).", "Give (mean, sd) with sd > 0.")
+    if bootstrap < 0:
+        raise LawError(f"bootstrap cannot be {bootstrap}.", "Use 1000, or 0 for none.")
+
+
+def _problem(
+    form: Form, table: Table, objective: Objective, fixed: Mapping[str, float], priors: Priors
+) -> Problem:
+    """The centred problem. A term whose coefficient is fixed or has a prior keeps its units: it means x =
+    1.
+    """
+    held = {**fixed, **priors}
+    features = make_features(form, table.columns, tuple(term.coefficient not in held for term in form.terms))
+    low, high = form.bounds()
+    mean, weight = np.zeros(len(form.names)), np.zeros(len(form.names))
+    for name, value in fixed.items():
+        low[form.names.index(name)] = high[form.names.index(name)] = value
+    for name, (center, sd) in priors.items():
+        mean[form.names.index(name)], weight[form.names.index(name)] = center, sd**-2.0
+    marked = np.array([name in priors and name in form.coefficients for name in form.names])
+    low[marked] = 1e-300
+    return Problem(form, features, table.loss_N, objective, low, high, marked, mean, weight)
+
+
+def _scale_priors(problem: Problem) -> Problem:
+    """Put the priors on the scale of the Huber sum.
+
+    exp(-rho/scale) is a likelihood when scale = mean of r psi(r): the variance where residuals are inside
+    delta, delta times the Laplace scale where they are outside. It comes from the fit without priors.
+    """
+    if not problem.prior_weight_P.any():
+        return problem
+    theta_P, _ = best_fit(replace(problem, prior_weight_P=np.zeros_like(problem.prior_weight_P)))
+    residual_N = residuals(problem, losses(problem.form, theta_P[None], problem.features))[0]
+    delta = problem.objective.huber_delta
+    n, free = len(residual_N), int((problem.low_P < problem.high_P).sum())
+    scale = float(np.mean(residual_N * np.clip(residual_N, -delta, delta))) * n / max(n - free, 1)
+    return replace(problem, prior_weight_P=problem.prior_weight_P * max(scale, 1e-14))
+
+
+def _assemble(
+    problem: Problem,
+    table: Table,
+    theta_P: Floats,
+    replicates_BP: Floats,
+    settings: dict[str, Any],
+    size: str,
+    rng: np.random.Generator,
+) -> Law:
+    form, features = problem.form, problem.features
+    natural_P = to_natural(form, theta_P[None], features)[0]
+    natural_BP = to_natural(form, replicates_BP, features)
+    residual_N = residuals(problem, losses(form, theta_P[None], features))[0]
+    free_P = problem.low_P < problem.high_P
+    count = len(replicates_BP)
+    draws_B = residual_draws(residual_N, count, int(free_P.sum()), rng) if count else np.empty(0)
+    evidence = _evidence(problem, table, theta_P, natural_P, natural_BP, size)
+    found = problems(evidence)
+    return Law(
+        form_name=form.name,
+        size=size,
+        objective=problem.objective,
+        parameters=dict(zip(form.names, natural_P.tolist(), strict=True)),
+        objective_value=float(huber(residual_N, problem.objective.huber_delta).sum()),
+        findings=(*found, *remarks(evidence), *table.notes, *_notes(table, settings)),
+        healthy=not found,
+        ranges=_ranges(table, size),
+        replicates_BP=natural_BP,
+        residual_draws_B=draws_B,
+        residual_N=residual_N,
+        settings=settings,
+        table=plain_frame(table.points),
+        refused_table=plain_frame(table.refused),
+    )
+
+
+def _evidence(
+    problem: Problem, table: Table, theta_P: Floats, natural_P: Floats, natural_BP: Floats, size: str
+) -> Evidence:
+    form, features = problem.form, problem.features
+    loss_BN, jacobian_BPN = loss_and_jacobian(form, theta_P[None], features)
+    k = len(form.coefficients)
+    scale_P = np.concatenate([theta_P[:k], np.ones(len(theta_P) - k)])
+    used = {*table.columns, size, "loss_nats", "compute_flops", "step", "seed", *_inputs_of(table)}
+    unused = {
+        str(name): table.points[name].to_numpy(np.float64)
+        for name in table.points.columns
+        if name not in used and table.points[name].dtype.kind in "if" and table.points[name].notna().all()
+    }
+    log_residual_N = np.log(table.loss_N) - np.log(loss_BN[0])
+    return Evidence(
+        form,
+        table.columns,
+        table.loss_N,
+        log_residual_N,
+        jacobian_BPN[0] * scale_P[:, None] / loss_BN[0],
+        natural_P,
+        natural_BP,
+        problem.low_P < problem.high_P,
+        problem.prior_weight_P > 0,
+        unused,
+    )
+
+
+def _inputs_of(table: Table) -> set[str]:
+    """Columns that say the same as an input (another count of N): no evidence of a regime."""
+    return {name for name in ("n_active", "n_total", "n_non_embedding") if name in table.points}
+
+
+def _notes(table: Table, settings: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if settings["priors"]:
+        notes.append(f"priors shrink: {', '.join(settings['priors'])}")
+    if settings["fixed"]:
+        notes.append(f"held fixed: {', '.join(settings['fixed'])}")
+    if (
+        settings["group"] is None
+        and "run_id" in table.points
+        and table.points["run_id"].dropna().duplicated().any()
+    ):
+        notes.append("several points share a run_id: they are not independent; resample with group='run_id'")
+    return notes
+
+
+def _ranges(table: Table, size: str) -> dict[str, tuple[float, float]]:
+    out = {size if k == "size" else k: (float(v.min()), float(v.max())) for k, v in table.columns.items()}
+    if table.compute_N is not None:
+        out["compute_flops"] = (float(table.compute_N.min()), float(table.compute_N.max()))
+    return out

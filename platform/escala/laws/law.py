@@ -1,0 +1,329 @@
+"""A law that answers: parameters with intervals, predictions, the best split of a budget, and what is wrong
+with it.
+
+Nothing here imports pandas or scipy until a table is asked for, so a query on a cached law.json is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from escala.errors import LawError
+from escala.laws.forms import Features, Floats, Form, Optimum, closed_form_optimum, get_form, losses
+from escala.laws.intervals import quantile_pair
+from escala.laws.solve import Objective
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from escala.laws.backtest import Backtest
+
+VERSION = 1  # of the JSON
+INPUTS = (
+    "n_active",
+    "n_total",
+    "n_non_embedding",
+    "tokens",
+    "context_tokens",
+    "capacity_factor",
+    "compute_flops",
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Loss in nats per token with its interval (None without a bootstrap).
+
+    `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the
+    data; 1 is inside.
+    """
+
+    loss_nats: float
+    low_nats: float | None
+    high_nats: float | None
+    extrapolation: dict[str, float]
+    level: float
+
+    @property
+    def farthest(self) -> float:
+        """The largest factor in `extrapolation`."""
+        return max(self.extrapolation.values(), default=1.0)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best split of a budget. Bounds are the predictive interval of the loss and the percentile interval
+    of N, at 90 %.
+    """
+
+    n_active: float
+    n_total: float
+    tokens: float
+    loss_nats: float
+    low_nats: float | None
+    high_nats: float | None
+    n_active_low: float | None
+    n_active_high: float | None
+    compute_flops: float
+    context_tokens: float | None
+    extrapolation: dict[str, float]
+    first_order_residual: float  # relative; 0 at the optimum
+    size: str  # the N that the law was fitted on
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """D/N_active."""
+        return self.tokens / self.n_active
+
+
+@dataclass(frozen=True, eq=False)
+class Law:
+    """A fitted law. Parameters are those of the formula in nats, parameters, tokens; see `fit_law` for the
+    rest.
+    """
+
+    form_name: str
+    size: str
+    objective: Objective
+    parameters: dict[str, float]
+    objective_value: float  # the SUM of the points' Huber losses, priors apart
+    findings: tuple[str, ...]  # plain words
+    healthy: bool
+    ranges: dict[str, tuple[float, float]]  # smallest and largest value of each input and of compute_flops
+    replicates_BP: Floats  # bootstrap parameters, in the order of the form's names
+    residual_draws_B: Floats  # one inflated residual per replicate, in the objective's space
+    residual_N: Floats
+    settings: dict[str, Any]  # bootstrap, group, fixed, priors, seed
+    table: dict[str, Any] = field(repr=False)
+    refused_table: dict[str, Any] = field(repr=False)
+
+    @property
+    def form(self) -> Form:
+        """The functional form."""
+        return get_form(self.form_name)
+
+    @property
+    def points(self) -> pd.DataFrame:
+        """The points that were fitted, all their columns kept."""
+        return _frame(self.table)
+
+    @property
+    def refused(self) -> pd.DataFrame:
+        """The points that were not, each with its `reason`."""
+        return _frame(self.refused_table)
+
+    def intervals(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
+        """Percentile bootstrap interval of each parameter. Raises LawError without a bootstrap."""
+        if not len(self.replicates_BP):
+            raise LawError("This law was fitted without a bootstrap.", "Fit it with bootstrap=1000.")
+        names = self.form.names
+        return {name: quantile_pair(self.replicates_BP[:, i], level) for i, name in enumerate(names)}
+
+    def predict(self, level: float = 0.9, **point: float) -> Prediction:
+        """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit
+        and residual.
+
+        Raises LawError for an input that is missing, unknown or not positive.
+        """
+        return self._answer(level, point, residual=True)
+
+    def predict_mean(self, level: float = 0.9, **point: float) -> Prediction:
+        """As `predict`, with the interval of the MEAN: what a better design can shrink (the residual it
+        cannot).
+        """
+        return self._answer(level, point, residual=False)
+
+    def _answer(self, level: float, point: Mapping[str, float], residual: bool) -> Prediction:
+        columns = self._columns(point)
+        loss = float(self.curve(columns)[0])
+        low, high = None, None
+        if len(self.replicates_BP):
+            draws_B = self._evaluate(self.replicates_BP, columns)[:, 0]
+            if residual and self.objective.space == "log":
+                draws_B = draws_B * np.exp(self.residual_draws_B)
+            elif residual:
+                draws_B = draws_B + self.residual_draws_B
+            low, high = quantile_pair(draws_B, level)
+        return Prediction(loss, low, high, self._extrapolation(point), level)
+
+    def curve(self, columns: Mapping[str, Floats]) -> Floats:
+        """The law's loss at arrays of inputs (named as in `predict`), without intervals: for plots and
+        searches.
+        """
+        theta_BP = np.array([[self.parameters[name] for name in self.form.names]])
+        loss_N: Floats = self._evaluate(theta_BP, columns)[0]
+        return loss_N
+
+    def _evaluate(self, theta_BP: Floats, columns: Mapping[str, Floats]) -> Floats:
+        named = {name: columns[self.size if name == "size" else name] for name in self.form.columns}
+        form = self.form
+        main = np.stack([np.log(named[term.column]) for term in form.terms])
+        mix = np.log(named["n_total"]) - np.log(named["n_active"]) if form.mixed else None
+        return losses(form, theta_BP, Features(main, mix, np.zeros(len(form.terms)), 0.0))
+
+    def _columns(self, point: Mapping[str, float]) -> dict[str, Floats]:
+        unknown = sorted(set(point) - set(INPUTS))
+        if unknown:
+            raise LawError(f"A law knows no input {', '.join(unknown)}.", f"Inputs are: {', '.join(INPUTS)}.")
+        given = dict(point)
+        if self.form_name == "c" and "compute_flops" not in given and {"n_active", "tokens"} <= set(given):
+            given["compute_flops"] = 6.0 * given["n_active"] * given["tokens"]
+        needed = [self.size if name == "size" else name for name in self.form.columns]
+        missing = [name for name in needed if name not in given]
+        if missing:
+            raise LawError(
+                f"The law ({self.form.formula}) needs {', '.join(missing)}.",
+                f"It reads: {', '.join(needed)}.",
+            )
+        for name in needed:
+            if not (np.isfinite(given[name]) and given[name] > 0):
+                raise LawError(f"{name} = {given[name]} must be a positive number.", "Give counts, not logs.")
+        return {name: np.array([float(given[name])]) for name in needed}
+
+    def _extrapolation(self, point: Mapping[str, float]) -> dict[str, float]:
+        """How many times beyond the data, per input and for compute (6 N D where the point does not say
+        it).
+        """
+        known = dict(point)
+        if "compute_flops" not in known and "tokens" in known:
+            size = known.get("n_active", known.get(self.size))
+            if size is not None:
+                known["compute_flops"] = 6.0 * size * known["tokens"]
+        out = {}
+        for name, (low, high) in self.ranges.items():
+            if name in known:
+                out[name] = max(known[name] / high, low / known[name], 1.0)
+        return out
+
+    def optimum(
+        self,
+        compute_flops: float,
+        *,
+        kappa: float = 6.0,
+        context_tokens: float | None = None,
+        n_total_over_active: float | None = None,
+    ) -> Allocation:
+        """N and D that minimise the loss at C = kappa N_active D, in closed form (nd; ndt at T; moe at a
+        ratio).
+
+        Raises LawError for form c or moe_cf, and where the bound that the form needs is missing.
+        """
+
+        def best(theta: Mapping[str, float]) -> Optimum:
+            return closed_form_optimum(
+                self.form,
+                theta,
+                compute_flops,
+                kappa=kappa,
+                context_tokens=context_tokens,
+                n_total_over_active=n_total_over_active,
+            )
+
+        found = best(self.parameters)
+        n_total = found.size * (n_total_over_active or 1.0)
+        point = {
+            "n_active": found.size,
+            "n_total": n_total,
+            "tokens": found.tokens,
+            "compute_flops": compute_flops,
+        }
+        point[self.size] = found.size
+        if context_tokens is not None:
+            point["context_tokens"] = context_tokens
+        prediction = self.predict(0.9, **point)
+        low, high = self._size_interval(best)
+        return Allocation(
+            found.size,
+            n_total,
+            found.tokens,
+            found.loss_nats,
+            prediction.low_nats,
+            prediction.high_nats,
+            low,
+            high,
+            compute_flops,
+            context_tokens,
+            prediction.extrapolation,
+            found.residual,
+            self.size,
+        )
+
+    def _size_interval(
+        self, best: Callable[[Mapping[str, float]], Optimum]
+    ) -> tuple[float | None, float | None]:
+        """90 % interval of the optimal N over the replicates that have an interior optimum."""
+        replicates_BP = self.replicates_BP[(self.replicates_BP[:, 1:3] > 0).all(axis=1)]
+        thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
+        sizes = np.array([best(theta).size for theta in thetas])
+        return quantile_pair(sizes, 0.9) if len(sizes) else (None, None)
+
+    def backtest(self, share: float = 0.1) -> Backtest:
+        """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines."""
+        from escala.laws.backtest import backtest
+
+        return backtest(self, share)
+
+    def to_json(self) -> str:
+        """All of the law as JSON; every float64 comes back exactly."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["objective"] = asdict(self.objective)
+        plain["version"] = VERSION
+        for name in ("replicates_BP", "residual_draws_B", "residual_N"):
+            plain[name] = getattr(self, name).tolist()
+        return json.dumps(plain, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Law:
+        """The law of `to_json`. Raises LawError for anything else."""
+        try:
+            plain = json.loads(text)
+            if plain.pop("version") != VERSION:
+                raise LawError("law.json was written by another version of escala.", "Fit the law again.")
+            width = len(get_form(plain["form_name"]).names)
+            plain["objective"] = Objective(**plain["objective"])
+            plain["replicates_BP"] = np.array(plain["replicates_BP"], dtype=np.float64).reshape(-1, width)
+            for name in ("residual_draws_B", "residual_N"):
+                plain[name] = np.array(plain[name], dtype=np.float64)
+            plain["findings"] = tuple(plain["findings"])
+            plain["ranges"] = {name: tuple(pair) for name, pair in plain["ranges"].items()}
+            return cls(**plain)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LawError(f"This is no law.json: {error!r}.", "Law.to_json writes one.") from error
+
+
+def plain_frame(frame: pd.DataFrame) -> dict[str, Any]:
+    """A DataFrame as JSON-ready data: per column its dtype and values; NaN as null, infinities as text."""
+    columns = []
+    for name in frame.columns:
+        series = frame[name]
+        kind = "float" if series.dtype.kind == "f" else series.dtype.kind
+        values = [_plain(value) for value in series.tolist()]
+        columns.append({"name": str(name), "kind": kind, "values": values})
+    return {"columns": columns, "index": [_plain(value) for value in frame.index.tolist()]}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if np.isfinite(value) else (None if np.isnan(value) else str(value))
+    return None if value != value else str(value)
+
+
+def _frame(plain: dict[str, Any]) -> pd.DataFrame:
+    import pandas as pd
+
+    series = {}
+    for column in plain["columns"]:
+        values = column["values"]
+        if column["kind"] == "float":
+            values = [np.nan if v is None else float(v) for v in values]
+        series[column["name"]] = pd.Series(
+            values, index=plain["index"], dtype="float64" if column["kind"] == "float" else None
+        )
+    return pd.DataFrame(series, index=plain["index"])

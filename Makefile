@@ -37,7 +37,8 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/laws.py
 
 clean:
 	rm -rf $(VENV) .setup-done

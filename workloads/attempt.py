@@ -6,8 +6,6 @@ none knows that the driver was lost.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import signal
 import sys
@@ -17,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import escala
 from escala.errors import SpecError, Superseded
 from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
 
@@ -59,18 +56,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = json.dumps(value) if isinstance(value, list) else str(value)
     return flat
-
-
-@functools.cache
-def code_fingerprint() -> str:
-    """SHA-256 over the Python sources of `escala` and `workloads` as they run here."""
-    digest = hashlib.sha256()
-    for root in (Path(escala.__file__).parent, Path(__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(
-                f"{root.name}/{path.relative_to(root)}".encode() + b"\0" + path.read_bytes() + b"\0"
-            )
-    return digest.hexdigest()
 
 
 def check_fence(files: AttemptFiles, attempt: int) -> None:

@@ -19,7 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from escala.errors import EscalaError
 
-LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.RaySystemError,  # the head or the raylet went away under the driver
+)
 MEMORY_WORDS = ("can't allocate memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
 PEER_WORDS = (
     "Connection closed by peer",

@@ -6,7 +6,6 @@ outcome. It retries nothing: a retry is a new attempt, which the control plane m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -21,12 +20,12 @@ from escala import handshake
 from escala.errors import CheckpointError, EscalaError, SpecError
 from escala.manifests import Checkpoint, check_fits, latest
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.attempt import (
     STOP_REASONS,
     WorkerInputs,
     check_fence,
-    code_fingerprint,
     finish,
     flatten,
     read_attempt,
@@ -97,8 +96,8 @@ class Run:
             "escala.attempt": str(spec.attempt),
             "escala.workload": spec.workload,
             "escala.name": spec.name,
-            "escala.config_fingerprint": config_fingerprint(spec.config),
-            "escala.code_fingerprint": code_fingerprint(),
+            "escala.config_fingerprint": fingerprint(spec.config),
+            "escala.code_fingerprint": code_fingerprint().fingerprint,
         }
         key = f"{spec.job_id}-{spec.attempt}"
         self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
@@ -178,8 +177,8 @@ class Run:
             status=outcome.kind,
             started_at=self.started_at,
             ended_at=time.time(),
-            config_fingerprint=config_fingerprint(spec.config),
-            code_fingerprint=code_fingerprint(),
+            config_fingerprint=fingerprint(spec.config),
+            code_fingerprint=code_fingerprint().fingerprint,
             parent_run_id=spec.tags.get("escala.parent_run_id"),
             reason=outcome.message or None,
             **values,
@@ -257,12 +256,6 @@ def _newest(directory: Path) -> Checkpoint | None:
     for error in refused:
         print(f"refused: {error}", file=sys.stderr, flush=True)
     return found
-
-
-def config_fingerprint(config: dict[str, Any]) -> str:
-    """SHA-256 of the configuration as canonical JSON."""
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 if __name__ == "__main__":

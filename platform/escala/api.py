@@ -123,6 +123,7 @@ def submit(
     Args as `spec.load_job`. Raises SpecError or NotFoundError before anything starts, ClusterError after that.
     """
     job = spec.load_job(workload, files, overrides, options)
+    _check_room(job)
     return _queue(job, report)
 
 
@@ -176,6 +177,7 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = _silent) -
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
+    _check_room(job)
     return _queue(job, report, resume_from=str(checkpoints), parent=old.id)
 
 
@@ -209,6 +211,18 @@ def watch(name: str) -> Iterator[Watched]:
             if job.state in FINAL:
                 return
             time.sleep(POLL_SECONDS)
+
+
+def _check_room(job: spec.JobSpec) -> None:
+    """Refuse what the embedded head can never start: Ray would wait for ever. An existing cluster may grow."""
+    settings, resources = load_settings(), job.config.resources
+    cpus = resources.workers * resources.cpus_per_worker
+    if settings.ray_address is None and cpus > settings.num_cpus:
+        raise SpecError(
+            f"{resources.workers} workers x {resources.cpus_per_worker:g} CPUs are {cpus:g} CPUs; the embedded head "
+            f"has {settings.num_cpus}",
+            "lower resources.workers or resources.cpus_per_worker, or raise ESCALA_NUM_CPUS (logical CPUs)",
+        )
 
 
 def _queue(

@@ -313,9 +313,15 @@ def runs(
     name: str | None = None,
     limit: int = 50,
 ) -> Sequence[RunRecord]:
-    """Runs in the tracker that match all filters given, newest first. Raises ClusterError where it does not answer."""
+    """Runs in the tracker that match all filters given, newest first.
+
+    Raises NotFoundError for an unknown job (id or name), ClusterError where the tracker does not answer.
+    """
     from escala.tracking.runs import list_runs
 
+    if job is not None:
+        with _store() as store:
+            job = store.get(job).id
     settings = load_settings()
     return list_runs(
         settings.tracker,

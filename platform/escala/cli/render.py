@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from escala.jobs.model import Attempt, HistoryEvent, Job
     from escala.spec import Resolved
 
-_out = Console(highlight=False, soft_wrap=True)
+PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -151,7 +153,7 @@ def runs(records: Sequence[RunRecord], json: bool) -> None:
     columns = ("run", "job", "name", "status", "held-out loss", "tokens", "N", "FLOPs", "seconds")
     rows = [
         (
-            r.run_id,
+            (r.run_id or "")[:8],
             f"{r.job_id}-{r.attempt}",
             r.name,
             r.status,

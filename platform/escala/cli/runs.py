@@ -23,12 +23,12 @@ def register(app: typer.Typer) -> None:
 
 
 def list_(
-    job: Annotated[str | None, typer.Option(help="Only this job's runs.")] = None,
+    job: Annotated[str | None, typer.Option(help="Only the runs of this job (id or name).")] = None,
     workload: Annotated[str | None, typer.Option(help="Only this workload.")] = None,
     status: Annotated[
         str | None, typer.Option(help="Only runs that ended so: succeeded, diverged, ...")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Only names that contain this.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only runs of this name.")] = None,
     limit: Annotated[int, typer.Option(help="At most so many, newest first.")] = 50,
     json: Json = False,
 ) -> None:

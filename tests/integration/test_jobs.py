@@ -1,0 +1,61 @@
+"""A job's life on the session's cluster: budget, dependency, resume on more workers, runs, retention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from escala import api
+from tests.conftest import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
+
+STEPS, BATCH, CONTEXT = 60, 8, 64
+OVERRIDES = [
+    "model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
+    "data={tokenizer: {vocab_size: 512, train_characters: 300000}, max_characters: 2000000, held_out_fraction: 0.2}",
+    f"training={{steps: {STEPS}, batch_sequences: {BATCH}, evaluation_tokens: 4096, checkpoint_every_steps: 10}}",
+]
+
+
+def ended(job_id: str) -> api.JobDetails:
+    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 240, f"the end of {job_id}", every=0.5)
+    return api.job(job_id)
+
+
+def delivered(job_id: str) -> api.RunRecord:
+    def found() -> list[api.RunRecord]:
+        return [r for r in api.runs(job=job_id) if r.held_out_loss_nats is not None]
+
+    return wait_for(found, 60, f"the run of {job_id} in MLflow", every=1.0)[0]
+
+
+def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Path) -> None:
+    flops = api.resolve("pretrain", (), OVERRIDES).compute_flops
+    half = api.submit("pretrain", (), OVERRIDES, {"name": "half", "max_flops": flops / 2}).id
+    waiting = api.submit("pretrain", (), OVERRIDES, {"name": "waiting", "after": half}).id
+
+    first = ended(half)
+    assert (first.job.state, first.job.reason) == ("stopped", "budget")
+    assert first.totals.train_tokens == STEPS // 2 * BATCH * CONTEXT
+    assert first.totals.compute_flops <= flops / 2
+    refused = ended(waiting)
+    assert (refused.job.state, refused.job.reason, refused.job.attempts) == ("failed", "dependency", 0)
+    with pytest.raises(api.SpecError, match="did you mean steps"):
+        api.resume(half, ["training.step=60"])
+
+    second = ended(api.resume(half, ["resources.workers=2"]).id)
+    assert second.job.state == "succeeded", second.job.message
+    record = delivered(second.job.id)
+    assert record.train_tokens == STEPS * BATCH * CONTEXT
+    assert record.attempt_tokens == STEPS // 2 * BATCH * CONTEXT  # the first half was not repeated
+    assert record.workers == 2
+    assert record.held_out_loss_nats < delivered(half).held_out_loss_nats
+    assert len({record.evaluation_fingerprint, delivered(half).evaluation_fingerprint}) == 1
+    assert "held_out_loss_nats" in api.compare([half, second.job.id])
+
+    spare = api.collect_garbage(half, keep=1)
+    assert len(spare.checkpoints) == 1  # two were kept by the job's own rule
+    api.collect_garbage(half, keep=1, delete=True)
+    assert api.collect_garbage(half, keep=1).checkpoints == []

@@ -81,7 +81,10 @@ def ps(
     """List the jobs that wait or run."""
     from escala import api
 
-    render.jobs(api.jobs(everything=everything, limit=limit), json)
+    found = api.jobs(everything=everything, limit=limit)
+    render.jobs(found, json)
+    if len(found) == limit:
+        render.note(f"the first {limit}; --limit shows more")
 
 
 def logs(job: JobName, follow: Follow = False) -> None:

@@ -6,15 +6,24 @@ the cluster. Unknown keys fail. A field that is None is derived by the validator
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
     """Unknown keys fail; values are frozen once checked."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+StoredPath = Annotated[str, AfterValidator(_absolute)]
+"""A path as the user typed it, made absolute where it was typed: the driver runs in another directory."""
 
 
 class ModelConfig(Strict):
@@ -88,7 +97,7 @@ class ModelConfig(Strict):
 class TokenizerConfig(Strict):
     """Byte-level BPE trained on the corpus's training split, or a tokenizer.json given."""
 
-    path: str | None = Field(None, description="a tokenizer.json; None: train one")
+    path: StoredPath | None = Field(None, description="a tokenizer.json; None: train one")
     vocab_size: int = Field(4096, ge=258, description="of the one to train")
     train_characters: int = Field(10_000_000, gt=0, description="how much of the corpus the training sees")
 
@@ -105,7 +114,7 @@ class FilesCorpus(Strict):
     """Text files by globs inside a stated root; one document a file."""
 
     kind: Literal["files"]
-    root: str
+    root: StoredPath
     globs: list[str] = Field(["**/*.txt"], min_length=1)
     weight: float = Field(1.0, gt=0)
 
@@ -114,7 +123,7 @@ class JsonlCorpus(Strict):
     """JSON lines; one document a line."""
 
     kind: Literal["jsonl"]
-    path: str
+    path: StoredPath
     text_key: str = "text"
     weight: float = Field(1.0, gt=0)
 

@@ -81,3 +81,9 @@ def test_resolve_counts_tokens_and_flops() -> None:
 
 def test_merge_replaces_lists_and_merges_mappings() -> None:
     assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
+
+
+def test_a_relative_path_is_resolved_where_it_was_typed(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = load_job("pretrain", [], ["data.corpora=[{kind: files, root: notes}]"])
+    assert spec.plain()["data"]["corpora"][0]["root"] == str(tmp_path / "notes")

@@ -118,17 +118,13 @@ class Run:
         from workloads.failures import classify
 
         failure = classify(error, self.nodes)
-        if failure.kind in (
-            "internal",
-            "worker_lost",
-            "node_lost",
-        ):  # the others say themselves what is to be done
+        if failure.kind in ("internal", "worker_lost", "node_lost"):
+            # The others say themselves what is to be done.
             traceback.print_exception(error)
         outcome = Outcome(failure.kind, failure.message, failure.hint)
         if failure.kind == "superseded":
-            finish(
-                self.spec, outcome
-            )  # in this attempt's own directory; its tracker run is the control plane's now
+            # In this attempt's own directory; its tracker run is the control plane's now.
+            finish(self.spec, outcome)
         else:
             self._conclude(outcome, "FAILED")
         return int(failure.exit_code)
@@ -153,7 +149,7 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         """What rank 0 left (training/report.py); empty where it did not get far enough."""
         try:
-            facts: dict[str, Any] = json.loads((self.files.directory / "facts.json").read_text())
+            facts: dict[str, Any] = json.loads(self.files.facts.read_text())
         except FileNotFoundError:
             return {}
         return facts

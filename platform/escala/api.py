@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from escala import manifests, spec
 from escala.errors import NotFoundError, SpecError
-from escala.records import AttemptFiles, Progress, RunRecord, Totals, read_record
-from escala.settings import load_settings
+from escala.jobs.state import FINAL
+from escala.records import AttemptFiles, JobFiles, Progress, RunRecord, Totals, read_record
+from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.jobs.model import Attempt, HistoryEvent, Job
-    from escala.jobs.state import State
     from escala.jobs.store import JobStore
 
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
-FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
 LAWS = (
     "compare_laws",
     "export_law",
@@ -61,21 +60,21 @@ def up(report: Report = _silent) -> ClusterStatus:
     """Start what is missing of the embedded cluster. Raises ClusterError, naming a taken port or a dead process."""
     from escala import cluster
 
-    return cluster.up(load_settings(), report)
+    return cluster.up(Settings(), report)
 
 
 def down(report: Report = _silent) -> None:
     """End the processes that `up` started, and no others."""
     from escala import cluster
 
-    cluster.down(load_settings(), report)
+    cluster.down(Settings(), report)
 
 
 def status() -> ClusterStatus:
     """The processes of the cluster and whether they answer."""
     from escala import cluster
 
-    return cluster.status(load_settings())
+    return cluster.status(Settings())
 
 
 # Jobs
@@ -122,9 +121,7 @@ def submit(
 
     Args as `spec.load_job`. Raises SpecError or NotFoundError before anything starts, ClusterError after that.
     """
-    job = spec.load_job(workload, files, overrides, options)
-    _check_room(job)
-    return _queue(job, report)
+    return _queue(spec.load_job(workload, files, overrides, options), report)
 
 
 def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
@@ -170,14 +167,13 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = _silent) -
     """
     with _store() as store:
         old = store.get(name)
-    checkpoints = load_settings().home / "jobs" / old.id / "checkpoints"
+    checkpoints = JobFiles(Settings().home, old.id).checkpoints
     if manifests.latest(checkpoints)[0] is None:
         raise NotFoundError(
             f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    _check_room(job)
     return _queue(job, report, resume_from=str(checkpoints), parent=old.id)
 
 
@@ -215,7 +211,7 @@ def watch(name: str) -> Iterator[Watched]:
 
 def _check_room(job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait for ever. An existing cluster may grow."""
-    settings, resources = load_settings(), job.config.resources
+    settings, resources = Settings(), job.config.resources
     cpus = resources.workers * resources.cpus_per_worker
     if settings.ray_address is None and cpus > settings.num_cpus:
         raise SpecError(
@@ -230,6 +226,7 @@ def _queue(
 ) -> Job:
     from escala.jobs.model import NewJob
 
+    _check_room(job)
     options = job.options
     new = NewJob(
         workload=job.workload,
@@ -244,7 +241,7 @@ def _queue(
         max_seconds=options.max_seconds,
         resume_from=resume_from,
         parent=parent,
-        experiment=load_settings().experiment,
+        experiment=Settings().experiment,
     )
     with _store() as store:
         queued = store.submit(new)
@@ -282,7 +279,7 @@ def _lines(path: Path, more_may_come: Callable[[], bool]) -> Iterator[str]:
 
 
 def _files(job_id: str, attempt: int) -> AttemptFiles:
-    return AttemptFiles(load_settings().home / "jobs" / job_id / f"attempt-{attempt}")
+    return JobFiles(Settings().home, job_id).attempt(attempt)
 
 
 def _run_id(job_id: str, attempt: int) -> str | None:
@@ -296,7 +293,7 @@ class _store:
     def __enter__(self) -> JobStore:
         from escala.jobs.store import JobStore
 
-        self._open = JobStore(load_settings().database_url)
+        self._open = JobStore(Settings().database_url)
         return self._open
 
     def __exit__(self, *_: object) -> None:
@@ -322,7 +319,7 @@ def runs(
     if job is not None:
         with _store() as store:
             job = store.get(job).id
-    settings = load_settings()
+    settings = Settings()
     return list_runs(
         settings.tracker,
         settings.experiment,
@@ -340,24 +337,23 @@ def run(name: str) -> RunRecord:
 
     try:
         details = job(name)
-        ids = [run_id for run_id in details.runs if run_id]
-        if not ids:
+    except NotFoundError:
+        run_id = name
+    else:
+        run_id = next((each for each in reversed(details.runs) if each), "")
+        if not run_id:
             raise NotFoundError(
                 f"job {details.job.id} has no run in the tracker yet", "wait for its first step"
             )
-        name = ids[-1]
-    except NotFoundError as error:
-        if "has no run" in error.message:
-            raise
-    settings = load_settings()
-    return get_run(settings.tracker, settings.experiment, name)
+    settings = Settings()
+    return get_run(settings.tracker, settings.experiment, run_id)
 
 
 def run_url(record: RunRecord) -> str:
     """The run's page in MLflow."""
     from escala.tracking.runs import run_url
 
-    return run_url(load_settings().tracker, str(record.run_id))
+    return run_url(Settings().tracker, str(record.run_id))
 
 
 def compare(names: Sequence[str]) -> dict[str, list[Any]]:
@@ -388,11 +384,11 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
         raise SpecError("--keep must be at least 1", "a job without a checkpoint cannot be resumed")
     with _store() as store:
         ended = [store.get(name)] if name else store.list(FINAL)
-    found: list[tuple[str, int]] = []
+    home, found = Settings().home, list[tuple[str, int]]()
     for job in ended:
         if job.state not in FINAL:
             raise SpecError(f"job {job.id} is {job.state}", "its own retention rule works while it runs")
-        directory = load_settings().home / "jobs" / job.id / "checkpoints"
+        directory = JobFiles(home, job.id).checkpoints
         rule = keep or int(job.config.get("training", {}).get("keep_checkpoints", 1))
         names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
         found += [_size(directory / n) for n in manifests.to_delete(names, rule)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from escala.errors import ClusterError
-from escala.processes import Command, Processes
+from escala.processes import Command, Processes, create_once
 from escala.settings import Settings
 
 ANSWER_SECONDS = 5.0
@@ -110,16 +110,7 @@ def token_path(settings: Settings) -> Path:
     path = settings.home / "run" / "ray_token"
     if not path.exists():
         Processes(settings.home).make_directories()
-        fresh = path.with_name(f".ray_token.{os.getpid()}.{secrets.token_hex(4)}")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-        try:
-            os.link(fresh, path)  # the first of two wins
-        except FileExistsError:
-            pass
-        finally:
-            fresh.unlink()
+        create_once(path, secrets.token_hex(32))
     return path
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,14 +80,7 @@ class Processes:
         """This home's marker, made at its first use."""
         path = self.run / "cluster_id"
         if not path.exists():
-            fresh = path.with_name(f".cluster_id.{uuid.uuid4().hex}")
-            fresh.write_text(uuid.uuid4().hex)
-            try:
-                os.link(fresh, path)  # unlike a rename, lets the first of two win
-            except FileExistsError:
-                pass
-            finally:
-                fresh.unlink()
+            create_once(path, uuid.uuid4().hex)
         return path.read_text()
 
     @contextmanager
@@ -196,6 +189,17 @@ class Processes:
         path = self.logs / f"{name}.log"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         return "\n".join(lines[-TAIL_LINES:])
+
+
+def create_once(path: Path, content: str) -> None:
+    """Write a file that only this user reads, unless another process makes it first: then theirs stays."""
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(content)
+    with suppress(FileExistsError):
+        os.link(fresh, path)  # unlike a rename, lets the first of two win
+    fresh.unlink()
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:

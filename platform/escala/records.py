@@ -148,6 +148,18 @@ class Totals:
     energy_joules: float | None
 
 
+class JobFiles:
+    """The names in a job's directory under HOME."""
+
+    def __init__(self, home: Path, job_id: str) -> None:
+        self.directory = home / "jobs" / job_id
+        self.checkpoints = self.directory / "checkpoints"
+
+    def attempt(self, number: int) -> AttemptFiles:
+        """The attempt with this number, from 1."""
+        return AttemptFiles(self.directory / f"attempt-{number}")
+
+
 class AttemptFiles:
     """The names in an attempt's directory."""
 
@@ -159,6 +171,7 @@ class AttemptFiles:
         )  # Control; by the control plane or the driver's SIGTERM
         self.progress = self.directory / "progress.json"  # Progress; by the driver or rank 0
         self.outcome = self.directory / "outcome.json"  # Outcome; by the driver, last
+        self.facts = self.directory / "facts.json"  # what rank 0 knows for the RunRecord, and its last word
         self.log = self.directory / "log.txt"  # the driver's and the workers' output
         self.spool = self.directory / "tracking"  # the tracking spool (tracking/spool.py)
         self.current = (

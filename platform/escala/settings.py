@@ -107,8 +107,3 @@ def _explained(error: ValidationError) -> SpecError:
     variable = name if name.isupper() else f"ESCALA_{name.upper()}" if name else "the ESCALA_*_PORT variables"
     message = first["msg"].removeprefix("Value error, ")
     return SpecError(f"{variable}: {message}", f"correct or unset {variable}")
-
-
-def load_settings() -> Settings:
-    """The settings of this process's environment. Raises SpecError that names the variable."""
-    return Settings()

@@ -9,7 +9,7 @@ import pytest
 
 from escala import api
 from escala.records import AttemptFiles, Progress, read_record
-from escala.settings import load_settings
+from escala.settings import Settings
 from escala.tracking.runs import list_runs
 from tests.conftest import wait_for
 
@@ -29,7 +29,7 @@ def submit(name: str, *more: str) -> str:
 
 
 def files(job_id: str, attempt: int = 1) -> AttemptFiles:
-    return AttemptFiles(load_settings().home / "jobs" / job_id / f"attempt-{attempt}")
+    return AttemptFiles(Settings().home / "jobs" / job_id / f"attempt-{attempt}")
 
 
 def at_step(job_id: str, step: int, attempt: int = 1) -> None:
@@ -117,7 +117,7 @@ def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["succeeded"]
     assert final(details) == undisturbed
-    settings = load_settings()
+    settings = Settings()
 
     def delivered() -> bool:
         found = list_runs(settings.tracker, settings.experiment, job_id=job_id)
@@ -131,7 +131,7 @@ def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
 def _training_losses(job_id: str) -> list[float]:
     from mlflow import MlflowClient
 
-    settings = load_settings()
+    settings = Settings()
     run = list_runs(settings.tracker, settings.experiment, job_id=job_id)[0]
     return [m.value for m in MlflowClient(settings.tracker).get_metric_history(run.run_id, "train_loss_nats")]
 

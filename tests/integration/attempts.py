@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +17,15 @@ from typing import Any
 
 from escala import handshake
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, read_record, write_json
+from tests.conftest import free_ports, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of `condition`, within a limit."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s: {what}")
 
 
 @contextmanager
 def ray_head() -> Iterator[dict[str, str]]:
     """A Ray head on free ports; yields the environment that its drivers need. Stopped by its pid."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, client = free_ports(3)
     path = os.pathsep.join([str(REPOSITORY / "platform"), str(REPOSITORY)])
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
@@ -55,7 +37,7 @@ def ray_head() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
         command = [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={directory}", "--num-cpus=8"]
-        command += ["--disable-usage-stats", f"--ray-client-server-port={free_port()}"]
+        command += ["--disable-usage-stats", f"--ray-client-server-port={client}"]
         start = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
         with Path(directory, "head.log").open("w") as log:
             head = subprocess.Popen(command, env=start, stdout=log, stderr=subprocess.STDOUT)
@@ -132,5 +114,5 @@ class Job:
 
     def facts(self, attempt: int) -> dict[str, Any]:
         """What rank 0 left."""
-        facts: dict[str, Any] = json.loads((self.files(attempt).directory / "facts.json").read_text())
+        facts: dict[str, Any] = json.loads(self.files(attempt).facts.read_text())
         return facts

@@ -53,7 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def running(settings: Settings) -> Iterator[Settings]:
     """Up, by two at once."""
-    code = "from escala import cluster, settings; cluster.up(settings.load_settings(), print)"
+    code = "from escala import cluster, settings; cluster.up(settings.Settings(), print)"
     environment = os.environ | settings.environment()
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from escala.errors import SpecError
-from escala.settings import Settings, load_settings
+from escala.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_embedded_by_default(tmp_path: Path) -> None:
-    settings = load_settings()
+    settings = Settings()
     assert settings.database_url == f"sqlite:///{tmp_path}/escala.db"
     assert settings.ray_address is None
     assert settings.gcs_address == "127.0.0.1:6399"
@@ -40,13 +40,13 @@ def test_embedded_by_default(tmp_path: Path) -> None:
 
 def test_frozen() -> None:
     with pytest.raises(ValidationError):
-        load_settings().mlflow_port = 6000
+        Settings().mlflow_port = 6000
 
 
 def test_external_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCALA_RAY_ADDRESS", "head.example:6379")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker.example")
-    settings = load_settings()
+    settings = Settings()
     assert settings.gcs_address == "head.example:6379"
     assert settings.ray_dashboard == "http://head.example:8265"
     assert settings.tracker == "http://tracker.example"
@@ -55,13 +55,13 @@ def test_external_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_our_variable_goes_before_mlflows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCALA_TRACKING_URI", "http://ours")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://theirs")
-    assert load_settings().tracker == "http://ours"
+    assert Settings().tracker == "http://ours"
 
 
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCALA_RAY_ADDRESS", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert (load_settings().ray_address, load_settings().tracking_uri) == (None, None)
+    assert (Settings().ray_address, Settings().tracking_uri) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bad_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SpecError, match=said):
-        load_settings()
+        Settings()
 
 
 def test_a_child_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCALA_MAX_RUNNING_JOBS", "7")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker.example")
-    settings = load_settings()
+    settings = Settings()
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert load_settings() == settings == Settings()
+    assert Settings() == settings == Settings()
 
 
 def test_import_is_light() -> None:

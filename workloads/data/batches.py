@@ -34,7 +34,7 @@ class Batches:
         self.seed = seed
         self.micro_batch_sequences = micro_batch_sequences
         self._tokens = [corpus.tokens("train") for corpus in prepared.corpora]
-        self.window_ats = prepared.windows(context_tokens)
+        self.windows = prepared.windows(context_tokens)
         self._shares = block_shares(prepared.weights)
         self._orders: dict[tuple[int, int], Integers] = {}
 
@@ -60,17 +60,17 @@ class Batches:
     def locate(self, sequence: int) -> tuple[int, int, int]:
         """(corpus, epoch of that corpus, window) of the run's sequence of that number."""
         corpus, before = draw(self._shares, self.seed, sequence)
-        epoch, place = divmod(before, self.window_ats[corpus])
+        epoch, place = divmod(before, self.windows[corpus])
         if (corpus, epoch) not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != corpus or k[1] == epoch - 1}
-            self._orders[corpus, epoch] = epoch_order(self.window_ats[corpus], self.seed, corpus, epoch)
+            self._orders[corpus, epoch] = epoch_order(self.windows[corpus], self.seed, corpus, epoch)
         return corpus, epoch, int(self._orders[corpus, epoch][place])
 
     def epochs(self, steps: int) -> list[float]:
         """How often `steps` optimiser steps go through each corpus."""
         sequences = steps * self.batch_sequences
         shares = [share / BLOCK_SEQUENCES for share in self._shares]
-        return [float(sequences * s / w) for s, w in zip(shares, self.window_ats, strict=True)]
+        return [float(sequences * s / w) for s, w in zip(shares, self.windows, strict=True)]
 
     def _sequence(self, sequence: int) -> Integers:
         corpus, _, window = self.locate(sequence)

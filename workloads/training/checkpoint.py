@@ -77,16 +77,17 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
 
     Raises CheckpointError where the tensors are not those of the engine's model.
     """
-    where = _index(checkpoint)
+    stored = _index(checkpoint)
     shapes = zero.parameter_shapes(engine)
-    _check_shapes(checkpoint, where, shapes)
+    _check_shapes(checkpoint, stored, shapes)
     zero.begin_restore(engine, int(checkpoint.manifest["adam_step"]))
     parameters = dict(engine.module.named_parameters())
-    readers = {file: safe_open(checkpoint.path / file, framework="pt") for file in set(where.values())}
+    files = {file for file, _ in stored.values()}
+    readers = {file: safe_open(checkpoint.path / file, framework="pt") for file in files}
     for name in shapes:
         for key in zero.STATE_KEYS:
-            stored = f"{key}/{name}"
-            zero.set_state(engine, parameters[name], key, readers[where[stored]].get_tensor(stored))
+            file, _ = stored[f"{key}/{name}"]
+            zero.set_state(engine, parameters[name], key, readers[file].get_tensor(f"{key}/{name}"))
     zero.end_restore(engine)
 
 
@@ -155,13 +156,14 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     os.close(descriptor)
 
 
-def _index(checkpoint: Checkpoint) -> dict[str, str]:
-    """Stored tensor's name -> the file that has it."""
-    where = {}
+def _index(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Stored tensor's name -> the file that has it, and its shape."""
+    stored = {}
     for file in checkpoint.manifest["files"]:
         with safe_open(checkpoint.path / file, framework="pt") as reader:
-            where |= dict.fromkeys(reader.keys(), file)
-    return where
+            for name in _names(reader):
+                stored[name] = (file, tuple(reader.get_slice(name).get_shape()))
+    return stored
 
 
 def _names(reader: Any) -> list[str]:
@@ -169,19 +171,20 @@ def _names(reader: Any) -> list[str]:
     return list(reader.keys())
 
 
-def _check_shapes(checkpoint: Checkpoint, where: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    checkpoint: Checkpoint,
+    stored: dict[str, tuple[str, tuple[int, ...]]],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
     wanted = {f"{key}/{name}" for name in shapes for key in zero.STATE_KEYS}
-    odd = sorted(wanted ^ where.keys())
+    odd = sorted(wanted ^ stored.keys())
     if odd:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} and the model differ in their tensors: {odd[:4]}"
         )
-    for file in checkpoint.manifest["files"]:
-        with safe_open(checkpoint.path / file, framework="pt") as reader:
-            for stored in _names(reader):
-                name = stored.split("/", 1)[1]
-                found = tuple(reader.get_slice(stored).get_shape())
-                if found != shapes[name]:
-                    raise CheckpointError(
-                        f"checkpoint {checkpoint.path}: {stored} is {found}, the model has {shapes[name]}"
-                    )
+    for tensor, (_, found) in stored.items():
+        name = tensor.split("/", 1)[1]
+        if found != shapes[name]:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: {tensor} is {found}, the model has {shapes[name]}"
+            )

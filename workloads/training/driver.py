@@ -22,9 +22,8 @@ TRAIN_ENVIRONMENT = {
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """One rank of the run. Raises Diverged, CheckpointError, Superseded."""
-    from workloads.training.loop import (
-        Trainer,  # here, so that the driver and Ray's controller need no DeepSpeed
-    )
+    # Here, so that the driver and Ray's controller need no DeepSpeed.
+    from workloads.training.loop import Trainer
 
     trainer = Trainer(arguments["inputs"])
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Counters:
     attempt_flops: float = 0.0
     initial: dict[str, Any] | None = None  # held-out loss before the first step, kept over resumes
     last_loss: float | None = None
-    metrics: dict[str, float | None] = field(default_factory=dict)
 
 
 class Trainer:
@@ -194,10 +193,10 @@ class Trainer:
         self.throughput.end_step(config.step_tokens)
         count.step += 1
         count.last_loss = loss
-        for name, amount in (("tokens", config.step_tokens), ("flops", step_flops)):
-            total_name = {"tokens": "train_tokens", "flops": "compute_flops"}[name]
-            setattr(count, total_name, getattr(count, total_name) + amount)
-            setattr(count, f"attempt_{name}", getattr(count, f"attempt_{name}") + amount)
+        count.train_tokens += config.step_tokens
+        count.attempt_tokens += config.step_tokens
+        count.compute_flops += step_flops
+        count.attempt_flops += step_flops
         self._report(rate, norm)
         return None
 

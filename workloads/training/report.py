@@ -5,7 +5,6 @@ driver.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from escala.records import AttemptFiles, AttemptSpec, Progress, write_json
@@ -13,11 +12,6 @@ from escala.tracking.tracker import Metric, open_tracker
 
 PROGRESS_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
-
-
-def facts_path(files: AttemptFiles) -> Path:
-    """Where rank 0 leaves what it knows about the run (fields of RunRecord, and "outcome") for the driver."""
-    return files.directory / "facts.json"
 
 
 class Reporter:
@@ -54,7 +48,7 @@ class Reporter:
     def facts(self, **values: Any) -> None:
         """Add to facts.json."""
         self._facts |= values
-        write_json(facts_path(self._files), self._facts)
+        write_json(self._files.facts, self._facts)
 
     def close(self) -> None:
         """Deliver what is buffered."""

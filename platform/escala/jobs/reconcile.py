@@ -33,7 +33,16 @@ from escala.jobs.state import (
     remaining,
 )
 from escala.jobs.store import JobStore, LostRace
-from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, Progress, read_record, write_json
+from escala.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    JobFiles,
+    Outcome,
+    Progress,
+    read_record,
+    write_json,
+)
 
 log = logging.getLogger("escala.runner")
 P = ParamSpec("P")
@@ -103,7 +112,7 @@ class Reconciler:
 
     def directory(self, attempt: Attempt) -> Path:
         """The attempt's directory."""
-        return self._home / "jobs" / attempt.job_id / f"attempt-{attempt.number}"
+        return JobFiles(self._home, attempt.job_id).attempt(attempt.number).directory
 
     # Jobs with an attempt at work
 
@@ -209,7 +218,7 @@ class Reconciler:
             entry_point=job.entry_point,
             config=job.config,
             directory=str(files.directory),
-            checkpoints=str(files.directory.parent / "checkpoints"),
+            checkpoints=str(JobFiles(self._home, job.id).checkpoints),
             data=str(self._home / "data"),
             tracking_uri=f"spool:{files.spool}",
             experiment=job.experiment,

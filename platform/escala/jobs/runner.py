@@ -81,7 +81,7 @@ def only_one(home: Path) -> Iterator[None]:
 
 def main() -> int:
     """The process: settings from the environment, log lines to stdout, SIGTERM or SIGINT ends it cleanly."""
-    from escala.settings import load_settings
+    from escala.settings import Settings
 
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
@@ -89,7 +89,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
     try:
-        settings = load_settings()
+        settings = Settings()
         with only_one(settings.home):
             store = JobStore(settings.database_url)
             run(_reconciler(settings, store), lambda: _restart_dead(settings), ending)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from escala.errors import LawError, NotFoundError
 from escala.laws.law import Law
 from escala.laws.reference import Cache, Stored, parse
-from escala.settings import load_settings
+from escala.settings import Settings
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import MlflowTracker, open_client, tracker_error
 
@@ -190,7 +190,7 @@ def save(
     law: Law, name: str, *, tracker_uri: str, experiment: str, by: str, sources: Sequence[str] = ()
 ) -> int:
     """Store a law in the tracker and in this home's cache; see `Registry.save`."""
-    registry = Registry(tracker_uri, load_settings().home)
+    registry = Registry(tracker_uri, Settings().home)
     return registry.save(law, name, experiment=experiment, by=by, sources=sources)
 
 
@@ -199,7 +199,7 @@ def load_law(reference: str, *, refresh: bool = False) -> Law:
 
     Raises NotFoundError for an unknown law, LawError for a bad name, ClusterError for a tracker that is away.
     """
-    settings = load_settings()
+    settings = Settings()
     return Registry(settings.tracker, settings.home).load(reference, refresh=refresh).law
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from escala.errors import LawError, NotFoundError
 from escala.laws.law import Allocation, Law, Prediction
 from escala.laws.reference import Cache, Stored, parse
-from escala.settings import Settings, load_settings
+from escala.settings import Settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +115,7 @@ def fit_file(
     parse(name)  # a bad name is an error before the fit
     points, source = read_points_file(file, rename or {})
     law = fit_law(points, form, bootstrap=bootstrap, group=group, size=size, seed=seed)
-    settings = load_settings()
+    settings = Settings()
     registry = _registry(settings)
     version = registry.save(law, name, experiment=law_experiment(settings), by=_user(), sources=[source])
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
@@ -183,12 +183,12 @@ def _renamed(frame: pd.DataFrame, rename: Mapping[str, str]) -> pd.DataFrame:
 
 def laws(name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
-    return _registry(load_settings()).versions(name)
+    return _registry(Settings()).versions(name)
 
 
 def law(reference: str, refresh: bool = False) -> Stored:
     """A law with its provenance: NAME@VERSION, or NAME for the champion. Raises as `load_law`."""
-    settings = load_settings()
+    settings = Settings()
     # Asked here before the registry, whose imports are a tenth of a query's time.
     known = None if refresh else Cache(settings.home, settings.tracker).find(parse(reference))
     return known or _registry(settings).load(reference, refresh=refresh)
@@ -250,7 +250,7 @@ def compare_laws(first: str, second: str) -> Comparison:
 
 def promote_law(reference: str, force: bool = False) -> Stored:
     """Make NAME@VERSION its name's champion. Raises LawError for an unhealthy one without `force`."""
-    return _registry(load_settings()).promote(reference, force)
+    return _registry(Settings()).promote(reference, force)
 
 
 def export_law(reference: str, directory: str | Path) -> list[Path]:

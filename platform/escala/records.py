@@ -53,7 +53,7 @@ class AttemptSpec:
     tracking_uri: str  # "spool:PATH" or an MLflow address; for tracking.open_tracker
     experiment: str
     tags: dict[str, str] = field(default_factory=dict)
-    resume_from: str | None = None  # another job's checkpoint directory, on the first attempt only
+    resume_from: str | None = None  # another job's checkpoint directory, where this job has none of its own
     remaining_flops: float | None = None  # the job's budget less its earlier attempts
     remaining_seconds: float | None = None
     versions: dict[str, str] = field(default_factory=dict)  # handshake: escala, ray, torch, python

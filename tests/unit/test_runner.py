@@ -22,7 +22,7 @@ from escala.jobs.model import NewJob
 from escala.jobs.reconcile import Reconciler
 from escala.jobs.runner import only_one
 from escala.jobs.store import JobStore
-from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, read_record, write_json
+from escala.records import AttemptFiles, AttemptSpec, JobFiles, Outcome, Progress, read_record, write_json
 
 REAL_WRITE, REAL_READ = write_json, read_record
 
@@ -354,3 +354,13 @@ def test_the_lock_lets_one_runner_in(tmp_path):
         assert "another runner" in other.stderr
     with only_one(tmp_path):
         pass
+
+
+def test_a_resumed_job_lost_before_its_first_checkpoint_starts_from_the_old_one_again(tmp_path: Path) -> None:
+    world = World(tmp_path, {"resumed": ["vanish"]})
+    job_id = world.submit("resumed", resume_from="/old/checkpoints")
+    world.until(lambda: world.store.get(job_id).state == "succeeded")
+    assert world.store.get(job_id).attempts == 2
+    for number in (1, 2):
+        spec = read_record(AttemptSpec, JobFiles(tmp_path, job_id).attempt(number).spec)
+        assert spec.resume_from == "/old/checkpoints"

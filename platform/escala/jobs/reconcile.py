@@ -223,7 +223,7 @@ class Reconciler:
             tracking_uri=f"spool:{files.spool}",
             experiment=job.experiment,
             tags=job.tags,
-            resume_from=job.resume_from if attempt.number == 1 else None,
+            resume_from=job.resume_from,
             remaining_flops=remaining(job.max_flops, job.compute_flops),
             remaining_seconds=remaining(job.max_seconds, job.wall_seconds),
             versions=self._versions,

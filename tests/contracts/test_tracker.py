@@ -274,7 +274,7 @@ def test_an_unknown_kind_of_address() -> None:
 def test_fingerprints() -> None:
     assert canonical_json({"b": (1, 2.5), "a": None}) == '{"a":null,"b":[1,2.5]}'
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
-    assert len(fingerprint(1)) == 16
+    assert len(fingerprint(1)) == 64
     refused: list[tuple[Any, str]] = [
         ({"x": {1, 2}}, r"value\.x is a set"),
         ({"x": [float("nan")]}, r"value\.x\[0\] is nan"),
@@ -284,4 +284,4 @@ def test_fingerprints() -> None:
     for value, name in refused:
         with pytest.raises(SpecError, match=name):
             fingerprint(value)
-    assert len(code_fingerprint().fingerprint) == 16
+    assert len(code_fingerprint().fingerprint) == 64

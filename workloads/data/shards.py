@@ -22,10 +22,11 @@ import tokenizers
 
 from escala.errors import DataError
 from escala.records import write_json
+from escala.tracking.lineage import fingerprint
 from workloads.config import Corpus, DataConfig
 from workloads.data.corpus import Document, read_documents
 from workloads.data.prepared import PreparedData, check
-from workloads.data.store import TokenDirectory, TokenWriter, fingerprint, new_directory
+from workloads.data.store import TokenDirectory, TokenWriter, new_directory
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, wrap
 
 __all__ = ["PreparedData", "check", "prepare"]

@@ -138,11 +138,6 @@ def new_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fingerprint(value: object) -> str:
-    """SHA-256 of plain data as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _ends_sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:

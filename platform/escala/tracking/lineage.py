@@ -19,7 +19,6 @@ from typing import Any
 from escala.errors import SpecError
 
 PACKAGES = ("escala", "workloads", "tune_spaces")
-LENGTH = 16  # hexadecimal digits: 64 bits; no two of a billion runs meet by chance
 
 
 def canonical_json(value: Any) -> str:
@@ -30,8 +29,8 @@ def canonical_json(value: Any) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of `canonical_json(value)`, its first 16 hexadecimal digits. Raises SpecError."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:LENGTH]
+    """SHA-256 of `canonical_json(value)`, 64 hexadecimal digits. Raises SpecError."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -80,7 +79,7 @@ def code_fingerprint() -> Code:
             content = hashlib.sha256(path.read_bytes()).digest()
             digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\0".encode() + content)
     commit, dirty = _git(roots[0]) if roots else (None, None)
-    return Code(digest.hexdigest()[:LENGTH], commit, dirty)
+    return Code(digest.hexdigest(), commit, dirty)
 
 
 def _places(package: str) -> list[str]:

@@ -240,6 +240,6 @@ def _who(pid: int | None) -> str:
     if pid is None:
         return "a process of another user"
     try:
-        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+        return f"process {pid} ({psutil.Process(pid).name()})"
     except psutil.Error:
         return f"process {pid}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,16 @@ from escala.tracking.tracker import Metric, Tracker, open_tracker
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One database for the file: its creation takes seconds. Tests use experiments of their own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    directory = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)  # MLflow puts a database's artifacts under the directory it is opened in
+        yield f"sqlite:///{directory}/mlflow.db"
 
 
 @pytest.fixture
-def experiment(
-    request: pytest.FixtureRequest, uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> str:
-    monkeypatch.chdir(tmp_path)  # MLflow puts a database's artifacts under the working directory
+def experiment(request: pytest.FixtureRequest) -> str:
     return request.node.name
 
 

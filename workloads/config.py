@@ -196,7 +196,9 @@ class TrainingConfig(Strict):
     evaluate_every_steps: int | None = Field(None, gt=0, description="None: only before and after")
     evaluation_tokens: int = Field(65_536, gt=0, description="held-out tokens, at most")
     checkpoint_every_steps: int | None = Field(
-        None, gt=0, description="None: every tenth of the run, and at its end"
+        None,
+        ge=0,
+        description="None: every tenth of the run, and at its end; 0: only where the run is stopped",
     )
     keep_checkpoints: int = Field(2, gt=0)
     log_every_steps: int = Field(1, gt=0)
@@ -284,8 +286,9 @@ class PretrainConfig(Strict):
 
     @property
     def checkpoint_every_steps(self) -> int:
-        """Steps between two checkpoints."""
-        return self.training.checkpoint_every_steps or max(1, self.total_steps // 10)
+        """Steps between two checkpoints; 0: none."""
+        stated = self.training.checkpoint_every_steps
+        return max(1, self.total_steps // 10) if stated is None else stated
 
 
 WORKLOADS: dict[str, tuple[str, type[Strict]]] = {

@@ -17,24 +17,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from escala import handshake
+from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
 from escala.errors import CheckpointError, EscalaError, SpecError
 from escala.manifests import Checkpoint, check_fits, latest
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.tracker import Tracker, open_tracker
-from workloads.attempt import (
-    STOP_REASONS,
-    WorkerInputs,
-    check_fence,
-    finish,
-    flatten,
-    read_attempt,
-    stop_on_sigterm,
-)
 from workloads.config import PretrainConfig
 
 if TYPE_CHECKING:
     from workloads.data.prepared import PreparedData
+    from workloads.training.driver import WorkerInputs
 
 
 def main(arguments: list[str]) -> int:
@@ -66,15 +59,8 @@ class Run:
 
     def train(self) -> None:
         """Everything up to the end of training. Raises what goes wrong."""
-        spec = self.spec
-        handshake.check(spec.versions)
-        check_fence(self.files, spec.attempt)
-        config = parse_config(spec.config)
-        tracker, run_id = self._start_tracking(config)
-        prepared = prepare_data(spec, config)
-        self.fingerprints = prepared_fingerprints(prepared)
-        tracker.tags(run_id, {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()})
-        self.resumed_from = choose_checkpoint(spec, config, self.fingerprints["tokenizer"])
+        config = self.open()
+        inputs = self.inputs(prepare_data(self.spec, config), config)
 
         import ray
 
@@ -84,10 +70,30 @@ class Run:
         ray.init(address="auto", log_to_driver=True, namespace="escala")
         stop_on_sigterm(self.files)
         self.nodes = NodeWatch()
-        source = str(self.resumed_from.path) if self.resumed_from else None
-        fit(WorkerInputs(spec, str(prepared.path), source, run_id, self.fingerprints), config)
+        fit(inputs, config)
 
-    def _start_tracking(self, config: PretrainConfig) -> tuple[Tracker, str]:
+    def open(self) -> PretrainConfig:
+        """Check versions, fence and configuration, and open the tracker's run."""
+        handshake.check(self.spec.versions)
+        check_fence(self.files, self.spec.attempt)
+        config = parse_config(self.spec.config)
+        self._start_tracking(config)
+        return config
+
+    def inputs(self, prepared: PreparedData, config: PretrainConfig) -> WorkerInputs:
+        """What the training loop is given: the data, and the checkpoint to start from."""
+        from workloads.training.driver import WorkerInputs
+
+        if self.tracker is None or self.run_id is None:
+            raise RuntimeError("open() comes first")
+        self.fingerprints = prepared_fingerprints(prepared)
+        tags = {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()}
+        self.tracker.tags(self.run_id, tags)
+        self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
+        source = str(self.resumed_from.path) if self.resumed_from else None
+        return WorkerInputs(self.spec, str(prepared.path), source, self.run_id, self.fingerprints)
+
+    def _start_tracking(self, config: PretrainConfig) -> None:
         spec = self.spec
         resolved = config.model_dump(mode="json")
         self.tracker = tracker = open_tracker(spec.tracking_uri)
@@ -99,10 +105,9 @@ class Run:
             "escala.config_fingerprint": fingerprint(spec.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
         }
-        key = f"{spec.job_id}-{spec.attempt}"
+        key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
         self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
         tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
-        return tracker, self.run_id
 
     def succeed(self) -> int:
         """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""

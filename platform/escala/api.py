@@ -14,22 +14,28 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from escala import manifests, spec
-from escala.errors import NotFoundError, SpecError
+from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, RunRecord, Totals, read_record
 from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
-    from escala.jobs.model import Attempt, HistoryEvent, Job
+    from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
+    from escala.laws.law import Allocation
+    from escala.laws.service import Fitted
+    from escala.sweeps.plan import Plan
+    from escala.sweeps.points import SweepPoints
 
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
+SWEEP, SWEEP_ENTRY = "sweep", "escala.sweeps.tuner"
 LAWS = (
+    "calibration",
     "compare_laws",
     "export_law",
     "fit_file",
@@ -105,9 +111,11 @@ def resolve(
     files: Iterable[str | Path] = (),
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
+    compute_flops: float | None = None,
+    law: str | None = None,
 ) -> spec.Resolved:
-    """The spec in full and what it costs; starts nothing. Raises as `spec.load_job`."""
-    return spec.resolve(spec.load_job(workload, files, overrides, options))
+    """The spec in full and what it costs; starts nothing. Args and errors as `submit`."""
+    return spec.resolve(_load(workload, files, overrides, options, compute_flops, law))
 
 
 def submit(
@@ -116,12 +124,56 @@ def submit(
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
     report: Report = _silent,
+    compute_flops: float | None = None,
+    law: str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
-    Args as `spec.load_job`. Raises SpecError or NotFoundError before anything starts, ClusterError after that.
+    Args:
+        workload, files, overrides, options: see `spec.load_job`.
+        compute_flops: the one dial: model, tokens, batch and learning rate follow from it by recipe, where files and
+            overrides do not fix them.
+        law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
+        base: a configuration to start from, instead of the defaults.
+
+    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
     """
-    return _queue(spec.load_job(workload, files, overrides, options), report)
+    return _queue(_load(workload, files, overrides, options, compute_flops, law, base), report)
+
+
+def _load(
+    workload: str,
+    files: Iterable[str | Path],
+    overrides: Iterable[str],
+    options: Mapping[str, Any] | None,
+    compute_flops: float | None,
+    law: str | None,
+    base: Mapping[str, Any] | None = None,
+) -> spec.JobSpec:
+    if compute_flops is None:
+        if law is not None:
+            raise SpecError(
+                f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
+            )
+        return spec.load_job(workload, files, overrides, options, base)
+    from escala.sweeps.design import by_recipe
+
+    files, overrides = list(files), list(overrides)
+    written = spec.written(files, overrides, base)
+    axes = {"compute_flops": compute_flops}
+    if law is not None:
+        from escala.laws.service import plan_law
+
+        best = plan_law(law, compute_flops, context_tokens=_context(written)).answer
+        axes["n_total"] = cast("Allocation", best).n_total
+    return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
+
+
+def _context(written: Mapping[str, Any]) -> float | None:
+    """The context length that a spec states; None where it leaves it to the defaults."""
+    stated: float | None = written.get("training", {}).get("context_tokens")
+    return stated or written.get("model", {}).get("max_context_tokens")
 
 
 def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
@@ -167,6 +219,9 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = _silent) -
     """
     with _store() as store:
         old = store.get(name)
+    if old.workload == SWEEP:
+        hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
+        raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
     checkpoints = JobFiles(Settings().home, old.id).checkpoints
     if manifests.latest(checkpoints)[0] is None:
         raise NotFoundError(
@@ -243,6 +298,10 @@ def _queue(
         parent=parent,
         experiment=Settings().experiment,
     )
+    return _submit(new, report)
+
+
+def _submit(new: NewJob, report: Report) -> Job:
     with _store() as store:
         queued = store.submit(new)
     up(report)
@@ -298,6 +357,117 @@ class _store:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+
+# Sweeps
+
+
+def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
+    """What a sweep would train and cost; starts nothing.
+
+    Args:
+        space: the name of one in `tune_spaces/`, or a YAML file's path.
+        overrides: `a.b=value` on the space's keys.
+
+    Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
+    """
+    from escala.sweeps.plan import make_plan
+    from escala.sweeps.space import load_space
+
+    return make_plan(*load_space(space, overrides), Settings())
+
+
+def sweep(
+    space: str,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    report: Report = _silent,
+) -> Job:
+    """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
+
+    Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
+    """
+    from escala.jobs.model import NewJob
+    from escala.sweeps.space import load_space
+
+    plan = plan_sweep(space, overrides)
+    name, loaded = load_space(space, overrides)
+    config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
+    if resume:
+        return retry(_interrupted(name, config).id, report)
+    given = {"name": name, **{k: v for k, v in (options or {}).items() if v is not None}}
+    checked: spec.JobOptions = spec.validate(spec.JobOptions, given, "job")
+    report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
+    new = NewJob(
+        workload=SWEEP,
+        entry_point=SWEEP_ENTRY,
+        config=config,
+        command=tuple(sys.argv),
+        experiment=Settings().experiment,
+        tags={"escala.space": name},
+        **checked.model_dump(),
+    )
+    return _submit(new, report)
+
+
+def space_base(space: str) -> dict[str, Any]:
+    """The configuration that a space's trials share, for a run that is to be compared with them."""
+    from escala.sweeps.space import load_space
+
+    return dict(load_space(space)[1].base)
+
+
+def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
+    """The last sweep of this space, if it was interrupted."""
+    with _store() as store:
+        found = [j for j in store.list() if j.workload == SWEEP and j.tags.get("escala.space") == space]
+    if not found:
+        raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
+    last = found[-1]
+    if last.state not in ("failed", "stopped"):
+        raise StateError(
+            f"the last sweep of {space}, job {last.id}, is {last.state}", "there is nothing to resume"
+        )
+    if last.config != config:
+        raise SpecError(
+            f"the space {space} is not what it was for job {last.id}",
+            f"give the same --set, or start a new sweep: what is finished and still asked for is not trained "
+            f"again. `escala jobs retry {last.id}` continues the old one",
+        )
+    return last
+
+
+def sweep_points(name: str) -> SweepPoints:
+    """The points of a sweep (by its job's id or name) so far, and the refused ones. Raises NotFoundError."""
+    from escala.sweeps.points import read_points
+
+    with _store() as store:
+        found = store.get(name)
+    if found.workload != SWEEP:
+        raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
+    return read_points(Settings().home, found.id)
+
+
+def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
+    """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
+
+    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed): see
+    `laws.service.fit_points`.
+    Raises NotFoundError, LawError, ClusterError.
+    """
+    import pandas as pd
+
+    from escala.laws import service
+    from escala.sweeps.points import in_common
+
+    found = [sweep_points(name) for name in names]
+    points = pd.concat([part for each in found for part in (each.points, each.refused)])
+    points = points.drop_duplicates("trial").reset_index(drop=True)
+    shared = in_common([each.configuration for each in found])
+    sources = [f"sweep {name}" for name in names]
+    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)
 
 
 # Runs
@@ -400,13 +570,3 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
 
 def _size(directory: Path) -> tuple[str, int]:
     return str(directory), sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-
-
-# The demo
-
-
-def demo(report: Report = _silent) -> Job:
-    """Submit the demo: a small transformer, ZeRO-3 on two workers, real text (tune_spaces/demo.yaml)."""
-    import tune_spaces
-
-    return submit("pretrain", [Path(str(tune_spaces.__file__)).parent / "demo.yaml"], report=report)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+TRIALS = "trials.jsonl"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,6 +54,7 @@ class AttemptSpec:
     tracking_uri: str  # "spool:PATH" or an MLflow address; for tracking.open_tracker
     experiment: str
     tags: dict[str, str] = field(default_factory=dict)
+    run_key: str | None = None  # the tracker's key of the run; None: JOB-ATTEMPT
     resume_from: str | None = None  # another job's checkpoint directory, where this job has none of its own
     remaining_flops: float | None = None  # the job's budget less its earlier attempts
     remaining_seconds: float | None = None
@@ -154,10 +156,29 @@ class JobFiles:
     def __init__(self, home: Path, job_id: str) -> None:
         self.directory = home / "jobs" / job_id
         self.checkpoints = self.directory / "checkpoints"
+        self.trials = self.directory / TRIALS  # of a sweep: a line a trial; by its driver
 
     def attempt(self, number: int) -> AttemptFiles:
         """The attempt with this number, from 1."""
         return AttemptFiles(self.directory / f"attempt-{number}")
+
+
+class TrialFiles:
+    """The names in the directory of a sweep's trial under HOME: laid out like a job's, named by its content."""
+
+    def __init__(self, home: Path, fingerprint: str) -> None:
+        self.directory = home / "trials" / fingerprint
+        self.checkpoints = self.directory / "checkpoints"
+        self.lock = self.directory / "lock"  # held by the process that trains it
+
+    def attempt(self, number: int) -> AttemptFiles:
+        """The attempt with this number, from 1."""
+        return AttemptFiles(self.directory / f"attempt-{number}")
+
+    def attempts(self) -> list[AttemptFiles]:
+        """Every attempt that there is, oldest first."""
+        numbers = (int(p.name.removeprefix("attempt-")) for p in self.directory.glob("attempt-*"))
+        return [self.attempt(number) for number in sorted(numbers)]
 
 
 class AttemptFiles:

@@ -7,7 +7,9 @@ scheduling half (`JobOptions`), which the command line's flags override.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from escala.errors import NotFoundError, SpecError
 from workloads.config import WORKLOADS, PretrainConfig
 from workloads.flops import flops_per_token, parameter_counts
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with YAML 1.2's numbers: PyYAML alone reads 1e-3 as a text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class JobOptions(BaseModel):
@@ -84,19 +95,27 @@ def load_job(
     if workload not in WORKLOADS:
         raise SpecError(f"there is no workload {workload!r}", _nearest(workload, WORKLOADS))
     entry_point, config_class = WORKLOADS[workload]
-    data = merge({}, base or {})
-    for file in files:
-        data = merge(data, read_yaml(Path(file)))
-    for override in overrides:
-        _apply(data, override)
+    data = written(files, overrides, base)
     job = data.pop("job", {})
     stated = {k: v for k, v in (options or {}).items() if v is not None}
     return JobSpec(
         workload,
         entry_point,
-        _validate(JobOptions, {**_mapping(job, "job"), **stated}, "job"),
-        _validate(config_class, data, workload),
+        validate(JobOptions, {**_mapping(job, "job"), **stated}, "job"),
+        validate(config_class, data, workload),
     )
+
+
+def written(
+    files: Iterable[str | Path], overrides: Iterable[str], base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the user wrote, on top of `base`, not yet checked. Raises NotFoundError, SpecError."""
+    data = deepcopy(dict(base or {}))
+    for file in files:
+        data = merge(data, read_yaml(Path(file)))
+    for override in overrides:
+        apply_override(data, override)
+    return data
 
 
 def resolve(spec: JobSpec) -> Resolved:
@@ -126,7 +145,7 @@ def resolve(spec: JobSpec) -> Resolved:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises NotFoundError or SpecError, naming the file and the line."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), Loader)
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}", "give the path of a YAML spec") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -156,8 +175,8 @@ def _mapping(data: object, where: str) -> dict[str, Any]:
     return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one dotted override in place."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted `a.b=value` in `data`, in place. Raises SpecError."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -165,11 +184,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
             f"--set {override!r} is not of the form key.subkey=value", "for example --set model.n_layers=6"
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"the value in --set {override!r} is not YAML: {error}", "quote it") from error
-    if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML 1.1 reads 1e-3 as a string
     node: Any = data
     for here, following in pairwise(parts):
         node = _step_into(node, here, following, override)
@@ -198,15 +215,8 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _validate(kind: type[Any], data: dict[str, Any], root: str) -> Any:
+def validate(kind: type[Any], data: dict[str, Any], root: str) -> Any:
+    """`data` as the pydantic model `kind`. Raises SpecError; an unknown key is answered with the nearest one."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

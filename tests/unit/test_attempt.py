@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import ray.exceptions
 
+from escala.attempt import Watch
 from escala.errors import DataError, Diverged
 from escala.records import AttemptFiles, AttemptSpec, Control, write_json
-from workloads.attempt import Watch
 from workloads.failures import classify
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from workloads.attempt import WorkerInputs
+from escala.records import AttemptSpec
 from workloads.config import PretrainConfig
 
 TRAIN_ENVIRONMENT = {
@@ -18,6 +19,17 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor less: preemption comes as SIGTERM
 }
+
+
+@dataclass(frozen=True)
+class WorkerInputs:
+    """What the driver gives every worker."""
+
+    spec: AttemptSpec
+    prepared: str  # path of the prepared data
+    checkpoint: str | None  # a verified one to resume from
+    run_id: str  # of the tracker
+    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

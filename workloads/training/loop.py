@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from typing import Any
 import torch
 import torch.distributed
 
+from escala.attempt import STOP_REASONS, Watch, check_fence
 from escala.errors import Diverged, Superseded
 from escala.manifests import Checkpoint, read_checkpoint
 from escala.records import AttemptFiles, Progress
-from workloads.attempt import STOP_REASONS, Watch, WorkerInputs, check_fence
 from workloads.config import PretrainConfig
 from workloads.data.batches import Batches
 from workloads.data.prepared import PreparedData
 from workloads.flops import flops_per_token, parameter_counts
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, meter, zero
+from workloads.training.driver import WorkerInputs
 from workloads.training.evaluate import HeldOut, evaluate
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
@@ -48,10 +50,16 @@ class Counters:
 
 
 class Trainer:
-    """One rank's part of a pretraining run."""
+    """One rank's part of a pretraining run.
 
-    def __init__(self, inputs: WorkerInputs) -> None:
+    `on_evaluation` is told the step and what each evaluation found.
+    """
+
+    def __init__(
+        self, inputs: WorkerInputs, on_evaluation: Callable[[int, HeldOut], None] | None = None
+    ) -> None:
         self.inputs, self.spec = inputs, inputs.spec
+        self.on_evaluation = on_evaluation
         self.config = config = PretrainConfig(**inputs.spec.config)
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
@@ -61,6 +69,7 @@ class Trainer:
         self.count = Counters()
         self.flops = flops_per_token(config.model, config.context_tokens).total
         self._open_data()
+        meter.reset_peak_memory(self.device)
         self._build()
         self._measure()
         self.throughput = meter.Throughput()
@@ -95,9 +104,7 @@ class Trainer:
         training = self.config.training
         choice = meter.choose_matmul_precision(training.matmul_precision, self.device)
         dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        peak = torch.tensor(
-            meter.measure_peak_flops(dtype, self.device), dtype=torch.float64, device=self.device
-        )
+        peak = torch.tensor(meter.peak_flops(dtype, self.device), dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(peak)
         self.peak_flops = float(peak)
         if self.rank == 0:
@@ -159,7 +166,7 @@ class Trainer:
             step = self.count.step
             if evaluate_every and step % evaluate_every == 0 and step < total:
                 self._evaluate()
-            if step % every == 0 or step == total:
+            if every and (step % every == 0 or step == total):
                 self._save()
                 saved = step
         return None
@@ -170,7 +177,7 @@ class Trainer:
         self.throughput.begin_step()
         step_flops = self.flops * config.step_tokens
         stop = self.watch.poll(count.attempt_flops, step_flops) if self.rank == 0 else None
-        torch.manual_seed(config.training.seed * 1_000_003 + step)
+        seed_step(config.training.seed * 1_000_003 + step, self.device)
         micro_batches = (
             self.batches.batch(step, self.rank, self.ranks, micro).to(self.device)
             for micro in range(self.micro_steps)
@@ -178,7 +185,8 @@ class Trainer:
         loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, config.step_tokens)
         agreed = torch.zeros(2, dtype=torch.float64, device=self.device)
         agreed[0], agreed[1] = loss_sum, STOP_CODES.index(stop)
-        torch.distributed.all_reduce(agreed)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(agreed)
         total, code = agreed.tolist()
         loss = total / config.step_tokens
         if code:
@@ -262,6 +270,8 @@ class Trainer:
             values = {"held_out_loss_nats": result.loss_nats, "held_out_bits_per_byte": result.bits_per_byte}
             self.reporter.metrics(count.step, dict(values))
             self._tell(**values)
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.count.step, result)
         return result
 
     def _save(self) -> Checkpoint:
@@ -324,6 +334,15 @@ class Trainer:
         """Deliver what is buffered."""
         if self.reporter is not None:
             self.reporter.close()
+
+
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from. Not torch.manual_seed: for every kind of device that is not there it keeps the
+    call, with its traceback, until one is: 2 ms a step, and memory without end.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def set_up_torch(config: PretrainConfig) -> None:

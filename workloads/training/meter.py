@@ -4,9 +4,10 @@ memory.
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed
@@ -37,7 +38,18 @@ class MatmulChoice:
 
 
 def choose_matmul_precision(setting: str, device: torch.device) -> MatmulChoice:
-    """Measure 'medium' against 'highest' on fp32 matrices of a training's shape, and set what is to be used.
+    """Choose between 'medium' and 'highest', once a process, and set what is to be used.
+
+    Raises RuntimeError without a process group.
+    """
+    choice = _compare_matmul_precisions(setting, device)
+    torch.set_float32_matmul_precision(choice.precision)
+    return choice
+
+
+@cache
+def _compare_matmul_precisions(setting: str, device: torch.device) -> MatmulChoice:
+    """Measure 'medium' against 'highest' on fp32 matrices of a training's shape.
 
     'medium' stays where its largest error against fp64 is at most twice that of 'highest'. Error decides,
     never speed: a decision by the clock could differ from run to run, and with it the last bits of the loss.
@@ -56,15 +68,19 @@ def choose_matmul_precision(setting: str, device: torch.device) -> MatmulChoice:
     keep = torch.tensor(float(setting == "auto" and errors["medium"] <= 2 * errors["highest"]), device=device)
     torch.distributed.all_reduce(keep, op=torch.distributed.ReduceOp.MIN)
     chosen = "medium" if keep.item() else "highest"
-    torch.set_float32_matmul_precision(chosen)
     return MatmulChoice(chosen, errors["highest"], errors["medium"], speeds["highest"], speeds["medium"])
 
 
-def measure_peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of this rank's best square matmul in half a second, at the threads and precision now set.
 
-    This is what MFU is relative to: the device under its present load, not a data sheet.
+    This is what MFU is relative to: the device under the load at the process's first model, not a data sheet.
     """
+    return _measure_peak(dtype, device, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@cache
+def _measure_peak(dtype: torch.dtype, device: torch.device, threads: int, precision: str) -> float:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(PEAK_SIZE, PEAK_SIZE, generator=generator).to(device, dtype)
     best, until = 0.0, time.perf_counter() + PEAK_SECONDS
@@ -73,11 +89,23 @@ def measure_peak_flops(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to count the peak anew: a process may train one model after another."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    except OSError as error:  # a hardened container
+        print(f"peak memory counts from this process's start: {error}", flush=True)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """This process's largest resident set; on CUDA the largest allocation of the device."""
+    """This process's largest resident set since `reset_peak_memory`; on CUDA the device's largest allocation."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 class Throughput:

@@ -99,9 +99,9 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
     Rank 0's weights win: build the model under one seed everywhere, so that there is nothing to win.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's own all-reduce through shared memory costs minutes of g++ on first use and is no faster
-    # here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile an all-reduce through shared memory (minutes of g++, no faster here), if a probe with
+    # the compiler found it compatible. So there is nothing that it may compile, and nothing to probe.
+    deepspeed.ops.__compatible_ops__ = {}
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Ray Train sets it
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(),

@@ -1,10 +1,15 @@
-"""`escala demo`: the main job, end to end, in minutes and without a GPU."""
+"""`escala demo`: from a sweep to a law, to a plan, to the planned run, in minutes and without a GPU."""
 
 from __future__ import annotations
 
 import typer
 
-from escala.cli import render
+from escala.cli import render, render_laws, render_sweeps
+from escala.errors import LawError
+
+SPACE, LAW = "smoke", "demo"
+AHEAD = 10  # the planned run's compute, in that of the sweep's largest trial
+WORKERS = 2
 
 
 def register(app: typer.Typer) -> None:
@@ -13,13 +18,43 @@ def register(app: typer.Typer) -> None:
 
 
 def demo() -> None:
-    """Pretrain a small transformer with ZeRO-3 on two workers, on real text, and show the run."""
+    """Sweep tiny models, fit a law, plan a run of ten times the compute, train it by ZeRO-3, and compare."""
     from escala import api
 
-    job = api.demo(report=render.note)
-    render.submitted(job, False)
-    ended = render.follow(api.watch(job.id))
-    if ended.state != "succeeded":
+    render.step(f"1. the sweep {SPACE}")
+    sweep = api.sweep(SPACE, report=render.note)
+    if render.follow(api.watch(sweep.id)).state != "succeeded":
+        raise typer.Exit(1)
+    points = api.sweep_points(sweep.id)
+    render_sweeps.points(points, sweep.id, False)
+
+    render.step("2. the law")
+    fitted = api.fit_sweeps([sweep.id], LAW)
+    render_laws.fitted(fitted, False)
+
+    budget = AHEAD * float(points.points["compute_flops"].max())
+    law = fitted.stored.reference
+    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {budget:.3g} FLOPs")
+    try:
+        render_laws.allocation(api.plan_law(law, budget), False)
+    except LawError as refusal:
+        render_laws.refusal(refusal)
+        return
+
+    render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
+    job = api.submit(
+        "pretrain",
+        overrides=[f"resources.workers={WORKERS}"],
+        options={"name": LAW},
+        report=render.note,
+        compute_flops=budget,
+        law=law,
+        base=api.space_base(SPACE),
+    )
+    if render.follow(api.watch(job.id)).state != "succeeded":
         raise typer.Exit(1)
     record = api.run(job.id)
-    render.demo(record, api.run_url(record))
+
+    render.step("5. predicted and obtained")
+    size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)
+    render_laws.verdict(api.predict_law(law, n_active=size, tokens=tokens), record, api.run_url(record))

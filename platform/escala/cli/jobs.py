@@ -45,6 +45,12 @@ def submit(
         int | None, typer.Option(help="After a lost worker, node or driver. [default: 2]")
     ] = None,
     after: Annotated[str | None, typer.Option(help="A job that must succeed first.", metavar="JOB")] = None,
+    compute_flops: Annotated[
+        float | None, typer.Option(help="The one dial: model, tokens, batch, learning rate by recipe.")
+    ] = None,
+    law: Annotated[
+        str | None, typer.Option(help="Whose optimum splits --compute-flops. [default: 20 tokens/parameter]")
+    ] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     follow: Follow = False,
@@ -63,11 +69,11 @@ def submit(
         "max_seconds": max_seconds,
     }
     if dry_run:
-        render.resolved(api.resolve(workload, files or (), overrides or (), options), json)
+        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
+        render.resolved(answer, json)
         return
-    job = api.submit(
-        workload, files or (), overrides or (), options, report=render.quiet if json else render.note
-    )
+    report = render.quiet if json else render.note
+    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
     render.submitted(job, json)
     if follow:
         _follow(job.id)

@@ -26,13 +26,19 @@ def register(app: typer.Typer) -> None:
     nouns.command()(compare)
     nouns.command()(plot)
     nouns.command()(export)
+    nouns.command()(calibration)
     nouns.command()(promote)
     app.add_typer(nouns, name="laws")
 
 
 def fit(
-    points: Annotated[Path, typer.Option(help="A CSV, or the JSON of `escala runs list --json`.")],
     name: Annotated[str, typer.Option(help="The law's name; its versions are counted from 1.")],
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="A sweep's job, by id or name; several are put together.")
+    ] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="A CSV, or the JSON of `escala runs list --json`.")
+    ] = None,
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
     ] = None,
@@ -47,13 +53,20 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the bootstrap; the fit depends on none.")] = 0,
     json: Json = False,
 ) -> None:
-    """Fit a law to a table of measured runs, and store it as the next version of its name."""
-    from escala.laws import service
+    """Fit a law to sweeps, or to a table of measured runs, and store it as the next version of its name."""
+    from escala import api
 
-    rename = _pairs(map_ or [])
-    found = service.fit_file(
-        points, name, rename=rename, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed
-    )
+    if (points is None) == (not sweep):
+        raise LawError("A law is fitted to --sweep, or to --points.", "Give one of the two.")
+    if map_ and points is None:
+        raise LawError(
+            "--map renames the columns of --points; a sweep's need no renaming.", "Take --map out."
+        )
+    settings = {"form": form, "group": group, "size": size, "bootstrap": bootstrap, "seed": seed}
+    if points is None:
+        found = api.fit_sweeps(sweep or [], name, **settings)
+    else:
+        found = api.fit_file(points, name, rename=_pairs(map_ or []), **settings)
     render_laws.fitted(found, json)
 
 
@@ -148,6 +161,16 @@ def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")]
     from escala.laws import service
 
     render_laws.files(service.export_law(law, to), json)
+
+
+def calibration(
+    name: Annotated[str | None, typer.Argument(help="Only this law, or this NAME@VERSION.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare what the laws predicted with what finished runs obtained."""
+    from escala.laws import service
+
+    render_laws.calibration(service.calibration(name), json)
 
 
 def promote(

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from escala.cli import cluster, demo, jobs, laws, render, runs
+from escala.cli import cluster, demo, jobs, laws, render, runs, sweeps
 from escala.errors import EscalaError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 cluster.register(app)
 jobs.register(app)
+sweeps.register(app)
 runs.register(app)
 laws.register(app)
 demo.register(app)

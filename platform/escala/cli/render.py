@@ -1,4 +1,6 @@
-"""With render_laws.py the only module that prints. Tables for people, `--json` for programs, errors to stderr."""
+"""With render_laws.py and render_sweeps.py the only module that prints: tables for people, `--json` for programs,
+errors to stderr.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +238,7 @@ def _facts(progress: Progress) -> str:
         parts.append(f"MFU {progress.model_flops_utilization:.0%}")
     if progress.step:
         left = progress.wall_seconds / progress.step * (progress.total_steps - progress.step)
-        parts.append(f"{_duration(left)} left")
+        parts.append(f"{duration(left)} left")
     return "  ".join(parts)
 
 
@@ -270,22 +272,17 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, or hours too."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def ago(at: float | None) -> str:
     """How long since a Unix time."""
-    return "" if at is None else f"{_duration(max(0.0, time.time() - at))} ago"
+    return "" if at is None else f"{duration(max(0.0, time.time() - at))} ago"
 
 
-def demo(record: RunRecord, url: str) -> None:
-    """What the demo learned, where to look at it, and what to type next."""
-    raw("")
-    before, after = number(record.initial_held_out_loss_nats), number(record.held_out_loss_nats)
-    tokens, flops = number(record.train_tokens), number(record.compute_flops)
-    raw(f"held-out loss   {before} -> {after} nats per token")
-    raw(f"trained on      {tokens} tokens, {flops} FLOPs, {record.workers} workers, ZeRO-3")
-    raw(f"run in MLflow   {url}")
-    raw(f"next            escala runs show {record.run_id}")
+def step(text: str) -> None:
+    """The heading of one part of a longer story."""
+    _out.print(f"\n[bold]{escape(text)}[/]")

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.cli.render import ago, as_json, note, number, pairs, raw, table
+from escala.errors import LawError
+from escala.records import RunRecord
 
 if TYPE_CHECKING:
+    from escala.laws.drift import Calibration
     from escala.laws.law import Allocation, Law, Prediction
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
@@ -66,7 +69,7 @@ def law(stored: Stored, json: bool) -> None:
         return
     _law(stored)
     raw("\nprovenance")
-    told = {key: value for key, value in stored.provenance.items() if value not in (None, [])}
+    told = {k: v for k, v in stored.provenance.items() if v not in (None, []) and not isinstance(v, dict)}
     pairs({key: ago(value) if key == "created_at" else _listed(value) for key, value in told.items()})
 
 
@@ -111,6 +114,28 @@ def allocation(answer: Answer, json: bool) -> None:
     raw(f"tokens          {best.tokens:.4g}  ({best.tokens_per_parameter:.3g} per active parameter)")
     raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
     _caveats(answer)
+
+
+def refusal(why: LawError) -> None:
+    """A law that gives no plan: an answer, too."""
+    raw(f"no plan         {why.message}")
+    raw(f"hint            {why.hint}")
+
+
+def verdict(answer: Answer, record: RunRecord, url: str) -> None:
+    """What a law said of a run beforehand, and what the run obtained."""
+    found: Prediction = answer.answer  # type: ignore[assignment]
+    loss = record.held_out_loss_nats
+    interval = _interval(found.low_nats, found.high_nats, "90 % predictive interval")
+    raw(f"predicted       {number(found.loss_nats)} nats per token  ({interval})")
+    if loss is not None and found.low_nats is not None and found.high_nats is not None:
+        inside = "inside" if found.low_nats <= loss <= found.high_nats else "OUTSIDE"
+        raw(f"obtained        {number(loss)} nats per token  ({inside}; {loss / found.loss_nats - 1:+.2%})")
+    raw(f"extrapolation   {_distance(answer.extrapolation)}")
+    size, tokens, flops = record.n_total, record.train_tokens, record.compute_flops
+    raw(f"run             {number(size)} parameters, {number(tokens)} tokens, {number(flops)} FLOPs")
+    raw(f"in MLflow       {url}")
+    raw(f"next            escala laws show {answer.law.reference}; escala laws calibration")
 
 
 def _interval(low: float | None, high: float | None, what: str) -> str:
@@ -168,6 +193,56 @@ def _value(law: Law, name: str) -> str:
         return value
     low, high = law.intervals(0.9)[name]
     return f"{value}  ({number(low)} to {number(high)})"
+
+
+def calibration(found: Calibration, json: bool) -> None:
+    """Predicted against obtained, a row a run; then how often the intervals held."""
+    if json:
+        as_json(asdict(found))
+        return
+    columns = (
+        "law",
+        "run",
+        "name",
+        "FLOPs",
+        "beyond",
+        "predicted",
+        "90 % from",
+        "to",
+        "obtained",
+        "error",
+        "",
+    )
+    rows = [
+        (
+            c.law,
+            c.run_id[:8],
+            c.name,
+            number(c.compute_flops),
+            f"{c.extrapolation:.3g}x",
+            number(c.predicted),
+            number(c.low),
+            number(c.high),
+            number(c.obtained),
+            f"{c.error:+.2%}",
+            "ALARM" if c.alarm else "" if c.inside else "outside",
+        )
+        for c in found.checks
+    ]
+    table(columns, rows)
+    for c in found.checks:
+        for key, (theirs, ours) in (c.difference or {}).items():
+            raw(f"  {c.run_id[:8]}  {key}: {theirs} in the law's runs, {ours} here")
+    if found.coverage is None:
+        note("no run has finished while a law was champion and read the same text")
+        return
+    low, high = found.coverage_low or 0.0, found.coverage_high or 0.0
+    raw(
+        f"\ncoverage   {found.coverage:.0%} of {len(found.checks)} within 90 % (the truth: {low:.0%} to {high:.0%})"
+    )
+    raw(f"error      {found.median_error:.2%}, median")
+    raw(f"width      {found.median_width:.2%} of the prediction, median")
+    raw(f"alarms     {found.alarms}; {found.expected_alarms:.2g} expected of laws that are right")
 
 
 def files(paths: Sequence[Path], json: bool) -> None:

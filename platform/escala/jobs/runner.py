@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from escala.errors import ClusterError, EscalaError
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
-from escala.records import AttemptFiles
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -110,24 +110,23 @@ def _restart_dead(settings: Settings) -> None:
 
 def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
     from escala.jobs.ray_backend import RayBackend
+    from escala.laws.drift import compare_run
     from escala.runtime_env import runtime_env
+    from escala.tracking.children import FamilyDelivery
     from escala.tracking.delivery import Delivery
-    from escala.tracking.spool import close_spool
 
     ray_address = settings.ray_address or f"127.0.0.1:{settings.ray_port}"
     tracking_uri = settings.tracking_uri or f"http://127.0.0.1:{settings.mlflow_port}"
-    delivery = Delivery(tracking_uri)
+    delivery = FamilyDelivery(
+        Delivery(tracking_uri), settings.home, partial(compare_run, settings.home, settings.tracker)
+    )
 
     def environment(job: Job) -> Mapping[str, Any]:
-        resources = job.config.get("resources", {})
+        resources = job.config.get("resources") or job.config.get("base", {}).get(
+            "resources", {}
+        )  # or a sweep's
         threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
         return runtime_env(ray_address, threads, gpus, tracking_uri)
-
-    def deliver(directory: Path, lost: bool) -> bool:
-        spool = AttemptFiles(directory).spool
-        if lost:
-            close_spool(spool, "FAILED")
-        return delivery.deliver(spool)
 
     return Reconciler(
         store,
@@ -135,7 +134,7 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
         settings.home,
         environment,
         settings.max_running_jobs,
-        deliver,
+        delivery.deliver,
         time.time,
     )
 

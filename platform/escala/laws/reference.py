@@ -102,6 +102,11 @@ class Cache:
         pointer = self._read(name, "champion.json")
         return None if pointer is None else int(pointer["version"])
 
+    def champions(self) -> list[Stored]:
+        """Every law that answers to its bare name here."""
+        found = (self.find(Reference(p.parent.name)) for p in sorted(self._root.glob("*/champion.json")))
+        return [stored for stored in found if stored is not None]
+
     def set_champion(self, name: str, version: int | None) -> None:
         """Remember the champion; None: there is none."""
         path = self._root / name / "champion.json"

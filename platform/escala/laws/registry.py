@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,16 @@ class Registry:
         self._uri = tracker_uri
         self._cache = Cache(home, tracker_uri)
 
-    def save(self, law: Law, name: str, *, experiment: str, by: str, sources: Sequence[str] = ()) -> int:
+    def save(
+        self,
+        law: Law,
+        name: str,
+        *,
+        experiment: str,
+        by: str,
+        sources: Sequence[str] = (),
+        configuration: Mapping[str, str] | None = None,
+    ) -> int:
         """Store a law as the next version of `name`; see the module for what that holds.
 
         Args:
@@ -68,12 +77,13 @@ class Registry:
             by: who fitted it.
             sources: where the points came from, in words (a file with its fingerprint, a sweep's id). The ids of
                 the measured runs are read from the points' column run_id.
+            configuration: dotted keys that all measured runs share; None: not known.
 
         Raises LawError for a bad name, ClusterError where the tracker does not answer.
         """
         if parse(name).version is not None:
             raise LawError(f"'{name}' states a version.", "The registry counts them; give the name alone.")
-        provenance = _provenance(law, by, sources)
+        provenance = _provenance(law, by, sources, configuration)
         with self._client() as client, tempfile.TemporaryDirectory(prefix="escala-law-") as directory:
             _ensure_model(client, name)
             tracker = MlflowTracker(self._uri)
@@ -203,7 +213,9 @@ def load_law(reference: str, *, refresh: bool = False) -> Law:
     return Registry(settings.tracker, settings.home).load(reference, refresh=refresh).law
 
 
-def _provenance(law: Law, by: str, sources: Sequence[str]) -> dict[str, Any]:
+def _provenance(
+    law: Law, by: str, sources: Sequence[str], configuration: Mapping[str, str] | None
+) -> dict[str, Any]:
     points = law.points
     code = code_fingerprint()
     runs = points["run_id"].dropna().astype(str).unique().tolist() if "run_id" in points else []
@@ -221,6 +233,7 @@ def _provenance(law: Law, by: str, sources: Sequence[str]) -> dict[str, Any]:
         "git_commit": code.git_commit,
         "git_dirty": code.git_dirty,
         "law_fingerprint": fingerprint(json.loads(law.to_json())),
+        "configuration": None if configuration is None else dict(configuration),
         **data,
     }
 
@@ -241,7 +254,9 @@ def _summary(law: Law, provenance: dict[str, Any]) -> dict[str, str]:
 def _tags(law: Law, provenance: dict[str, Any]) -> dict[str, str]:
     """Tags of the law's run."""
     found = {
-        f"escala.{k}": str(v) for k, v in provenance.items() if v is not None and not isinstance(v, list)
+        f"escala.{k}": str(v)
+        for k, v in provenance.items()
+        if v is not None and not isinstance(v, list | dict)
     }
     found["escala.sources"] = json.dumps(provenance["sources"])
     found["escala.run_ids"] = json.dumps(provenance["run_ids"])

@@ -8,7 +8,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,7 @@ from escala.settings import Settings
 if TYPE_CHECKING:
     import pandas as pd
 
+    from escala.laws.drift import Calibration
     from escala.laws.registry import LawVersion, Registry
 
 KNOWN = (
@@ -110,14 +111,47 @@ def fit_file(
 
     Raises NotFoundError, LawError, ClusterError.
     """
+    points, source = read_points_file(file, rename or {})
+    return fit_points(
+        points, name, sources=[source], form=form, group=group, size=size, bootstrap=bootstrap, seed=seed
+    )
+
+
+def fit_points(
+    points: pd.DataFrame,
+    name: str,
+    *,
+    sources: Sequence[str],
+    form: str = "nd",
+    group: str | None = None,
+    size: str = "n_active",
+    bootstrap: int = 1000,
+    seed: int = 0,
+    configuration: Mapping[str, str] | None = None,
+) -> Fitted:
+    """Fit a law to `points` and store it as the next version of `name`.
+
+    Args:
+        sources: where the points came from, in words.
+        form, group, size, bootstrap, seed: see `fit_law`.
+        configuration: what all points share, dotted keys; a drift alarm compares a run with it.
+
+    Raises LawError, ClusterError.
+    """
     from escala.laws.fit import fit_law
 
     parse(name)  # a bad name is an error before the fit
-    points, source = read_points_file(file, rename or {})
     law = fit_law(points, form, bootstrap=bootstrap, group=group, size=size, seed=seed)
     settings = Settings()
     registry = _registry(settings)
-    version = registry.save(law, name, experiment=law_experiment(settings), by=_user(), sources=[source])
+    version = registry.save(
+        law,
+        name,
+        experiment=law_experiment(settings),
+        by=_user(),
+        sources=sources,
+        configuration=configuration,
+    )
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
 
 
@@ -251,6 +285,14 @@ def compare_laws(first: str, second: str) -> Comparison:
 def promote_law(reference: str, force: bool = False) -> Stored:
     """Make NAME@VERSION its name's champion. Raises LawError for an unhealthy one without `force`."""
     return _registry(Settings()).promote(reference, force)
+
+
+def calibration(name: str | None = None) -> Calibration:
+    """Predicted against obtained, for every run that finished while a law was champion (of `name`, or all)."""
+    from escala.laws.drift import Predictions, calibration
+
+    checks = Predictions(Settings().home).read()
+    return calibration([c for c in checks if name is None or name in (c.law, c.law.split("@")[0])])
 
 
 def export_law(reference: str, directory: str | Path) -> list[Path]:

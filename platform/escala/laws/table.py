@@ -58,7 +58,7 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
         )
     reasons = _reasons(frame, form, size, group)
     bad = reasons != ""
-    used = frame[~bad] if bad.any() else frame
+    used = (frame[~bad] if bad.any() else frame).drop(columns="reason", errors="ignore")
     _refuse_mixtures(used)
     refused = frame[bad].assign(reason=reasons[bad])
     if len(refused):
@@ -99,7 +99,8 @@ def _compute(used: pd.DataFrame) -> Floats | None:
 
 def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> np.ndarray:
     """Why each row cannot be used; empty where it can. The first reason found stands."""
-    reasons_N = np.full(len(frame), "", dtype=object)
+    stated = frame["reason"] if "reason" in frame else pd.Series(None, index=frame.index, dtype=object)
+    reasons_N = stated.fillna("").astype(object).to_numpy(copy=True)  # refused by whoever made the table
 
     def refuse(bad_N: np.ndarray, reason: str) -> None:
         reasons_N[bad_N & (reasons_N == "")] = reason

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,9 @@ class Delivery:
         self._not_before = 0.0
         self._said = ""
 
-    def deliver(self, directory: str | Path) -> bool:
-        """Deliver what the spool holds and the tracker has not. True when all is there and the run is closed,
+    def deliver(self, directory: str | Path, tags: Mapping[str, str] | None = None) -> bool:
+        """Deliver what the spool holds and the tracker has not; its run starts with `tags` added. True
+        when all is there and the run is closed,
         and for a spool that nothing was written to. Never raises for a tracker that is away: False, said once
         in the log, and not tried again before a wait that doubles up to half a minute.
         """
@@ -72,7 +73,7 @@ class Delivery:
             return False
         try:
             self._tracker = self._tracker or self._open()
-            done = self._catch_up(self._tracker, spool, state)
+            done = self._catch_up(self._tracker, spool, state, tags or {})
         except Exception as error:  # noqa: BLE001 - whatever the client raises, a delivery is tried again
             self._away(error)
             return False
@@ -87,13 +88,13 @@ class Delivery:
         self._not_before = self._clock() + self._wait
         self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
 
-    def _catch_up(self, tracker: Tracker, spool: Path, state: _State) -> bool:
+    def _catch_up(self, tracker: Tracker, spool: Path, state: _State, tags: Mapping[str, str]) -> bool:
         if state.run_id is None:
             start = _find_start(spool)
             if start is None:  # metrics before the run: the starting writer's file is not here yet
                 return False
-            given = (start["key"], start["experiment"], start["name"], start["tags"], start["params"])
-            state.run_id = tracker.start(*given)
+            given = (start["key"], start["experiment"], start["name"], {**start["tags"], **tags})
+            state.run_id = tracker.start(*given, start["params"])
             (spool / ".run_id").write_text(state.run_id)
             os.replace(spool / ".run_id", spool / "run_id")
             write_json(spool / "delivered.json", state)

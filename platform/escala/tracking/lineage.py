@@ -9,7 +9,7 @@ import importlib.util
 import json
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
@@ -72,14 +72,19 @@ class Code:
 @lru_cache(maxsize=1)
 def code_fingerprint() -> Code:
     """What code this process runs: read once."""
+    roots = _places(PACKAGES[0])
+    commit, dirty = _git(Path(roots[0])) if roots else (None, None)
+    return Code(source_fingerprint(PACKAGES), commit, dirty)
+
+
+def source_fingerprint(packages: Iterable[str]) -> str:
+    """SHA-256 over all Python and YAML files of `packages`, with their names."""
     digest = hashlib.sha256()
-    roots = [Path(place) for name in PACKAGES for place in _places(name)]
-    for root in roots:
+    for root in (Path(place) for name in packages for place in _places(name)):
         for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml") and p.is_file()):
             content = hashlib.sha256(path.read_bytes()).digest()
             digest.update(f"{root.name}/{path.relative_to(root).as_posix()}\0".encode() + content)
-    commit, dirty = _git(roots[0]) if roots else (None, None)
-    return Code(digest.hexdigest(), commit, dirty)
+    return digest.hexdigest()
 
 
 def _places(package: str) -> list[str]:

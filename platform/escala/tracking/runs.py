@@ -11,6 +11,7 @@ from typing import Any
 
 from escala.errors import EscalaError, NotFoundError
 from escala.records import RunRecord
+from escala.tracking.children import PARENT_TAG
 from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
 
 RECORD_TAG = "escala.record"
@@ -120,7 +121,8 @@ def _record(run: Any) -> RunRecord:
     written = joined_tag(tags, RECORD_TAG)
     if written is not None:
         known = {k: v for k, v in json.loads(written).items() if k in _KNOWN}
-        return replace(RunRecord(**known), run_id=run.info.run_id)
+        parent = tags.get(PARENT_TAG, known.get("parent_run_id"))
+        return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {
         key: tags[f"escala.{key}"]
@@ -134,6 +136,7 @@ def _record(run: Any) -> RunRecord:
         name=tags.get("escala.name", run.info.run_name or ""),
         workload=tags.get("escala.workload", ""),
         status=run.info.status.lower(),  # or "failed", "killed" where its writer was killed
+        parent_run_id=tags.get(PARENT_TAG),
         started_at=run.info.start_time / 1000,
         ended_at=ended / 1000 if ended else None,
         **fingerprints,

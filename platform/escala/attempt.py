@@ -1,6 +1,6 @@
 """What every entry point shares: its spec, the fence, requests to stop, and its one last word, the outcome.
 
-A workload is started as `python -m workloads.NAME ATTEMPT.json`. It writes `outcome.json` last; whoever finds
+An entry point is started as `python -m MODULE ATTEMPT.json`. It writes `outcome.json` last; whoever finds
 none knows that the driver was lost.
 """
 
@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,17 +19,6 @@ from escala.errors import SpecError, Superseded
 from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
 
 STOP_REASONS = ("user", "budget", "preempted")
-
-
-@dataclass(frozen=True)
-class WorkerInputs:
-    """What the driver gives every worker."""
-
-    spec: AttemptSpec
-    prepared: str  # path of the prepared data
-    checkpoint: str | None  # a verified one to resume from
-    run_id: str  # of the tracker
-    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
 
 
 def read_attempt(arguments: list[str]) -> AttemptSpec:
@@ -47,7 +36,7 @@ def read_attempt(arguments: list[str]) -> AttemptSpec:
     return spec
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """A nested configuration as dotted keys and texts, for the tracker's parameters; lists as JSON."""
     flat: dict[str, str] = {}
     for key, value in config.items():

@@ -1,0 +1,263 @@
+"""CPU that a sweep costs beside its training: per one-worker trial, against the bare loop and a TorchTrainer each.
+
+    python benchmarks/sweeps.py [--trials 12] [--peers 4]
+
+One home and one Ray head for all sides. ours: `escala sweep` over small trials. peer: Ray Tune again, each trial
+starting a Ray Train TorchTrainer of one worker with the same training loop. bare: the same models, batches and
+steps in a plain PyTorch loop, in one process, its imports not counted. CPU is that of the head's whole process
+tree and of the drivers; what the idle head uses in the same time is measured before and taken off. Exit code 1
+where a floor is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+FLOORS = {"overhead_seconds": 2.5, "peer_ratio": 5.0}
+IDLE_SECONDS = 20.0
+STEPS = 300
+SPACE = {
+    "design": "grid",
+    "concurrency": 2,
+    "base": {
+        "model": {"vocab_size": 512, "n_layers": 2, "d_model": 64, "n_heads": 2, "max_context_tokens": 64},
+        "data": {"tokenizer": {"vocab_size": 512, "train_characters": 300_000}, "max_characters": 2_000_000},
+        "training": {"batch_sequences": 8, "evaluation_tokens": 4096, "steps": STEPS, "log_every_steps": 10},
+    },
+}
+
+
+def main() -> int:
+    """Measure the three sides."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--peers", type=int, default=4, help="trials of the peer, which takes long")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--spec", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side == "bare":
+        return bare(json.loads(Path(options.spec).read_text()))
+    if options.side == "peer":
+        return peer(json.loads(Path(options.spec).read_text()))
+    with tempfile.TemporaryDirectory(prefix="escala-bench-") as directory:
+        return measure(Path(directory), options.trials, options.peers)
+
+
+def measure(home: Path, trials: int, peers: int) -> int:
+    """All sides on one cluster."""
+    from tests.conftest import free_ports
+
+    names = ("ESCALA_RAY_PORT", "ESCALA_RAY_DASHBOARD_PORT", "ESCALA_MLFLOW_PORT")
+    os.environ |= dict(zip(names, map(str, free_ports(3)), strict=True))
+    os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    from escala import api
+    from escala.sweeps import trials as stored
+
+    api.up(print)
+    try:
+        run_sweep(home, "warm", seeds=[1000])  # the data and the head's first workers
+        idle = idle_rate()
+        job, ours, _ = counted(idle, lambda: run_sweep(home, "ours", seeds=list(range(trials))))
+        planned = stored.read_planned(home, job)
+        spec = home / "bare.json"
+        prepared = next((home / "data" / "prepared").glob("*.json"))
+        spec.write_text(json.dumps({"configs": [p.trial.config for p in planned], "prepared": str(prepared)}))
+        plain = float(python("bare", spec))
+        peer_spec = home / "peer.json"
+        configs = [reseeded(p.trial.config, 5000 + p.number) for p in planned[:peers]]
+        peer_spec.write_text(json.dumps({"configs": configs, "prepared": str(prepared), "home": str(home)}))
+        driver, theirs, _ = counted(idle, lambda: python("peer", peer_spec))
+        theirs += float(driver)  # it runs outside the head's tree; a sweep's driver runs in it
+    finally:
+        api.down(print)
+    each = plain / trials
+    overhead, peer_overhead = ours / trials - each, theirs / peers - each
+    ratio = peer_overhead / overhead
+    print(
+        f"sweep {job}: {trials} trials of {STEPS} steps; idle head {idle:.3f} CPU-seconds a second, taken off"
+    )
+    floor, least = FLOORS["overhead_seconds"], FLOORS["peer_ratio"]
+    print(f"bare loop                 {each:8.2f} CPU-seconds a trial")
+    print(f"escala sweep              {ours / trials:8.2f}  overhead {overhead:6.2f}  floor {floor}")
+    print(
+        f"a TorchTrainer per trial  {theirs / peers:8.2f}  overhead {peer_overhead:6.2f}  {ratio:.1f}x, floor {least}x"
+    )
+    return 0 if overhead <= floor and ratio >= least else 1
+
+
+def reseeded(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The same trial from another seed."""
+    return {**config, "training": {**config["training"], "seed": seed}}
+
+
+def run_sweep(home: Path, name: str, **keys: Any) -> str:
+    """One sweep to its end, by the command line; its job's id."""
+    import yaml
+
+    from escala import api
+
+    path = home / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**SPACE, "vary": {"training.optimizer.learning_rate": [3e-3]}, **keys}))
+    command = [sys.executable, "-m", "escala.cli.main", "sweep", str(path), "--json"]
+    job = str(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["id"])
+    for watched in api.watch(job):
+        if watched.job.state == "failed":
+            raise SystemExit(f"the sweep failed: {watched.job.message}")
+    return job
+
+
+def counted(idle: float, act: Any) -> tuple[Any, float, float]:
+    """What `act` gives, the CPU seconds of the head's tree meanwhile (idling taken off), and the wall seconds."""
+    began, before = time.monotonic(), tree_cpu()
+    given = act()
+    wall = time.monotonic() - began
+    return given, tree_cpu() - before - idle * wall, wall
+
+
+def idle_rate() -> float:
+    """CPU-seconds a second of the head that has nothing to do."""
+    before = tree_cpu()
+    time.sleep(IDLE_SECONDS)  # the quantity is a rate over time
+    return (tree_cpu() - before) / IDLE_SECONDS
+
+
+def tree_cpu() -> float:
+    """CPU seconds of the Ray head, all that it started, and their ended children."""
+    import psutil
+
+    from escala import api
+
+    head = next(p for p in api.status().processes if p.name == "ray")
+    total = 0.0
+    for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def python(side: str, spec: Path) -> str:
+    """Run a side of this script; its last line."""
+    command = [sys.executable, __file__, "--side", side, "--spec", str(spec)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def bare(given: dict[str, Any]) -> int:
+    """The same training in plain PyTorch: model, batches, clipping, AdamW, an evaluation before and after."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from workloads.config import PretrainConfig
+    from workloads.data.batches import Batches
+    from workloads.data.prepared import PreparedData
+    from workloads.model.transformer import Transformer
+    from workloads.training.schedule import learning_rate
+
+    torch.set_num_threads(1)
+    data = PreparedData.open(given["prepared"])
+    began = time.process_time()
+    for plain in given["configs"]:
+        config = PretrainConfig(**plain)
+        training = config.training
+        torch.manual_seed(training.seed)
+        model = Transformer(config.model)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        batches = Batches(
+            data, config.context_tokens, training.batch_sequences, training.seed, training.batch_sequences
+        )
+        held_NT1 = data.held_out(config.context_tokens, training.evaluation_tokens)
+
+        def evaluate(
+            model: Any = model, held_NT1: Any = held_NT1, rows: int = training.batch_sequences
+        ) -> None:
+            with torch.no_grad():
+                for part in held_NT1.split(rows):
+                    cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()).item()
+
+        evaluate()
+        for step in range(config.total_steps):
+            tokens = batches.batch(step, 0, 1, 0)
+            loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+        evaluate()
+    print(time.process_time() - began)
+    return 0
+
+
+def peer(given: dict[str, Any]) -> int:
+    """Ray Tune, each trial with a TorchTrainer of one worker."""
+    import ray
+    from ray import tune
+
+    from escala.runtime_env import runtime_env
+    from escala.settings import Settings
+
+    address = Settings().gcs_address
+    ray.init(address=address, runtime_env=runtime_env(address), log_to_driver=False)
+
+    def trial(values: dict[str, Any]) -> None:
+        from escala import handshake
+        from escala.records import AttemptFiles, AttemptSpec, write_json
+        from workloads.config import PretrainConfig
+        from workloads.data.prepared import PreparedData
+        from workloads.pretrain import Run
+        from workloads.training.driver import fit
+
+        directory = Path(given["home"]) / "peers" / str(values["number"])
+        files = AttemptFiles(directory)
+        directory.mkdir(parents=True)
+        config = given["configs"][values["number"]]
+        where = {"directory": str(directory), "checkpoints": str(directory / "checkpoints"), "data": ""}
+        spec = AttemptSpec(
+            job_id=f"peer{values['number']}",
+            attempt=1,
+            name="peer",
+            workload="pretrain",
+            entry_point="",
+            config=config,
+            tracking_uri=f"spool:{files.spool}",
+            experiment="peer",
+            versions=handshake.versions(),
+            **where,
+        )
+        write_json(files.spec, spec)
+        run = Run(spec)
+        parsed: PretrainConfig = run.open()
+        fit(run.inputs(PreparedData.open(given["prepared"]), parsed), parsed)
+        run.succeed()
+        tune.report({"done": 1})
+
+    numbers = tune.grid_search(list(range(len(given["configs"]))))
+    results = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 0.1}),
+        param_space={"number": numbers},
+        tune_config=tune.TuneConfig(max_concurrent_trials=2),
+        run_config=tune.RunConfig(storage_path=str(Path(given["home"]) / "tune"), verbose=0),
+    ).fit()
+    if results.errors:
+        raise SystemExit(f"the peer failed: {results.errors[0]}")
+    print(time.process_time())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`escala sweep`: many runs over a space, as one job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from escala.cli import render, render_sweeps
+from escala.cli.cluster import Json
+from escala.cli.jobs import DryRun, Follow, Overrides
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    app.command()(sweep)
+
+
+def sweep(
+    space: Annotated[str, typer.Argument(help="A named space (tune_spaces/), or a YAML file's path.")],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="The job's name. [default: the space's]")] = None,
+    priority: Annotated[int | None, typer.Option(help="0-100, higher first. [default: 50]")] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="After a lost driver, worker or node. [default: 2]")
+    ] = None,
+    after: Annotated[str | None, typer.Option(help="A job that must succeed first.", metavar="JOB")] = None,
+    max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
+    ] = False,
+    follow: Follow = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Train a model at every point of a space; what any sweep has finished before is not trained again."""
+    from escala import api
+
+    options = {
+        "name": name,
+        "priority": priority,
+        "retries": retries,
+        "after": after,
+        "max_flops": max_flops,
+        "max_seconds": max_seconds,
+    }
+    if dry_run:
+        render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)
+        return
+    report = render.quiet if json else render.note
+    job = api.sweep(space, overrides or (), options, resume, report)
+    render.submitted(job, json)
+    if follow:
+        ended = render.follow(api.watch(job.id))
+        render_sweeps.points(api.sweep_points(job.id), job.id, json)
+        if ended.state != "succeeded":
+            raise typer.Exit(1)

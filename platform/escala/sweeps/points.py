@@ -1,0 +1,119 @@
+"""What a sweep measured: its trials as points of a law; those that are none keep the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala.attempt import flatten
+from escala.records import Outcome, TrialFiles, read_record
+from escala.sweeps.design import SEED
+from escala.sweeps.trials import Planned, read_planned
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RECORD = {  # column -> field of the RunRecord
+    "loss_nats": "held_out_loss_nats",
+    "n_total": "n_total",
+    "n_active": "n_active",
+    "n_non_embedding": "n_non_embedding",
+    "tokens": "train_tokens",
+    "context_tokens": "context_tokens",
+    "compute_flops": "compute_flops",
+    "seed": "seed",
+    "wall_seconds": "wall_seconds",
+    "tokenizer_fingerprint": "tokenizer_fingerprint",
+    "evaluation_fingerprint": "evaluation_fingerprint",
+}
+
+
+@dataclass(frozen=True)
+class SweepPoints:
+    """`points` and `refused` (with `reason`), a row a trial: the columns of `fit_law`, the trial, and what was
+    varied. `noise`: pooled relative standard deviation of the loss between seeds; None without repeats.
+    `configuration`: dotted keys that have one value in all points.
+    """
+
+    points: pd.DataFrame
+    refused: pd.DataFrame
+    noise: float | None
+    configuration: dict[str, str]
+
+
+def read_points(home: Path, job_id: str) -> SweepPoints:
+    """The points of a sweep, from its trials' files: a sweep that runs has those that are there."""
+    import pandas as pd
+
+    planned = read_planned(home, job_id)
+    rows = [_row(p, TrialFiles(home, p.fingerprint)) for p in planned]
+    table = pd.DataFrame([row for row in rows if row["reason"] is None]).drop(
+        columns="reason", errors="ignore"
+    )
+    refused = pd.DataFrame([row for row in rows if row["reason"] is not None])
+    used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
+    return SweepPoints(table, refused, _noise(table, planned), in_common([flatten(c) for c in used]))
+
+
+def in_common(configurations: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The dotted keys that have one value in all of `configurations`."""
+    first, *others = configurations or [{}]
+    return {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+
+
+def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:
+    trial = planned.trial
+    attempts = files.attempts()
+    outcome = read_record(Outcome, attempts[-1].outcome) if attempts else None
+    record: Mapping[str, Any] = (outcome.record if outcome else None) or {}
+    training = trial.config["training"]
+    row: dict[str, Any] = {column: record.get(name) for column, name in RECORD.items()}
+    row |= {  # what was planned, where the run did not get so far as to say it
+        "n_total": trial.n_total,
+        "n_active": trial.n_active,
+        "learning_rate": training["optimizer"]["learning_rate"],
+        "batch_tokens": training["batch_sequences"] * trial.context_tokens,
+        "trial": planned.fingerprint,
+        "name": planned.name,
+        "run_id": _run_id(attempts[-1].spool / "run_id") if attempts else None,
+        "reason": _refusal(outcome, record, trial.train_tokens, bool(attempts)),
+    }
+    return row | {key: value for key, value in trial.values.items() if key not in row and key != SEED}
+
+
+def _refusal(
+    outcome: Outcome | None, record: Mapping[str, Any], train_tokens: int, started: bool
+) -> str | None:
+    """Why the trial gives no point; None where it does."""
+    if not started:
+        return "not started"
+    if outcome is None:
+        return "unfinished: it has no outcome"
+    if outcome.kind != "succeeded":
+        return f"{outcome.kind}: {outcome.message}"
+    if record.get("held_out_loss_nats") is None:
+        return "it has no held-out loss"
+    if record.get("train_tokens") != train_tokens:
+        return f"unfinished: {record.get('train_tokens')} of {train_tokens} tokens"
+    return None
+
+
+def _run_id(path: Path) -> str | None:
+    return path.read_text().strip() if path.exists() else None
+
+
+def _noise(table: pd.DataFrame, planned: list[Planned]) -> float | None:
+    import numpy as np
+
+    if table.empty:
+        return None
+    values = {
+        p.fingerprint: repr(sorted((k, v) for k, v in p.trial.values.items() if k != SEED)) for p in planned
+    }
+    squares, freedom = 0.0, 0
+    for _, losses in table.assign(point=table["trial"].map(values)).groupby("point")["loss_nats"]:
+        logs = np.log(losses.to_numpy(float))
+        squares, freedom = squares + float(((logs - logs.mean()) ** 2).sum()), freedom + len(logs) - 1
+    return (squares / freedom) ** 0.5 if freedom else None

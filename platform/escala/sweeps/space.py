@@ -1,0 +1,182 @@
+"""What a sweep varies and by which design, from YAML: a named space in `tune_spaces/` or a user's own file.
+
+about: two sizes, three lengths
+design: grid
+vary:
+  n_total: [100_000, 400_000]                                # an axis of tune_spaces.recipes
+  tokens: {low: 1e5, high: 1e6, count: 3}                    # three levels, equal steps of the logarithm
+  training.optimizer.weight_decay: [0.0, 0.1]                # or any key of the workload's configuration
+base: {model: {vocab_size: 1024}, resources: {workers: 1}}   # everything else; it wins over the recipe
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from tune_spaces.recipes import AXES
+
+import tune_spaces
+from escala import spec
+from escala.errors import NotFoundError
+
+Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
+Value = bool | int | float | str
+SPLITS = ("n_total", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
+
+
+class Strict(BaseModel):
+    """Unknown keys fail; values are frozen once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(Strict):
+    """Values from `low` to `high`. A grid needs `count` levels."""
+
+    low: float
+    high: float
+    scale: Literal["log", "linear"] = "log"
+    count: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low {self.low:g} has no logarithm; set scale: linear")
+        return self
+
+
+class Bounds(Strict):
+    """Both ends included; None: no bound."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def hold(self, value: float) -> bool:
+        """Whether `value` lies between them."""
+        return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
+
+
+class Repeats(Strict):
+    """The cheapest `points` are trained once more with each of these `seeds`: the noise of a run."""
+
+    points: int = Field(1, gt=0)
+    seeds: list[int] = Field(min_length=1)
+
+
+class EarlyStopping(Strict):
+    """ASHA (Li et al. 2020): after `grace` of a trial's evaluations, only the best 1/`reduction` of each rung go on."""
+
+    grace: int = Field(1, gt=0, description="evaluations that every trial gets")
+    reduction: int = Field(3, ge=2)
+
+
+class Space(Strict):
+    """A sweep's space. Raises ValueError where the parts contradict each other.
+
+    Early stopping and optimisers are for a `search`: their points say nothing about a law, whose every point is a
+    whole run with its own decay, chosen before any is seen.
+    """
+
+    about: str = ""
+    workload: Literal["pretrain"] = "pretrain"
+    aim: Literal["law", "search"] = "law"
+    design: Design = "grid"
+    vary: dict[str, list[Value] | Range] = Field(default_factory=dict)
+    cells: list[dict[str, Value]] = Field([{}], min_length=1, description="each is crossed with the design")
+    within: dict[str, Bounds] = Field(
+        default_factory=dict,
+        description="points outside are left out; of compute_flops, n_total, tokens, tokens_per_parameter",
+    )
+    points: int | None = Field(None, gt=0, description="of sobol, random and optuna")
+    design_seed: int = Field(0, ge=0, description="of sobol, random and optuna")
+    seeds: list[int] = Field([0], min_length=1, description="every point is trained with each")
+    repeats: Repeats | None = None
+    concurrency: int | None = Field(None, gt=0, description="None: as many as the cluster holds")
+    early_stopping: EarlyStopping | None = None
+    base: dict[str, Any] = Field(default_factory=dict, description="the workload's configuration")
+
+    @field_validator("vary", mode="before")
+    @classmethod
+    def _flat(cls, value: object) -> object:
+        """`{training: {seed: [...]}}` as `{training.seed: [...]}`, which `--set` writes."""
+        return dict(_flatten(value)) if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Space:
+        if not self.vary and self.cells == [{}]:
+            raise ValueError("nothing varies: give vary, or cells")
+        unknown = set(self.within) - {"compute_flops", "n_total", "tokens", "tokens_per_parameter"}
+        if unknown:
+            raise ValueError(f"within cannot bound {', '.join(sorted(unknown))}")
+        if self.aim == "law" and (self.early_stopping or self.design == "optuna"):
+            what = "early_stopping" if self.early_stopping else "design: optuna"
+            raise ValueError(
+                f"{what} is for aim: search; a law's points are chosen beforehand and run to their end"
+            )
+        self._check_design()
+        return self
+
+    def _check_design(self) -> None:
+        drawn = self.design in ("sobol", "random", "optuna")
+        if drawn != (self.points is not None):
+            raise ValueError(f"design: {self.design} {'needs' if drawn else 'takes no'} points")
+        if not drawn:
+            bare = [key for key, axis in self.vary.items() if isinstance(axis, Range) and axis.count is None]
+            if bare:
+                raise ValueError(f"a {self.design} needs the count of levels of {', '.join(bare)}")
+        if self.design == "isoflop":
+            names = set(self.vary).union(*self.cells)
+            if "compute_flops" not in names or not names & set(SPLITS):
+                raise ValueError(f"an isoflop design varies compute_flops and one of {', '.join(SPLITS)}")
+        if self.design == "optuna" and (self.cells != [{}] or self.repeats or self.within):
+            raise ValueError("optuna chooses its own points: no cells, within or repeats")
+
+    def axes(self) -> set[str]:
+        """Everything that varies."""
+        return set(self.vary).union(*self.cells)
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, item in value.items():
+        nested = (
+            isinstance(item, Mapping) and not {"low", "high"} & set(item) and f"{prefix}{key}" not in AXES
+        )
+        if nested:
+            yield from _flatten(item, f"{prefix}{key}.")
+        else:
+            yield prefix + str(key), item
+
+
+def load_space(name: str, overrides: Iterable[str] = ()) -> tuple[str, Space]:
+    """A space by the name of a file in `tune_spaces/`, or a YAML file's path; with its name.
+
+    Raises NotFoundError with the names that there are; SpecError for what does not validate.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = directory() / f"{name}.yaml"
+        if not path.is_file():
+            raise NotFoundError(
+                f"there is no space {name!r}",
+                f"one of {', '.join(names())}; or give the path of a YAML file",
+            )
+    data = spec.read_yaml(path)
+    for override in overrides:
+        spec.apply_override(data, override)
+    space: Space = spec.validate(Space, data, path.name)
+    return path.stem, space
+
+
+def directory() -> Path:
+    """Where the named spaces are."""
+    return Path(str(tune_spaces.__file__)).parent
+
+
+def names() -> list[str]:
+    """The named spaces."""
+    return sorted(path.stem for path in directory().glob("*.yaml"))

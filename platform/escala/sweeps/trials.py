@@ -1,0 +1,145 @@
+"""Trials on disk: HOME/trials/FINGERPRINT, laid out like a job, so that a finished one is found again by any sweep.
+
+The fingerprint is of all that decides a trial's loss: its resolved configuration, the documents and the tokenizer
+that it reads, and the code of the workloads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from escala import handshake
+from escala.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
+from escala.sweeps.design import Trial
+from escala.tracking.children import SWEEP_ATTEMPT_TAG
+from escala.tracking.lineage import fingerprint, source_fingerprint
+from workloads.config import WORKLOADS
+
+FINAL = ("succeeded", "diverged")  # what the same configuration would give again
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A line of JobFiles.trials: a trial of one sweep, and the directory that holds what became of it."""
+
+    number: int  # in this sweep, from 1
+    fingerprint: str
+    trial: Trial
+
+    @property
+    def name(self) -> str:
+        """For people, in MLflow and logs."""
+        return f"{self.number:03d} {self.trial.label}"
+
+
+@lru_cache(maxsize=1)
+def _workloads() -> str:
+    return source_fingerprint(("workloads",))
+
+
+def trial_fingerprint(config: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """The identity of a trial; `data` holds the fingerprints of corpus, tokenizer and evaluation set."""
+    return fingerprint({"config": dict(config), "data": dict(data), "workloads": _workloads()})
+
+
+def last_outcome(files: TrialFiles) -> Outcome | None:
+    """How the trial's last attempt ended; None where it has not, or there is none."""
+    attempts = files.attempts()
+    return read_record(Outcome, attempts[-1].outcome) if attempts else None
+
+
+def finished(files: TrialFiles) -> Outcome | None:
+    """The outcome, where another attempt would only repeat it."""
+    outcome = last_outcome(files)
+    return outcome if outcome is not None and outcome.kind in FINAL else None
+
+
+def new_attempt(
+    files: TrialFiles, workload: str, aim: str, sweep: AttemptSpec, planned: Planned
+) -> AttemptSpec:
+    """Make the next attempt's directory, and move the fence to it."""
+    number = len(files.attempts()) + 1
+    attempt = files.attempt(number)
+    attempt.directory.mkdir(parents=True)
+    spec = AttemptSpec(
+        job_id=sweep.job_id,
+        attempt=number,
+        name=f"{sweep.name} {planned.name}",
+        workload=workload,
+        entry_point=WORKLOADS[workload][0],
+        config=planned.trial.config,
+        directory=str(attempt.directory),
+        checkpoints=str(files.checkpoints),
+        data=sweep.data,
+        tracking_uri=f"spool:{attempt.spool}",
+        experiment=sweep.experiment,
+        tags={
+            **sweep.tags,
+            "escala.sweep": sweep.name,
+            SWEEP_ATTEMPT_TAG: f"{sweep.job_id}-{sweep.attempt}",
+            "escala.trial": planned.fingerprint,
+            "escala.aim": aim,
+        },
+        run_key=f"trial-{planned.fingerprint}-{number}",
+        versions=handshake.versions(),
+    )
+    write_json(attempt.spec, spec)
+    write_json(attempt.current, number)
+    return spec
+
+
+@contextmanager
+def held(files: TrialFiles) -> Iterator[None]:
+    """Hold the trial, so that two sweeps do not train it at once; the kernel frees it with its holder."""
+    files.directory.mkdir(parents=True, exist_ok=True)
+    with files.lock.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_SECONDS)  # until the other sweep's attempt has ended
+        yield
+
+
+def write_planned(home: Path, job_id: str, planned: Sequence[Planned]) -> None:
+    """Write the sweep's trials, all of them, before the first one starts."""
+    path = JobFiles(home, job_id).trials
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(b"".join(_line(p) for p in planned))
+    os.replace(temporary, path)
+
+
+def append_planned(home: Path, job_id: str, planned: Planned) -> None:
+    """Add a trial that an optimiser has just chosen; safe from several processes at once."""
+    descriptor = os.open(JobFiles(home, job_id).trials, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, _line(planned))
+    finally:
+        os.close(descriptor)
+
+
+def read_planned(home: Path, job_id: str) -> list[Planned]:
+    """The sweep's trials, each once; empty before its driver has started."""
+    try:
+        lines = JobFiles(home, job_id).trials.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    found = {row["fingerprint"]: row for row in reversed(rows)}
+    planned = [Planned(row["number"], row["fingerprint"], Trial(**row["trial"])) for row in found.values()]
+    return sorted(planned, key=lambda p: p.number)
+
+
+def _line(planned: Planned) -> bytes:
+    return json.dumps(asdict(planned), separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,353 @@
+"""A sweep's driver: `python -m escala.sweeps.tuner ATTEMPT.json`. Ray Tune runs the trials; all else is in files.
+
+Killed at any moment and started again it repeats no finished trial: what there is to do follows from the trials'
+own directories, and Tune only keeps the cluster full. Retries are ours (`trials.FINAL`), so Tune's experiment
+state is never read back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from escala import handshake, spec
+from escala.attempt import check_fence, finish, flatten, read_attempt, stop_on_sigterm
+from escala.errors import EscalaError, SpecError
+from escala.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    Outcome,
+    RunRecord,
+    TrialFiles,
+    read_record,
+)
+from escala.sweeps import design, plan, trials
+from escala.sweeps.monitor import Monitor
+from escala.sweeps.points import read_points
+from escala.sweeps.space import Range, Space
+from escala.sweeps.trials import Planned
+from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.tracker import Tracker, open_tracker
+
+TRIAL_MODULE = "workloads.trial"  # runs on the cluster; the control plane knows it by name
+CRASHES = 2  # of a trial's process, before the trial is given up
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files that nobody reads
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no loss
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+Data = Mapping[str, tuple[str, dict[str, str]]]  # key of a data configuration -> prepared path, fingerprints
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt of a sweep; returns the process's exit code."""
+    try:
+        attempt = read_attempt(arguments)
+    except EscalaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    sweep = Sweep(attempt)
+    try:
+        sweep.run()
+    except BaseException as error:  # noqa: BLE001  whatever happened, the outcome says so
+        return sweep.fail(error)
+    return sweep.succeed()
+
+
+class Sweep:
+    """One attempt at a sweep."""
+
+    def __init__(self, attempt: AttemptSpec) -> None:
+        self.attempt, self.files = attempt, AttemptFiles(attempt.directory)
+        self.home = self.files.directory.parents[2]
+        self.started_at = time.time()
+        self.tracker: Tracker | None = None
+        self.run_id = ""
+        self.monitor: Monitor | None = None
+
+    def run(self) -> None:
+        """Data, trials, Tune. Raises what goes wrong with the sweep itself; a trial's trouble stays its own."""
+        handshake.check(self.attempt.versions)
+        check_fence(self.files, self.attempt.attempt)
+        space: Space = spec.validate(Space, self.attempt.config, "the sweep's space")
+        self._start_tracking(space)
+
+        import ray
+
+        os.environ.update(TUNE_ENVIRONMENT)
+        ray.init(address="auto", log_to_driver=False, namespace="escala")  # each trial has a log of its own
+        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+        stop_on_sigterm(self.files)
+        planned, data = self._plan(space)
+        self.monitor = Monitor(
+            self.attempt, self.home, planned, space.points if space.design == "optuna" else None
+        )
+        self._tune(space, planned, data)
+        self.monitor.close()
+
+    def _start_tracking(self, space: Space) -> None:
+        attempt = self.attempt
+        self.tracker = open_tracker(attempt.tracking_uri)
+        tags = attempt.tags | {
+            "escala.job_id": attempt.job_id,
+            "escala.attempt": str(attempt.attempt),
+            "escala.workload": attempt.workload,
+            "escala.name": attempt.name,
+            "escala.config_fingerprint": fingerprint(attempt.config),
+            "escala.code_fingerprint": code_fingerprint().fingerprint,
+        }
+        key = f"{attempt.job_id}-{attempt.attempt}"
+        params = flatten(space.model_dump(mode="json"))
+        self.run_id = self.tracker.start(key, attempt.experiment, attempt.name, tags, params)
+
+    def _plan(self, space: Space) -> tuple[list[Planned], Data]:
+        """The sweep's trials (those of its first attempt, if this is not that), and the data that they read."""
+        planned = trials.read_planned(self.home, self.attempt.job_id)
+        todo = [p.trial for p in planned] if planned or space.design == "optuna" else design.plan(space)
+        configs = [t.config for t in todo] or [design.middle(space).config]
+        data = {}
+        print("preparing the data", flush=True)
+        for config in configs:
+            key = data_key(config)
+            if key not in data:
+                data[key] = _prepare_on_cluster(self.attempt, config)
+        if not planned:
+            planned = [identify(n, t, data[data_key(t.config)][1]) for n, t in enumerate(todo, 1)]
+            if planned:
+                trials.write_planned(self.home, self.attempt.job_id, planned)
+        return planned, data
+
+    def _tune(self, space: Space, planned: list[Planned], data: Data) -> None:
+        import ray
+        from ray import tune
+        from ray.tune import FailureConfig, RunConfig, TuneConfig
+
+        pending = [p for p in planned if trials.finished(TrialFiles(self.home, p.fingerprint)) is None]
+        if space.design != "optuna":
+            done = len(planned) - len(pending)
+            print(f"{len(planned)} trials, {done} of them finished before", flush=True)
+            if not pending:
+                return
+        examples = [p.trial for p in pending] or [design.middle(space)]
+        at_once = plan.fitting(examples, ray.cluster_resources(), space.concurrency)
+        print(f"{at_once} trials at once", flush=True)
+        train = partial(train_trial, sweep=self.attempt, home=str(self.home), space=space, data=dict(data))
+        trainable = tune.with_resources(train, resources_of(examples))
+        search: dict[str, Any] = {}
+        if space.design == "optuna":
+            search = {"search_alg": _optuna(space), "num_samples": space.points}
+        if space.aim == "search":
+            search |= {"metric": "loss_nats", "mode": "min", "scheduler": _scheduler(space)}
+        numbers = {"number": tune.grid_search([p.number for p in pending])} if pending else {}
+        tuner = tune.Tuner(
+            trainable,
+            param_space=numbers,
+            tune_config=TuneConfig(
+                max_concurrent_trials=at_once,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+                reuse_actors=space.early_stopping is None,  # ASHA ends a trial by ending its process
+                **search,
+            ),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(self.files.directory),
+                failure_config=FailureConfig(max_failures=CRASHES),
+                callbacks=[self.monitor.callback()] if self.monitor else [],
+                verbose=0,
+            ),
+        )
+        for error in tuner.fit().errors:
+            print(f"a trial's process failed: {error}", file=sys.stderr, flush=True)
+
+    def succeed(self) -> int:
+        """Every trial has been tried; or the sweep was asked to stop."""
+        control = read_record(Control, self.files.control)
+        if control is not None:
+            return self._conclude(Outcome(control.stop, "stopped before all trials were finished"), "KILLED")
+        found = read_points(self.home, self.attempt.job_id)
+        said = f"{len(found.points)} points, {len(found.refused)} refused"
+        if found.points.empty:
+            reason = found.refused["reason"].iloc[0] if len(found.refused) else "it has no trials"
+            hint = f"`escala logs {self.attempt.job_id}`; each trial's own log is in {self.home / 'trials'}"
+            outcome = Outcome("user_error", f"no trial gave a point: {reason}", hint)
+            return self._conclude(outcome, "FAILED") or 1
+        return self._conclude(Outcome("succeeded", said), "FINISHED")
+
+    def fail(self, error: BaseException) -> int:
+        """Write down what went wrong with the sweep."""
+        import ray.exceptions
+
+        if isinstance(error, EscalaError):
+            outcome, code = Outcome(error.kind, error.message, error.hint), error.exit_code
+        else:
+            traceback.print_exception(error)
+            lost = isinstance(error, ray.exceptions.RayError | ConnectionError)
+            outcome, code = (
+                Outcome("worker_lost" if lost else "internal", f"{type(error).__name__}: {error}"),
+                1,
+            )
+        if outcome.kind == "superseded":
+            finish(self.attempt, outcome)
+        else:
+            self._conclude(outcome, "FAILED")
+        return code
+
+    def _conclude(self, outcome: Outcome, status: str) -> int:
+        """Record, tracker, outcome: in this order, the outcome last."""
+        attempt, spent = self.attempt, self.monitor.spent() if self.monitor else None
+        record = RunRecord(
+            run_id=self.run_id or None,
+            job_id=attempt.job_id,
+            attempt=attempt.attempt,
+            name=attempt.name,
+            workload=attempt.workload,
+            status=outcome.kind,
+            started_at=self.started_at,
+            ended_at=time.time(),
+            attempt_tokens=spent.train_tokens if spent else None,
+            attempt_flops=spent.compute_flops if spent else None,
+            wall_seconds=time.time() - self.started_at,
+            config_fingerprint=fingerprint(attempt.config),
+            code_fingerprint=code_fingerprint().fingerprint,
+            reason=outcome.message or None,
+        )
+        plain = asdict(record)
+        if self.tracker is not None and self.run_id:
+            found = read_points(self.home, attempt.job_id)
+            self.tracker.text(self.run_id, "points.csv", found.points.to_csv(index=False))
+            self.tracker.text(self.run_id, "refused.csv", found.refused.to_csv(index=False))
+            self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
+            known = {k: v for k, v in plain.items() if v is not None}
+            self.tracker.tags(self.run_id, {"escala.record": json.dumps(known, sort_keys=True)})
+            self.tracker.finish(self.run_id, status)
+        finish(attempt, Outcome(outcome.kind, outcome.message, outcome.hint, None, plain))
+        return 0
+
+
+def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Space, data: Data) -> None:
+    """One trial, in a process of Ray Tune's: the planned one, or the one that an optimiser's values describe."""
+    from ray import tune
+
+    workload = importlib.import_module(TRIAL_MODULE)
+    root = Path(home)
+    if "number" in config:
+        planned = next(p for p in trials.read_planned(root, sweep.job_id) if p.number == config["number"])
+        prepared = data[data_key(planned.trial.config)][0]
+    else:
+        trial = design.make_trial(space, from_optuna(space, config))
+        key = data_key(trial.config)
+        prepared, identity = data[key] if key in data else workload.prepare(_preparation(sweep, trial.config))
+        number = len(trials.read_planned(root, sweep.job_id)) + 1
+        planned = identify(number, trial, identity)
+        trials.append_planned(root, sweep.job_id, planned)
+    files = TrialFiles(root, planned.fingerprint)
+    report = partial(_report, tune) if space.aim == "search" else None
+    with trials.held(files):
+        outcome = trials.finished(files)  # by another sweep, while this one waited
+        if outcome is None:
+            if AttemptFiles(sweep.directory).control.exists():
+                return  # the sweep is ending
+            outcome = workload.run(
+                trials.new_attempt(files, space.workload, space.aim, sweep, planned), prepared, report
+            )
+    loss = (outcome.record or {}).get("held_out_loss_nats") if outcome.kind == "succeeded" else None
+    tune.report({"loss_nats": float("inf") if loss is None else loss, "kind": outcome.kind})
+
+
+def _report(tune: Any, step: int, loss_nats: float) -> None:
+    if step:  # not the evaluation before the first step
+        tune.report({"loss_nats": loss_nats, "step": step})
+
+
+def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> Planned:
+    """The trial with its fingerprint."""
+    return Planned(number, trials.trial_fingerprint(trial.config, data), trial)
+
+
+def data_key(config: Mapping[str, Any]) -> str:
+    """The same for all configurations that read the same prepared data."""
+    return fingerprint(config["data"])
+
+
+def resources_of(examples: list[design.Trial]) -> dict[str, float]:
+    """What Tune reserves for a trial: its worker's resources; of a multi-worker trial, its waiting process alone."""
+    if any(t.workers > 1 for t in examples):
+        if any(t.workers == 1 for t in examples):
+            raise SpecError(
+                "a sweep's trials have one worker each, or several each, not both",
+                "sweep resources.workers from 2 on, or make two sweeps",
+            )
+        return {"CPU": plan.TUNE_CPUS}
+    return {kind: max(plan.needed(t)[kind] for t in examples) for kind in ("CPU", "GPU")}
+
+
+def _preparation(sweep: AttemptSpec, config: Mapping[str, Any]) -> AttemptSpec:
+    return AttemptSpec(**{**asdict(sweep), "config": dict(config)})
+
+
+def _prepare_on_cluster(sweep: AttemptSpec, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Tokenise once, before many trials would at the same time. Raises DataError."""
+    import ray
+    import ray.exceptions
+
+    def prepare(attempt: AttemptSpec) -> Any:
+        return importlib.import_module(TRIAL_MODULE).prepare(attempt)
+
+    task = ray.remote(num_cpus=1)(prepare).remote(_preparation(sweep, config))
+    try:
+        path, identity = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EscalaError):
+            raise error.cause from None
+        raise
+    return str(path), dict(identity)
+
+
+def from_optuna(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's suggestion, from the unit cube to the space's values."""
+    return {key: design.at(axis, float(config[key])) for key, axis in space.vary.items()}
+
+
+def _optuna(space: Space) -> Any:
+    """Optuna on the unit cube; a list is an axis of categories."""
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def distribution(axis: list[Any] | Range) -> Any:
+        if isinstance(axis, Range):
+            return optuna.distributions.FloatDistribution(0.0, 1.0 - 1e-9)
+        return optuna.distributions.CategoricalDistribution([(i + 0.5) / len(axis) for i in range(len(axis))])
+
+    cube = {key: distribution(axis) for key, axis in space.vary.items()}
+    return OptunaSearch(space=cube, metric="loss_nats", mode="min", seed=space.design_seed)
+
+
+def _scheduler(space: Space) -> Any:
+    if space.early_stopping is None:
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    rule = space.early_stopping
+    return ASHAScheduler(
+        time_attr="training_iteration", grace_period=rule.grace, reduction_factor=rule.reduction
+    )
+
+
+if __name__ == "__main__":
+    from escala.sweeps.tuner import main as run  # by its name, so that Ray's workers import it from there
+
+    sys.exit(run(sys.argv[1:]))

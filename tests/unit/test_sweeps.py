@@ -1,0 +1,332 @@
+"""Spaces, designs, plans and points: everything about a sweep that needs no cluster."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from escala import spec
+from escala.errors import NotFoundError, SpecError
+from escala.laws import fit_law
+from escala.records import AttemptSpec, JobFiles, Outcome, RunRecord, TrialFiles, write_json
+from escala.sweeps import design, plan, trials
+from escala.sweeps.monitor import Monitor
+from escala.sweeps.points import read_points
+from escala.sweeps.space import Space, load_space, names
+from escala.sweeps.trials import Planned
+from tests.conftest import wait_for
+
+BETA2 = {"low": 0.9, "high": 1.0, "scale": "linear"}
+BASE = {"model": {"vocab_size": 512, "max_context_tokens": 32}, "data": {"tokenizer": {"vocab_size": 512}}}
+
+
+def space(**keys: object) -> Space:
+    made: Space = spec.validate(Space, {"base": BASE, **keys}, "space")
+    return made
+
+
+def test_a_grid_is_the_product_of_its_axes():
+    found = list(
+        design.points(space(vary={"n_total": [1e5, 2e5], "tokens": {"low": 1e4, "high": 1e6, "count": 3}}))
+    )
+    assert found == [{"n_total": n, "tokens": d} for n in (1e5, 2e5) for d in (1e4, 1e5, 1e6)]
+
+
+@pytest.mark.parametrize("kind", ["sobol", "random"])
+def test_drawn_points_fill_their_ranges_and_repeat_with_their_seed(kind):
+    vary = {
+        "tokens": {"low": 1e4, "high": 1e8},
+        "training.optimizer.beta2": BETA2,
+    }
+    one, again, other = (
+        list(design.points(space(design=kind, points=32, vary=vary, design_seed=seed))) for seed in (1, 1, 2)
+    )
+    assert one == again != other
+    assert len(one) == 32
+    logs = sorted(math.log10(p["tokens"]) for p in one)
+    assert 4 <= logs[0] < logs[-1] <= 8
+    if kind == "sobol":
+        assert sum(log < 6 for log in logs) == 16
+    assert all(0.9 <= p["training.optimizer.beta2"] <= 1.0 for p in one)
+
+
+def test_cells_are_crossed_with_the_design():
+    found = list(
+        design.points(space(cells=[{"n_total": 1e5}, {"n_total": 2e5}], vary={"tokens": [1e4, 1e5]}))
+    )
+    assert len(found) == 4
+    assert {p["n_total"] for p in found} == {1e5, 2e5}
+
+
+def test_isoflop_trials_of_a_budget_cost_the_same():
+    vary = {"compute_flops": [1e11, 4e11], "tokens_per_parameter": [2, 8, 32]}
+    found = design.plan(space(design="isoflop", vary=vary))
+    assert len(found) == 6
+    for budget in vary["compute_flops"]:
+        costs = [t.compute_flops for t in found if t.values["compute_flops"] == budget]
+        assert costs == pytest.approx([budget] * 3, rel=0.05)
+
+
+def test_a_plan_runs_the_costliest_first_and_nothing_twice():
+    found = design.plan(
+        space(
+            vary={"n_total": [5e4, 1e5], "tokens": [2e4, 4e4]},
+            seeds=[0, 0, 1],
+            repeats={"points": 1, "seeds": [1, 2]},
+        )
+    )
+    assert [t.compute_flops for t in found] == sorted((t.compute_flops for t in found), reverse=True)
+    assert len(found) == 4 * 2 + 1
+    assert len({json.dumps(t.config, sort_keys=True) for t in found}) == len(found)
+    assert {t.config["training"]["seed"] for t in found} == {0, 1, 2}
+
+
+def test_bounds_leave_points_out_and_an_empty_plan_is_an_error():
+    vary = {"n_total": [5e4, 2e5], "tokens": [2e4, 4e5]}
+    whole = design.plan(space(vary=vary))
+    limit = sorted(t.compute_flops for t in whole)[2]
+    kept = design.plan(space(vary=vary, within={"compute_flops": {"high": limit}}))
+    assert len(kept) == 3
+    with pytest.raises(SpecError, match="none of the 4 points"):
+        design.plan(space(vary=vary, within={"compute_flops": {"high": 1}}))
+
+
+def test_a_trial_is_a_whole_configuration():
+    trial = design.make_trial(
+        space(vary={"n_total": [1e5], "tokens": [3e4]}, seeds=[7]),
+        {"n_total": 1e5, "tokens": 3e4, "training.optimizer.weight_decay": 0.0},
+    )
+    training = trial.config["training"]
+    assert trial.n_total == pytest.approx(1e5, rel=0.16)
+    assert training["train_tokens"] == 30_000
+    assert training["optimizer"]["weight_decay"] == 0.0
+    assert (training["zero_stage"], training["checkpoint_every_steps"]) == (0, 0)
+    assert trial.config["model"]["vocab_size"] == 512  # the base wins over the recipe
+    assert spec.load_job("pretrain", base=trial.config).plain() == trial.config  # resolved once and for all
+
+
+def test_an_axis_and_the_base_may_not_decide_the_same():
+    base = {**BASE, "training": {"steps": 10}}
+    with pytest.raises(SpecError, match=r"tokens and training.steps are both given"):
+        design.plan(space(vary={"tokens": [1e4]}, base=base))
+    with pytest.raises(SpecError, match=r"at tokens=1e\+04.*unknown key"):
+        design.plan(space(vary={"tokens": [1e4], "training.optimizer.momentum": [0.9]}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"vary": {}}, "nothing varies"),
+        ({"vary": {"tokens": [1]}, "early_stopping": {}}, "is for aim: search"),
+        (
+            {"vary": {"tokens": {"low": 1, "high": 2}}, "design": "optuna", "points": 3},
+            "design: optuna is for aim",
+        ),
+        ({"vary": {"tokens": {"low": 1, "high": 2}}}, "needs the count of levels of tokens"),
+        ({"vary": {"tokens": {"low": 1, "high": 2}}, "design": "sobol"}, "sobol needs points"),
+        ({"vary": {"tokens": [1]}, "points": 4}, "grid takes no points"),
+        ({"vary": {"tokens": {"low": 3, "high": 2}}}, "is not below"),
+        ({"vary": {"tokens": [1]}, "design": "isoflop"}, "varies compute_flops and one of"),
+        ({"vary": {"tokens": [1]}, "within": {"loss": {"high": 1}}}, "cannot bound loss"),
+        ({"vry": {"tokens": [1]}}, "unknown key vry"),
+    ],
+)
+def test_a_space_that_contradicts_itself_says_so(keys, said):
+    with pytest.raises(SpecError, match=said):
+        space(**keys)
+
+
+def test_the_named_spaces_are_plans():
+    assert {"smoke", "chinchilla", "isoflop", "context", "learning_rate"} <= set(names())
+    sizes = {name: design.plan(load_space(name)[1]) for name in names()}
+    assert 12 <= len(sizes["smoke"]) <= 16
+    compute = [t.compute_flops for t in sizes["chinchilla"]]
+    assert len(compute) >= 24
+    assert max(compute) / min(compute) >= 100
+    assert len({t.context_tokens for t in sizes["context"]}) >= 4
+    with pytest.raises(NotFoundError, match="no space 'smok'") as missing:
+        load_space("smok")
+    assert "smoke" in missing.value.hint
+
+
+def test_a_users_file_and_overrides(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("vary: {tokens: [1e4, 2e4]}\nbase: {model: {vocab_size: 512}}\n")
+    name, found = load_space(str(file), ["vary.training.seed=[3]", "base.model.n_layers=2"])
+    assert name == "mine"
+    assert found.vary == {"tokens": [1e4, 2e4], "training.seed": [3]}
+    assert found.base["model"] == {"vocab_size": 512, "n_layers": 2}
+
+
+def test_concurrency_never_lets_trials_wait_for_each_other():
+    def trial(workers: int, cpus: float = 1) -> design.Trial:
+        base = {**BASE, "resources": {"workers": workers, "cpus_per_worker": cpus}}
+        return design.make_trial(space(vary={"tokens": [1e4]}, base=base), {"tokens": 1e4})
+
+    assert plan.fitting([trial(1)], {"CPU": 4.0}, None) == 4
+    assert plan.fitting([trial(1)], {"CPU": 4.0}, 3) == 3
+    assert plan.fitting([trial(2)], {"CPU": 4.0}, None) == 1  # 2 x (2 + 0.1) are more than 4
+    assert plan.fitting([trial(2)], {"CPU": 4.2}, None) == 2
+    assert plan.fitting([trial(1)], {"CPU": 8.0}, None, cores=2) == 2  # logical CPUs compute nothing
+    assert plan.fitting([trial(2)], {"CPU": 4.0}, None, cores=1) == 1
+    with pytest.raises(SpecError, match=r"needs 4.1 CPUs, and there are 4"):
+        plan.fitting([trial(2, 2.0)], {"CPU": 4.0}, None)
+
+
+# Points
+
+
+def planned(home: Path, tokens: int, seed: int = 0, number: int = 1) -> Planned:
+    base = design.make_trial(space(vary={"tokens": [1]}), {"tokens": tokens})
+    trial = design.with_seed(base, seed)
+    return Planned(number, trials.trial_fingerprint(trial.config, {"corpus": "c"}), trial)
+
+
+def end(home: Path, one: Planned, kind: str, loss: float | None, tokens: int | None = None) -> None:
+    """What a trial's attempt leaves."""
+    attempt = TrialFiles(home, one.fingerprint).attempt(1)
+    attempt.directory.mkdir(parents=True)
+    record = RunRecord(
+        run_id=None,
+        job_id="j",
+        attempt=1,
+        name="",
+        workload="pretrain",
+        status=kind,
+        started_at=0.0,
+        held_out_loss_nats=loss,
+        n_total=one.trial.n_total,
+        n_active=one.trial.n_active,
+        train_tokens=one.trial.train_tokens if tokens is None else tokens,
+        compute_flops=one.trial.compute_flops,
+    )
+    write_json(attempt.outcome, Outcome(kind, "why", record=asdict(record)))
+
+
+def test_what_is_no_point_keeps_its_reason(tmp_path: Path):
+    made = [planned(tmp_path, 20_000 * n, number=n) for n in range(1, 7)]
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    trials.write_planned(tmp_path, "j", made)
+    end(tmp_path, made[0], "succeeded", 5.0)
+    end(tmp_path, made[1], "diverged", None)
+    end(tmp_path, made[2], "succeeded", 4.0, tokens=10)
+    end(tmp_path, made[3], "succeeded", None)
+    TrialFiles(tmp_path, made[4].fingerprint).attempt(1).directory.mkdir(parents=True)
+    found = read_points(tmp_path, "j")
+    assert found.points["loss_nats"].tolist() == [5.0]
+    reasons = found.refused["reason"].tolist()
+    assert reasons[0] == "diverged: why"
+    assert reasons[1].startswith("unfinished: 10 of 6")
+    assert reasons[2:] == ["it has no held-out loss", "unfinished: it has no outcome", "not started"]
+    assert found.configuration["model.vocab_size"] == "512"
+    assert "training.train_tokens" in found.configuration  # one point: everything is in common
+
+
+def test_seeds_give_the_noise_and_a_law_keeps_the_refused(tmp_path: Path):
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    made = [planned(tmp_path, 20_000 * n, seed, 10 * n + seed) for n in range(1, 9) for seed in (0, 1)]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made[:-1]:
+        truth = 2 + 3e2 * one.trial.train_tokens**-0.5
+        end(
+            tmp_path,
+            one,
+            "succeeded",
+            truth * math.exp(0.01 * (1 if one.trial.values["training.seed"] else -1)),
+        )
+    end(tmp_path, made[-1], "out_of_memory", None)
+    found = read_points(tmp_path, "j")
+    assert found.noise == pytest.approx(0.01 * math.sqrt(2), rel=1e-6)
+    law = fit_law(pd.concat([found.points, found.refused]), "c", bootstrap=0)
+    assert len(law.points) == 15
+    assert law.refused["reason"].tolist() == ["out_of_memory: why"]
+    assert "reason" not in law.points
+
+
+def test_five_hundred_trials_load_in_time(tmp_path: Path):
+    import time
+
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    made = [planned(tmp_path, 20_000 + 64 * n, number=n) for n in range(500)]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made:
+        end(tmp_path, one, "succeeded", 4.0)
+    began = time.process_time()
+    assert len(read_points(tmp_path, "j").points) == 500
+    assert time.process_time() - began < 3
+
+
+# Trials on disk
+
+
+def sweep_spec(home: Path, **keys: object) -> AttemptSpec:
+    directory = JobFiles(home, "j").attempt(1).directory
+    directory.mkdir(parents=True, exist_ok=True)
+    fixed = {"job_id": "j", "attempt": 1, "name": "s", "workload": "sweep", "entry_point": "", "config": {}}
+    where = {
+        "directory": str(directory),
+        "checkpoints": "",
+        "data": "",
+        "tracking_uri": "",
+        "experiment": "e",
+    }
+    return AttemptSpec(**fixed, **where, **keys)  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_is_of_configuration_data_and_code():
+    config = {"training": {"seed": 1}}
+    same = trials.trial_fingerprint(config, {"corpus": "a"})
+    assert same == trials.trial_fingerprint({"training": {"seed": 1}}, {"corpus": "a"})
+    assert same != trials.trial_fingerprint({"training": {"seed": 2}}, {"corpus": "a"})
+    assert same != trials.trial_fingerprint(config, {"corpus": "b"})
+
+
+def test_only_what_would_come_out_the_same_is_finished(tmp_path: Path):
+    for number, (kind, final) in enumerate(
+        [
+            ("succeeded", True),
+            ("diverged", True),
+            ("user", False),
+            ("worker_lost", False),
+            ("out_of_memory", False),
+        ]
+    ):
+        one = planned(tmp_path, 20_000 + 640 * number)
+        files = TrialFiles(tmp_path, one.fingerprint)
+        assert trials.finished(files) is None
+        end(tmp_path, one, kind, None)
+        assert (trials.finished(files) is not None) == final
+        spec = trials.new_attempt(files, "pretrain", "law", sweep_spec(tmp_path), one)
+        assert spec.attempt == 2
+        assert files.attempt(2).current.read_text().strip() == "2"
+        assert trials.finished(files) is None  # the last attempt counts
+
+
+def test_the_monitor_passes_a_stop_on_and_sees_the_budget(tmp_path: Path):
+    one, two = planned(tmp_path, 20_000, number=1), planned(tmp_path, 40_000, number=2)
+    sweep = sweep_spec(tmp_path, remaining_flops=one.trial.compute_flops * 1.5)
+    trials.write_planned(tmp_path, "j", [one, two])
+    monitor = Monitor(sweep, tmp_path, [one, two], None)
+    running = TrialFiles(tmp_path, two.fingerprint)
+    trials.new_attempt(running, "pretrain", "law", sweep, two)
+    monitor.look()
+    assert not running.attempt(1).control.exists()
+    progress = {"step": 1, "total_steps": 2, "train_tokens": 9, "compute_flops": 2 * one.trial.compute_flops}
+    rest = {
+        "wall_seconds": 1.0,
+        "loss_nats": None,
+        "tokens_per_second": None,
+        "model_flops_utilization": None,
+    }
+    write_json(running.attempt(1).progress, {**progress, **rest, "updated_at": 0.0})
+    wait_for(lambda: monitor.look() or running.attempt(1).control.exists(), 10, "the budget is seen")
+    assert json.loads(running.attempt(1).control.read_text()) == {"stop": "budget"}
+    monitor.close()
+    outcome = json.loads(running.attempt(1).outcome.read_text())
+    assert outcome["kind"] == "cut_off"
+    assert "step 1 of 2" in outcome["message"]

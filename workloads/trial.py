@@ -1,0 +1,75 @@
+"""One trial of a sweep, inside the process that the sweep's driver started for it: a pretraining run like any other.
+
+One worker trains here, without the start-up of a Ray Train group (seconds of CPU); more workers are started as
+`workloads.pretrain` starts them. The process may train one trial after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from escala.records import AttemptSpec, Outcome, read_record
+from workloads.pretrain import Run, parse_config, prepare_data, prepared_fingerprints
+from workloads.training.driver import WorkerInputs, fit
+
+OnEvaluation = Callable[[int, float], None]  # step, held-out loss in nats per token
+
+
+def prepare(spec: AttemptSpec) -> tuple[str, dict[str, str]]:
+    """Make the data of a trial ready: the path that `run` takes, and its fingerprints. Raises DataError."""
+    prepared = prepare_data(spec, parse_config(spec.config))
+    return str(prepared.path), prepared_fingerprints(prepared)
+
+
+def run(spec: AttemptSpec, prepared: str, on_evaluation: OnEvaluation | None = None) -> Outcome:
+    """Train one trial; its outcome, which is also in its directory. Whatever goes wrong is in the outcome.
+
+    `on_evaluation` is called after each evaluation of a one-worker trial.
+    """
+    this = Run(spec)
+    with this.files.log.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+        with contextlib.redirect_stderr(log):
+            try:
+                _train(this, prepared, on_evaluation)
+            except Exception as error:  # noqa: BLE001  the outcome says what
+                this.fail(error)
+            else:
+                this.succeed()
+    outcome = read_record(Outcome, this.files.outcome)
+    if outcome is None:
+        raise RuntimeError(f"{this.files.directory} has no outcome")
+    return outcome
+
+
+def _train(this: Run, prepared: str, on_evaluation: OnEvaluation | None) -> None:
+    from workloads.data.prepared import PreparedData, check
+
+    config = this.open()
+    data = PreparedData.open(Path(prepared))
+    check(data, config)
+    inputs = this.inputs(data, config)
+    if config.resources.workers > 1:
+        fit(inputs, config)
+    else:
+        _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
+
+
+def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
+    """The training loop in this process, alone in a process group of its own."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    import torch.distributed
+
+    from workloads.training.loop import Trainer
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+    tell = None if on_evaluation is None else lambda step, found: on_evaluation(step, found.loss_nats)
+    trainer = Trainer(inputs, tell)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()

@@ -3,6 +3,9 @@
     python benchmarks/laws.py                       # 1000 repetitions per form, about 20 CPU-minutes
     python benchmarks/laws.py --repetitions 100 --form nd
 
+Peer: the package `chinchilla` (PyPI) on the same 240 points and objective, in an environment of its own, which the
+first run makes with pip under --peer-venv.
+
 Coverage: synthetic sweeps over 1000x in compute with 0.5 % noise; the predictive interval at 10x the largest
 compute is compared with a newly drawn run there, and each parameter's interval with the truth. Speed: CPU
 seconds of this process on one thread.
@@ -15,8 +18,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -104,6 +110,56 @@ def timings() -> dict[str, float]:
     return {"fit_seconds": fit, "bootstrap_seconds": full - fit, "query_seconds": query}
 
 
+PEER = "chinchilla==0.2.0"
+PEER_CODE = """
+import json, sys, tempfile, time
+from functools import partial
+import numpy as np
+from chinchilla import Chinchilla
+from chinchilla._metrics import log_huber
+rows = json.load(sys.stdin)
+grid = dict(E=np.linspace(1.1, 2.1, 3), a=np.linspace(2, 8, 3), b=np.linspace(2, 10, 3),
+            alpha=np.linspace(0.2, 0.6, 3), beta=np.linspace(0.2, 0.6, 3))
+cc = Chinchilla(tempfile.mkdtemp(), param_grid=grid, loss_fn=partial(log_huber, delta=1e-3), log_level=40)
+for n, d, loss in rows:
+    cc.database.append(N=n, D=d, C=6 * n * d, loss=loss)
+cc.visualizer.optim = lambda *a, **k: None  # its plot is not what is timed
+began = time.process_time()
+cc.fit(parallel=False)
+print(json.dumps({"seconds": time.process_time() - began, **cc.params}))
+"""
+
+
+def against_peer(venv: Path) -> bool:
+    """Our fit and theirs of the same points: CPU seconds, and the objective that both claim to minimise."""
+    python = venv / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", PEER], check=True)
+    table = sweep("nd", 240, np.random.default_rng(1))
+    fit_law(table, bootstrap=0)
+    began = time.process_time()
+    law = fit_law(table, bootstrap=0)
+    seconds = time.process_time() - began
+    rows = table[["n_active", "tokens", "loss_nats"]].round(12).to_numpy().tolist()
+    done = subprocess.run(
+        [str(python), "-c", PEER_CODE], input=json.dumps(rows), capture_output=True, text=True, check=True
+    )
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    curve = (
+        theirs["E"]
+        + theirs["A"] * table["n_active"] ** -theirs["alpha"]
+        + theirs["B"] * table["tokens"] ** -theirs["beta"]
+    )
+    error = np.abs(np.log(table["loss_nats"]) - np.log(curve)).to_numpy()
+    huber = float(np.where(error <= 1e-3, error**2 / 2, 1e-3 * (error - 5e-4)).sum())
+    print(f"{PEER}: 243 starts, {theirs['seconds']:.2f} s of CPU, objective {huber:.9g}")
+    print(
+        f"escala: {1e3 * seconds:.1f} ms ({theirs['seconds'] / seconds:.0f}x), objective {law.objective_value:.9g}"
+    )
+    return seconds <= theirs["seconds"] and law.objective_value <= huber * (1 + 1e-8)
+
+
 FLOORS = {"fit_seconds": 0.050, "bootstrap_seconds": 1.5, "query_seconds": 0.001}
 
 
@@ -114,8 +170,12 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=60)
     parser.add_argument("--bootstrap", type=int, default=300)
     parser.add_argument("--form", choices=["nd", "ndt", "moe"], action="append")
+    venv = Path.home() / ".cache" / "escala-bench" / "chinchilla"
+    parser.add_argument(
+        "--peer-venv", type=Path, default=venv, help="where the peer is, or is to be, installed"
+    )
     options = parser.parse_args()
-    missed = 0
+    missed = int(not against_peer(options.peer_venv))
     for name, seconds in timings().items():
         missed += seconds > FLOORS[name]
         print(f"{name:20} {1e3 * seconds:10.3f} ms   floor {1e3 * FLOORS[name]:.0f} ms")

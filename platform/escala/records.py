@@ -74,6 +74,7 @@ class Progress:
     tokens_per_second: float | None
     model_flops_utilization: float | None  # None where the device's peak is unknown
     updated_at: float  # Unix seconds
+    remaining_seconds: float | None = None  # to the end, where that does not follow from the steps
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import yaml
 
 from escala import api
 from escala.errors import StateError
-from escala.records import JobFiles, TrialFiles
+from escala.records import JobFiles, Progress, TrialFiles, read_record
 from escala.settings import Settings
 from escala.sweeps.trials import finished, read_planned
 from tests.conftest import wait_for
@@ -49,12 +50,15 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(cluster: Path
     space = write(tmp_path, "killed", vary={"training.steps": [300, 600, 900]}, seeds=[0, 1])
     home = Settings().home
     job = api.sweep(space).id
+    moment = random.uniform(0.05, 0.8)  # of the sweep's tokens
+    total = api.plan_sweep(space).train_tokens
 
-    def some_done() -> bool:
-        done = [finished(TrialFiles(home, p.fingerprint)) for p in read_planned(home, job)]
-        return any(done) and not all(done)
+    def reached() -> bool:
+        progress = read_record(Progress, JobFiles(home, job).attempt(1).progress)
+        return progress is not None and progress.train_tokens >= moment * total
 
-    wait_for(some_done, 240, "the first finished trial", every=0.05)
+    wait_for(reached, 240, f"{moment:.0%} of the sweep", every=0.05)
+    before = [p.fingerprint for p in read_planned(home, job) if finished(TrialFiles(home, p.fingerprint))]
     driver = [
         p
         for p in psutil.process_iter(["cmdline"])
@@ -67,8 +71,8 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(cluster: Path
     assert [a.outcome for a in details.attempts] == ["driver_lost", "succeeded"]
     once = losses(job)
     assert len(once) == 6
-    assert 1 in attempts(job)  # what had finished was not trained again
-    assert max(attempts(job)) == 2  # what had not was
+    assert all(len(TrialFiles(home, each).attempts()) == 1 for each in before), f"killed at {moment:.0%}"
+    assert max(attempts(job)) == 2  # what had not finished was trained again
 
     # In MLflow: a run for each trial's attempt, below the attempt of the sweep that started it.
     parents = wait_for(lambda: [run for run in api.job(job).runs if run], 60, "the sweep's runs")

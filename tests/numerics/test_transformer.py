@@ -183,10 +183,9 @@ def test_a_seed_draws_the_same_model_and_residual_projections_are_small() -> Non
         models.append(Transformer(config))
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
     block = models[0].blocks[0]
-    assert block.feed_forward.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.feed_forward.down.weight.std().item() == pytest.approx(
-        0.01, rel=0.05
-    )  # 1 / sqrt(2 x 2 layers)
+    assert block.feed_forward.up.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    down = block.feed_forward.down.weight.std().item()
+    assert down == pytest.approx(256**-0.5 / 2, rel=0.05)  # / sqrt(2 x 2 layers)
 
 
 def test_a_model_from_the_meta_device_computes_the_same() -> None:

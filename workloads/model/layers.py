@@ -6,6 +6,7 @@ Dimensions: B batch, T context, D model width, F feed-forward width, V vocabular
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-INIT_STD = 0.02  # Radford et al. 2019 (GPT-2), section 2.3
-
 
 class Linear(nn.Linear):
-    """A product without bias; weights from a normal distribution of the stated standard deviation."""
+    """A product without bias; weights from a normal distribution of variance gain^2 / inputs (LeCun et al. 1998,
+    section 4.6), which keeps the signal's size at every width. GPT-2's 0.02 for all widths fits d = 768 to 2048; at
+    d = 48 it leaves runs on a plateau for a random while: 0.2 nats between seeds, against 0.02.
+    """
 
-    def __init__(self, inputs: int, outputs: int, init_std: float = INIT_STD) -> None:
-        self.init_std = init_std  # before nn.Linear's constructor, which calls reset_parameters
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0) -> None:
+        self.init_std = gain / math.sqrt(
+            inputs
+        )  # before nn.Linear's constructor, which calls reset_parameters
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
@@ -37,7 +41,7 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.normal_(self.weight, std=d_model**-0.5)
 
     def forward(self, tokens_BT: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """Vectors (B, T, D) of tokens (B, T), or logits (..., V) of hidden states (..., D)."""
@@ -105,11 +109,11 @@ class _SwiGLU(torch.autograd.Function):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, d_model: int, d_ff: int, output_std: float) -> None:
+    def __init__(self, d_model: int, d_ff: int, output_gain: float) -> None:
         super().__init__()
         self.gate = Linear(d_model, d_ff)
         self.up = Linear(d_model, d_ff)
-        self.down = Linear(d_ff, d_model, output_std)
+        self.down = Linear(d_ff, d_model, output_gain)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""

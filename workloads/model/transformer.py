@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from workloads.config import ModelConfig
 from workloads.model.attention.exact import attention_mask, exact_attention
-from workloads.model.layers import INIT_STD, Embedding, FeedForward, Linear, RMSNorm
+from workloads.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from workloads.model.rope import RotaryTable, rotate
 
 
 class Attention(nn.Module):
     """Projections, optional norms of each head's query and key (Qwen3), RoPE, attention, output."""
 
-    def __init__(self, config: ModelConfig, output_std: float) -> None:
+    def __init__(self, config: ModelConfig, output_gain: float) -> None:
         super().__init__()
         d_model, size = config.d_model, config.head_size
         self.heads, self.kv_heads, self.size = config.n_heads, config.kv_heads, size
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.query = Linear(d_model, self.heads * size)
         self.key = Linear(d_model, self.kv_heads * size)
         self.value = Linear(d_model, self.kv_heads * size)
-        self.output = Linear(self.heads * size, d_model, output_std)
+        self.output = Linear(self.heads * size, d_model, output_gain)
         self.query_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -49,11 +49,11 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        output_std = INIT_STD / math.sqrt(2 * config.n_layers)  # GPT-2: 2 residual additions a layer
+        output_gain = 1 / math.sqrt(2 * config.n_layers)  # GPT-2: 2 residual additions a layer
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config, output_std)
+        self.attention = Attention(config, output_gain)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.d_model, config.ff_size, output_std)
+        self.feed_forward = FeedForward(config.d_model, config.ff_size, output_gain)
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""

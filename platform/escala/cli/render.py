@@ -236,8 +236,10 @@ def _facts(progress: Progress) -> str:
         parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
     if progress.model_flops_utilization is not None:
         parts.append(f"MFU {progress.model_flops_utilization:.0%}")
-    if progress.step:
+    left = progress.remaining_seconds
+    if left is None and progress.step:
         left = progress.wall_seconds / progress.step * (progress.total_steps - progress.step)
+    if left is not None:
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
 

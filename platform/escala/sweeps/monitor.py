@@ -132,9 +132,19 @@ class Monitor:
             tokens_per_second=spent.train_tokens / wall if wall > 0 else None,
             model_flops_utilization=None,
             updated_at=time.time(),
+            remaining_seconds=self._remaining(spent, wall),
         )
         write_json(self._files.progress, progress)
         return spent
+
+    def _remaining(self, spent: Spent, wall: float) -> float | None:
+        """At the speed so far: trials differ in cost, so it follows from FLOPs; None where they are not known."""
+        if self._total is not None or not spent.compute_flops:
+            return None
+        open_ = [p for p in self._planned if p.fingerprint not in self._closed]
+        begun = sum(self._spent_on(p).compute_flops for p in open_)
+        left = sum(p.trial.compute_flops for p in open_) - begun
+        return max(0.0, left) / spent.compute_flops * wall
 
     def _running(self) -> list[AttemptFiles]:
         """Attempts of this sweep that have no outcome yet."""

@@ -140,20 +140,21 @@ class Sweep:
             print(f"{len(planned)} trials, {done} of them finished before", flush=True)
             if not pending:
                 return
-        examples = [p.trial for p in pending] or [design.middle(space)]
+        examples = [design.middle(space)] if space.design == "optuna" else [p.trial for p in pending]
         at_once = plan.fitting(examples, ray.cluster_resources(), space.concurrency)
         print(f"{at_once} trials at once", flush=True)
         train = partial(train_trial, sweep=self.attempt, home=str(self.home), space=space, data=dict(data))
         trainable = tune.with_resources(train, resources_of(examples))
         search: dict[str, Any] = {}
+        param_space: dict[str, Any] = {"number": tune.grid_search([p.number for p in pending])}
         if space.design == "optuna":
             search = {"search_alg": _optuna(space), "num_samples": space.points}
+            param_space = {}
         if space.aim == "search":
             search |= {"metric": "loss_nats", "mode": "min", "scheduler": _scheduler(space)}
-        numbers = {"number": tune.grid_search([p.number for p in pending])} if pending else {}
         tuner = tune.Tuner(
             trainable,
-            param_space=numbers,
+            param_space=param_space,
             tune_config=TuneConfig(
                 max_concurrent_trials=at_once,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),

@@ -1,0 +1,128 @@
+"""Sweeps, as `escala.api` offers them: plan, start, resume, read the points, fit a law to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from escala import spec
+from escala.errors import NotFoundError, SpecError, StateError
+from escala.jobs.service import SWEEP, Report, enqueue, open_store, retry, silent
+from escala.settings import Settings
+
+if TYPE_CHECKING:
+    from escala.jobs.model import Job
+    from escala.laws.service import Fitted
+    from escala.sweeps.plan import Plan
+    from escala.sweeps.points import SweepPoints
+
+ENTRY_POINT = "escala.sweeps.tuner"
+
+
+def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
+    """What a sweep would train and cost; starts nothing.
+
+    Args:
+        space: the name of one in `tune_spaces/`, or a YAML file's path.
+        overrides: `a.b=value` on the space's keys.
+
+    Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
+    """
+    from escala.sweeps.plan import make_plan
+    from escala.sweeps.space import load_space
+
+    return make_plan(*load_space(space, overrides), Settings())
+
+
+def sweep(
+    space: str,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    report: Report = silent,
+) -> Job:
+    """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
+
+    Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
+    """
+    from escala.jobs.model import NewJob
+    from escala.sweeps.space import load_space
+
+    plan = plan_sweep(space, overrides)
+    name, loaded = load_space(space, overrides)
+    config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
+    if resume:
+        return retry(_interrupted(name, config).id, report)
+    given = {"name": name, **{k: v for k, v in (options or {}).items() if v is not None}}
+    checked: spec.JobOptions = spec.validate(spec.JobOptions, given, "job")
+    report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
+    new = NewJob(
+        workload=SWEEP,
+        entry_point=ENTRY_POINT,
+        config=config,
+        command=tuple(sys.argv),
+        experiment=Settings().experiment,
+        tags={"escala.space": name},
+        **checked.model_dump(),
+    )
+    return enqueue(new, report)
+
+
+def space_base(space: str) -> dict[str, Any]:
+    """The configuration that a space's trials share, for a run that is to be compared with them."""
+    from escala.sweeps.space import load_space
+
+    return dict(load_space(space)[1].base)
+
+
+def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
+    """The last sweep of this space, if it was interrupted."""
+    with open_store() as store:
+        found = [j for j in store.list() if j.workload == SWEEP and j.tags.get("escala.space") == space]
+    if not found:
+        raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
+    last = found[-1]
+    if last.state not in ("failed", "stopped"):
+        raise StateError(
+            f"the last sweep of {space}, job {last.id}, is {last.state}", "there is nothing to resume"
+        )
+    if last.config != config:
+        raise SpecError(
+            f"the space {space} is not what it was for job {last.id}",
+            f"give the same --set, or start a new sweep: what is finished and still asked for is not trained "
+            f"again. `escala jobs retry {last.id}` continues the old one",
+        )
+    return last
+
+
+def sweep_points(name: str) -> SweepPoints:
+    """The points of a sweep (by its job's id or name) so far, and the refused ones. Raises NotFoundError."""
+    from escala.sweeps.points import read_points
+
+    with open_store() as store:
+        found = store.get(name)
+    if found.workload != SWEEP:
+        raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
+    return read_points(Settings().home, found.id)
+
+
+def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
+    """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
+
+    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed): see
+    `laws.service.fit_points`.
+    Raises NotFoundError, LawError, ClusterError.
+    """
+    import pandas as pd
+
+    from escala.laws import service
+    from escala.sweeps.points import in_common
+
+    found = [sweep_points(name) for name in names]
+    points = pd.concat([part for each in found for part in (each.points, each.refused)])
+    points = points.drop_duplicates("trial").reset_index(drop=True)
+    shared = in_common([each.configuration for each in found])
+    sources = [f"sweep {name}" for name in names]
+    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)

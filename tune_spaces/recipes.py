@@ -25,6 +25,7 @@ AXES = ("compute_flops", "n_total", "tokens", "tokens_per_parameter", "context_t
 SIZES = AXES[:4]
 CHINCHILLA_RATIO = 20.0  # tokens per parameter (Hoffmann et al. 2022, table 3)
 MISS = 0.15  # |log(n/N)| of the nearest shape, at most
+MIN_LAYERS = 2
 MIN_STEPS = 100  # below that, a batch is too large for its tokens, whatever the rule says
 TABLE = Path(__file__).with_name("learning_rate.csv")
 
@@ -113,11 +114,12 @@ def _length(given: Mapping[str, float], n: int, flops: float) -> float:
 
 
 def shape(n_total: float, model: Mapping[str, Any]) -> dict[str, Any]:
-    """n_layers, d_model and n_heads whose parameters, embeddings once when tied, come nearest to `n_total`.
+    """n_layers, d_model and n_heads whose parameters, embeddings once when tied, come near to `n_total`.
 
     Width over depth is near 32 (N/1e6)^0.15, at most 128: 22 at 1e5, 64 at 1e8, 128 from 1e10 on, between the
-    published models (Hoffmann et al. 2022, table A9: 28 to 128). The loss hardly depends on it (Kaplan et al. 2020,
-    figure 5), so hitting N counts ten times as much.
+    published models (Hoffmann et al. 2022, table A9: 28 to 128). A law is fitted to the N that was found, so one family
+    of shapes matters more than hitting N. Two layers at least: with one, attention cannot copy (Olsson et al. 2022),
+    and the model is of another kind.
 
     Raises SpecError where no shape is within 15 %.
     """
@@ -129,7 +131,7 @@ def shape(n_total: float, model: Mapping[str, Any]) -> dict[str, Any]:
         nearest = min(
             nearest, n, key=lambda each: abs(math.log(each / n_total)) if each < math.inf else math.inf
         )
-        score = 10 * miss + abs(math.log(found["d_model"] / found["n_layers"] / aspect))
+        score = 2 * miss + abs(math.log(found["d_model"] / found["n_layers"] / aspect))
         if miss <= MISS and (best is None or score < best[0]):
             best = (score, n, found)
     if best is None:
@@ -149,18 +151,20 @@ def _shapes(n_total: float, model: Mapping[str, Any]) -> Iterator[tuple[dict[str
             continue
         found = {"d_model": width, "n_heads": model.get("n_heads") or width // head}
         try:
-            one, two = (_count({**model, **found, "n_layers": depth}) for depth in (1, 2))
+            least, more = (
+                _count({**model, **found, "n_layers": depth}) for depth in (MIN_LAYERS, MIN_LAYERS + 1)
+            )
         except ValidationError:  # heads that do not divide
             continue
-        if one > 2 * n_total:
+        if least > 2 * n_total:
             return
-        depth = max(1, int((n_total - one) / (two - one)) + 1)
-        for layers in (depth, depth + 1):
-            yield {**found, "n_layers": layers}, one + (layers - 1) * (two - one)
+        deeper = max(0, int((n_total - least) / (more - least)))
+        for extra in (deeper, deeper + 1):
+            yield {**found, "n_layers": MIN_LAYERS + extra}, least + extra * (more - least)
 
 
 def _widths() -> Iterator[int]:
-    """Multiples of the head size: 16 below 128, 32 below 512, 64 below 2048, 128 beyond."""
+    """Multiples of the head size: 8 below 64, 16 below 128, 32 below 512, 64 below 2048, 128 beyond."""
     width = 16
     while width <= 32768:
         yield width
@@ -169,7 +173,7 @@ def _widths() -> Iterator[int]:
 
 def _head_size(width: int) -> int:
     """Heads of 64 and 128 are what attention kernels are made for; a narrow model would have one or two of them."""
-    return next((size for limit, size in ((128, 16), (512, 32), (2048, 64)) if width < limit), 128)
+    return next((size for limit, size in ((64, 8), (128, 16), (512, 32), (2048, 64)) if width < limit), 128)
 
 
 def _count(model: Mapping[str, Any]) -> int:
@@ -223,7 +227,7 @@ class Rule:
 
 
 PUBLISHED = {"p": -0.713, "q": 0.307, "s": 0.571}  # Li et al. 2025, equation 1
-PUBLISHED_SD = 0.1  # how far from them our scale may be, as a prior: a handful of cells fix no exponent alone
+PUBLISHED_SD = 0.2  # how far from them our scale may be, as a prior: a handful of cells fix no exponent alone
 OPTIMUM_SD = 0.3  # of the logarithm of a cell's best learning rate or batch, as read off its grid
 NEAR = 0.05  # a loss so much above a cell's best counts for 1/e: far from its bottom a bowl is no parabola
 

@@ -34,5 +34,9 @@ def test_the_demo_goes_from_a_sweep_to_a_law_to_a_run(home: Path) -> None:
         assert obtained
         assert float(predicted[2]) < float(predicted[1]) < float(predicted[3])
         assert float(obtained[1]) == pytest.approx(float(predicted[1]), rel=0.15)
+        before = re.search(r"before +([\d.]+) nats per token", said)
+        assert before
+        assert float(before[1]) > float(obtained[1])
         assert "in MLflow       http://127.0.0.1:" in said
+        assert "next            escala laws show demo@1" in said
     assert took < 60 * MINUTES

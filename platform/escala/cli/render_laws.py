@@ -131,6 +131,7 @@ def verdict(answer: Answer, record: RunRecord, url: str) -> None:
     if loss is not None and found.low_nats is not None and found.high_nats is not None:
         inside = "inside" if found.low_nats <= loss <= found.high_nats else "OUTSIDE"
         raw(f"obtained        {number(loss)} nats per token  ({inside}; {loss / found.loss_nats - 1:+.2%})")
+    raw(f"before          {number(record.initial_held_out_loss_nats)} nats per token, without training")
     raw(f"extrapolation   {_distance(answer.extrapolation)}")
     size, tokens, flops = record.n_total, record.train_tokens, record.compute_flops
     raw(f"run             {number(size)} parameters, {number(tokens)} tokens, {number(flops)} FLOPs")

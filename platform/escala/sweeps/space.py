@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from tune_spaces.recipes import AXES
 
 import tune_spaces
 from escala import spec
 from escala.errors import NotFoundError
+from tune_spaces.recipes import AXES
 
 Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
 Value = bool | int | float | str

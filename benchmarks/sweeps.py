@@ -4,9 +4,9 @@
 
 One home and one Ray head for all sides. ours: `escala sweep` over small trials. peer: Ray Tune again, each trial
 starting a Ray Train TorchTrainer of one worker with the same training loop. bare: the same models, batches and
-steps in a plain PyTorch loop, in one process, its imports not counted. CPU is that of the head's whole process
-tree and of the drivers; what the idle head uses in the same time is measured before and taken off. Exit code 1
-where a floor is missed.
+steps in a plain PyTorch loop, in one process, its imports not counted. CPU is the whole machine's, so let nothing
+else run: a sum over processes would miss those that end. What the idle cluster uses in the same time is measured
+afterwards and taken off. Exit code 1 where a floor is missed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FLOORS = {"overhead_seconds": 2.5, "peer_ratio": 5.0}
 IDLE_SECONDS = 20.0
+SIDE_SECONDS = 600.0  # at most, for the bare loop or the peer
 STEPS = 300
 SPACE = {
     "design": "grid",
@@ -64,8 +67,7 @@ def measure(home: Path, trials: int, peers: int) -> int:
     api.up(print)
     try:
         run_sweep(home, "warm", seeds=[1000])  # the data and the head's first workers
-        idle = idle_rate()
-        job, ours, _ = counted(idle, lambda: run_sweep(home, "ours", seeds=list(range(trials))))
+        job, ours = counted(lambda: run_sweep(home, "ours", seeds=list(range(trials))))
         planned = stored.read_planned(home, job)
         spec = home / "bare.json"
         prepared = next((home / "data" / "prepared").glob("*.json"))
@@ -74,21 +76,22 @@ def measure(home: Path, trials: int, peers: int) -> int:
         peer_spec = home / "peer.json"
         configs = [reseeded(p.trial.config, 5000 + p.number) for p in planned[:peers]]
         peer_spec.write_text(json.dumps({"configs": configs, "prepared": str(prepared), "home": str(home)}))
-        driver, theirs, _ = counted(idle, lambda: python("peer", peer_spec))
-        theirs += float(driver)  # it runs outside the head's tree; a sweep's driver runs in it
+        _, theirs = counted(lambda: python("peer", peer_spec))
+        idle = counted(lambda: time.sleep(IDLE_SECONDS))[1].rate  # a rate over time needs time
     finally:
         api.down(print)
     each = plain / trials
-    overhead, peer_overhead = ours / trials - each, theirs / peers - each
+    one, other = ours.less(idle) / trials, theirs.less(idle) / peers
+    overhead, peer_overhead = one - each, other - each
     ratio = peer_overhead / overhead
     print(
-        f"sweep {job}: {trials} trials of {STEPS} steps; idle head {idle:.3f} CPU-seconds a second, taken off"
+        f"sweep {job}: {trials} trials of {STEPS} steps; idle cluster {idle:.3f} CPU-seconds a second, taken off"
     )
     floor, least = FLOORS["overhead_seconds"], FLOORS["peer_ratio"]
     print(f"bare loop                 {each:8.2f} CPU-seconds a trial")
-    print(f"escala sweep              {ours / trials:8.2f}  overhead {overhead:6.2f}  floor {floor}")
+    print(f"escala sweep              {one:8.2f}  overhead {overhead:6.2f}  floor {floor}")
     print(
-        f"a TorchTrainer per trial  {theirs / peers:8.2f}  overhead {peer_overhead:6.2f}  {ratio:.1f}x, floor {least}x"
+        f"a TorchTrainer per trial  {other:8.2f}  overhead {peer_overhead:6.2f}  {ratio:.1f}x, floor {least}x"
     )
     return 0 if overhead <= floor and ratio >= least else 1
 
@@ -114,43 +117,47 @@ def run_sweep(home: Path, name: str, **keys: Any) -> str:
     return job
 
 
-def counted(idle: float, act: Any) -> tuple[Any, float, float]:
-    """What `act` gives, the CPU seconds of the head's tree meanwhile (idling taken off), and the wall seconds."""
-    began, before = time.monotonic(), tree_cpu()
+@dataclass(frozen=True)
+class Used:
+    """CPU seconds of the machine in some wall seconds."""
+
+    cpu: float
+    wall: float
+
+    @property
+    def rate(self) -> float:
+        """CPU seconds a second."""
+        return self.cpu / self.wall
+
+    def less(self, idle: float) -> float:
+        """CPU seconds without those of an idle cluster."""
+        return self.cpu - idle * self.wall
+
+
+def counted(act: Callable[[], Any]) -> tuple[Any, Used]:
+    """What `act` gives, and what the machine used meanwhile."""
+    began, before = time.monotonic(), busy()
     given = act()
-    wall = time.monotonic() - began
-    return given, tree_cpu() - before - idle * wall, wall
+    return given, Used(busy() - before, time.monotonic() - began)
 
 
-def idle_rate() -> float:
-    """CPU-seconds a second of the head that has nothing to do."""
-    before = tree_cpu()
-    time.sleep(IDLE_SECONDS)  # the quantity is a rate over time
-    return (tree_cpu() - before) / IDLE_SECONDS
-
-
-def tree_cpu() -> float:
-    """CPU seconds of the Ray head, all that it started, and their ended children."""
+def busy() -> float:
+    """CPU seconds that this machine has worked since it started."""
     import psutil
 
-    from escala import api
-
-    head = next(p for p in api.status().processes if p.name == "ray")
-    total = 0.0
-    for process in [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def python(side: str, spec: Path) -> str:
     """Run a side of this script; its last line."""
+    from escala.managed import ray_environment
+    from escala.settings import Settings
+
     command = [sys.executable, __file__, "--side", side, "--spec", str(spec)]
+    environment = os.environ | ray_environment(Settings()) | {"PYTHONPATH": "."}
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+        command, check=True, capture_output=True, text=True, env=environment, timeout=SIDE_SECONDS
     )
     return done.stdout.strip().splitlines()[-1]
 

@@ -77,8 +77,11 @@ def _law(stored: Stored) -> None:
     law = stored.law
     raw(f"{stored.reference}   loss = {law.form.formula}   (N is {law.size})")
     intervals = law.intervals(0.9) if len(law.replicates_BP) else {}
+    absent = {term.exponent for term in law.form.terms if not law.parameters[term.coefficient]}
     rows = [
-        (name, number(value), *(number(end) for end in intervals.get(name, (None, None))))
+        (name, "not identified", "", "")
+        if name in absent
+        else (name, number(value), *(number(end) for end in intervals.get(name, (None, None))))
         for name, value in law.parameters.items()
     ]
     table(("parameter", "value", "90 % from", "to"), rows)

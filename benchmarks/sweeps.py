@@ -1,6 +1,6 @@
 """CPU that a sweep costs beside its training: per one-worker trial, against the bare loop and a TorchTrainer each.
 
-    python benchmarks/sweeps.py [--trials 12] [--peers 4]
+    python benchmarks/sweeps.py [--trials 24] [--peers 4]
 
 One home and one Ray head for all sides. ours: `escala sweep` over small trials. peer: Ray Tune again, each trial
 starting a Ray Train TorchTrainer of one worker with the same training loop. bare: the same models, batches and
@@ -41,7 +41,7 @@ SPACE = {
 def main() -> int:
     """Measure the three sides."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--peers", type=int, default=4, help="trials of the peer, which takes long")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--spec", help=argparse.SUPPRESS)

@@ -78,4 +78,4 @@ def test_a_job_is_planned_from_keys_a_file_or_one_dial(run: Shell) -> None:
         run(f"cat > spec.yaml <<'END'\n{spec}END\n{file.removesuffix('--follow')} --dry-run"),
         run("escala submit pretrain --compute-flops 1e13 --dry-run"),
     )
-    assert all("FLOPs" in text for text in planned)
+    assert all("compute_flops" in text for text in planned)

@@ -96,6 +96,7 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(cluster: Path
         api.sweep(space, resume=True)
     (home / "trials").rename(home / "trials-before")
     assert losses(ended(api.sweep(space).id).job.id) == once
+    assert losses("killed") == once  # a name means its newest sweep
 
 
 def test_a_stopped_sweep_resumes_and_bad_trials_are_refused_with_their_reason(

@@ -34,7 +34,8 @@ def register(app: typer.Typer) -> None:
 def fit(
     name: Annotated[str, typer.Option(help="The law's name; its versions are counted from 1.")],
     sweep: Annotated[
-        list[str] | None, typer.Option(help="A sweep's job, by id or name; several are put together.")
+        list[str] | None,
+        typer.Option(help="A sweep's job, by id or name (then the newest); several are put together."),
     ] = None,
     points: Annotated[
         Path | None, typer.Option(help="A CSV, or the JSON of `escala runs list --json`.")

@@ -98,11 +98,15 @@ def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
 
 
 def sweep_points(name: str) -> SweepPoints:
-    """The points of a sweep (by its job's id or name) so far, and the refused ones. Raises NotFoundError."""
+    """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest sweep is meant.
+
+    Raises NotFoundError.
+    """
     from escala.sweeps.points import read_points
 
     with open_store() as store:
-        found = store.get(name)
+        named = [job for job in store.list() if job.workload == SWEEP and job.name == name]
+        found = named[-1] if named else store.get(name)
     if found.workload != SWEEP:
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
     return read_points(Settings().home, found.id)

@@ -72,7 +72,7 @@ def measure(home: Path, trials: int, peers: int) -> int:
         spec = home / "bare.json"
         prepared = next((home / "data" / "prepared").glob("*.json"))
         spec.write_text(json.dumps({"configs": [p.trial.config for p in planned], "prepared": str(prepared)}))
-        plain = float(python("bare", spec))
+        plain = float(python("bare", spec).splitlines()[-1])
         peer_spec = home / "peer.json"
         configs = [reseeded(p.trial.config, 5000 + p.number) for p in planned[:peers]]
         peer_spec.write_text(json.dumps({"configs": configs, "prepared": str(prepared), "home": str(home)}))
@@ -150,7 +150,7 @@ def busy() -> float:
 
 
 def python(side: str, spec: Path) -> str:
-    """Run a side of this script; its last line."""
+    """Run a side of this script; what it prints."""
     from escala.managed import ray_environment
     from escala.settings import Settings
 
@@ -159,7 +159,7 @@ def python(side: str, spec: Path) -> str:
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env=environment, timeout=SIDE_SECONDS
     )
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout
 
 
 def bare(given: dict[str, Any]) -> int:
@@ -262,7 +262,6 @@ def peer(given: dict[str, Any]) -> int:
     ).fit()
     if results.errors:
         raise SystemExit(f"the peer failed: {results.errors[0]}")
-    print(time.process_time())
     return 0
 
 

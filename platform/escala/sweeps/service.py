@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from escala import spec
@@ -13,6 +13,7 @@ from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.jobs.model import Job
+    from escala.jobs.store import JobStore
     from escala.laws.service import Fitted
     from escala.sweeps.plan import Plan
     from escala.sweeps.points import SweepPoints
@@ -80,10 +81,9 @@ def space_base(space: str) -> dict[str, Any]:
 def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     """The last sweep of this space, if it was interrupted."""
     with open_store() as store:
-        found = [j for j in store.list() if j.workload == SWEEP and j.tags.get("escala.space") == space]
-    if not found:
+        last = _newest(store, lambda job: job.tags.get("escala.space") == space)
+    if last is None:
         raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
-    last = found[-1]
     if last.state not in ("failed", "stopped"):
         raise StateError(
             f"the last sweep of {space}, job {last.id}, is {last.state}", "there is nothing to resume"
@@ -97,6 +97,11 @@ def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     return last
 
 
+def _newest(store: JobStore, wanted: Callable[[Job], bool]) -> Job | None:
+    """The sweep submitted last of those that are `wanted`."""
+    return next((j for j in reversed(store.list()) if j.workload == SWEEP and wanted(j)), None)
+
+
 def sweep_points(name: str) -> SweepPoints:
     """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest sweep is meant.
 
@@ -105,8 +110,7 @@ def sweep_points(name: str) -> SweepPoints:
     from escala.sweeps.points import read_points
 
     with open_store() as store:
-        named = [job for job in store.list() if job.workload == SWEEP and job.name == name]
-        found = named[-1] if named else store.get(name)
+        found = _newest(store, lambda job: job.name == name) or store.get(name)
     if found.workload != SWEEP:
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
     return read_points(Settings().home, found.id)

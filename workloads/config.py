@@ -291,6 +291,24 @@ class PretrainConfig(Strict):
         return max(1, self.total_steps // 10) if stated is None else stated
 
 
+class BenchConfig(Strict):
+    """The `bench` workload: what it measures on every worker at once."""
+
+    widths: list[int] = Field([256, 512, 1024], min_length=1, description="d_model of the blocks")
+    tokens: int = Field(512, gt=0, description="of a micro-batch")
+    context_tokens: int = Field(256, gt=0)
+    vocab_size: int = Field(4096, gt=0)
+    precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1)
+    seconds: float = Field(3.0, gt=0, description="for each figure")
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _whole(self) -> BenchConfig:
+        if self.tokens % self.context_tokens:
+            raise ValueError(f"tokens {self.tokens} are no whole sequences of {self.context_tokens}")
+        return self
+
+
 WORKLOADS: dict[str, tuple[str, type[Strict]]] = {
     "pretrain": ("workloads.pretrain", PretrainConfig),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workloads.config import ModelConfig
+from workloads.config import ModelConfig, PretrainConfig
 
 TRAINING_PER_FORWARD = 3  # forward once; backward twice that (Kaplan et al. 2020, section 2.1)
 
@@ -68,3 +68,40 @@ def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     attention = 4.0 * config.n_layers * config.n_heads * config.head_size * keys
     terms = [TRAINING_PER_FORWARD * term for term in (matmul, logits, attention)]
     return FlopsPerToken(*terms, total=sum(terms))
+
+
+@dataclass(frozen=True)
+class SavedElements:
+    """Elements per token that a training step keeps for its backward pass."""
+
+    blocks: float  # of all layers; with checkpointing each block's input
+    working: float  # one block's: their gradients in the backward pass; recomputed, with checkpointing
+    head: float  # logits, their log-probabilities and their gradient
+
+
+def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
+    """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
+    GELU block with dropout): a block its two residual inputs and their norms, rotated queries and keys, values, the
+    attention's output, SwiGLU's gate and up, and their product.
+    """
+    d, size = config.d_model, config.head_size
+    attention = 2 * config.n_heads * size + 2 * config.kv_heads * size
+    block = 4 * d + attention + 3 * config.ff_size
+    head = 3 * config.vocab_size
+    if checkpointing:
+        return SavedElements(config.n_layers * d, block, head)
+    return SavedElements(config.n_layers * block, block, head)
+
+
+def moved_bytes_per_step(config: PretrainConfig) -> float:
+    """An estimate of the bytes that all devices together move in memory in an optimiser step: activations are
+    written, read and their gradients likewise (4 passes), weights are read three times a micro-batch, and AdamW
+    moves 28 bytes a parameter.
+    """
+    width = 2 if config.training.precision == "bf16" else 4
+    saved = saved_elements_per_token(config.model, False)
+    n, ranks = parameter_counts(config.model).n_total, config.resources.workers
+    micro_batches = config.training.batch_sequences // config.micro_batch_sequences
+    activations = 4 * width * (saved.blocks + saved.head) * config.step_tokens
+    updates = 28 * n * (1 if config.training.zero_stage else ranks)
+    return activations + 3 * width * n * micro_batches + updates

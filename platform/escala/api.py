@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from escala import manifests, spec
 from escala.errors import NotFoundError, SpecError
@@ -37,8 +37,9 @@ from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, swe
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
+    from escala.hardware import Cluster
     from escala.jobs.model import Job
-    from escala.laws.law import Allocation
+    from escala.planning.cost import Cost
 
 __all__ = [
     "FINAL",
@@ -50,6 +51,7 @@ __all__ = [
     "Watched",
     "collect_garbage",
     "compare",
+    "cost",
     "down",
     "fit_sweeps",
     "job",
@@ -66,30 +68,36 @@ __all__ = [
     "status",
     "stop",
     "submit",
+    "submit_run",
     "sweep",
     "sweep_points",
     "up",
     "watch",
 ]
-LAWS = (
-    "calibration",
-    "compare_laws",
-    "export_law",
-    "fit_file",
-    "law",
-    "laws",
-    "plan_law",
-    "plot_law",
-    "predict_law",
-    "promote_law",
-)
+LATER = {
+    "escala.laws.service": (
+        "calibration",
+        "compare_laws",
+        "export_law",
+        "fit_file",
+        "law",
+        "laws",
+        "plot_law",
+        "predict_law",
+        "promote_law",
+    ),
+    "escala.planning.service": ("plan_front", "plan_law", "plan_target", "propose_runs"),
+    "escala.planning.explore": ("Exploration", "explore"),
+    "escala.planning.bench": ("bench_device", "write_cluster"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The laws' functions, from `escala.laws.service` at their first use."""
-    if name not in LAWS:
+    """What laws and plans offer, from their own services at its first use: a query waits for nothing else."""
+    home = next((home for home, names in LATER.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'escala.api' has no attribute '{name}'")
-    return getattr(import_module("escala.laws.service"), name)
+    return getattr(import_module(home), name)
 
 
 # The cluster
@@ -129,6 +137,18 @@ def resolve(
 ) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Args and errors as `submit`."""
     return spec.resolve(_load(workload, files, overrides, options, compute_flops, law))
+
+
+def cost(answer: spec.Resolved, cluster: str | Path | None = None) -> tuple[Cost, Cluster]:
+    """What a resolved job costs on a cluster: a name in clusters/, or a file; None: ESCALA_CLUSTER.
+
+    Raises NotFoundError, SpecError.
+    """
+    from escala.hardware import load_cluster
+    from escala.planning import cost as planning
+
+    loaded = load_cluster(cluster or Settings().cluster)
+    return planning.cost(answer.spec.config, loaded), loaded
 
 
 def submit(
@@ -176,10 +196,11 @@ def _load(
     written = spec.written(files, overrides, base)
     axes = {"compute_flops": compute_flops}
     if law is not None:
-        from escala.laws.service import plan_law
+        from escala.planning.limits import Limits
+        from escala.planning.service import Question, plan_law
 
-        best = plan_law(law, compute_flops, context_tokens=_context(written)).answer
-        axes["n_total"] = cast("Allocation", best).n_total
+        question = Question(context_tokens=_context(written))
+        axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 
@@ -187,6 +208,17 @@ def _context(written: Mapping[str, Any]) -> float | None:
     """The context length that a spec states; None where it leaves it to the defaults."""
     stated: float | None = written.get("training", {}).get("context_tokens")
     return stated or written.get("model", {}).get("max_context_tokens")
+
+
+def submit_run(
+    law: str, n_total: float, tokens: float, overrides: Iterable[str] = (), report: Report = silent
+) -> Job:
+    """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
+    from escala.laws.service import law as load
+    from escala.planning.service import config_for
+
+    config = config_for(load(law), n_total, tokens, tuple(overrides))
+    return start(spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")}), report)
 
 
 # Runs

@@ -39,6 +39,40 @@ def read_record(kind: type[T], path: Path) -> T | None:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a device-hour, a joule and a FLOP cost where a job runs, from the cluster's file; None: not stated."""
+
+    cluster: str
+    usd_per_device_hour: float | None
+    gco2e_per_kwh: float | None
+    site_factor: float  # energy at the meter per energy of the devices
+    static_watts: float | None  # of a device
+    joules_per_flop: float | None
+    joules_per_byte: float | None
+
+    def joules(self, devices: int, seconds: float, flops: float, moved_bytes: float) -> float | None:
+        """An estimate of the energy at the meter: static + dynamic + memory traffic (SPEC.md E.1). None where a
+        coefficient is not stated.
+        """
+        if self.static_watts is None or self.joules_per_flop is None or self.joules_per_byte is None:
+            return None
+        static = self.static_watts * devices * seconds
+        return self.site_factor * (static + self.joules_per_flop * flops + self.joules_per_byte * moved_bytes)
+
+    def usd(self, devices: int, seconds: float) -> float | None:
+        """Dollars for `devices` over `seconds`; None where no price is stated."""
+        return (
+            None if self.usd_per_device_hour is None else self.usd_per_device_hour * devices * seconds / 3600
+        )
+
+    def gco2e(self, joules: float | None) -> float | None:
+        """Grams of CO2 equivalent of `joules` at the meter; None where either is unknown."""
+        if joules is None or self.gco2e_per_kwh is None:
+            return None
+        return joules / 3.6e6 * self.gco2e_per_kwh
+
+
+@dataclass(frozen=True)
 class AttemptSpec:
     """What a workload is given: the path of this record, as JSON, is its only command-line argument."""
 
@@ -125,10 +159,15 @@ class RunRecord:
     attempt_flops: float | None = None
     wall_seconds: float | None = None
     peak_memory_bytes: int | None = None  # the largest worker's
+    idle_memory_bytes: int | None = None  # rank 0's before it built the model
+    step_seconds: float | None = None  # the median step's
+    communication_bytes: float | None = None  # sent by rank 0 in a step's collectives
     tokens_per_second: float | None = None
     model_flops_utilization: float | None = None
-    energy_joules: float | None = None
-    cost_usd: float | None = None
+    energy_joules: float | None = None  # at the meter, of this attempt
+    energy_source: str | None = None  # the counter that was read, or that it is an estimate
+    cost_usd: float | None = None  # of this attempt
+    carbon_gco2e: float | None = None  # grams of CO2 equivalent, the same
     workers: int | None = None
     seed: int | None = None
     config_fingerprint: str | None = None

@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     """Logical CPUs of the embedded head. More than the machine has: a waiting driver holds one and uses none.
     """
     start_seconds: float = Field(default=300.0, gt=0)  # how long a managed process may take until it answers
+    cluster: str = Field(default="local", min_length=1)  # its prices and energy, for records and plans
     experiment: str = Field(default="escala", min_length=1, max_length=500)
 
     def __init__(self, **values: Any) -> None:

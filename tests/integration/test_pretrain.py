@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from escala.manifests import list_checkpoints
+from escala.planning.cost import communication
+from workloads.config import PretrainConfig
 
 _spec = importlib.util.spec_from_file_location("attempts", Path(__file__).with_name("attempts.py"))
 assert _spec is not None
@@ -75,6 +77,13 @@ def test_two_workers_train_and_record(undisturbed: Any) -> None:
     assert record["train_tokens"] == record["attempt_tokens"] == STEPS * 4 * 64
     assert record["compute_flops"] > 0
     assert record["workers"] == 2
+    assert record["communication_bytes"] == pytest.approx(
+        communication(PretrainConfig.model_validate(job.config)).sent_bytes, rel=0.05
+    )
+    assert record["peak_memory_bytes"] > record["idle_memory_bytes"] > 0
+    assert (
+        record["energy_joules"] is None
+    )  # this attempt was told of no cluster's coefficients, and has no counter
     assert 0 < record["model_flops_utilization"] < 1
     for name in ("corpus", "tokenizer", "evaluation", "config", "code"):
         assert len(record[f"{name}_fingerprint"]) == 64

@@ -44,6 +44,9 @@ def sweep(form: str = "nd", n: int = 60, noise: float = 0.005, seed: int = 0) ->
         loss = loss + TRUTH["q"] * table.capacity_factor ** -TRUTH["eta"]
     if form == "c":
         loss = 1.8 + 300.0 * table.compute_flops**-0.14
+    if form == "joules":
+        table["energy_joules"] = 1e-11 * compute * rng.uniform(0.5, 2.0, n)
+        loss = 1.8 + 300.0 * table.energy_joules**-0.14
     table["loss_nats"] = loss * np.exp(noise * rng.standard_normal(n))
     return table
 
@@ -51,7 +54,7 @@ def sweep(form: str = "nd", n: int = 60, noise: float = 0.005, seed: int = 0) ->
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_noise_free_points_give_the_law_back(form):
     law = fit_law(sweep(form, 80, noise=0.0), form, bootstrap=0)
-    truth = {"L_inf": 1.8, "a": 300.0, "alpha": 0.14} if form == "c" else TRUTH
+    truth = {"L_inf": 1.8, "a": 300.0, "alpha": 0.14} if form in ("c", "joules") else TRUTH
     for name, value in law.parameters.items():
         assert value == pytest.approx(truth[name], rel=1e-4), name
     assert law.objective_value < 1e-14

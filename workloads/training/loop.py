@@ -21,17 +21,19 @@ from escala.attempt import STOP_REASONS, Watch, check_fence
 from escala.errors import Diverged, Superseded
 from escala.manifests import Checkpoint, read_checkpoint
 from escala.records import AttemptFiles, Progress
-from workloads.config import PretrainConfig
+from workloads.config import PretrainConfig, ResourcesConfig
 from workloads.data.batches import Batches
 from workloads.data.prepared import PreparedData
 from workloads.flops import flops_per_token, parameter_counts
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
+from workloads.training.energy import EnergyMeter, account
 from workloads.training.evaluate import HeldOut, evaluate
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
 from workloads.training.step import accumulate
+from workloads.training.traffic import Traffic
 
 STOP_CODES = (None, *STOP_REASONS, "superseded")
 
@@ -63,16 +65,18 @@ class Trainer:
         self.config = config = PretrainConfig(**inputs.spec.config)
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
-        set_up_torch(config)
+        set_up_torch(config.resources)
         self.reporter = Reporter(self.spec, inputs.run_id) if self.rank == 0 else None
         self.watch = Watch(self.spec)
         self.count = Counters()
         self.flops = flops_per_token(config.model, config.context_tokens).total
         self._open_data()
         meter.reset_peak_memory(self.device)
+        self.idle_memory_bytes = meter.memory_bytes(self.device)
         self._build()
         self._measure()
         self.throughput = meter.Throughput()
+        self.energy = EnergyMeter(self.device)
 
     def _open_data(self) -> None:
         config = self.config
@@ -97,6 +101,8 @@ class Trainer:
         self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
         held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
         held[self.rank] = zero.parameters_held(self.engine)
+        self.traffic = Traffic()
+        self.step_traffic_bytes: float | None = None  # of the last step
         torch.distributed.all_reduce(held)
         self.parameters_held = held.tolist()
 
@@ -174,6 +180,7 @@ class Trainer:
     def _step(self) -> str | None:
         """One optimiser step; or, before its update, the reason not to make it."""
         step, config, count = self.count.step, self.config, self.count
+        sent_before = self.traffic.sent_bytes
         self.throughput.begin_step()
         step_flops = self.flops * config.step_tokens
         stop = self.watch.poll(count.attempt_flops, step_flops) if self.rank == 0 else None
@@ -199,6 +206,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise self._diverged("the gradient norm is not finite")
         self.throughput.end_step(config.step_tokens)
+        self.step_traffic_bytes = self.traffic.sent_bytes - sent_before
         count.step += 1
         count.last_loss = loss
         count.train_tokens += config.step_tokens
@@ -303,12 +311,18 @@ class Trainer:
         memory = torch.tensor(meter.peak_memory_bytes(self.device), dtype=torch.int64, device=self.device)
         torch.distributed.all_reduce(memory, op=torch.distributed.ReduceOp.MAX)
         speed = self.throughput.overall
+        count, seconds = self.count, self.throughput.wall_seconds
+        spent = account(self.spec, self.config, self.energy.read(), count.attempt_tokens, seconds)
         self._progress(force=True)
         self._tell(
             outcome=stop or "succeeded",
             peak_memory_bytes=int(memory),
+            idle_memory_bytes=self.idle_memory_bytes,
+            step_seconds=self.throughput.step_seconds,
+            communication_bytes=self.step_traffic_bytes,
             tokens_per_second=speed,
             model_flops_utilization=self._utilization(speed),
+            **spent,
         )
 
     def _tell(self, **facts: Any) -> None:
@@ -345,10 +359,10 @@ def seed_step(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def set_up_torch(config: PretrainConfig) -> None:
+def set_up_torch(resources: ResourcesConfig) -> None:
     """Threads and determinism: the same seed and world size give the same bits."""
-    torch.set_num_threads(config.resources.threads_per_worker)  # oversubscribed OpenMP costs up to 10x
-    if not config.resources.gpus_per_worker:
+    torch.set_num_threads(resources.threads_per_worker)  # oversubscribed OpenMP costs up to 10x
+    if not resources.gpus_per_worker:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = (
             False  # a debugging aid that costs a pass over memory

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed
@@ -104,7 +105,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     """This process's largest resident set since `reset_peak_memory`; on CUDA the device's largest allocation."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return _status("VmHWM")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """This process's resident set now; on CUDA what is allocated on the device."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """A size in bytes from proc(5)."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) * 1024
 
 
@@ -114,8 +125,8 @@ class Throughput:
     def __init__(self) -> None:
         self._first = self._started = time.perf_counter()
         self._last: float | None = None
+        self._laps: list[float] = []
         self.tokens = 0
-        self.seconds = 0.0
 
     def begin_step(self) -> None:
         """Start the clock of one step."""
@@ -125,7 +136,7 @@ class Throughput:
         """Stop it; the step trained on `tokens`."""
         lap = time.perf_counter() - self._started
         self.tokens += tokens
-        self.seconds += lap
+        self._laps.append(lap)
         rate = tokens / lap
         self._last = rate if self._last is None else 0.9 * self._last + 0.1 * rate
 
@@ -137,7 +148,12 @@ class Throughput:
     @property
     def overall(self) -> float | None:
         """Tokens per second over all steps of this attempt."""
-        return self.tokens / self.seconds if self.seconds else None
+        return self.tokens / sum(self._laps) if self._laps else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median step's: the first ones, slower, do not count."""
+        return median(self._laps) if self._laps else None
 
     @property
     def wall_seconds(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from escala.cli import render, render_laws, render_sweeps
+from escala.cli import render, render_laws, render_plans, render_sweeps
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
 def demo() -> None:
     """Sweep tiny models, fit a law, plan a run of ten times the compute, train it by ZeRO-3, and compare."""
     from escala import api
+    from escala.planning.limits import Limits
 
     render.step(f"1. the sweep {SPACE}")
     sweep = api.sweep(SPACE, report=render.note)
@@ -36,7 +37,7 @@ def demo() -> None:
     law = fitted.stored.reference
     render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {budget:.3g} FLOPs")
     try:
-        render_laws.allocation(api.plan_law(law, budget), False)
+        render_plans.plan(api.plan_law(law, Limits(compute_flops=budget)), False)
     except LawError as refusal:
         render_laws.refusal(refusal)
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render
+from escala.cli import render, render_plans
 from escala.cli.cluster import Json
 
 JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
@@ -70,13 +70,13 @@ def submit(
     }
     if dry_run:
         answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
-        render.resolved(answer, json)
+        render_plans.resolved(answer, *api.cost(answer), json)
         return
     report = render.quiet if json else render.note
     job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
     render.submitted(job, json)
     if follow:
-        _follow(job.id)
+        follow_job(job.id)
 
 
 def ps(
@@ -136,7 +136,7 @@ def retry(job: JobName, follow: Follow = False) -> None:
     again = api.retry(job, report=render.note)
     render.submitted(again, False)
     if follow:
-        _follow(again.id)
+        follow_job(again.id)
 
 
 def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, json: Json = False) -> None:
@@ -146,10 +146,10 @@ def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, js
     new = api.resume(job, overrides or (), report=render.quiet if json else render.note)
     render.submitted(new, json)
     if follow:
-        _follow(new.id)
+        follow_job(new.id)
 
 
-def _follow(job_id: str) -> None:
+def follow_job(job_id: str) -> None:
     """Progress until the job ends; exit 1 unless it succeeded or stopped as asked."""
     from escala import api
 

@@ -22,7 +22,6 @@ def register(app: typer.Typer) -> None:
     nouns.command("list")(list_)
     nouns.command()(show)
     nouns.command()(predict)
-    nouns.command()(plan)
     nouns.command()(compare)
     nouns.command()(plot)
     nouns.command()(export)
@@ -43,7 +42,7 @@ def fit(
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
     ] = None,
-    form: Annotated[str, typer.Option(help="nd, ndt, moe, moe_cf or c.")] = "nd",
+    form: Annotated[str, typer.Option(help="nd, ndt, moe, moe_cf, c or joules.")] = "nd",
     group: Annotated[
         str | None, typer.Option(help="Column of points that are not independent, e.g. run_id.")
     ] = None,
@@ -114,29 +113,6 @@ def predict(
     }
     point = {name: value for name, value in given.items() if value is not None}
     render_laws.prediction(service.predict_law(law, level, refresh, **point), json)
-
-
-def plan(
-    law: Name,
-    compute_flops: Annotated[float, typer.Option(help="The budget C.")],
-    kappa: Annotated[float, typer.Option(help="FLOPs per active parameter and token.")] = 6.0,
-    context_tokens: Annotated[float | None, typer.Option(help="T, for a law of form ndt.")] = None,
-    n_total_over_active: Annotated[float | None, typer.Option(help="For a law of form moe, e.g. 8.")] = None,
-    refresh: Refresh = False,
-    json: Json = False,
-) -> None:
-    """Split a budget into parameters and tokens so that the law's loss is lowest."""
-    from escala.laws import service
-
-    answer = service.plan_law(
-        law,
-        compute_flops,
-        kappa=kappa,
-        context_tokens=context_tokens,
-        n_total_over_active=n_total_over_active,
-        refresh=refresh,
-    )
-    render_laws.allocation(answer, json)
 
 
 def compare(first: Name, second: Name, json: Json = False) -> None:

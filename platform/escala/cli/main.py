@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from escala.cli import cluster, demo, jobs, laws, render, runs, sweeps
+from escala.cli import cluster, demo, jobs, laws, planning, render, runs, sweeps
 from escala.errors import EscalaError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ jobs.register(app)
 sweeps.register(app)
 runs.register(app)
 laws.register(app)
+planning.register(app)
 demo.register(app)
 
 

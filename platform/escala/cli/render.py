@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from escala.api import Garbage, JobDetails, Watched
     from escala.cluster import ClusterStatus
     from escala.jobs.model import Attempt, HistoryEvent, Job
-    from escala.spec import Resolved
 
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -62,33 +61,6 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
-
-
-def resolved(answer: Resolved, json: bool) -> None:
-    """The spec in full, what was derived, what it costs."""
-    import yaml
-
-    spec = {
-        "workload": answer.spec.workload,
-        "job": answer.spec.options.model_dump(mode="json"),
-        **answer.spec.plain(),
-    }
-    cost = {
-        "n_total": answer.n_total,
-        "n_active": answer.n_active,
-        "n_non_embedding": answer.n_non_embedding,
-        "train_tokens": answer.train_tokens,
-        "flops_per_token": answer.flops_per_token,
-        "compute_flops": answer.compute_flops,
-    }
-    if json:
-        as_json({"spec": spec, "derived": answer.derived, **cost})
-        return
-    raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
-    raw("\nderived")
-    pairs(answer.derived)
-    raw("\ncost")
-    pairs(cost)
 
 
 def submitted(view: Job, json: bool) -> None:

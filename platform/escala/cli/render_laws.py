@@ -13,7 +13,7 @@ from escala.records import RunRecord
 
 if TYPE_CHECKING:
     from escala.laws.drift import Calibration
-    from escala.laws.law import Allocation, Law, Prediction
+    from escala.laws.law import Law
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
     from escala.laws.service import Answer, Comparison, Fitted
@@ -97,26 +97,10 @@ def prediction(answer: Answer, json: bool) -> None:
     if json:
         as_json(answer.plain())
         return
-    found: Prediction = answer.answer  # type: ignore[assignment]
-    interval = _interval(found.low_nats, found.high_nats, f"{found.level * 100:g} % predictive interval")
-    raw(f"loss            {number(found.loss_nats)} nats per token  ({interval})")
-    _caveats(answer)
-
-
-def allocation(answer: Answer, json: bool) -> None:
-    """The best split of a budget."""
-    if json:
-        as_json(answer.plain())
-        return
-    best: Allocation = answer.answer  # type: ignore[assignment]
-    size = _interval(best.n_active_low, best.n_active_high, "90 % interval")
-    loss = _interval(best.low_nats, best.high_nats, "90 % predictive interval")
-    raw(f"N active        {best.n_active:.4g}  ({size})")
-    if best.n_total != best.n_active:
-        raw(f"N total         {best.n_total:.4g}")
-    raw(f"tokens          {best.tokens:.4g}  ({best.tokens_per_parameter:.3g} per active parameter)")
-    raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
-    _caveats(answer)
+    found = answer.answer
+    bounds = interval(found.low_nats, found.high_nats, f"{found.level * 100:g} % predictive interval")
+    raw(f"loss            {number(found.loss_nats)} nats per token  ({bounds})")
+    caveats(answer.law, answer.extrapolation, answer.assumed)
 
 
 def refusal(why: LawError) -> None:
@@ -127,10 +111,10 @@ def refusal(why: LawError) -> None:
 
 def verdict(answer: Answer, record: RunRecord, url: str) -> None:
     """What a law said of a run beforehand, and what the run obtained."""
-    found: Prediction = answer.answer  # type: ignore[assignment]
+    found = answer.answer
     loss = record.held_out_loss_nats
-    interval = _interval(found.low_nats, found.high_nats, "90 % predictive interval")
-    raw(f"predicted       {number(found.loss_nats)} nats per token  ({interval})")
+    bounds = interval(found.low_nats, found.high_nats, "90 % predictive interval")
+    raw(f"predicted       {number(found.loss_nats)} nats per token  ({bounds})")
     if loss is not None and found.low_nats is not None and found.high_nats is not None:
         inside = "inside" if found.low_nats <= loss <= found.high_nats else "OUTSIDE"
         raw(f"obtained        {number(loss)} nats per token  ({inside}; {loss / found.loss_nats - 1:+.2%})")
@@ -142,7 +126,7 @@ def verdict(answer: Answer, record: RunRecord, url: str) -> None:
     raw(f"next            escala laws show {answer.law.reference}; escala laws calibration")
 
 
-def _interval(low: float | None, high: float | None, what: str) -> str:
+def interval(low: float | None, high: float | None, what: str) -> str:
     return (
         "no interval: fitted without a bootstrap"
         if low is None
@@ -150,13 +134,13 @@ def _interval(low: float | None, high: float | None, what: str) -> str:
     )
 
 
-def _caveats(answer: Answer) -> None:
+def caveats(stored: Stored, extrapolation: Mapping[str, float], assumed: Sequence[str]) -> None:
     """Which law, what was assumed, how far it extrapolates, and whether it is healthy."""
-    raw(f"extrapolation   {_distance(answer.extrapolation)}")
-    for text in answer.assumed:
+    raw(f"extrapolation   {_distance(extrapolation)}")
+    for text in assumed:
         raw(f"assumed         {text}")
-    law = answer.law.law
-    raw(f"law             {answer.law.reference}, {'healthy' if law.healthy else 'NOT HEALTHY'}")
+    law = stored.law
+    raw(f"law             {stored.reference}, {'healthy' if law.healthy else 'NOT HEALTHY'}")
     for finding in () if law.healthy else law.findings:
         raw(f"finding         {finding}")
 

@@ -5,16 +5,18 @@ Everything heavy (ray, the database) is imported by the function that needs it.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from escala import manifests, spec
 from escala.errors import NotFoundError, SpecError, StateError
+from escala.hardware import load_cluster
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.settings import Settings
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
+RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 SWEEP = "sweep"  # the workload of a sweep's job
 
 
@@ -179,9 +182,14 @@ def start(
 
 
 def enqueue(new: NewJob, report: Report) -> Job:
-    """Store a job, and bring the cluster up where none is configured. Raises ClusterError."""
+    """Store a job, and bring the cluster up where none is configured.
+
+    Raises ClusterError; SpecError, NotFoundError for the cluster's file (ESCALA_CLUSTER), whose prices and energy it
+    takes along.
+    """
+    rates = json.dumps(asdict(load_cluster(Settings().cluster).rates()), sort_keys=True)
     with open_store() as store:
-        queued = store.submit(new)
+        queued = store.submit(replace(new, tags={**new.tags, RATES_TAG: rates}))
     _up(report)
     return queued
 

@@ -42,7 +42,7 @@ def backtest(law: Law, share: float = 0.1) -> Backtest:
     settings = law.settings
     points = law.points
     table = read_points(points, law.form, law.size, settings["group"])
-    compute_N = table.compute_N if law.form_name == "c" else _n_times_d(law, table.points)
+    compute_N = table.compute_N if law.form_name in ("c", "joules") else _n_times_d(law, table.points)
     if compute_N is None:
         raise LawError("The points do not say their compute.", "Give tokens and a size, or compute_flops.")
     order = np.argsort(compute_N, kind="stable")

@@ -36,7 +36,7 @@ def isoflop_parabolas(law: Law, tolerance: float = 0.1, smallest: int = 4) -> li
     """One parabola per group of points whose compute agrees within `tolerance` (relative) and that has
     `smallest` sizes.
     """
-    if law.form_name == "c" or law.form.mixed:
+    if law.form_name in ("c", "joules") or law.form.mixed:
         raise LawError("IsoFLOP parabolas need one N and D per point.", "Fit form nd or ndt.")
     points = law.points
     size_N, tokens_N = (points[c].to_numpy(np.float64) for c in (law.size, "tokens"))

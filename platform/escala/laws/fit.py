@@ -45,7 +45,7 @@ def fit_law(
 
     Args:
         points: one row per run or checkpoint: `loss_nats` and the form's inputs; other columns are kept.
-        form: "nd", "ndt", "moe", "moe_cf" or "c" (loss against compute).
+        form: "nd", "ndt", "moe", "moe_cf", "c" (loss against compute) or "joules" (against energy).
         objective: residual space and Huber's delta; delta 1e-8 is the L1 limit.
         bootstrap: replicates; 0 for none (no intervals then).
         group: column whose values are resampled together (checkpoints of one run are not independent).
@@ -183,7 +183,16 @@ def _evidence(
     loss_BN, jacobian_BPN = loss_and_jacobian(form, theta_P[None], features)
     k = len(form.coefficients)
     scale_P = np.concatenate([theta_P[:k], np.ones(len(theta_P) - k)])
-    used = {*table.columns, size, "loss_nats", "compute_flops", "step", "seed", *_inputs_of(table)}
+    used = {
+        *table.columns,
+        size,
+        "loss_nats",
+        "compute_flops",
+        "energy_joules",
+        "step",
+        "seed",
+        *_inputs_of(table),
+    }
     unused = {
         str(name): table.points[name].to_numpy(np.float64)
         for name in table.points.columns

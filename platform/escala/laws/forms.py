@@ -97,6 +97,7 @@ FORMS: dict[str, Form] = {
             f"{_N_EFF} + q capacity_factor^-eta, N_eff = N_total^rho N_active^(1-rho)",
         ),
         Form("c", (Term("a", "alpha", "compute_flops"),), "L_inf + a C^-alpha"),
+        Form("joules", (Term("a", "alpha", "energy_joules"),), "L_inf + a J^-alpha"),
     )
 }
 
@@ -241,8 +242,10 @@ def _check_question(
     form: Form, compute_flops: float, kappa: float, context: float | None, ratio: float | None
 ) -> None:
     """Raise LawError unless the question has a finite answer."""
-    if form.name == "c":
-        raise LawError("A law of loss against compute alone has no split of N and D.", "Fit form nd.")
+    if form.name in ("c", "joules"):
+        raise LawError(
+            "A law of loss against compute or energy alone has no split of N and D.", "Fit form nd."
+        )
     if form.name == "moe_cf":
         raise LawError(
             "Form moe_cf has no closed-form optimum: the loss falls with the capacity factor without a cost.",

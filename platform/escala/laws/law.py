@@ -32,6 +32,7 @@ INPUTS = (
     "context_tokens",
     "capacity_factor",
     "compute_flops",
+    "energy_joules",
 )
 
 

@@ -27,6 +27,7 @@ LABELS = {
     "context_tokens": "T, tokens of context",
     "capacity_factor": "capacity factor",
     "compute_flops": "C, FLOPs",
+    "energy_joules": "energy, joules",
 }
 
 

@@ -1,4 +1,4 @@
-"""What `escala laws` and notebooks ask: fit a file and store it, predict, plan, compare. `escala.api` re-exports
+"""What `escala laws` and notebooks ask: fit a file and store it, predict, compare. `escala.api` re-exports
 it; the CLI imports it from here, since a query should not wait for the rest of the API.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.errors import LawError, NotFoundError
-from escala.laws.law import Allocation, Law, Prediction
+from escala.laws.law import Law, Prediction
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
 
@@ -34,6 +34,7 @@ KNOWN = (
     "context_tokens",
     "capacity_factor",
     "compute_flops",
+    "energy_joules",
     "run_id",
     "tokenizer_fingerprint",
     "evaluation_fingerprint",
@@ -52,10 +53,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction or an allocation with the law that gave it. `assumed`: what the question left open."""
+    """A prediction with the law that gave it. `assumed`: what the question left open."""
 
     law: Stored
-    answer: Prediction | Allocation
+    answer: Prediction
     assumed: tuple[str, ...]
 
     @property
@@ -65,10 +66,7 @@ class Answer:
 
     def plain(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        answer = asdict(self.answer)
-        if isinstance(self.answer, Allocation):
-            answer["tokens_per_parameter"] = self.answer.tokens_per_parameter
-        law = self.law.law
+        answer, law = asdict(self.answer), self.law.law
         answer["farthest"] = max(self.extrapolation.values(), default=1.0)
         return {
             "law": self.law.reference,
@@ -246,24 +244,6 @@ def _dense(law: Law, point: Mapping[str, float]) -> tuple[dict[str, float], tupl
         asked[law.size] = asked[other]
         return asked, (f"a dense model: {law.size} = {other}",)
     return asked, ()
-
-
-def plan_law(
-    reference: str,
-    compute_flops: float,
-    *,
-    kappa: float = 6.0,
-    context_tokens: float | None = None,
-    n_total_over_active: float | None = None,
-    refresh: bool = False,
-) -> Answer:
-    """The best split of a budget into N and D; see `Law.optimum`. Raises LawError, and as `load_law`."""
-    stored = law(reference, refresh)
-    best = stored.law.optimum(
-        compute_flops, kappa=kappa, context_tokens=context_tokens, n_total_over_active=n_total_over_active
-    )
-    assumed = (f"C = {kappa:g} N D",)
-    return Answer(stored, best, assumed)
 
 
 def compare_laws(first: str, second: str) -> Comparison:

@@ -23,6 +23,7 @@ RECORD = {  # column -> field of the RunRecord
     "tokens": "train_tokens",
     "context_tokens": "context_tokens",
     "compute_flops": "compute_flops",
+    "energy_joules": "energy_joules",
     "seed": "seed",
     "wall_seconds": "wall_seconds",
     "tokenizer_fingerprint": "tokenizer_fingerprint",

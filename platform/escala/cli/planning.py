@@ -1,0 +1,207 @@
+"""`escala cost | bench | propose | explore` and `escala laws plan`: what runs cost, and which to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from escala.cli import laws, render, render_plans
+from escala.cli.cluster import Json
+from escala.cli.jobs import Follow, Overrides, follow_job
+from escala.cli.laws import Name, Refresh
+from escala.errors import LawError
+
+ClusterName = Annotated[
+    str | None,
+    typer.Option("--cluster", help="A name in clusters/, or a file. [default: ESCALA_CLUSTER, else local]"),
+]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16: at which of the devices' speeds.")]
+Submit = Annotated[bool, typer.Option("--submit", help="Queue the run, configured like the law's runs.")]
+bench_nouns = typer.Typer(no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's commands."""
+    for verb in (cost, propose, explore):
+        app.command()(verb)
+    laws.nouns.command()(plan)
+    bench_nouns.callback()(_bench)
+    bench_nouns.command()(device)
+    app.add_typer(bench_nouns, name="bench")
+
+
+def _bench() -> None:
+    """Measure what this cluster's devices do."""
+
+
+def cost(
+    files: Annotated[list[Path] | None, typer.Argument(help="YAML specs; later ones win.")] = None,
+    overrides: Overrides = None,
+    compute_flops: Annotated[
+        float | None, typer.Option(help="The one dial: model, tokens, batch, learning rate by recipe.")
+    ] = None,
+    cluster: ClusterName = None,
+    json: Json = False,
+) -> None:
+    """Say what a pretraining run would cost on a cluster: memory, communication, time, energy, money."""
+    from escala import api
+
+    resolved = api.resolve("pretrain", files or (), overrides or (), compute_flops=compute_flops)
+    render_plans.cost(*api.cost(resolved, cluster), json)
+
+
+def device(
+    to: Annotated[Path, typer.Option(help="The cluster's file; its prices and energy are kept.")],
+    workers: Annotated[int, typer.Option(help="As many as work at once in a run.")] = 1,
+    gpus_per_worker: Annotated[int, typer.Option(help="1: measure GPUs.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure one worker's speed, memory and link while all work, and write the cluster's file."""
+    from escala import api
+
+    job = api.bench_device(workers, gpus_per_worker, report=render.quiet if json else render.note)
+    follow_job(job.id)
+    render_plans.device(api.write_cluster(job.id, to), to, json)
+
+
+def plan(
+    law: Name,
+    compute_flops: Annotated[float | None, typer.Option(help="A budget.")] = None,
+    usd: Annotated[float | None, typer.Option(help="A budget, by the cluster's price.")] = None,
+    hours: Annotated[float | None, typer.Option(help="A budget of training time on the cluster.")] = None,
+    kwh: Annotated[float | None, typer.Option(help="A budget, by the cluster's energy.")] = None,
+    target_loss: Annotated[
+        float | None, typer.Option(help="Instead of a budget: the least compute that reaches this loss.")
+    ] = None,
+    cluster: ClusterName = None,
+    precision: Precision = "bf16",
+    max_params: Annotated[float | None, typer.Option(help="Bound on N total.")] = None,
+    max_memory_gb: Annotated[
+        float | None, typer.Option(help="Bound on a device's memory. [default: all, with --cluster]")
+    ] = None,
+    data_tokens: Annotated[float | None, typer.Option(help="Unique tokens; more are repeats.")] = None,
+    inference_tokens: Annotated[float | None, typer.Option(help="That will be served.")] = None,
+    kappa: Annotated[float, typer.Option(help="FLOPs per active parameter and token.")] = 6.0,
+    context_tokens: Annotated[
+        float | None, typer.Option(help="T. [default: that of the law's runs; form ndt: the best]")
+    ] = None,
+    max_context_tokens: Annotated[float | None, typer.Option(help="Bound on T, for form ndt.")] = None,
+    n_total_over_active: Annotated[float, typer.Option(help="Bound for a law of form moe.")] = 64.0,
+    front: Annotated[
+        Path | None,
+        typer.Option(help="Also the plans of smaller budgets: a table, and a plot into this PNG."),
+    ] = None,
+    submit: Submit = False,
+    refresh: Refresh = False,
+    json: Json = False,
+) -> None:
+    """Spend a budget on parameters and tokens so that the law's loss is lowest; several limits at once."""
+    from escala.planning import service
+    from escala.planning.limits import Limits
+
+    question = service.Question(
+        kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
+    )
+    if target_loss is not None:
+        if any(v is not None for v in (compute_flops, usd, hours, kwh)):
+            raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
+        planned, target = service.plan_target(law, target_loss, question)
+        render_plans.target(planned, target, json)
+    else:
+        limits = Limits(
+            compute_flops=compute_flops,
+            usd=usd,
+            hours=hours,
+            kwh=kwh,
+            max_params=max_params,
+            data_tokens=data_tokens,
+            inference_tokens=inference_tokens,
+            max_context_tokens=max_context_tokens,
+            n_total_over_active=n_total_over_active,
+        )
+        planned = service.plan_law(law, limits, question)
+        render_plans.plan(planned, json)
+        if front is not None:
+            from escala.planning.plots import plot_front
+
+            plans = [each.plan for each in service.plan_front(law, limits, question)]
+            plot_front(plans, front, planned.law.reference)
+            render_plans.front(plans, front, json)
+    if submit:
+        from escala import api
+
+        best, report = planned.plan, render.quiet if json else render.note
+        job = api.submit_run(planned.law.reference, best.n_total, best.tokens, report=report)
+        render.submitted(job, json)
+
+
+def propose(
+    law: Name,
+    target_flops: Annotated[float, typer.Option(help="The budget whose optimum is to be known better.")],
+    max_flops: Annotated[float, typer.Option(help="Of one run.")],
+    aim: Annotated[str, typer.Option(help="loss: the mean loss there; n_active: the optimal N.")] = "loss",
+    count: Annotated[int, typer.Option(help="Runs, each as if those before had been measured.")] = 1,
+    unit: Annotated[str, typer.Option(help="What a run costs: FLOP, USD or kWh.")] = "FLOP",
+    width: Annotated[
+        float | None, typer.Option(help="The relative width wanted in the end. [default: half of now]")
+    ] = None,
+    cluster: ClusterName = None,
+    precision: Precision = "bf16",
+    submit: Submit = False,
+    follow: Follow = False,
+    refresh: Refresh = False,
+    json: Json = False,
+) -> None:
+    """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
+    from escala.planning import service
+
+    found = service.propose_runs(
+        law,
+        target_flops,
+        max_flops,
+        aim=aim,
+        count=count,
+        unit=unit,
+        cluster=cluster,
+        precision=render_plans.precision(precision),
+        width=width,
+        refresh=refresh,
+    )
+    render_plans.proposals(found, json)
+    if submit:
+        from escala import api
+
+        report = render.quiet if json else render.note
+        started = [
+            api.submit_run(found.law.reference, p.n_total, p.tokens, report=report) for p in found.proposals
+        ]
+        for job in started:
+            render.submitted(job, json)
+        for job in started if follow else ():
+            follow_job(job.id)
+
+
+def explore(
+    law: Name,
+    target_flops: Annotated[float, typer.Option(help="The budget whose optimum is to be known better.")],
+    max_flops: Annotated[float, typer.Option(help="Of one run.")],
+    budget_flops: Annotated[float, typer.Option(help="Of all runs together: a hard bound.")],
+    width: Annotated[
+        float, typer.Option(help="Stop when the 90 % interval of the mean loss is so wide, relatively.")
+    ] = 0.02,
+    batch: Annotated[int, typer.Option(help="Runs between two fits.")] = 2,
+    json: Json = False,
+) -> None:
+    """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
+    from escala import api
+
+    report = render.quiet if json else render.note
+    last = None
+    for last in api.explore(
+        law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
+    ):
+        if not json:
+            render_plans.round_(last)
+    render_plans.exploration(last, json)

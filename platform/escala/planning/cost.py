@@ -1,0 +1,269 @@
+"""What a run costs on a cluster, before it starts: memory, communication, time, energy, money. Pure.
+
+Memory and communication follow what DeepSpeed does (SPEC.md D.7; Rajbhandari et al. 2020), measured on CPU workers;
+time is compute at the cluster's measured or stated speed plus the communication that nothing hides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from escala.errors import SpecError
+from escala.hardware import Cluster, Device, Precision
+from workloads.config import ModelConfig, PretrainConfig
+from workloads.flops import flops_per_token, moved_bytes_per_step, parameter_counts, saved_elements_per_token
+
+FP32 = 4
+MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments
+MAX_BUCKET = 50_000_000  # elements of a reduce bucket, as workloads/training/zero.py bounds it
+OPTIMIZER_BYTES = 28  # AdamW reads weight, gradient, two moments, and writes three of them, in fp32
+BUCKET_PASSES = 6  # reads and writes of a gradient on its way into a bucket, flat, scaled
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the step's fullest moment. `total` is less than the parts' sum where they do not meet."""
+
+    weights: float  # what is kept, and under ZeRO-3 what is gathered
+    gradients: float
+    optimizer: float  # fp32 masters and Adam's moments
+    buckets: float  # of the gradients' reduction
+    activations: float
+    runtime: float  # of the libraries, whatever the model
+    total: float
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What one device sends in an optimiser step."""
+
+    sent_bytes: float
+    messages: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A run's cost. Seconds are of optimiser steps alone, without start-up, evaluations and checkpoints. None: the
+    cluster's file does not say what it takes to know.
+    """
+
+    n_total: int
+    n_active: int
+    train_tokens: int
+    steps: int
+    compute_flops: float  # of the model; recomputation is not counted
+    hardware_flops: float  # with it
+    memory: Memory
+    kv_cache_bytes_per_token: float  # of generation with this model, one sequence
+    communication: Communication
+    compute_seconds: float  # of one step
+    exposed_seconds: float  # of one step: communication that nothing hides
+    wall_seconds: float  # of all steps
+    model_flops_utilization: float
+    energy_joules: float | None  # at the meter, an estimate
+    usd: float | None
+    gco2e: float | None
+    fits: bool  # in the device's memory
+    notes: tuple[str, ...]
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimiser step."""
+        return self.compute_seconds + self.exposed_seconds
+
+
+def cost(config: PretrainConfig, cluster: Cluster) -> Cost:
+    """What a pretraining run costs on `cluster`, its workers one device each. Raises SpecError where several workers
+    ask for a link that was not measured.
+    """
+    counts = parameter_counts(config.model)
+    per_token = flops_per_token(config.model, config.context_tokens)
+    memory, moved = memory_bytes(config, cluster.device), communication(config)
+    compute, hidden = step_seconds(config, cluster.device)
+    workers, steps = config.resources.workers, config.total_steps
+    exposed = max(0.0, _sending_seconds(moved, cluster.device) - hidden)
+    wall = steps * (compute + exposed)
+    recomputed = per_token.total - per_token.logits if config.training.activation_checkpointing else 0.0
+    hardware = (per_token.total + recomputed / 3) * config.train_tokens
+    peak = _peak(cluster.device, config.training.precision)
+    joules = energy_joules(config, cluster, hardware, wall)
+    rates = cluster.rates()
+    return Cost(
+        n_total=counts.n_total,
+        n_active=counts.n_active,
+        train_tokens=config.train_tokens,
+        steps=steps,
+        compute_flops=per_token.total * config.train_tokens,
+        hardware_flops=hardware,
+        memory=memory,
+        kv_cache_bytes_per_token=kv_cache_bytes_per_token(config.model, _width(config)),
+        communication=moved,
+        compute_seconds=compute,
+        exposed_seconds=exposed,
+        wall_seconds=wall,
+        model_flops_utilization=per_token.total * config.step_tokens / workers / (compute + exposed) / peak,
+        energy_joules=joules,
+        usd=rates.usd(workers, wall),
+        gco2e=rates.gco2e(joules),
+        fits=memory.total <= cluster.device.memory_bytes.value,
+        notes=_notes(config, cluster),
+    )
+
+
+def memory_bytes(config: PretrainConfig, device: Device) -> Memory:
+    """Bytes on one device at the fullest moment of a step, by ZeRO stage (Rajbhandari et al. 2020, section 3).
+
+    That moment is the reduction of a full bucket of gradients. Freed activations and gathered parameters still belong
+    to the process then: glibc's heap keeps them (a CUDA device's cache does, too). With activation checkpointing
+    workers set their heap to give back, and what the backward pass has used is gone.
+    """
+    training, stage = config.training, config.training.zero_stage
+    ranks, n, width = config.resources.workers, parameter_counts(config.model).n_total, _width(config)
+    is_mixed = training.precision == "bf16"
+    bucket = min(MAX_BUCKET, n)
+    gathered = n * width if stage == 3 else 0
+    weights = n * width / (ranks if stage == 3 else 1) + gathered
+    gradients = n * (FP32 if stage else width) / (ranks if stage >= 2 else 1)
+    masters = MASTER_AND_MOMENTS if stage or is_mixed else MASTER_AND_MOMENTS - FP32
+    optimizer = 0.0 if training.offload == "cpu" else n * masters / (ranks if stage else 1)
+    buckets = bucket * _bucket_bytes(stage, width, ranks)
+    saved = saved_elements_per_token(config.model, training.activation_checkpointing)
+    tokens = config.micro_batch_sequences * config.context_tokens
+    head, working = tokens * saved.head * FP32, tokens * saved.working * width
+    again = working if training.activation_checkpointing else 0.0
+    activations = tokens * saved.blocks * width + again + working + head
+    runtime = 0.0 if device.runtime_bytes is None else device.runtime_bytes.value
+    fixed = weights + gradients + optimizer + runtime
+    total = fixed + buckets + activations
+    if training.activation_checkpointing:
+        begins = fixed + bucket * width + activations - again - working
+        reduces = fixed - gathered * bucket / n + buckets + again + working
+        total = max(begins, reduces)
+    elif is_mixed and stage == 0:  # the update makes an fp32 copy of all gradients, when activations are gone
+        total = max(total, fixed + n * FP32)
+    return Memory(weights, gradients, optimizer, buckets, activations, runtime, total)
+
+
+def _bucket_bytes(stage: int, width: int, ranks: int) -> int:
+    """Bytes an element of a bucket of gradients, with the copies that its reduction makes: the flat tensor and the
+    collective's own (stage 3; elsewhere one), and in bf16 the cast to fp32.
+    """
+    if stage == 0:
+        return FP32 if ranks > 1 else 0
+    copies = (2 if stage == 3 and ranks > 1 else 1) + (width < FP32)
+    own = 0 if stage == 1 and width < FP32 else width  # DeepSpeed's BF16_Optimizer has no bucket of its own
+    return own + copies * FP32
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
+    """Keys and values of all layers, `width` bytes an element."""
+    return float(2 * model.n_layers * model.kv_heads * model.head_size * width)
+
+
+def communication(config: PretrainConfig) -> Communication:
+    """What a rank sends in an optimiser step (SPEC.md D.7; counted by workloads/training/traffic.py on real runs).
+
+    Stage 3: per micro-batch two gathers of the parameters and one reduce-scatter of the gradients; checkpointing
+    refetches nothing while all parameters fit among DeepSpeed's live ones. Stage 2 all-reduces (two passes) per
+    micro-batch, stages 0 and 1 once a step; 1 and 2 gather the updated parameters. Gradients travel in fp32.
+    """
+    ranks, stage, model = config.resources.workers, config.training.zero_stage, config.model
+    if ranks == 1:
+        return Communication(0.0, 0)
+    n, width = parameter_counts(model).n_total, _width(config)
+    micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
+    buckets = -(-n // min(MAX_BUCKET, n))
+    gather, reduce = n * width, n * FP32
+    if stage == 3:
+        volume = micro_steps * (2 * gather + reduce)
+        messages = micro_steps * (2 * (7 * model.n_layers + 1) + buckets)  # a gather a matrix
+    else:
+        reductions = micro_steps if stage == 2 else 1
+        volume = 2 * reduce * reductions + (gather if stage else 0)
+        messages = buckets * (reductions + (1 if stage else 0))
+    return Communication(volume * (ranks - 1) / ranks, messages)
+
+
+def step_seconds(config: PretrainConfig, device: Device) -> tuple[float, float]:
+    """Compute of one optimiser step on one device, and how much of the communication it can hide: DeepSpeed overlaps
+    them on GPUs (`overlap_comm`), not on CPUs.
+    """
+    training, ranks = config.training, config.resources.workers
+    n = parameter_counts(config.model).n_total
+    per_token = flops_per_token(config.model, config.context_tokens)
+    tokens = config.step_tokens / ranks
+    blocks = (per_token.matmul + per_token.attention) * tokens
+    speed = (device.training or {}).get(training.precision)
+    slowed = 1.0
+    if speed is None:
+        reached = _peak(device, training.precision) * utilization(device)
+        recomputed = blocks / 3 if training.activation_checkpointing else 0.0
+        work = (blocks + recomputed + per_token.logits * tokens) / reached
+    else:
+        width = config.model.d_model
+        work = blocks / speed.block_at(width) + per_token.logits * tokens / speed.head
+        if training.activation_checkpointing:
+            work += blocks / 3 / speed.recompute_at(width)
+        work /= speed.alone if ranks == 1 else 1.0
+        slowed = 1.0 if ranks == 1 else 1 / speed.efficiency_at(training.zero_stage)
+    mine = n / ranks if training.zero_stage else n
+    bandwidth = device.memory_bytes_per_second.value
+    if device.optimizer_parameters_per_second is None:
+        update = mine * OPTIMIZER_BYTES / bandwidth
+    else:
+        update = mine / device.optimizer_parameters_per_second.value
+    micro_steps = training.batch_sequences // (ranks * config.micro_batch_sequences)
+    copies = micro_steps * BUCKET_PASSES * FP32 * n / bandwidth if training.zero_stage else 0.0
+    hidden = work if config.resources.gpus_per_worker else 0.0
+    return slowed * (work + update + copies), hidden
+
+
+def _sending_seconds(moved: Communication, device: Device) -> float:
+    bandwidth, latency = device.link_bytes_per_second, device.link_seconds
+    if not moved.messages:
+        return 0.0
+    if bandwidth is None or latency is None:
+        raise SpecError(
+            "the device's link is not known: it was measured alone",
+            "escala bench device --workers N, or write link_bytes_per_second and link_seconds into the file",
+        )
+    return moved.sent_bytes / bandwidth.value + moved.messages * latency.value
+
+
+def energy_joules(
+    config: PretrainConfig, cluster: Cluster, hardware_flops: float, seconds: float
+) -> float | None:
+    """At the meter: static + dynamic + memory traffic (SPEC.md E.1), by the device's stated coefficients; None where
+    they are not all stated.
+    """
+    rates = cluster.rates()
+    moved = moved_bytes_per_step(config) * config.total_steps
+    return rates.joules(config.resources.workers, seconds, hardware_flops, moved)
+
+
+def _width(config: PretrainConfig) -> int:
+    """Bytes of a parameter in compute."""
+    return 2 if config.training.precision == "bf16" else FP32
+
+
+def _peak(device: Device, precision: Precision) -> float:
+    peaks = device.peak_flops_per_second
+    return (peaks.get(precision) or next(iter(peaks.values()))).value
+
+
+def utilization(device: Device) -> float:
+    return device.utilization.value if device.utilization is not None else 1.0
+
+
+def _notes(config: PretrainConfig, cluster: Cluster) -> tuple[str, ...]:
+    device, precision = cluster.device, config.training.precision
+    notes = [f"the device was {device.measured}: {device.about}"]
+    if precision not in device.peak_flops_per_second:
+        notes.append(
+            f"{precision} is not in the device's figures; taken as {next(iter(device.peak_flops_per_second))}"
+        )
+    if config.resources.workers > cluster.devices:
+        notes.append(f"{config.resources.workers} workers; the cluster has {cluster.devices} devices")
+    if device.training is None and device.utilization is not None:
+        notes.append(f"time at {device.utilization.value:.0%} of peak ({device.utilization.source})")
+    return tuple(notes)

@@ -1,0 +1,264 @@
+"""`escala explore`: propose, run, refit, again and again within a hard budget. Resumable: every round is on disk.
+
+A round is a sweep of the proposed runs, which are configured like the law's own; its points join the law's, and the
+next version of the law is fitted. What was expected and what was obtained stay side by side in the journal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from escala.errors import LawError, SpecError, StateError
+from escala.jobs import service as jobs
+from escala.jobs.service import Report, silent
+from escala.laws import service as laws
+from escala.planning.propose import Proposal
+from escala.planning.service import base_of, propose_runs
+from escala.records import write_json
+from escala.settings import Settings
+from escala.sweeps import service as sweeps
+
+GIVE_UP = 3  # rounds without a single point
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was asked of one round, and what came of it; None until it has."""
+
+    law: str  # that proposed
+    proposals: list[dict[str, Any]]
+    job_id: str | None = None  # the sweep's
+    spent_flops: float | None = None  # by all its trials, refused ones too
+    points: int | None = None
+    obtained: list[dict[str, Any]] | None = None  # predicted and measured loss of each point
+    refused: list[dict[str, Any]] | None = None
+    fitted: str | None = None  # the law after it
+    width_obtained: float | None = None  # where proposals[-1]["width_expected"] was expected
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """The journal: what is wanted, and the rounds so far."""
+
+    name: str
+    law: str  # the first one
+    target_flops: float
+    max_flops: float  # of one run
+    budget_flops: float  # of all of them
+    width: float  # relative, of the 90 % interval of the mean loss at the target
+    batch: int
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def spent_flops(self) -> float:
+        """By all rounds that have ended."""
+        return sum(r.spent_flops or 0.0 for r in self.rounds)
+
+
+def explore(
+    reference: str,
+    target_flops: float,
+    max_flops: float,
+    budget_flops: float,
+    *,
+    width: float = 0.02,
+    batch: int = 2,
+    report: Report = silent,
+) -> Iterator[Exploration]:
+    """Explore until the interval at the target is `width`, or the next run does not fit in the budget. Yields the
+    journal after every round.
+
+    The journal of this law, target and budget is continued where it was left: a round that runs is waited for, none
+    is run twice. The budget is hard: a proposal whose FLOPs do not fit in what is left is not run.
+
+    Raises LawError, SpecError, StateError where a sweep fails, ClusterError.
+    """
+    stored = laws.law(reference)
+    if not base_of(stored):
+        raise SpecError(
+            f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
+            "explore a law of sweeps: escala laws fit --sweep SPACE --name NAME",
+        )
+    state = _open(
+        Exploration(stored.name, stored.reference, target_flops, max_flops, budget_flops, width, batch)
+    )
+    while True:
+        if state.rounds and state.rounds[-1].fitted is None:
+            state = _save(
+                replace(state, rounds=[*state.rounds[:-1], _finish(state, state.rounds[-1], report)])
+            )
+            yield state
+        following = _next(state, report)
+        if following is None:
+            return
+        state = _save(replace(state, rounds=[*state.rounds, following]))
+
+
+def _open(asked: Exploration) -> Exploration:
+    """The journal of this question, or a new one. What is asked of it (batch, width) may change, its budget too."""
+    path = _path(asked.name)
+    if not path.exists():
+        return _save(asked)
+    data = json.loads(path.read_text())
+    rounds = [Round(**each) for each in data.pop("rounds")]
+    if data["target_flops"] != asked.target_flops:
+        raise StateError(
+            f"{asked.name} is explored for a target of {data['target_flops']:g} FLOPs",
+            f"continue with that target, or move {path} away",
+        )
+    return _save(replace(asked, law=data["law"], rounds=rounds))
+
+
+def _save(state: Exploration) -> Exploration:
+    path = _path(state.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, state)
+    return state
+
+
+def _path(name: str) -> Path:
+    return Settings().home / "explore" / f"{name}.json"
+
+
+def _next(state: Exploration, report: Report) -> Round | None:
+    """The next round; None where the width is reached, the budget is spent or nothing comes of the runs."""
+    law = state.rounds[-1].fitted if state.rounds else state.law
+    if law is None:
+        return None
+    if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
+        raise StateError(
+            f"the last {GIVE_UP} rounds gave no point", f"escala sweep points; {_path(state.name)}"
+        )
+    left = state.budget_flops - state.spent_flops
+    smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]
+    now = width_at(law, state.target_flops)
+    report(f"{law}: the interval of the mean loss at {state.target_flops:.3g} FLOPs is {now:.2%} wide")
+    if now <= state.width:
+        return None
+    if left < smallest:
+        report(f"{left:.3g} FLOPs are left, less than the law's smallest run")
+        return None
+    try:
+        found = propose_runs(
+            law, state.target_flops, min(state.max_flops, left), count=state.batch, width=state.width
+        )
+    except LawError as error:
+        report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
+        return None
+    chosen = list(found.proposals)
+    while chosen and (planned := _planned_flops(state, law, chosen)) > left:
+        report(f"{len(chosen)} runs of {planned:.3g} FLOPs do not fit in the {left:.3g} that are left")
+        chosen.pop()
+    return Round(law, [asdict(p) for p in chosen]) if chosen else None
+
+
+def _planned_flops(state: Exploration, law: str, chosen: list[Proposal]) -> float:
+    """What the runs take as they will be configured: the shape near N, whole steps, attention."""
+    space = _write_space(state, law, [asdict(p) for p in chosen])
+    return sweeps.plan_sweep(str(space)).compute_flops
+
+
+def _finish(state: Exploration, current: Round, report: Report) -> Round:
+    """Start the round's sweep where it has none, wait for it, fit."""
+    if current.job_id is None:
+        space = _write_space(state, current.law, current.proposals)
+        left = state.budget_flops - state.spent_flops
+        options = {"name": f"explore-{state.name}", "max_flops": left}
+        current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
+        _save(replace(state, rounds=[*state.rounds[:-1], current]))
+    *_, last = jobs.watch(str(current.job_id))
+    if last.job.state not in ("succeeded", "stopped"):
+        raise StateError(
+            f"the sweep {current.job_id} of this round is {last.job.state}",
+            f"escala jobs retry {current.job_id}, then explore again: it goes on from here",
+        )
+    return _fit(state, current)
+
+
+def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) -> Path:
+    """The round as a sweep's space: the proposed N and D, configured like the law's runs."""
+    base = base_of(laws.law(law))
+    cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
+    space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
+    path = _path(state.name).with_name(f"{state.name}-round.yaml")
+    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    return path
+
+
+def _fit(state: Exploration, current: Round) -> Round:
+    """The law of all points so far, and how the round's expectations fared."""
+    import pandas as pd
+
+    before = laws.law(current.law)
+    found = sweeps.sweep_points(str(current.job_id))
+    spent = sum(float(f["compute_flops"] or 0) for f in [*_rows(found.points), *_rows(found.refused)])
+    refused = [{"name": r.get("name"), "reason": r["reason"]} for r in _rows(found.refused)]
+    fitted, obtained = current.law, []
+    if len(found.points):
+        obtained = [_compared(before.law, row) for row in _rows(found.points)]
+        points = pd.concat([before.law.points, found.points], ignore_index=True).drop_duplicates("trial")
+        settings = {k: before.law.settings[k] for k in ("bootstrap", "group", "seed")}
+        configuration = before.provenance.get("configuration")
+        sources = [before.reference, f"sweep {current.job_id}"]
+        stored = laws.fit_points(
+            points,
+            state.name,
+            sources=sources,
+            form=before.law.form_name,
+            size=before.law.size,
+            configuration=configuration,
+            **settings,
+        )
+        fitted = stored.stored.reference
+    return replace(
+        current,
+        spent_flops=spent,
+        points=len(found.points),
+        obtained=obtained,
+        refused=refused,
+        fitted=fitted,
+        width_obtained=width_at(fitted, state.target_flops),
+    )
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    return [] if table.empty else table.to_dict("records")
+
+
+def _compared(law: Any, row: dict[str, Any]) -> dict[str, Any]:
+    point = {
+        name: float(row[name])
+        for name in ("n_active", "n_total", "tokens", "context_tokens")
+        if row.get(name)
+    }
+    said = law.predict(0.9, **point)
+    return {
+        **point,
+        "run_id": row.get("run_id"),
+        "predicted": said.loss_nats,
+        "low": said.low_nats,
+        "high": said.high_nats,
+        "obtained": float(row["loss_nats"]),
+    }
+
+
+def width_at(reference: str, target_flops: float) -> float:
+    """Relative width of the 90 % interval of the mean loss at the law's optimum for `target_flops`. Raises LawError."""
+    law = laws.law(reference).law
+    best = law.optimum(target_flops)
+    point = {
+        "n_active": best.n_active,
+        "n_total": best.n_total,
+        "tokens": best.tokens,
+        law.size: best.n_active,
+    }
+    found = law.predict_mean(0.9, **point)
+    if found.low_nats is None or found.high_nats is None:
+        raise LawError(f"{reference} has no bootstrap.", "Fit it with bootstrap=1000.")
+    return (found.high_nats - found.low_nats) / found.loss_nats

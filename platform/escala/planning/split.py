@@ -1,0 +1,241 @@
+"""The split of a budget that minimises a law's loss, or of the least budget that reaches a loss; for many
+parameter vectors at once.
+
+Source: SPEC.md D.2-D.6. With C = kappa N D chi(N, T), chi = 1 + scale T N^-exponent, inference demand
+2 N D_inference and repeats D'(D), an interior optimum satisfies
+
+    alpha a N^-alpha = beta b D'^-beta g m,    zeta c T^-zeta = beta b D'^-beta g w,
+
+where g = dlnD'/dlnD, m = 1 + dlnchi/dlnN + 2 N D_inference / C and w = dlnchi/dlnT. In (log N, log T) the loss
+along the budget is convex: log chi and -log(budget - inference) are, and -log D' is convex and decreasing in
+log D. So both conditions rise, and a bracketed root finds the only optimum, whichever limits bind. The same
+conditions hold for the least compute that reaches a target loss; only D(N, T) differs. Letter: B replicates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from escala.errors import LawError
+from escala.laws.forms import Floats, Optimum, closed_form_optimum
+from escala.laws.law import Law
+from escala.planning.limits import Chi, Limits, Speed
+
+REPEAT_SCALE = 15.0  # R*: after 15 repeats the next is worth 1/e of a new token (Muennighoff et al. 2023)
+LOG_N_BRACKET = (-100.0, 200.0)  # wider than any law in any unit; float64 holds every power inside
+TOLERANCE = 1e-12  # of a condition, or (at a corner, which has no root) of log N and log T
+STEPS = 60  # halvings of the bracket to TOLERANCE, and some
+BINDS = 1e-9  # relative: closer to its bound than this, a limit binds
+STEEP = 1e3  # conditions are logs of a ratio; beyond e^1000 only the sign counts
+
+Terms = dict[str, Floats]  # the law's parameters by name, (B,) each; 0 for what its form lacks
+
+
+@dataclass(frozen=True)
+class Question:
+    """All but the law's parameters. What is not limited is inf."""
+
+    limits: Limits
+    kappa: float
+    chi: Chi
+    budgets: dict[str, float]  # FLOPs by the limit's name
+    max_params: float
+    unique_tokens: float
+    inference_tokens: float
+    experts: float  # bound on N_total/N_active; 1 for dense models
+    context: tuple[float, float]  # bounds of T; equal where it is fixed
+    context_is_free: bool
+    context_is_known: bool  # from the law or the caller; else T means nothing
+    target_nats: float | None = None
+
+    @property
+    def total_flops(self) -> float:
+        """Bound on training plus inference."""
+        return min((bound for name, bound in self.budgets.items() if name != "hours"), default=math.inf)
+
+
+class Split(NamedTuple):
+    """One per replicate; N, D and the FLOPs are inf where the target is never reached."""
+
+    n_B: Floats
+    t_B: Floats
+    d_B: Floats
+    chi_B: Floats
+    flops_B: Floats  # training
+    by_n_B: Floats  # the first-order conditions, as in `_conditions`
+    by_t_B: Floats
+    floor_B: Floats  # no compute goes below this loss: L_inf, and what max_params, data_tokens and T leave
+
+
+def ask(
+    law: Law, limits: Limits, kappa: float, chi: Chi, speed: Speed | None, context_tokens: float | None
+) -> Question:
+    """Raises LawError for a law that has no optimum, and for what is missing or makes no sense."""
+    budgets = limits.budgets_flops(speed)
+    dense_split(law, 1.0, kappa)
+    if context_tokens is not None and not (math.isfinite(context_tokens) and context_tokens > 0):
+        raise LawError(f"context_tokens = {context_tokens} must be a positive number.", "Say e.g. 2048.")
+    in_law, most = law.form.name == "ndt", limits.max_context_tokens
+    if context_tokens is None and not in_law and chi.scale > 0:
+        raise LawError("chi depends on the context T, and this law does not.", "Give context_tokens.")
+    is_free = in_law and context_tokens is None
+    low, high = law.ranges["context_tokens"] if is_free else (context_tokens or 1.0,) * 2
+    return Question(
+        limits=limits,
+        kappa=kappa,
+        chi=chi,
+        budgets=budgets,
+        max_params=limits.max_params or math.inf,
+        unique_tokens=limits.data_tokens or math.inf,
+        inference_tokens=limits.inference_tokens or 0.0,
+        experts=limits.n_total_over_active if gains_from_experts(law) else 1.0,
+        context=(min(low, most), most) if is_free and most else (low, high),
+        context_is_free=is_free,
+        context_is_known=in_law or context_tokens is not None,
+    )
+
+
+def gains_from_experts(law: Law) -> bool:
+    """With rho = 0 experts lower no loss, so there is no reason to have them."""
+    return law.form.mixed and law.parameters["rho"] > 0
+
+
+def solve(law: Law, q: Question) -> tuple[Split, Split]:
+    """The optimum of the law, and of each replicate that has one: those whose a or b is 0 are dropped."""
+    estimate_BP = np.array([[law.parameters[name] for name in law.form.names]])
+    interior_BP = law.replicates_BP[(law.replicates_BP[:, 1:3] > 0).all(axis=1)]
+    return _solve(q, _terms(law, estimate_BP)), _solve(q, _terms(law, interior_BP))
+
+
+def dense_split(law: Law, compute_flops: float, kappa: float) -> Optimum:
+    """The closed form without experts or limits. Raises LawError for a law that has none, and for kappa."""
+    bounds = {"context_tokens": 1.0, "n_total_over_active": 1.0}  # T does not move N and D
+    return closed_form_optimum(law.form, law.parameters, compute_flops, kappa=kappa, **bounds)
+
+
+def effective_tokens(tokens: Floats, unique_tokens: float) -> Floats:
+    """D' = U + U R* (1 - exp(-R/R*)), U = min(D, unique), R = D/U - 1 (SPEC.md D.6)."""
+    used = np.minimum(tokens, unique_tokens)
+    return used * (1.0 - REPEAT_SCALE * np.expm1(-(tokens / used - 1.0) / REPEAT_SCALE))
+
+
+def _terms(law: Law, theta_BP: Floats) -> Terms:
+    zero_B = np.zeros(len(theta_BP))
+    lacking = {"c": zero_B, "zeta": zero_B, "rho": zero_B}
+    return lacking | dict(zip(law.form.names, theta_BP.T, strict=True))
+
+
+def _solve(q: Question, law: Terms) -> Split:
+    """The root of N's condition along the best T of each N; what lies beyond a bound sits on it."""
+
+    def best_t(log_n_B: Floats) -> Floats:
+        low_B, high_B = (np.full_like(log_n_B, math.log(bound)) for bound in q.context)
+        if not q.context_is_free:
+            return low_B
+        return _rising_root(lambda log_t_B: _conditions(q, law, log_n_B, log_t_B)[2], low_B, high_B)
+
+    with np.errstate(all="ignore"):  # infinities stand for what is never reached
+        high = min(LOG_N_BRACKET[1], math.log(q.max_params))
+        if q.target_nats is None and q.inference_tokens:
+            high = min(high, math.log(q.total_flops / q.inference_tokens / 2.0) - BINDS)
+        low_B, high_B = np.full_like(law["a"], LOG_N_BRACKET[0]), np.full_like(law["a"], high)
+        log_n_B = _rising_root(lambda x_B: _conditions(q, law, x_B, best_t(x_B))[1], low_B, high_B)
+        log_t_B = best_t(log_n_B)
+        log_d_B, by_n_B, by_t_B = _conditions(q, law, log_n_B, log_t_B)
+        n_B, d_B, chi_B = np.exp(log_n_B), np.exp(log_d_B), 1.0 + q.chi.excess(log_n_B, log_t_B)
+        floor_B = _floor(q, law)
+        if q.target_nats is not None:
+            reached_B = np.isfinite(d_B) & (q.target_nats > floor_B)
+            n_B, d_B = np.where(reached_B, n_B, math.inf), np.where(reached_B, d_B, math.inf)
+        flops_B = q.kappa * n_B * d_B * chi_B
+        return Split(n_B, np.exp(log_t_B), d_B, chi_B, flops_B, by_n_B, by_t_B, floor_B)
+
+
+def _conditions(q: Question, law: Terms, log_n_B: Floats, log_t_B: Floats) -> tuple[Floats, Floats, Floats]:
+    """log D, and the first-order conditions of N and T: log of what more of it costs (in the term of D) over
+    what it gains (in its own term); negative where more of it pays.
+    """
+    excess_B = q.chi.excess(log_n_B, log_t_B)
+    attention_B = excess_B / (1.0 + excess_B)  # dlnchi/dlnT; dlnchi/dlnN is -exponent times this
+    log_n_eff_B, share_B = _effective_size(q, law, log_n_B)
+    by_n_B = law["a"] * np.exp(-law["alpha"] * log_n_eff_B)
+    by_t_B = law["c"] * np.exp(-law["zeta"] * log_t_B)
+    if q.target_nats is None:
+        log_d_B, inference_B = _tokens_of_budget(q, log_n_B, np.log1p(excess_B))
+    else:
+        log_d_B = _tokens_of_gap(q, law, q.target_nats - law["L_inf"] - by_n_B - by_t_B)
+        inference_B = 2.0 * q.inference_tokens / (q.kappa * (1.0 + excess_B)) * np.exp(-log_d_B)
+    tokens_B = np.exp(log_d_B)
+    log_eff_B = np.log(effective_tokens(tokens_B, q.unique_tokens))
+    repeats_B = np.maximum(tokens_B / q.unique_tokens - 1.0, 0.0)
+    log_g_B = log_d_B - log_eff_B - repeats_B / REPEAT_SCALE
+    log_by_d_B = np.log(law["beta"] * law["b"]) - law["beta"] * log_eff_B + log_g_B
+    slope_B = 1.0 - q.chi.exponent * attention_B + inference_B
+    n_B = log_by_d_B + np.log(slope_B) - np.log(share_B * law["alpha"] * by_n_B)
+    t_B = log_by_d_B + np.log(attention_B) - np.log(law["zeta"] * by_t_B)
+    t_B = np.where(by_t_B == 0.0, STEEP, t_B)  # a longer context lowers nothing
+    endless_B = np.isposinf(log_d_B)  # no D reaches the target from here: more N, more T
+    n_B, t_B = np.where(endless_B, -STEEP, n_B), np.where(endless_B & (by_t_B > 0.0), -STEEP, t_B)
+    n_B, t_B = (np.nan_to_num(np.clip(v_B, -STEEP, STEEP)) for v_B in (n_B, t_B))
+    return log_d_B, n_B, t_B
+
+
+def _effective_size(q: Question, law: Terms, log_n_B: Floats) -> tuple[Floats, Floats]:
+    """log N_eff at the most N_total that the limits allow, and dlnN_eff/dlnN."""
+    log_ratio_B = np.minimum(math.log(q.experts), math.log(q.max_params) - log_n_B)
+    free_B = log_ratio_B >= math.log(q.experts)
+    return log_n_B + law["rho"] * log_ratio_B, np.where(free_B, 1.0, 1.0 - law["rho"])
+
+
+def _tokens_of_budget(q: Question, log_n_B: Floats, log_chi_B: Floats) -> tuple[Floats, Floats]:
+    """log D that the budgets leave, and inference's share in -dlnD/dlnN."""
+    inference_B, training = 2.0 * q.inference_tokens * np.exp(log_n_B), q.budgets.get("hours", math.inf)
+    spare_B = q.total_flops - inference_B
+    log_d_B = np.log(np.minimum(spare_B, training)) - math.log(q.kappa) - log_n_B - log_chi_B
+    return log_d_B, np.where(spare_B <= training, inference_B / spare_B, 0.0)
+
+
+def _tokens_of_gap(q: Question, law: Terms, gap_B: Floats) -> Floats:
+    """log of the D whose term is `gap_B`; inf where no D is enough. The inverse of `effective_tokens`."""
+    log_eff_B = np.where(gap_B > 0, (np.log(law["b"]) - np.log(gap_B)) / law["beta"], math.inf)
+    if math.isinf(q.unique_tokens):
+        return log_eff_B
+    over_B = np.exp(log_eff_B) / q.unique_tokens - 1.0
+    repeats_B = np.where(over_B < REPEAT_SCALE, -REPEAT_SCALE * np.log1p(-over_B / REPEAT_SCALE), math.inf)
+    return np.where(over_B <= 0, log_eff_B, math.log(q.unique_tokens) + np.log1p(repeats_B))
+
+
+def _floor(q: Question, law: Terms) -> Floats:
+    by_n_B = law["a"] * q.max_params ** -law["alpha"]
+    by_d_B = law["b"] * (q.unique_tokens * (1.0 + REPEAT_SCALE)) ** -law["beta"]
+    return law["L_inf"] + law["c"] * q.context[1] ** -law["zeta"] + by_n_B + by_d_B
+
+
+def _rising_root(f: Callable[[Floats], Floats], low_B: Floats, high_B: Floats) -> Floats:
+    """Where each rising f crosses 0 between its ends; the nearer end where it does not.
+
+    Ridders' method (1979): quadratic where f is smooth, and it halves the bracket at a jump (a corner). There
+    a small step is no sign of the end, so only f and the bracket are.
+    """
+    at_low_B, at_high_B = f(low_B), f(high_B)
+    low_B = np.where(at_high_B <= 0, high_B, low_B)
+    high_B = np.where(at_low_B >= 0, low_B, high_B)
+    root_B = low_B
+    for _ in range(STEPS):
+        middle_B = (low_B + high_B) / 2.0
+        at_middle_B = f(middle_B)
+        step_B = (middle_B - low_B) * at_middle_B / np.sqrt(at_middle_B**2 - at_low_B * at_high_B)
+        root_B = np.clip(np.where(np.isfinite(step_B), middle_B - step_B, middle_B), low_B, high_B)
+        at_root_B = f(root_B)
+        for point_B, value_B in ((middle_B, at_middle_B), (root_B, at_root_B)):
+            rise_B, fall_B = (value_B < 0) & (point_B >= low_B), (value_B >= 0) & (point_B <= high_B)
+            low_B, at_low_B = np.where(rise_B, point_B, low_B), np.where(rise_B, value_B, at_low_B)
+            high_B, at_high_B = np.where(fall_B, point_B, high_B), np.where(fall_B, value_B, at_high_B)
+        if ((np.abs(at_root_B) <= TOLERANCE) | (high_B - low_B <= TOLERANCE)).all():
+            break
+    return root_B

@@ -1,0 +1,221 @@
+"""Costs and cluster files: closed formulas of ZeRO, sources, what is unknown stays unknown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from escala.cli.main import app
+from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.hardware import Cluster, directory, load_cluster, names
+from escala.planning.bench import _device
+from escala.planning.cost import communication, cost, memory_bytes
+from workloads.config import PretrainConfig
+from workloads.flops import parameter_counts, saved_elements_per_token
+
+PLAIN: dict[str, Any] = {  # a device with round figures
+    "about": "round figures",
+    "memory_bytes": {"value": 1e11, "source": "a test"},
+    "memory_bytes_per_second": {"value": 1e12, "source": "a test"},
+    "peak_flops_per_second": {
+        "fp32": {"value": 1e12, "source": "a test"},
+        "bf16": {"value": 2e12, "source": "a test"},
+    },
+    "utilization": {"value": 0.5, "source": "a test"},
+    "link_bytes_per_second": {"value": 1e9, "source": "a test"},
+    "link_seconds": {"value": 0.0, "source": "a test"},
+}
+ENERGY = {
+    name: {"value": 1.0, "source": "a test"}
+    for name in ("static_watts", "joules_per_flop", "joules_per_byte")
+}
+
+
+def cluster(devices: int = 2, **keys: Any) -> Cluster:
+    device = {**PLAIN, **keys.pop("device", {})}
+    return Cluster.model_validate({"device": device, "devices": devices, **keys})
+
+
+def config(workers: int = 2, stage: int = 3, precision: str = "fp32", **training: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "model": {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096},
+            "training": {"zero_stage": stage, "precision": precision, "batch_sequences": 8, **training},
+            "resources": {"workers": workers},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "bytes_per_parameter"),
+    [
+        (0, "fp32", 16),
+        (1, "fp32", 4 + 4 + 12 / 2),
+        (2, "fp32", 4 + 4 / 2 + 12 / 2),
+        (3, "fp32", 4 + 20 / 2),
+        (2, "bf16", 2 + 4 / 2 + 12 / 2),
+        (3, "bf16", 2 + 18 / 2),
+    ],
+)
+def test_states_are_split_as_zero_splits_them(stage: int, precision: str, bytes_per_parameter: float) -> None:
+    """Rajbhandari et al. 2020, section 3; at stage 3 all parameters are gathered beside the shares; gradients add up in
+    fp32.
+    """
+    asked = config(2, stage, precision)
+    found = memory_bytes(asked, cluster().device)
+    n = parameter_counts(asked.model).n_total
+    assert found.weights + found.gradients + found.optimizer == pytest.approx(bytes_per_parameter * n)
+    assert (
+        found.total
+        <= found.weights + found.gradients + found.optimizer + found.buckets + found.activations + 1
+    )
+
+
+def test_checkpointing_keeps_a_block_s_input_and_costs_a_forward_pass() -> None:
+    plain, again = config(), config(activation_checkpointing=True)
+    saved = saved_elements_per_token(plain.model, True)
+    assert saved.blocks == 12 * 640
+    assert memory_bytes(again, cluster().device).total < memory_bytes(plain, cluster().device).total
+    a, b = cost(plain, cluster()), cost(again, cluster())
+    assert b.compute_flops == a.compute_flops
+    assert 1.2 < b.compute_seconds / a.compute_seconds < 4 / 3
+    assert 1.2 < b.hardware_flops / a.hardware_flops < 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "micro", "passes"),  # of half of the parameters (two ranks), in fp32's 4 bytes
+    [
+        (3, "fp32", None, 3),
+        (3, "fp32", 1, 12),
+        (2, "fp32", None, 3),
+        (1, "fp32", None, 3),
+        (0, "fp32", None, 2),
+        (3, "bf16", None, 2),
+        (2, "bf16", None, 2.5),
+        (2, "bf16", 2, 4.5),
+        (1, "bf16", 2, 2.5),
+    ],
+)
+def test_volumes_are_those_counted_on_real_runs(
+    stage: int, precision: str, micro: int | None, passes: float
+) -> None:
+    asked = config(2, stage, precision, micro_batch_sequences=micro)
+    n = parameter_counts(asked.model).n_total
+    assert communication(asked).sent_bytes == pytest.approx(passes * 4 * n / 2)
+    assert communication(config(1, stage, precision)).sent_bytes == 0
+
+
+def test_time_is_compute_and_what_is_not_hidden() -> None:
+    found = cost(config(), cluster())
+    flops = found.compute_flops / found.steps / 2
+    assert found.compute_seconds == pytest.approx(flops / 0.5e12, rel=0.05)
+    assert found.exposed_seconds == pytest.approx(found.communication.sent_bytes / 1e9)
+    assert found.wall_seconds == pytest.approx(found.steps * found.step_seconds)
+    gpu = config().model_copy(
+        update={"resources": config().resources.model_copy(update={"gpus_per_worker": 1})}
+    )
+    assert cost(gpu, cluster()).exposed_seconds < found.exposed_seconds
+
+
+def test_unknown_prices_and_energy_stay_unknown() -> None:
+    found = cost(config(), cluster())
+    assert (found.usd, found.energy_joules, found.gco2e) == (None, None, None)
+    told = cost(
+        config(),
+        cluster(
+            device=ENERGY,
+            usd_per_device_hour={"value": 2.0, "source": "a test"},
+            gco2e_per_kwh={"value": 500.0, "source": "a test"},
+            power_usage_effectiveness={"value": 1.5, "source": "a test"},
+        ),
+    )
+    assert told.usd == pytest.approx(2 * 2.0 * told.wall_seconds / 3600)
+    assert told.energy_joules is not None
+    assert told.energy_joules > 1.5 * (told.hardware_flops + 2 * told.wall_seconds)
+    assert told.gco2e == pytest.approx(told.energy_joules / 3.6e6 * 500)
+
+
+def test_shipped_clusters_load_and_every_number_has_a_source() -> None:
+    assert {"local", "h100-8"} <= set(names())
+    for name in names():
+        assert load_cluster(name).devices > 0
+    for name, device in yaml.safe_load((directory() / "devices.yaml").read_text()).items():
+        loaded = Cluster.model_validate({"device": device, "devices": 1}).device
+        assert loaded.measured == "not measured here", name
+
+
+def test_a_cluster_s_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no cluster 'h100'"):
+        load_cluster("h100")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"device": "h100-sxm", "devices": 4}))
+    assert load_cluster(path).devices == 4
+    path.write_text(yaml.safe_dump({"device": "h1000", "devices": 4}))
+    with pytest.raises(SpecError, match="no device 'h1000'"):
+        load_cluster(path)
+    path.write_text(yaml.safe_dump({"device": {**PLAIN, "utilization": None}, "devices": 4}))
+    with pytest.raises(SpecError, match="utilization"):
+        load_cluster(path)
+    path.write_text(yaml.safe_dump({"device": {**PLAIN, "memory_bytes": {"value": 1e9}}, "devices": 4}))
+    with pytest.raises(SpecError, match="source"):
+        load_cluster(path)
+
+
+def test_measured_speeds_are_interpolated_between_widths() -> None:
+    speed = {"block": {256: 1e11, 1024: 4e11}, "recompute": {256: 1e11}, "head": 1e11, "source": "a test"}
+    found = cluster(device={"training": {"fp32": speed}}).device.training
+    assert found is not None
+    assert found["fp32"].block_at(512) == pytest.approx(2e11)
+    assert found["fp32"].block_at(64) == 1e11
+    assert found["fp32"].block_at(4096) == 4e11
+
+
+def test_a_bench_s_figures_make_a_device() -> None:
+    facts = {
+        "device": "a CPU",
+        "workers": 1,
+        "memory_bytes": 8_123_456_789,
+        "memory_bytes_per_second": 1.9e10,
+        "optimizer_parameters_per_second": 8e8,
+        "runtime_bytes": 8e7,
+        "link_bytes_per_second": None,
+        "link_seconds": None,
+        "precisions": {
+            "fp32": {
+                "peak_flops_per_second": 9e10,
+                "block": {"256": 6e10},
+                "recompute": {"256": 6e10},
+                "head": 8e10,
+                "alone": 1.1,
+            }
+        },
+    }
+    made = Cluster.model_validate({"device": _device(facts, "run 7"), "devices": 1}).device
+    assert made.memory_bytes.value == 8.12e9
+    assert made.measured == made.memory_bytes.source == "run 7"
+    alone = Cluster(device=made, devices=1)
+    assert cost(config(workers=1), alone).exposed_seconds == 0
+    with pytest.raises(SpecError, match="measured alone"):
+        cost(config(workers=2), alone)
+
+
+def test_cost_from_the_command_line() -> None:
+    def ask(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["cost", *arguments])
+        if isinstance(done.exception, EscalaError):
+            raise done.exception
+        return done.stdout
+
+    shown = ask("--cluster", "h100-8", "--set", "model.n_layers=48", "--set", "model.d_model=8192")
+    assert "DOES NOT FIT" in shown
+    assert "not measured here" in shown
+    answer = json.loads(ask("--cluster", "h100-8", "--compute-flops", "1e18", "--json"))
+    assert answer["compute_flops"] == pytest.approx(1e18, rel=0.01)
+    assert answer["usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)
+    with pytest.raises(NotFoundError):
+        ask("--cluster", "nowhere")

@@ -1,0 +1,171 @@
+"""Plans and proposals from the command line, on a law that this home has cached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from escala.cli.main import app
+from escala.errors import LawError, SpecError
+from escala.laws import fit_law
+from escala.laws.reference import Cache, Stored
+from escala.planning.service import base_of, chi_of, config_for
+from workloads.config import ModelConfig, PretrainConfig
+from workloads.flops import flops_per_token, parameter_counts
+
+URI = "http://127.0.0.1:9"  # nothing listens there
+CONFIGURATION = {  # as a sweep stores it: dotted keys and texts
+    "model.vocab_size": "320",
+    "model.max_context_tokens": "64",
+    "model.n_heads": "4",
+    "data.tokenizer.vocab_size": "320",
+    "data.allow_repeats": "True",
+    "training.context_tokens": "64",
+    "training.optimizer.warmup_steps": "None",
+    "training.optimizer.learning_rate": "0.01",
+    "training.seed": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def stored() -> Stored:
+    rng = np.random.default_rng(0)
+    compute, ratio = 10 ** rng.uniform(11, 13, 24), 20 * 10 ** rng.uniform(-0.75, 0.75, 24)
+    frame = pd.DataFrame({"n_active": np.sqrt(compute / 6 / ratio)})
+    frame["tokens"] = compute / 6 / frame.n_active
+    clean = 1.2 + 80 * frame.n_active**-0.45 + 1600 * frame.tokens**-0.58
+    frame["loss_nats"] = clean * np.exp(0.003 * rng.standard_normal(24))
+    return Stored("tiny", 1, fit_law(frame, bootstrap=100), {"configuration": CONFIGURATION})
+
+
+@pytest.fixture
+def home(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ESCALA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", URI)
+    cache = Cache(tmp_path / "home", URI)
+    cache.put(stored)
+    cache.put(Stored("table", 1, stored.law, {"configuration": None}))
+    cache.set_champion("tiny", 1)
+    return tmp_path
+
+
+def ask(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def test_the_configuration_of_a_law_s_runs_comes_back_without_what_the_recipe_decides(stored: Stored) -> None:
+    assert base_of(stored) == {
+        "model": {"vocab_size": 320, "max_context_tokens": 64},
+        "data": {"tokenizer": {"vocab_size": 320}, "allow_repeats": True},
+        "training": {"context_tokens": 64},
+    }
+    config = PretrainConfig.model_validate(config_for(stored, 56_000, 2e6, ["resources.workers=2"]))
+    assert parameter_counts(config.model).n_total == pytest.approx(56_000, rel=0.15)
+    assert config.train_tokens == pytest.approx(2e6, rel=0.01)
+    assert config.resources.workers == 2
+
+
+def test_chi_is_the_recipe_s_attention(stored: Stored) -> None:
+    chi = chi_of(stored)
+    model = ModelConfig(vocab_size=320, n_layers=4, d_model=96, n_heads=6, max_context_tokens=64)
+    n = parameter_counts(model).n_total
+    exact = flops_per_token(model, 64).attention / 6 / n
+    assert chi.scale * 64 * n**-chi.exponent == pytest.approx(exact, rel=0.3)
+    assert 0.2 < chi.exponent < 0.6
+
+
+def test_a_plan_names_what_binds_and_what_it_assumes(home: Path) -> None:
+    free = json.loads(ask("laws", "plan", "tiny", "--compute-flops", "1e14", "--json"))
+    assert free["binding"] == ["compute_flops"]
+    spent = 6 * free["n_active"] * free["tokens"] * free["chi"]
+    assert spent == pytest.approx(1e14)
+    assert free["chi"] > 1.01
+    small = json.loads(
+        ask("laws", "plan", "tiny", "--compute-flops", "1e14", "--max-params", "1e5", "--json")
+    )
+    assert small["n_total"] == pytest.approx(1e5)
+    assert set(small["binding"]) == {"compute_flops", "max_params"}
+    shown = ask("laws", "plan", "tiny", "--compute-flops", "1e14", "--data-tokens", "1e6")
+    assert "epochs, worth" in shown
+    assert "binding         compute_flops, data_tokens" in shown
+
+
+def test_dollars_hours_and_energy_come_from_the_cluster(home: Path) -> None:
+    answer = json.loads(ask("laws", "plan", "tiny", "--usd", "10", "--cluster", "h100-8", "--json"))
+    assert answer["usd"] == pytest.approx(10)
+    assert answer["hours"] == pytest.approx(10 / (8 * 2.5))
+    assert answer["kwh"] > 0
+    assert any("not measured here" in text for text in answer["assumed"])
+    with pytest.raises(SpecError, match="no precision"):
+        ask("laws", "plan", "tiny", "--usd", "10", "--precision", "fp8")
+    with pytest.raises(LawError, match="no budget"):
+        ask("laws", "plan", "tiny")
+
+
+def test_memory_bounds_the_model(home: Path) -> None:
+    free = json.loads(ask("laws", "plan", "tiny", "--compute-flops", "1e24", "--json"))
+    bound = json.loads(
+        ask(
+            "laws",
+            "plan",
+            "tiny",
+            "--compute-flops",
+            "1e24",
+            "--cluster",
+            "h100-8",
+            "--max-memory-gb",
+            "8",
+            "--json",
+        )
+    )
+    assert bound["n_total"] < free["n_total"]
+    assert "device memory" in bound["binding"]
+    assert 1e9 < bound["n_total"] < 5e9  # 8 GB x 8 devices, 18 bytes a parameter, and what is gathered
+
+
+def test_a_target_loss_has_its_compute_and_its_energy(home: Path) -> None:
+    there = json.loads(ask("laws", "plan", "tiny", "--compute-flops", "1e14", "--json"))
+    answer = json.loads(
+        ask("laws", "plan", "tiny", "--target-loss", str(there["loss_nats"]), "--cluster", "h100-8", "--json")
+    )
+    assert answer["compute_flops"] == pytest.approx(1e14, rel=1e-6)
+    low, joules, high = answer["joules"]
+    assert low < joules < high
+    with pytest.raises(LawError, match="asks for the budget"):
+        ask("laws", "plan", "tiny", "--target-loss", "2", "--usd", "1")
+
+
+def test_the_front_is_a_table_and_a_plot(home: Path) -> None:
+    path = home / "front.png"
+    shown = ask("laws", "plan", "tiny", "--compute-flops", "1e14", "--front", str(path))
+    assert path.stat().st_size > 5000
+    assert len([line for line in shown.splitlines() if line.startswith(("1e+", "5.6", "3.1", "1.7"))]) >= 5
+
+
+def test_a_proposal_says_what_it_expects_and_by_which_formula(home: Path) -> None:
+    arguments = ("propose", "tiny", "--target-flops", "1e16", "--max-flops", "1e13")
+    answer = json.loads(ask(*arguments, "--count", "2", "--json"))
+    first, second = answer["proposals"]
+    assert max(first["compute_flops"], second["compute_flops"]) <= 1e13
+    assert second["width_expected"] < first["width_expected"] < first["width_now"]
+    assert "MacKay" in ask(*arguments)
+    dollars = json.loads(ask(*arguments, "--unit", "USD", "--cluster", "h100-8", "--json"))["proposals"][0]
+    assert dollars["unit"] == "USD"
+    assert dollars["cost"] == pytest.approx(2.5 * 8 / 3600 * dollars["compute_flops"] / (8 * 0.4 * 989.4e12))
+    with pytest.raises(SpecError, match="no unit"):
+        ask(*arguments, "--unit", "EUR")
+
+
+def test_a_law_of_a_table_can_neither_submit_nor_explore(home: Path) -> None:
+    with pytest.raises(SpecError, match="does not know how its runs were configured"):
+        ask("laws", "plan", "table@1", "--compute-flops", "1e14", "--submit")
+    with pytest.raises(SpecError, match="does not know how its runs were configured"):
+        ask("explore", "table@1", "--target-flops", "1e16", "--max-flops", "1e13", "--budget-flops", "1e14")

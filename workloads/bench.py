@@ -1,0 +1,318 @@
+"""What one device does when all of its cluster work: `python -m workloads.bench ATTEMPT.json`. Reads top to bottom.
+
+Every worker measures at the same time, between barriers: cores share memory and caches, and accelerators their
+links and their power. Rank 0's figures are those of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from escala import handshake
+from escala.attempt import check_fence, finish, flatten, read_attempt
+from escala.errors import EscalaError
+from escala.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
+from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.tracker import open_tracker
+from workloads.config import BenchConfig, ModelConfig, TrainingConfig
+from workloads.flops import flops_per_token
+from workloads.model.transformer import Transformer
+from workloads.training import meter, zero
+from workloads.training.driver import HUGE_PAGES, start_workers
+from workloads.training.loop import set_up_torch
+from workloads.training.loss import token_loss
+from workloads.training.step import accumulate
+
+OPTIMIZER_PARAMETERS = 1 << 24  # 16.8 M: 270 MB of state, far beyond any cache
+STREAM_ELEMENTS = 1 << 25
+MESSAGE_ELEMENTS = 1 << 23  # 32 MB in fp32: a gather of a large layer
+SMALL_ELEMENTS = 64
+LAYERS = 12  # as deep as a real model: two layers, weights and all, would sit in the cache
+STAGES = (1, 3)  # that meet once in a step, and at every layer
+LIMIT_BYTES = Path("/sys/fs/cgroup/memory.max")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt; returns the process's exit code."""
+    try:
+        spec = read_attempt(arguments)
+    except EscalaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    started_at = time.time()
+    tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
+    tags = spec.tags | {"escala.job_id": spec.job_id, "escala.workload": spec.workload}
+    run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
+    try:
+        found = bench(spec)
+    except Exception as error:  # noqa: BLE001  whatever happened, the outcome says so
+        from workloads.failures import classify
+
+        traceback.print_exception(error)
+        failure = classify(error, None)
+        outcome, code = Outcome(failure.kind, failure.message, failure.hint), int(failure.exit_code)
+    else:
+        tracker.text(run_id, "device.json", json.dumps(found, indent=1, sort_keys=True))
+        outcome, code = Outcome("succeeded"), 0
+    record = RunRecord(
+        run_id=run_id,
+        job_id=spec.job_id,
+        attempt=spec.attempt,
+        name=spec.name,
+        workload=spec.workload,
+        status=outcome.kind,
+        started_at=started_at,
+        ended_at=time.time(),
+        wall_seconds=time.time() - started_at,
+        workers=spec.config["resources"]["workers"],
+        config_fingerprint=fingerprint(spec.config),
+        code_fingerprint=code_fingerprint().fingerprint,
+        reason=outcome.message or None,
+    )
+    known = {k: v for k, v in asdict(record).items() if v is not None}
+    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
+    tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
+    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
+    return code
+
+
+def bench(spec: AttemptSpec) -> dict[str, Any]:
+    """Start the workers and return what they measured, which is also in the attempt's facts."""
+    import ray
+
+    handshake.check(spec.versions)
+    files = AttemptFiles(spec.directory)
+    check_fence(files, spec.attempt)
+    config = BenchConfig(**spec.config)
+    ray.init(address="auto", log_to_driver=True, namespace="escala")
+    arguments = {"config": spec.config, "facts": str(files.facts)}
+    start_workers(measure, arguments, config.resources, spec.directory, {"GLIBC_TUNABLES": HUGE_PAGES})
+    found: dict[str, Any] = json.loads(files.facts.read_text())
+    return found
+
+
+def measure(arguments: dict[str, Any]) -> None:
+    """One rank."""
+    config = BenchConfig(**arguments["config"])
+    device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
+    set_up_torch(config.resources)
+    runtime = _runtime_bytes(device)  # first: what is freed before it would be taken for it
+    meter.choose_matmul_precision("auto", device)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "workers": torch.distributed.get_world_size(),
+        "runtime_bytes": runtime,
+        "memory_bytes": _memory_bytes(device),
+        "memory_bytes_per_second": _stream(device, config.seconds),
+        "optimizer_parameters_per_second": _optimizer(device, config.seconds),
+        **_links(device, config.seconds),
+        "precisions": {name: _precision(name, config, device) for name in config.precisions},
+    }
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(found, indent=1), flush=True)
+        write_json(Path(arguments["facts"]), found)
+
+
+def _precision(name: str, config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    peak = torch.tensor(meter.peak_flops(dtype, device), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MIN)
+    blocks = {width: _block(width, dtype, config, device) for width in config.widths}
+    return {
+        "peak_flops_per_second": float(peak),
+        "block": {width: train for width, (train, _) in blocks.items()},
+        "recompute": {width: forward for width, (_, forward) in blocks.items()},
+        "head": _head(dtype, config, device),
+        "alone": _alone(dtype, config, device),
+        "steps": [_step(name, stage, config, device) for stage in STAGES],
+    }
+
+
+def _block(width: int, dtype: torch.dtype, config: BenchConfig, device: torch.device) -> tuple[float, float]:
+    """FLOP/s of LAYERS blocks of a `width`: forward and backward, and forward alone."""
+    network, ids_BT, work = _network(width, dtype, config, device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            network.hidden(ids_BT)
+
+    train = partial(_train, network, ids_BT)
+    return work / _seconds(train, config.seconds), work / 3 / _seconds(forward, config.seconds)
+
+
+def _alone(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> float:
+    """How much faster rank 0 trains its blocks while the others wait: what the workers take from each other."""
+    network, ids_BT, _ = _network(_middle(config), dtype, config, device)
+    together = _seconds(partial(_train, network, ids_BT), config.seconds)
+    laps = []
+    for _ in range(max(3, int(config.seconds / together))) if torch.distributed.get_rank() == 0 else ():
+        start = time.perf_counter()
+        _train(network, ids_BT)
+        _wait()
+        laps.append(time.perf_counter() - start)
+    torch.distributed.barrier()
+    alone = torch.tensor(sorted(laps)[len(laps) // 2] if laps else 0.0, dtype=torch.float64)
+    torch.distributed.broadcast(alone, 0)
+    return together / float(alone)
+
+
+def _step(precision: str, stage: int, config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """Seconds of a whole training step under DeepSpeed, of the model that it says."""
+    model, ranks = _model(_middle(config), config), torch.distributed.get_world_size()
+    training = TrainingConfig.model_validate({"zero_stage": stage, "precision": precision})
+    sequences = config.tokens // config.context_tokens
+    engine = zero.make_engine(Transformer(model), training, sequences, 1)
+    ids_BT1 = torch.randint(model.vocab_size, (sequences, config.context_tokens + 1)).to(device)
+
+    def step() -> None:
+        accumulate(engine, [ids_BT1], 1, config.tokens * ranks)
+        zero.optimizer_step(engine, training)
+
+    seconds = _seconds(step, 2 * config.seconds)
+    return {"n_layers": model.n_layers, "d_model": model.d_model, "zero_stage": stage, "seconds": seconds}
+
+
+def _head(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> float:
+    """FLOP/s of the unembedding with the loss, forward and backward."""
+    model = _model(_middle(config), config)
+    network = Transformer(model).to(device, dtype)
+    hidden = torch.randn(config.tokens, model.d_model).to(device, dtype).requires_grad_()
+    targets = torch.randint(model.vocab_size, (1, config.tokens)).to(device)
+
+    def train() -> None:
+        network.zero_grad()
+        total, _ = token_loss(network.logits(hidden)[None], targets)
+        total.backward()
+
+    work = flops_per_token(model, config.context_tokens).logits * config.tokens
+    return work / _seconds(train, config.seconds)
+
+
+def _train(network: Transformer, ids_BT: Tensor) -> None:
+    network.zero_grad()
+    hidden = network.hidden(ids_BT)
+    hidden.backward(torch.ones_like(hidden))
+
+
+def _network(
+    width: int, dtype: torch.dtype, config: BenchConfig, device: torch.device
+) -> tuple[Transformer, Tensor, float]:
+    """A network, a micro-batch, and the FLOPs of its blocks' forward and backward."""
+    model = _model(width, config)
+    flops = flops_per_token(model, config.context_tokens)
+    sequences = config.tokens // config.context_tokens
+    ids_BT = torch.randint(model.vocab_size, (sequences, config.context_tokens)).to(device)
+    return Transformer(model).to(device, dtype), ids_BT, (flops.matmul + flops.attention) * ids_BT.numel()
+
+
+def _middle(config: BenchConfig) -> int:
+    return config.widths[len(config.widths) // 2]
+
+
+def _model(width: int, config: BenchConfig) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=config.vocab_size,
+        n_layers=LAYERS,
+        d_model=width,
+        n_heads=max(1, width // 64),
+        max_context_tokens=config.context_tokens,
+    )
+
+
+def _stream(device: torch.device, seconds: float) -> float:
+    """Bytes per second of c = a + b on arrays beyond any cache: two reads and a write (McCalpin's STREAM, 1995)."""
+    a, b = torch.rand(STREAM_ELEMENTS, device=device), torch.rand(STREAM_ELEMENTS, device=device)
+    c = torch.empty_like(a)
+    return 3 * 4 * STREAM_ELEMENTS / _seconds(lambda: torch.add(a, b, out=c), seconds)
+
+
+def _optimizer(device: torch.device, seconds: float) -> float:
+    """Parameters per second of the fused AdamW step that training uses."""
+    parameter = torch.nn.Parameter(torch.zeros(OPTIMIZER_PARAMETERS, device=device))
+    parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    return OPTIMIZER_PARAMETERS / _seconds(lambda: optimizer.step(), seconds)
+
+
+def _links(device: torch.device, seconds: float) -> dict[str, float | None]:
+    """Bytes per second that a rank sends in a large all-gather, and the time of a small one; None with one worker."""
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        return {"link_bytes_per_second": None, "link_seconds": None}
+
+    def gather(elements: int) -> float:
+        part = torch.ones(elements // ranks, device=device)
+        whole = torch.empty(elements, device=device)
+        return _seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part), seconds)
+
+    small, large = gather(SMALL_ELEMENTS * ranks), gather(MESSAGE_ELEMENTS)
+    sent = 4 * MESSAGE_ELEMENTS * (ranks - 1) / ranks
+    return {"link_bytes_per_second": sent / max(large - small, 1e-9), "link_seconds": small}
+
+
+def _seconds(work: Callable[[], object], seconds: float) -> float:
+    """Median time of one call of `work` on the slowest rank, all ranks at work at once, over about `seconds`."""
+    work()  # the first call allocates
+    start = time.perf_counter()
+    work()
+    _wait()
+    once = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    torch.distributed.broadcast(once, 0)  # as many calls on every rank: collectives are among them
+    laps = []
+    for _ in range(max(3, int(seconds / max(float(once), 1e-6)))):
+        start = time.perf_counter()
+        work()
+        _wait()
+        laps.append(time.perf_counter() - start)
+    median = torch.tensor(sorted(laps)[len(laps) // 2], dtype=torch.float64)
+    torch.distributed.all_reduce(median, op=torch.distributed.ReduceOp.MAX)
+    return float(median)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _runtime_bytes(device: torch.device) -> int:
+    """What a rank's memory grows by when it trains a model too small to count: DeepSpeed, kernels, their buffers."""
+    before = meter.memory_bytes(device)
+    training, model = TrainingConfig(), ModelConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=1)
+    engine = zero.make_engine(Transformer(model), training, 1, 1)
+    for _ in range(2):
+        ids_BT1 = torch.randint(model.vocab_size, (1, 129), device=device)
+        accumulate(engine, [ids_BT1], 1, 128 * torch.distributed.get_world_size())
+        zero.optimizer_step(engine, training)
+    return max(0, meter.memory_bytes(device) - before)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """What one worker may use: its GPU's memory, or its share of this machine's (or container's)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemTotal"))
+    total = int(line.split()[1]) * 1024
+    if LIMIT_BYTES.exists() and (limit := LIMIT_BYTES.read_text().strip()) != "max":
+        total = min(total, int(limit))
+    return total // torch.distributed.get_world_size()
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "CPU")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

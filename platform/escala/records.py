@@ -165,6 +165,7 @@ class RunRecord:
     tokens_per_second: float | None = None
     model_flops_utilization: float | None = None
     energy_joules: float | None = None  # at the meter, of this attempt
+    joules_per_token: float | None = None  # the same, by its tokens
     energy_source: str | None = None  # the counter that was read, or that it is an estimate
     cost_usd: float | None = None  # of this attempt
     carbon_gco2e: float | None = None  # grams of CO2 equivalent, the same

@@ -53,10 +53,14 @@ def run(home: Path, tmp_path: Path) -> Iterator[Shell]:
 
 
 def test_a_law_from_a_table_answers_as_shown(run: Shell) -> None:
-    fit, ask = blocks("Ask a law", "bash")
+    fit, ask, limits = blocks("Ask a law", "bash")
     law, answers = (tidy(text) for text in blocks("Ask a law", ""))
     assert law in run(fit)
     assert answers == "\n\n".join(run(line) for line in ask.splitlines())
+    assert all("binding" in text or "compute" in text for text in map(run, limits.splitlines()))
+    propose, _ = blocks("The next run", "bash")[0].splitlines()
+    assert run(propose).count("FLOP ") == 3
+    assert "GB a device" in run(blocks("What it costs", "bash")[0])
 
 
 def test_a_sweep_becomes_a_law(run: Shell) -> None:
@@ -64,6 +68,8 @@ def test_a_sweep_becomes_a_law(run: Shell) -> None:
     assert "trials    14" in said
     assert "points    14" in said
     assert "stored as tiny@1" in said
+    explore = blocks("The next run", "bash")[0].splitlines()[1]
+    assert "width expected" in run(explore)
     mine = blocks("Sweep", "yaml")[0]
     assert "trials" in run(f"cat > mine.yaml <<'END'\n{mine}END\nescala sweep mine.yaml --dry-run")
 
@@ -78,4 +84,4 @@ def test_a_job_is_planned_from_keys_a_file_or_one_dial(run: Shell) -> None:
         run(f"cat > spec.yaml <<'END'\n{spec}END\n{file.removesuffix('--follow')} --dry-run"),
         run("escala submit pretrain --compute-flops 1e13 --dry-run"),
     )
-    assert all("compute_flops" in text for text in planned)
+    assert all("FLOPs" in text for text in planned)

@@ -87,6 +87,7 @@ def account(
         source = ESTIMATE
     found = {
         "energy_joules": joules,
+        "joules_per_token": joules / tokens if joules is not None and tokens else None,
         "energy_source": None if joules is None else source,
         "cost_usd": known.usd(workers, seconds),
         "carbon_gco2e": known.gco2e(joules),

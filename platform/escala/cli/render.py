@@ -1,5 +1,5 @@
-"""With render_laws.py and render_sweeps.py the only module that prints: tables for people, `--json` for programs,
-errors to stderr.
+"""With its neighbours render_*.py the only module that prints: tables for people, `--json` for programs, errors to
+stderr.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from escala import spec
-from escala.errors import SpecError, StateError
+from escala.errors import NotFoundError, SpecError, StateError
 from escala.hardware import Cluster
 from escala.jobs import service
 from escala.jobs.service import Report, silent
@@ -57,6 +57,10 @@ def write_cluster(name: str, path: Path) -> Cluster:
     Raises NotFoundError; StateError where the job has not succeeded; SpecError where the present file is none.
     """
     details = service.job(name)
+    if details.job.workload != WORKLOAD:
+        raise NotFoundError(
+            f"job {details.job.id} is a {details.job.workload}, not a bench", "escala ps --all"
+        )
     if details.job.state != "succeeded":
         raise StateError(f"job {details.job.id} is {details.job.state}", f"escala logs {details.job.id}")
     found = json.loads(

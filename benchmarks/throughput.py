@@ -111,7 +111,7 @@ def escala_side(shape: str) -> Block:
     from workloads.config import ModelConfig, TrainingConfig
     from workloads.model.transformer import Transformer
     from workloads.training import zero
-    from workloads.training.step import accumulate
+    from workloads.training.step import accumulate, next_token_loss
 
     store = Path(tempfile.mkdtemp()) / "store"
     dist.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
@@ -124,7 +124,7 @@ def escala_side(shape: str) -> Block:
     def block(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            loss = accumulate(engine, [tokens(shape)], 1, BATCH * CONTEXT)
+            loss = accumulate(engine, [tokens(shape)], 1, BATCH * CONTEXT, next_token_loss)
             agreed = torch.stack([loss.double(), torch.zeros((), dtype=torch.float64)])
             dist.all_reduce(agreed)
             agreed.tolist()

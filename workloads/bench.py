@@ -33,7 +33,7 @@ from workloads.training import meter, zero
 from workloads.training.driver import HUGE_PAGES, start_workers
 from workloads.training.loop import set_up_torch
 from workloads.training.loss import token_loss
-from workloads.training.step import accumulate
+from workloads.training.step import accumulate, next_token_loss
 
 OPTIMIZER_PARAMETERS = 1 << 24  # 16.8 M: 270 MB of state, far beyond any cache
 STREAM_ELEMENTS = 1 << 25
@@ -177,7 +177,7 @@ def _step(precision: str, stage: int, config: BenchConfig, device: torch.device)
     ids_BT1 = torch.randint(model.vocab_size, (sequences, config.context_tokens + 1)).to(device)
 
     def step() -> None:
-        accumulate(engine, [ids_BT1], 1, config.tokens * ranks)
+        accumulate(engine, [ids_BT1], 1, config.tokens * ranks, next_token_loss)
         zero.optimizer_step(engine, training)
 
     seconds = _seconds(step, 2 * config.seconds)
@@ -293,7 +293,7 @@ def _runtime_bytes(device: torch.device) -> int:
     engine = zero.make_engine(Transformer(model), training, 1, 1)
     for _ in range(2):
         ids_BT1 = torch.randint(model.vocab_size, (1, 129), device=device)
-        accumulate(engine, [ids_BT1], 1, 128 * torch.distributed.get_world_size())
+        accumulate(engine, [ids_BT1], 1, 128 * torch.distributed.get_world_size(), next_token_loss)
         zero.optimizer_step(engine, training)
     return max(0, meter.memory_bytes(device) - before)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workloads.config import ModelConfig, PretrainConfig
+from workloads.config import DpoConfig, FineTuneConfig, LoraConfig, ModelConfig, TrainedConfig
 
 TRAINING_PER_FORWARD = 3  # forward once; backward twice that (Kaplan et al. 2020, section 2.1)
 
@@ -70,6 +70,49 @@ def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     return FlopsPerToken(*terms, total=sum(terms))
 
 
+def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Of the deltas of all blocks: rank * (inputs + outputs) a matrix."""
+    d, size = config.d_model, config.head_size
+    shapes = {
+        "query": (d, config.n_heads * size),
+        "key": (d, config.kv_heads * size),
+        "value": (d, config.kv_heads * size),
+        "output": (config.n_heads * size, d),
+        "gate": (d, config.ff_size),
+        "up": (d, config.ff_size),
+        "down": (config.ff_size, d),
+    }
+    return config.n_layers * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
+
+
+def trained_parameters(config: TrainedConfig) -> int:
+    """Those that an optimiser holds: all, or LoRA's deltas."""
+    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    return parameter_counts(config.model).n_total if lora is None else lora_parameters(config.model, lora)
+
+
+def reference_parameters(config: TrainedConfig) -> int:
+    """Of the frozen model that DPO keeps beside the trained one; with LoRA that one without its deltas serves."""
+    separate = isinstance(config, DpoConfig) and config.lora is None
+    return parameter_counts(config.model).n_total if separate else 0
+
+
+def training_flops_per_token(config: TrainedConfig) -> float:
+    """What a training step spends on a token of its batch, without recomputation.
+
+    LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
+    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. DPO adds the reference's forward pass.
+    """
+    full = flops_per_token(config.model, config.context_tokens)
+    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    total = full.total
+    if lora is not None:
+        total += (
+            6.0 * lora_parameters(config.model, lora) - (full.matmul + full.logits) / TRAINING_PER_FORWARD
+        )
+    return total + (full.total / TRAINING_PER_FORWARD if isinstance(config, DpoConfig) else 0.0)
+
+
 @dataclass(frozen=True)
 class SavedElements:
     """Elements per token that a training step keeps for its backward pass."""
@@ -93,7 +136,7 @@ def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedE
     return SavedElements(config.n_layers * block, block, head)
 
 
-def moved_bytes_per_step(config: PretrainConfig) -> float:
+def moved_bytes_per_step(config: TrainedConfig) -> float:
     """An estimate of the bytes that all devices together move in memory in an optimiser step: activations are
     written, read and their gradients likewise (4 passes), weights are read three times a micro-batch, and AdamW
     moves 28 bytes a parameter.
@@ -103,5 +146,5 @@ def moved_bytes_per_step(config: PretrainConfig) -> float:
     n, ranks = parameter_counts(config.model).n_total, config.resources.workers
     micro_batches = config.training.batch_sequences // config.micro_batch_sequences
     activations = 4 * width * (saved.blocks + saved.head) * config.step_tokens
-    updates = 28 * n * (1 if config.training.zero_stage else ranks)
+    updates = 28 * trained_parameters(config) * (1 if config.training.zero_stage else ranks)
     return activations + 3 * width * n * micro_batches + updates

@@ -9,22 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from escala.records import AttemptSpec, Outcome, read_record
-from workloads.pretrain import Run, parse_config, prepare_data, prepared_fingerprints
 from workloads.training.driver import WorkerInputs, fit
+from workloads.training.run import Prepared, Run, entry, parse_config
 
 OnEvaluation = Callable[[int, float], None]  # step, held-out loss in nats per token
 
 
-def prepare(spec: AttemptSpec) -> tuple[str, dict[str, str]]:
-    """Make the data of a trial ready: the path that `run` takes, and its fingerprints. Raises DataError."""
-    prepared = prepare_data(spec, parse_config(spec.config))
-    return str(prepared.path), prepared_fingerprints(prepared)
+def prepare(spec: AttemptSpec) -> Prepared:
+    """Make the data of a trial ready, which `run` takes. Raises DataError."""
+    return entry(spec).prepare(spec, parse_config(spec))
 
 
-def run(spec: AttemptSpec, prepared: str, on_evaluation: OnEvaluation | None = None) -> Outcome:
+def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | None = None) -> Outcome:
     """Train one trial; its outcome, which is also in its directory. Whatever goes wrong is in the outcome.
 
     `on_evaluation` is called after each evaluation of a one-worker trial.
@@ -44,15 +42,11 @@ def run(spec: AttemptSpec, prepared: str, on_evaluation: OnEvaluation | None = N
     return outcome
 
 
-def _train(this: Run, prepared: str, on_evaluation: OnEvaluation | None) -> None:
-    from workloads.data.prepared import PreparedData, check
-
+def _train(this: Run, prepared: Prepared, on_evaluation: OnEvaluation | None) -> None:
     config = this.open()
-    data = PreparedData.open(Path(prepared))
-    check(data, config)
-    inputs = this.inputs(data, config)
+    inputs = this.inputs(prepared, config)
     if config.resources.workers > 1:
-        fit(inputs, config)
+        fit(inputs)
     else:
         _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
 
@@ -68,7 +62,7 @@ def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation 
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     tell = None if on_evaluation is None else lambda step, found: on_evaluation(step, found.loss_nats)
-    trainer = Trainer(inputs, tell)
+    trainer = Trainer(inputs, entry(inputs.spec).make_task, tell)
     try:
         trainer.run()
     finally:

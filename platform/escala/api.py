@@ -184,16 +184,20 @@ def _load(
     law: str | None,
     base: Mapping[str, Any] | None = None,
 ) -> spec.JobSpec:
+    written, options = _with_start(spec.written(files, overrides, base), dict(options or {}))
     if compute_flops is None:
         if law is not None:
             raise SpecError(
                 f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
             )
-        return spec.load_job(workload, files, overrides, options, base)
+        return spec.load_job(workload, options=options, base=written)
+    if workload != "pretrain":
+        raise SpecError(
+            f"--compute-flops chooses a model, and {workload} starts from one",
+            "give training.train_tokens or training.steps",
+        )
     from escala.sweeps.design import by_recipe
 
-    files, overrides = list(files), list(overrides)
-    written = spec.written(files, overrides, base)
     axes = {"compute_flops": compute_flops}
     if law is not None:
         from escala.planning.limits import Limits
@@ -202,6 +206,26 @@ def _load(
         question = Question(context_tokens=_context(written))
         axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
+
+
+def _with_start(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The spec with `start.job` turned into where that job's checkpoints are, and what its model is.
+
+    A job that has not ended is waited for (`--after` it). Raises NotFoundError, SpecError.
+    """
+    start = written.get("start")
+    if not isinstance(start, dict) or not isinstance(start.get("job"), str):
+        return written, options
+    with open_store() as store:
+        found = store.get(start["job"])
+    if "model" not in found.config:
+        raise SpecError(
+            f"job {found.id} ({found.workload}) trains no model", "name a job that has checkpoints"
+        )
+    place = {"job": found.id, "path": str(JobFiles(Settings().home, found.id).checkpoints)}
+    if found.state not in FINAL and options.setdefault("after", found.id) is None:
+        options["after"] = found.id
+    return {**written, "start": {**start, **place}, "model": found.config["model"]}, options
 
 
 def _context(written: Mapping[str, Any]) -> float | None:

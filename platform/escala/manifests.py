@@ -17,9 +17,10 @@ from typing import Any
 
 from escala.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+TOKENIZER = "tokenizer"  # a directory beside the checkpoints of a job
 _NAME = re.compile(r"step-(\d{8,})(\.partial)?")
 
 

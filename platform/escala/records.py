@@ -149,9 +149,11 @@ class RunRecord:
     held_out_loss_nats: float | None = None
     held_out_bits_per_byte: float | None = None
     train_loss_nats: float | None = None
+    measures: dict[str, float] | None = None  # what else the last evaluation found, by name
     n_total: int | None = None
     n_active: int | None = None
     n_non_embedding: int | None = None
+    n_trained: int | None = None  # fewer than n_total with LoRA
     context_tokens: int | None = None
     train_tokens: int | None = None  # seen by the model up to its last step, earlier attempts included
     compute_flops: float | None = None  # the same

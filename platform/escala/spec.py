@@ -19,8 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from escala.errors import NotFoundError, SpecError
-from workloads.config import WORKLOADS, PretrainConfig
-from workloads.flops import flops_per_token, parameter_counts
+from workloads.config import WORKLOADS, TrainedConfig
+from workloads.flops import parameter_counts, training_flops_per_token
 
 
 class Loader(yaml.SafeLoader):
@@ -52,7 +52,7 @@ class JobSpec:
     workload: str
     entry_point: str
     options: JobOptions
-    config: PretrainConfig
+    config: TrainedConfig
 
     def plain(self) -> dict[str, Any]:
         """The workload's configuration as plain data."""
@@ -122,7 +122,7 @@ def resolve(spec: JobSpec) -> Resolved:
     """The full spec with what it derived: parameters, tokens and FLOPs (SPEC.md D.2)."""
     config = spec.config
     counts = parameter_counts(config.model)
-    flops = flops_per_token(config.model, config.context_tokens)
+    flops = training_flops_per_token(config)
     return Resolved(
         spec=spec,
         derived={
@@ -137,8 +137,8 @@ def resolve(spec: JobSpec) -> Resolved:
         n_active=counts.n_active,
         n_non_embedding=counts.n_non_embedding,
         train_tokens=config.train_tokens,
-        flops_per_token=flops.total,
-        compute_flops=flops.total * config.train_tokens,
+        flops_per_token=flops,
+        compute_flops=flops * config.train_tokens,
     )
 
 

@@ -17,7 +17,7 @@ from escala.manifests import latest
 from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
-from workloads.training.step import accumulate
+from workloads.training.step import accumulate, next_token_loss
 
 # d_model 33: norms and the embedding have an odd number of elements, which two ranks cannot halve.
 MODEL = ModelConfig(
@@ -54,7 +54,7 @@ def run(engine: Any, config: TrainingConfig, steps: range, micro_steps: int = 2)
     losses = []
     for step in steps:
         micro_batches = batch(step).chunk(ranks)[rank].chunk(micro_steps)
-        total = accumulate(engine, micro_batches, micro_steps, TOKENS)
+        total = accumulate(engine, micro_batches, micro_steps, TOKENS, next_token_loss)
         zero.set_learning_rate(engine, 1e-2 / (1 + step))
         zero.optimizer_step(engine, config)
         sums = total.double().reshape(1)

@@ -22,7 +22,7 @@ def make(directory: Path, step: int, content: bytes = b"weights", **extra: objec
         "sha256": manifests.file_sha256(path / "rank-0.safetensors"),
         "bytes": len(content),
     }
-    manifest = {"format_version": 1, "step": step, "files": {"rank-0.safetensors": facts}, **extra}
+    manifest = {"format_version": 2, "step": step, "files": {"rank-0.safetensors": facts}, **extra}
     (path / manifests.MANIFEST).write_text(json.dumps(manifest))
     return path
 
@@ -62,7 +62,7 @@ def half_manifest(path: Path) -> None:
 
 
 def foreign_manifest(path: Path) -> None:
-    (path / manifests.MANIFEST).write_text('{"format_version": 1, "step": 7, "files": {}}')
+    (path / manifests.MANIFEST).write_text('{"format_version": 2, "step": 7, "files": {}}')
 
 
 def partial(path: Path) -> None:

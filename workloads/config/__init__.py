@@ -17,30 +17,52 @@ from workloads.config.data import (
     PythonSourceCorpus,
     TokenizerConfig,
 )
+from workloads.config.finetune import (
+    DpoConfig,
+    ExamplesConfig,
+    FineTuneConfig,
+    LoraConfig,
+    RewardTrainingConfig,
+    SftConfig,
+    SftDataConfig,
+    StartConfig,
+)
 from workloads.config.model import ModelConfig
 from workloads.config.pretrain import PretrainConfig
-from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainingConfig
+from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
 
 __all__ = [
     "WORKLOADS",
     "BenchConfig",
     "Corpus",
     "DataConfig",
+    "DpoConfig",
+    "ExamplesConfig",
     "FilesCorpus",
+    "FineTuneConfig",
     "HuggingFaceCorpus",
     "JsonlCorpus",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
     "ResourcesConfig",
+    "RewardTrainingConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "StartConfig",
     "StoredPath",
     "Strict",
     "TokenizerConfig",
+    "TrainedConfig",
     "TrainingConfig",
 ]
 
-WORKLOADS: dict[str, tuple[str, type[Strict]]] = {
+WORKLOADS: dict[str, tuple[str, type[TrainedConfig]]] = {
     "pretrain": ("workloads.pretrain", PretrainConfig),
+    "sft": ("workloads.sft", SftConfig),
+    "reward": ("workloads.reward", RewardTrainingConfig),
+    "dpo": ("workloads.dpo", DpoConfig),
 }
 """Name that a user types -> (module that the cluster runs, class that checks its configuration)."""

@@ -9,6 +9,9 @@ from torch import Tensor
 from workloads.data.mixture import BLOCK_SEQUENCES, Integers, block_shares, draw, epoch_order
 from workloads.data.prepared import PreparedData, window_at
 
+Batch = dict[str, Tensor]
+"""What a task's loss is given: tensors by name."""
+
 
 class Batches:
     """The training sequences of a run.

@@ -79,16 +79,22 @@ class Transformer(nn.Module):
         self._rotary = RotaryTable(config.head_size, config.rope_base)
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        at_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits_BTV of the next token.
+        """Logits_BTV of the next token; with `at_BT`, logits_NV.
 
         Args:
             tokens_BT: token ids.
             positions_BT: for RoPE; None: 0..T-1. They turn queries and keys, they don't mask.
             documents_BT: a number for each token; no token sees one with another number (packing).
+            at_BT: true at the N positions whose logits are wanted, in row order; the others' cost nothing.
         """
-        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT))
+        hidden_BTD = self.hidden(tokens_BT, positions_BT, documents_BT)
+        return self.logits(hidden_BTD if at_BT is None else hidden_BTD[at_BT])
 
     def hidden(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None

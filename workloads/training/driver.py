@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from escala.records import AttemptSpec
-from workloads.config import PretrainConfig, ResourcesConfig
+from workloads.config import WORKLOADS, ResourcesConfig, TrainedConfig
 
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a dead worker is seen in a quarter of a second, not in two
@@ -27,18 +29,24 @@ class WorkerInputs:
     """What the driver gives every worker."""
 
     spec: AttemptSpec
-    prepared: str  # path of the prepared data
+    prepared: str  # path of the prepared data, for the entry point's make_task
     checkpoint: str | None  # a verified one to resume from
     run_id: str  # of the tracker
     fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
 
+    @cached_property
+    def config(self) -> TrainedConfig:
+        """The workload's configuration."""
+        return WORKLOADS[self.spec.workload][1](**self.spec.config)
+
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """One rank of the run. Raises Diverged, CheckpointError, Superseded."""
+    """One rank of the run. Raises what Trainer raises."""
     # Here, so that the driver and Ray's controller need no DeepSpeed.
     from workloads.training.loop import Trainer
 
-    trainer = Trainer(arguments["inputs"])
+    inputs = arguments["inputs"]
+    trainer = Trainer(inputs, import_module(inputs.spec.entry_point).make_task)
     try:
         trainer.run()
     finally:
@@ -51,8 +59,9 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 GIVE_BACK = "glibc.malloc.mmap_threshold=1048576"
 
 
-def fit(inputs: WorkerInputs, config: PretrainConfig) -> None:
-    """Run the training loop on the workers that `config.resources` asks for. Raises ray.train.TrainingFailedError."""
+def fit(inputs: WorkerInputs) -> None:
+    """Run the training loop on the workers that `resources` asks for. Raises ray.train.TrainingFailedError."""
+    config = inputs.config
     tunables = [HUGE_PAGES, *([GIVE_BACK] if config.training.activation_checkpointing else [])]
     environment = {"GLIBC_TUNABLES": ":".join(tunables)}
     start_workers(train_worker, {"inputs": inputs}, config.resources, inputs.spec.directory, environment)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed
 
 from escala.records import AttemptSpec, Rates
-from workloads.config import PretrainConfig
-from workloads.flops import flops_per_token, moved_bytes_per_step
+from workloads.config import TrainedConfig
+from workloads.flops import flops_per_token, moved_bytes_per_step, training_flops_per_token
 
 RATES_TAG = "escala.rates"
 ESTIMATE = "estimate from FLOPs, bytes and seconds, by the coefficients of the cluster's file"
@@ -65,7 +65,7 @@ def _monitor(device: torch.device) -> Any:
 
 
 def account(
-    spec: AttemptSpec, config: PretrainConfig, counted: float | None, tokens: int, seconds: float
+    spec: AttemptSpec, config: TrainedConfig, counted: float | None, tokens: int, seconds: float
 ) -> dict[str, Any]:
     """The record's energy, money and carbon of an attempt that trained on `tokens` over `seconds`; what is not known
     is left out.
@@ -83,7 +83,8 @@ def account(
         flops = flops_per_token(config.model, config.context_tokens)
         again = (flops.total - flops.logits) / 3 if config.training.activation_checkpointing else 0.0
         moved = moved_bytes_per_step(config) * tokens / config.step_tokens
-        joules = known.joules(workers, seconds, (flops.total + again) * tokens, moved)
+        work = (training_flops_per_token(config) + again) * tokens
+        joules = known.joules(workers, seconds, work, moved)
         source = ESTIMATE
     found = {
         "energy_joules": joules,

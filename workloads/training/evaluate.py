@@ -1,25 +1,14 @@
-"""Held-out loss: the same tokens at every number of ranks, each rank a share, the sums added."""
+"""Held-out sums: the same examples at every number of ranks, each rank a share, the sums added."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
-
-from workloads.training.loss import token_loss
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Mean loss on held-out text."""
-
-    loss_nats: float  # per token
-    bits_per_byte: float
-    tokens: int
 
 
 def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
@@ -28,26 +17,49 @@ def bits_per_byte(loss_nats: float, bytes_per_token: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, tokens_NT1: Tensor, bytes_per_token: float, batch_sequences: int) -> HeldOut:
-    """Mean loss over all N * T targets of `tokens_NT1` (N sequences of T + 1 token ids, the same on every
-    rank).
+def held_out_sums(
+    engine: Any, examples: int, batch_examples: int, sums: Callable[[list[int]], Tensor]
+) -> list[float]:
+    """`sums` of batches of examples, added over all examples and ranks.
 
     A collective call. Under ZeRO-3 every forward pass gathers parameters, so all ranks make equally many: a
-    rank without sequences left runs one that does not count.
+    rank without examples left runs one that does not count.
+
+    Args:
+        examples: how many there are, the same on every rank.
+        sums: given indices of examples, a vector of sums over them, on the engine's device.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = tokens_NT1[rank::ranks]
-    passes = math.ceil(math.ceil(len(tokens_NT1) / ranks) / batch_sequences)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    mine = list(range(rank, examples, ranks))
+    passes = math.ceil(math.ceil(examples / ranks) / batch_examples)
     engine.eval()
+    total = None
     for index in range(passes):
-        part = mine[index * batch_sequences : (index + 1) * batch_sequences]
-        counts = len(part) > 0
-        tokens_BT1 = (part if counts else tokens_NT1[:1]).to(engine.device)
-        total, number = token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
-        if counts:
-            sums += torch.stack([total.double(), number.double()])
+        part = mine[index * batch_examples : (index + 1) * batch_examples]
+        found = sums(part or [0]).double()
+        total = torch.zeros_like(found) if total is None else total
+        total += found if part else 0.0
     engine.train()
-    torch.distributed.all_reduce(sums)
-    loss = float(sums[0] / sums[1])
-    return HeldOut(loss, bits_per_byte(loss, bytes_per_token), int(sums[1]))
+    if total is None:
+        raise ValueError("there are no held-out examples")
+    torch.distributed.all_reduce(total)
+    return list(map(float, total))
+
+
+def held_out_rows(
+    engine: Any, examples: int, batch_examples: int, rows: Callable[[list[int]], Tensor]
+) -> Tensor:
+    """`rows` of all examples, float64 on the CPU, shape (examples, K); a collective call, as `held_out_sums`.
+
+    Args:
+        rows: given indices of B examples, (B, K).
+    """
+
+    def placed(indices: list[int]) -> Tensor:
+        found = rows(indices).double()
+        out = torch.zeros(examples, found.shape[1], dtype=torch.float64, device=found.device)
+        out[indices] = found
+        return out.flatten()
+
+    flat = held_out_sums(engine, examples, batch_examples, placed)
+    return torch.tensor(flat, dtype=torch.float64).reshape(examples, -1)

@@ -1,4 +1,4 @@
-"""The training loop that each Ray Train worker runs: restore, evaluate, train, evaluate, save.
+"""The training loop that each Ray Train worker runs, whatever the task: restore, evaluate, train, evaluate, save.
 
 Everything that a step needs follows from its number (batch, learning rate, seed), so a resumed run repeats
 nothing and stores no more than weights, moments and counters. All ranks agree on every decision through the
@@ -21,18 +21,15 @@ from escala.attempt import STOP_REASONS, Watch, check_fence
 from escala.errors import Diverged, Superseded
 from escala.manifests import Checkpoint, read_checkpoint
 from escala.records import AttemptFiles, Progress
-from workloads.config import PretrainConfig, ResourcesConfig
-from workloads.data.batches import Batches
-from workloads.data.prepared import PreparedData
-from workloads.flops import flops_per_token, parameter_counts
-from workloads.model.transformer import Transformer
+from workloads.config import ResourcesConfig
+from workloads.flops import parameter_counts, training_flops_per_token
 from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account
-from workloads.training.evaluate import HeldOut, evaluate
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
 from workloads.training.step import accumulate
+from workloads.training.task import Evaluation, Task, on_device
 from workloads.training.traffic import Traffic
 
 STOP_CODES = (None, *STOP_REASONS, "superseded")
@@ -52,25 +49,30 @@ class Counters:
 
 
 class Trainer:
-    """One rank's part of a pretraining run.
+    """One rank's part of a run. Raises Diverged, CheckpointError, Superseded, and what the task raises.
 
-    `on_evaluation` is told the step and what each evaluation found.
+    Args:
+        make_task: the entry point's; called on every rank, in its process group.
+        on_evaluation: is told the step and what each evaluation found.
     """
 
     def __init__(
-        self, inputs: WorkerInputs, on_evaluation: Callable[[int, HeldOut], None] | None = None
+        self,
+        inputs: WorkerInputs,
+        make_task: Callable[[WorkerInputs], Task],
+        on_evaluation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
         self.inputs, self.spec = inputs, inputs.spec
         self.on_evaluation = on_evaluation
-        self.config = config = PretrainConfig(**inputs.spec.config)
+        self.config = config = inputs.config
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
         set_up_torch(config.resources)
         self.reporter = Reporter(self.spec, inputs.run_id) if self.rank == 0 else None
         self.watch = Watch(self.spec)
         self.count = Counters()
-        self.flops = flops_per_token(config.model, config.context_tokens).total
-        self._open_data()
+        self.flops = training_flops_per_token(config)
+        self.task = make_task(inputs)
         meter.reset_peak_memory(self.device)
         self.idle_memory_bytes = meter.memory_bytes(self.device)
         self._build()
@@ -78,33 +80,19 @@ class Trainer:
         self.throughput = meter.Throughput()
         self.energy = EnergyMeter(self.device)
 
-    def _open_data(self) -> None:
-        config = self.config
-        self.data = PreparedData.open(Path(self.inputs.prepared))
-        training = config.training
-        self.batches = Batches(
-            self.data,
-            config.context_tokens,
-            training.batch_sequences,
-            training.seed,
-            config.micro_batch_sequences,
-        )
-        self.held_out_NT1 = self.data.held_out(config.context_tokens, config.training.evaluation_tokens)
-
     def _build(self) -> None:
         training = self.config.training
         self.micro_batch = self.config.micro_batch_sequences
         self.micro_steps = training.batch_sequences // (self.ranks * self.micro_batch)
         torch.manual_seed(training.seed)
-        model = Transformer(self.config.model)
-        model.activation_checkpointing = training.activation_checkpointing
-        self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
+        self.engine = zero.make_engine(self.task.build(), training, self.micro_batch, self.micro_steps)
         held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
         held[self.rank] = zero.parameters_held(self.engine)
         self.traffic = Traffic()
         self.step_traffic_bytes: float | None = None  # of the last step
         torch.distributed.all_reduce(held)
         self.parameters_held = held.tolist()
+        self.trained = sum(math.prod(shape) for shape in zero.parameter_shapes(self.engine).values())
 
     def _measure(self) -> None:
         training = self.config.training
@@ -126,9 +114,9 @@ class Trainer:
         self._restore()
         if self.count.initial is None:
             first = self._evaluate()
-            self.count.initial = {"loss_nats": first.loss_nats, "bits_per_byte": first.bits_per_byte}
+            self.count.initial = {**first.record, **first.measures}
         self._tell(
-            initial_held_out_loss_nats=self.count.initial["loss_nats"],
+            initial_held_out_loss_nats=self.count.initial["held_out_loss_nats"],
             parameters_held=self.parameters_held,
             matmul_precision=torch.get_float32_matmul_precision(),
             peak_flops_per_second=self.peak_flops,
@@ -182,20 +170,20 @@ class Trainer:
         step, config, count = self.count.step, self.config, self.count
         sent_before = self.traffic.sent_bytes
         self.throughput.begin_step()
-        step_flops = self.flops * config.step_tokens
+        size = self.task.size(step)
+        step_flops = self.flops * size.tokens
         stop = self.watch.poll(count.attempt_flops, step_flops) if self.rank == 0 else None
         seed_step(config.training.seed * 1_000_003 + step, self.device)
         micro_batches = (
-            self.batches.batch(step, self.rank, self.ranks, micro).to(self.device)
-            for micro in range(self.micro_steps)
+            on_device(self.task.micro_batch(step, micro), self.device) for micro in range(self.micro_steps)
         )
-        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, config.step_tokens)
+        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, size.units, self.task.loss)
         agreed = torch.zeros(2, dtype=torch.float64, device=self.device)
         agreed[0], agreed[1] = loss_sum, STOP_CODES.index(stop)
         if self.ranks > 1:
             torch.distributed.all_reduce(agreed)
         total, code = agreed.tolist()
-        loss = total / config.step_tokens
+        loss = total / size.units
         if code:
             return STOP_CODES[int(code)]
         if not math.isfinite(loss):
@@ -205,12 +193,12 @@ class Trainer:
         norm = zero.optimizer_step(self.engine, config.training)
         if not math.isfinite(norm):
             raise self._diverged("the gradient norm is not finite")
-        self.throughput.end_step(config.step_tokens)
+        self.throughput.end_step(size.tokens)
         self.step_traffic_bytes = self.traffic.sent_bytes - sent_before
         count.step += 1
         count.last_loss = loss
-        count.train_tokens += config.step_tokens
-        count.attempt_tokens += config.step_tokens
+        count.train_tokens += size.tokens
+        count.attempt_tokens += size.tokens
         count.compute_flops += step_flops
         count.attempt_flops += step_flops
         self._report(rate, norm)
@@ -264,20 +252,15 @@ class Trainer:
             force,
         )
 
-    def _evaluate(self) -> HeldOut:
-        result = evaluate(
-            self.engine, self.held_out_NT1, self.data.held_out_bytes_per_token, self.micro_batch
-        )
+    def _evaluate(self) -> Evaluation:
+        result = self.task.evaluate(self.engine)
         if self.reporter is not None:
             count = self.count
-            print(
-                f"step {count.step}: held-out loss {result.loss_nats:.4f} nats per token, "
-                f"{result.bits_per_byte:.4f} bits per byte ({result.tokens} tokens)",
-                flush=True,
-            )
-            values = {"held_out_loss_nats": result.loss_nats, "held_out_bits_per_byte": result.bits_per_byte}
-            self.reporter.metrics(count.step, dict(values))
-            self._tell(**values)
+            print(f"step {count.step}: {result}", flush=True)
+            self.reporter.metrics(count.step, {**result.record, **result.measures})
+            for path, content in result.texts.items():
+                self.reporter.text(path, content)
+            self._tell(**result.record, measures=result.measures)
         if self.on_evaluation is not None:
             self.on_evaluation(self.count.step, result)
         return result
@@ -293,6 +276,7 @@ class Trainer:
             "versions": self.spec.versions,
             "job_id": self.spec.job_id,
             "attempt": self.spec.attempt,
+            "workload": self.spec.workload,
             "data": {"next_step": count.step, "sequences": count.step * self.config.training.batch_sequences},
             "counters": {
                 "train_tokens": count.train_tokens,
@@ -341,6 +325,7 @@ class Trainer:
             n_total=counts.n_total,
             n_active=counts.n_active,
             n_non_embedding=counts.n_non_embedding,
+            n_trained=self.trained,
             **facts,
         )
 

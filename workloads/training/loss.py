@@ -35,3 +35,14 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor, mask: Tensor | None = Non
         ]
     ).sum()
     return total, count
+
+
+def log_probabilities(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """log p of each target under its logits, shape (N,), fp32."""
+    rows = max(1, CHUNK_LOGITS // logits_NV.shape[-1])
+    return torch.cat(
+        [
+            -F.cross_entropy(part.float(), wanted, reduction="none")
+            for part, wanted in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+        ]
+    )

@@ -39,6 +39,10 @@ class Reporter:
             self._buffer = []
         self._flushed = time.monotonic()
 
+    def text(self, path: str, content: str) -> None:
+        """Store an artifact of the run."""
+        self._tracker.text(self._run_id, path, content)
+
     def progress(self, progress: Progress, force: bool = False) -> None:
         """Write progress.json, at most twice a second unless `force`."""
         if force or time.monotonic() - self._progressed > PROGRESS_SECONDS:

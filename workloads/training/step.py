@@ -1,36 +1,51 @@
-"""One optimiser step: gradients of the mean loss over all tokens of the step, however ranks and micro-batches
+"""One optimiser step: gradients of the mean loss over all units of the step, however ranks and micro-batches
 cut it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch.distributed
 from torch import Tensor
 
 from workloads.training.loss import token_loss
 
+B = TypeVar("B")
 
-def accumulate(engine: Any, micro_batches: Iterable[Tensor], micro_steps: int, step_tokens: int) -> Tensor:
+
+def accumulate(
+    engine: Any,
+    micro_batches: Iterable[B],
+    micro_steps: int,
+    step_units: float,
+    loss: Callable[[Any, B], Tensor],
+) -> Tensor:
     """Forward and backward over this rank's micro-batches; the caller then calls `zero.optimizer_step`.
 
     Args:
-        micro_batches: `micro_steps` tensors tokens_BT1 of T + 1 token ids, on the engine's device.
-        step_tokens: targets of the step over all ranks: what the summed loss is divided by.
+        micro_batches: `micro_steps` of them, on the engine's device.
+        step_units: units of the step over all ranks (tokens, pairs): what the summed loss is divided by.
+        loss: the sum of a micro-batch's losses, given the engine and the micro-batch.
 
     Returns:
-        The sum of this rank's losses in nats, a scalar tensor.
+        The sum of this rank's losses, a scalar tensor.
     """
-    scale = torch.distributed.get_world_size() / step_tokens  # DeepSpeed averages over the ranks
+    scale = torch.distributed.get_world_size() / step_units  # DeepSpeed averages over the ranks
     losses = []
-    for micro, tokens_BT1 in enumerate(micro_batches):
+    for micro, batch in enumerate(micro_batches):
         if micro:
             engine.step()  # counts the micro-batch before; updates nothing until the last one
-        total, _ = token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
+        total = loss(engine, batch)
         engine.backward(total * scale, scale_wrt_gas=False)
         losses.append(total.detach())
     if len(losses) != micro_steps:
         raise ValueError(f"{len(losses)} micro-batches, not {micro_steps}")
     return torch.stack(losses).sum()
+
+
+def next_token_loss(engine: Any, tokens_BT1: Tensor) -> Tensor:
+    """The summed loss of all next tokens of `tokens_BT1` (T + 1 token ids a row), in nats."""
+    total, _ = token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
+    return total

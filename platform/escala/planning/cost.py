@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 from escala.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
-from workloads.config import ModelConfig, PretrainConfig
-from workloads.flops import flops_per_token, moved_bytes_per_step, parameter_counts, saved_elements_per_token
+from workloads.config import ModelConfig, TrainedConfig
+from workloads.flops import (
+    flops_per_token,
+    moved_bytes_per_step,
+    parameter_counts,
+    reference_parameters,
+    saved_elements_per_token,
+    trained_parameters,
+    training_flops_per_token,
+)
 
 FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments
@@ -72,19 +80,20 @@ class Cost:
         return self.compute_seconds + self.exposed_seconds
 
 
-def cost(config: PretrainConfig, cluster: Cluster) -> Cost:
-    """What a pretraining run costs on `cluster`, its workers one device each. Raises SpecError where several workers
+def cost(config: TrainedConfig, cluster: Cluster) -> Cost:
+    """What a run costs on `cluster`, its workers one device each. Raises SpecError where several workers
     ask for a link that was not measured.
     """
     counts = parameter_counts(config.model)
     per_token = flops_per_token(config.model, config.context_tokens)
+    work = training_flops_per_token(config)
     memory, moved = memory_bytes(config, cluster.device), communication(config)
     compute, hidden = step_seconds(config, cluster.device)
     workers, steps = config.resources.workers, config.total_steps
     exposed = max(0.0, _sending_seconds(moved, cluster.device) - hidden)
     wall = steps * (compute + exposed)
     recomputed = per_token.total - per_token.logits if config.training.activation_checkpointing else 0.0
-    hardware = (per_token.total + recomputed / 3) * config.train_tokens
+    hardware = (work + recomputed / 3) * config.train_tokens
     peak = _peak(cluster.device, config.training.precision)
     joules = energy_joules(config, cluster, hardware, wall)
     rates = cluster.rates()
@@ -93,7 +102,7 @@ def cost(config: PretrainConfig, cluster: Cluster) -> Cost:
         n_active=counts.n_active,
         train_tokens=config.train_tokens,
         steps=steps,
-        compute_flops=per_token.total * config.train_tokens,
+        compute_flops=work * config.train_tokens,
         hardware_flops=hardware,
         memory=memory,
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(config.model, _width(config)),
@@ -101,7 +110,7 @@ def cost(config: PretrainConfig, cluster: Cluster) -> Cost:
         compute_seconds=compute,
         exposed_seconds=exposed,
         wall_seconds=wall,
-        model_flops_utilization=per_token.total * config.step_tokens / workers / (compute + exposed) / peak,
+        model_flops_utilization=work * config.step_tokens / workers / (compute + exposed) / peak,
         energy_joules=joules,
         usd=rates.usd(workers, wall),
         gco2e=rates.gco2e(joules),
@@ -110,7 +119,7 @@ def cost(config: PretrainConfig, cluster: Cluster) -> Cost:
     )
 
 
-def memory_bytes(config: PretrainConfig, device: Device) -> Memory:
+def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
     """Bytes on one device at the fullest moment of a step, by ZeRO stage (Rajbhandari et al. 2020, section 3).
 
     That moment is the reduction of a full bucket of gradients. Freed activations and gathered parameters still belong
@@ -119,13 +128,13 @@ def memory_bytes(config: PretrainConfig, device: Device) -> Memory:
     """
     training, stage = config.training, config.training.zero_stage
     ranks, n, width = config.resources.workers, parameter_counts(config.model).n_total, _width(config)
-    is_mixed = training.precision == "bf16"
-    bucket = min(MAX_BUCKET, n)
+    is_mixed, trained = training.precision == "bf16", trained_parameters(config)
+    bucket = min(MAX_BUCKET, trained)
     gathered = n * width if stage == 3 else 0
-    weights = n * width / (ranks if stage == 3 else 1) + gathered
-    gradients = n * (FP32 if stage else width) / (ranks if stage >= 2 else 1)
+    weights = n * width / (ranks if stage == 3 else 1) + gathered + reference_parameters(config) * width
+    gradients = trained * (FP32 if stage else width) / (ranks if stage >= 2 else 1)
     masters = MASTER_AND_MOMENTS if stage or is_mixed else MASTER_AND_MOMENTS - FP32
-    optimizer = 0.0 if training.offload == "cpu" else n * masters / (ranks if stage else 1)
+    optimizer = 0.0 if training.offload == "cpu" else trained * masters / (ranks if stage else 1)
     buckets = bucket * _bucket_bytes(stage, width, ranks)
     saved = saved_elements_per_token(config.model, training.activation_checkpointing)
     tokens = config.micro_batch_sequences * config.context_tokens
@@ -137,10 +146,10 @@ def memory_bytes(config: PretrainConfig, device: Device) -> Memory:
     total = fixed + buckets + activations
     if training.activation_checkpointing:
         begins = fixed + bucket * width + activations - again - working
-        reduces = fixed - gathered * bucket / n + buckets + again + working
+        reduces = fixed - gathered * bucket / trained + buckets + again + working
         total = max(begins, reduces)
     elif is_mixed and stage == 0:  # the update makes an fp32 copy of all gradients, when activations are gone
-        total = max(total, fixed + n * FP32)
+        total = max(total, fixed + trained * FP32)
     return Memory(weights, gradients, optimizer, buckets, activations, runtime, total)
 
 
@@ -160,7 +169,7 @@ def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
     return float(2 * model.n_layers * model.kv_heads * model.head_size * width)
 
 
-def communication(config: PretrainConfig) -> Communication:
+def communication(config: TrainedConfig) -> Communication:
     """What a rank sends in an optimiser step (SPEC.md D.7; counted by workloads/training/traffic.py on real runs).
 
     Stage 3: per micro-batch two gathers of the parameters and one reduce-scatter of the gradients; checkpointing
@@ -170,10 +179,10 @@ def communication(config: PretrainConfig) -> Communication:
     ranks, stage, model = config.resources.workers, config.training.zero_stage, config.model
     if ranks == 1:
         return Communication(0.0, 0)
-    n, width = parameter_counts(model).n_total, _width(config)
+    n, width, trained = parameter_counts(model).n_total, _width(config), trained_parameters(config)
     micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
-    buckets = -(-n // min(MAX_BUCKET, n))
-    gather, reduce = n * width, n * FP32
+    buckets = -(-trained // min(MAX_BUCKET, trained))
+    gather, reduce = (n if stage == 3 else trained) * width, trained * FP32
     if stage == 3:
         volume = micro_steps * (2 * gather + reduce)
         messages = micro_steps * (2 * (7 * model.n_layers + 1) + buckets)  # a gather a matrix
@@ -184,12 +193,12 @@ def communication(config: PretrainConfig) -> Communication:
     return Communication(volume * (ranks - 1) / ranks, messages)
 
 
-def step_seconds(config: PretrainConfig, device: Device) -> tuple[float, float]:
+def step_seconds(config: TrainedConfig, device: Device) -> tuple[float, float]:
     """Compute of one optimiser step on one device, and how much of the communication it can hide: DeepSpeed overlaps
     them on GPUs (`overlap_comm`), not on CPUs.
     """
     training, ranks = config.training, config.resources.workers
-    n = parameter_counts(config.model).n_total
+    trained = trained_parameters(config)
     per_token = flops_per_token(config.model, config.context_tokens)
     tokens = config.step_tokens / ranks
     blocks = (per_token.matmul + per_token.attention) * tokens
@@ -206,14 +215,15 @@ def step_seconds(config: PretrainConfig, device: Device) -> tuple[float, float]:
             work += blocks / 3 / speed.recompute_at(width)
         work /= speed.alone if ranks == 1 else 1.0
         slowed = 1.0 if ranks == 1 else 1 / speed.efficiency_at(training.zero_stage)
-    mine = n / ranks if training.zero_stage else n
+    work *= training_flops_per_token(config) / per_token.total
+    mine = trained / ranks if training.zero_stage else trained
     bandwidth = device.memory_bytes_per_second.value
     if device.optimizer_parameters_per_second is None:
         update = mine * OPTIMIZER_BYTES / bandwidth
     else:
         update = mine / device.optimizer_parameters_per_second.value
     micro_steps = training.batch_sequences // (ranks * config.micro_batch_sequences)
-    copies = micro_steps * BUCKET_PASSES * FP32 * n / bandwidth if training.zero_stage else 0.0
+    copies = micro_steps * BUCKET_PASSES * FP32 * trained / bandwidth if training.zero_stage else 0.0
     hidden = work if config.resources.gpus_per_worker else 0.0
     return slowed * (work + update + copies), hidden
 
@@ -231,7 +241,7 @@ def _sending_seconds(moved: Communication, device: Device) -> float:
 
 
 def energy_joules(
-    config: PretrainConfig, cluster: Cluster, hardware_flops: float, seconds: float
+    config: TrainedConfig, cluster: Cluster, hardware_flops: float, seconds: float
 ) -> float | None:
     """At the meter: static + dynamic + memory traffic (SPEC.md E.1), by the device's stated coefficients; None where
     they are not all stated.
@@ -241,7 +251,7 @@ def energy_joules(
     return rates.joules(config.resources.workers, seconds, hardware_flops, moved)
 
 
-def _width(config: PretrainConfig) -> int:
+def _width(config: TrainedConfig) -> int:
     """Bytes of a parameter in compute."""
     return 2 if config.training.precision == "bf16" else FP32
 
@@ -255,7 +265,7 @@ def utilization(device: Device) -> float:
     return device.utilization.value if device.utilization is not None else 1.0
 
 
-def _notes(config: PretrainConfig, cluster: Cluster) -> tuple[str, ...]:
+def _notes(config: TrainedConfig, cluster: Cluster) -> tuple[str, ...]:
     device, precision = cluster.device, config.training.precision
     notes = [f"the device was {device.measured}: {device.about}"]
     if precision not in device.peak_flops_per_second:

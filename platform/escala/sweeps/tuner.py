@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from escala.sweeps.space import Range, Space
 from escala.sweeps.trials import Planned
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.tracker import Tracker, open_tracker
+from workloads.config import WORKLOADS
 
 TRIAL_MODULE = "workloads.trial"  # runs on the cluster; the control plane knows it by name
 CRASHES = 2  # of a trial's process, before the trial is given up
@@ -47,7 +48,10 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no loss
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-Data = Mapping[str, tuple[str, dict[str, str]]]  # key of a data configuration -> prepared path, fingerprints
+Data = Mapping[
+    str, Any
+]  # key of a data configuration -> what workloads.trial.prepare gave, with its fingerprints
+READ = ("data", "start", "tokenizer")  # sections that decide what is prepared
 
 
 def main(arguments: list[str]) -> int:
@@ -122,9 +126,9 @@ class Sweep:
         for config in configs:
             key = data_key(config)
             if key not in data:
-                data[key] = _prepare_on_cluster(self.attempt, config)
+                data[key] = _prepare_on_cluster(_preparation(self.attempt, space.workload, config))
         if not planned:
-            planned = [identify(n, t, data[data_key(t.config)][1]) for n, t in enumerate(todo, 1)]
+            planned = [identify(n, t, data[data_key(t.config)].fingerprints) for n, t in enumerate(todo, 1)]
             if planned:
                 trials.write_planned(self.home, self.attempt.job_id, planned)
         return planned, data
@@ -245,13 +249,13 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
     root = Path(home)
     if "number" in config:
         planned = next(p for p in trials.read_planned(root, sweep.job_id) if p.number == config["number"])
-        prepared = data[data_key(planned.trial.config)][0]
+        prepared = data[data_key(planned.trial.config)]
     else:
         trial = design.make_trial(space, from_optuna(space, config))
         key = data_key(trial.config)
-        prepared, identity = data[key] if key in data else workload.prepare(_preparation(sweep, trial.config))
+        prepared = data.get(key) or workload.prepare(_preparation(sweep, space.workload, trial.config))
         number = len(trials.read_planned(root, sweep.job_id)) + 1
-        planned = identify(number, trial, identity)
+        planned = identify(number, trial, prepared.fingerprints)
         trials.append_planned(root, sweep.job_id, planned)
     files = TrialFiles(root, planned.fingerprint)
     report = partial(_report, tune) if space.aim == "search" else None
@@ -279,7 +283,7 @@ def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> Plann
 
 def data_key(config: Mapping[str, Any]) -> str:
     """The same for all configurations that read the same prepared data."""
-    return fingerprint(config["data"])
+    return fingerprint([config.get(section) for section in READ])
 
 
 def resources_of(examples: list[design.Trial]) -> dict[str, float]:
@@ -294,26 +298,25 @@ def resources_of(examples: list[design.Trial]) -> dict[str, float]:
     return {kind: max(plan.needed(t)[kind] for t in examples) for kind in ("CPU", "GPU")}
 
 
-def _preparation(sweep: AttemptSpec, config: Mapping[str, Any]) -> AttemptSpec:
-    return AttemptSpec(**{**asdict(sweep), "config": dict(config)})
+def _preparation(sweep: AttemptSpec, workload: str, config: Mapping[str, Any]) -> AttemptSpec:
+    entry_point = WORKLOADS[workload][0]
+    return replace(sweep, workload=workload, entry_point=entry_point, config=dict(config))
 
 
-def _prepare_on_cluster(sweep: AttemptSpec, config: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+def _prepare_on_cluster(attempt: AttemptSpec) -> Any:
     """Tokenise once, before many trials would at the same time. Raises DataError."""
     import ray
     import ray.exceptions
 
-    def prepare(attempt: AttemptSpec) -> Any:
+    def prepare() -> Any:
         return importlib.import_module(TRIAL_MODULE).prepare(attempt)
 
-    task = ray.remote(num_cpus=1)(prepare).remote(_preparation(sweep, config))
     try:
-        path, identity = ray.get(task)
+        return ray.get(ray.remote(num_cpus=1)(prepare).remote())
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, EscalaError):
             raise error.cause from None
         raise
-    return str(path), dict(identity)
 
 
 def from_optuna(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Low-rank deltas of frozen matrices (Hu et al. 2022), saved in peft's adapter format.
+
+A matrix keeps its name and its shape; its two deltas stand beside it (`NAME.lora_A`, `NAME.lora_B`). Only they need
+gradients, so only they are optimised, checkpointed and published.
+
+Dimensions: R rank, `...` any leading ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from workloads.config import LoraConfig
+from workloads.model.layers import Linear
+from workloads.model.transformer import Transformer
+
+PARENTS = {"query": "attention", "key": "attention", "value": "attention", "output": "attention"}
+PEFT_NAMES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class LoraLinear(Linear):
+    """x W^T + alpha / rank * dropout(x) A^T B^T. A is drawn as peft draws it (Kaiming, uniform), B is zero.
+
+    Attributes:
+        enabled: without it, the frozen matrix alone: the reference model of a policy that is trained by its deltas.
+    """
+
+    def __init__(self, base: Linear, config: LoraConfig) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.weight = base.weight
+        self.weight.requires_grad_(False)
+        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.enabled = True
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def reset_parameters(self) -> None:
+        """Nothing: the matrix is the base's, and drawing one only to drop it would cost time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        out = F.linear(x, self.weight)
+        if not self.enabled:
+            return out
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return out + self.scale * F.linear(low, self.lora_B)
+
+    def delta(self) -> Tensor:
+        """What is added to the matrix, (outputs, inputs)."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+
+def add_lora(model: Transformer, config: LoraConfig) -> None:
+    """Freeze all weights of `model`, and give the target matrices of every block their deltas."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for target in config.targets:
+            parent = getattr(block, PARENTS.get(target, "feed_forward"))
+            setattr(parent, target, LoraLinear(getattr(parent, target), config))
+
+
+def merge_lora(model: Transformer) -> None:
+    """Add the deltas to their matrices and leave plain ones."""
+    for parent, name, layer in list(_layers(model)):
+        merged = Linear(layer.in_features, layer.out_features).to(layer.weight.dtype)
+        with torch.no_grad():
+            merged.weight = nn.Parameter(layer.weight + layer.delta().to(layer.weight.dtype))
+        setattr(parent, name, merged)
+    model.requires_grad_(True)
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The model without its deltas, inside the block."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def save_adapter(weights: Mapping[str, Tensor], config: LoraConfig, directory: Path, base: str = "") -> None:
+    """Write deltas in the format that `peft.PeftModel.from_pretrained` reads.
+
+    Args:
+        weights: names as in the model (`blocks.0.attention.query.lora_A`); others are left out.
+        base: where the frozen model is, for peft's own use.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {_peft_name(name): w.contiguous() for name, w in weights.items() if ".lora_" in name}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": [PEFT_NAMES[target].split(".")[1] for target in config.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
+
+
+def _peft_name(name: str) -> str:
+    """`blocks.3.attention.query.lora_A` as `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`."""
+    _, number, _, target, delta = name.rsplit("blocks", 1)[-1].split(".")
+    return f"base_model.model.model.layers.{number}.{PEFT_NAMES[target]}.{delta}.weight"
+
+
+def _layers(model: Transformer) -> Iterator[tuple[nn.Module, str, LoraLinear]]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, LoraLinear):
+                yield parent, name, child

@@ -26,7 +26,9 @@ from workloads.alignment.reward_model import (
 from workloads.alignment.scoring import FunctionReward, RewardModelScorer, WeightedSum, build_reward
 from workloads.config import ModelConfig
 from workloads.config.rewards import JudgeModelConfig, RewardConfig
+from workloads.data.chat import load_chat_tokenizer
 from workloads.data.dialogues import Prompt
+from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=END + 1, n_layers=2, d_model=16, n_heads=2, max_context_tokens=64)
@@ -162,38 +164,20 @@ def test_the_scorer_batches_by_length_and_keeps_the_order() -> None:
         RewardModelScorer(model, tokenizer).score(["a" * 60], ["b" * 10])
 
 
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the trunk's and the tokenizer's files, which have tests of their own."""
-    huggingface, chat = ModuleType("workloads.model.huggingface"), ModuleType("workloads.data.chat")
-
-    def save_pretrained(model: Transformer, path: Path) -> None:
-        path.mkdir(exist_ok=True)
-        torch.save((model.config, model.state_dict()), path / "trunk.pt")
-
-    def load_pretrained(path: Path) -> Transformer:
-        config, weights = torch.load(path / "trunk.pt", weights_only=False)
-        model = Transformer(config)
-        model.load_state_dict(weights)
-        return model
-
-    huggingface.save_pretrained, huggingface.load_pretrained = save_pretrained, load_pretrained
-    chat.load_chat_tokenizer = lambda path: ByteChat()
-    monkeypatch.setitem(sys.modules, "workloads.model.huggingface", huggingface)
-    monkeypatch.setitem(sys.modules, "workloads.data.chat", chat)
-
-
-def test_a_saved_reward_model_scores_the_same(
-    disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ByteChat, "save", lambda self, path: None, raising=False)
-    model = reward_model(tie=False)
-    save_reward_model(model, ByteChat(), tmp_path)
+def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
+    train_tokenizer(["some words to make a tokenizer of"], 300).save(str(tmp_path / "words.json"))
+    tokenizer = load_chat_tokenizer(tmp_path / "words.json")
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300, n_layers=1, d_model=16, n_heads=2, max_context_tokens=64, tie_embeddings=False
+    )
+    model = RewardModel(Transformer(config))
+    save_reward_model(model, tokenizer, tmp_path)
     sections = TypeAdapter(list[RewardConfig]).validate_python(
         [{"kind": "model", "model": str(tmp_path), "weight": 2}]
     )
     found = build_reward(sections, torch.device("cpu")).score(["p"], ["r"])
-    assert found == pytest.approx([2 * s for s in RewardModelScorer(model, ByteChat()).score(["p"], ["r"])])
+    assert found == pytest.approx([2 * s for s in RewardModelScorer(model, tokenizer).score(["p"], ["r"])])
     wide = nn.Linear(32, 1, bias=False)
     rewards_of_another = {"weight": wide.weight.detach()}
     from safetensors.torch import save_file

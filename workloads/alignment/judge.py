@@ -191,8 +191,7 @@ def _plain(prompt: Prompt) -> str:
 
 def load_judge_model(config: JudgeModelConfig, device: torch.device | str) -> LanguageModelJudge:
     """The judge's model from disk. Raises CheckpointError or DataError."""
-    from workloads.data.chat import load_chat_tokenizer
-    from workloads.model.huggingface import load_pretrained
+    from workloads.model.start import load_model, load_tokenizer
 
-    model, tokenizer = load_pretrained(config.model), load_chat_tokenizer(config.model)
+    model, tokenizer = load_model(Path(config.model)), load_tokenizer(Path(config.model))
     return LanguageModelJudge(model.to(device), tokenizer, config.question, config.batch_sequences)

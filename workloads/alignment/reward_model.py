@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from escala.errors import CheckpointError
 from workloads.data.dialogues import ASSISTANT, Prompt
 from workloads.model.layers import Linear
+from workloads.model.start import checkpoint_model, find_checkpoint, headless, load_tokenizer
 from workloads.model.transformer import Transformer
+from workloads.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
     from workloads.data.chat import ChatTokenizer
@@ -36,7 +38,7 @@ class RewardModel(nn.Module):
     def __init__(self, trunk: Transformer) -> None:
         super().__init__()
         trunk.unembedding = None
-        trunk.config = trunk.config.model_copy(update={"tie_embeddings": True})
+        trunk.config = headless(trunk.config)
         self.trunk = trunk
         self.head = Linear(trunk.config.d_model, 1, HEAD_GAIN)
 
@@ -91,10 +93,23 @@ def save_reward_model(model: RewardModel, tokenizer: ChatTokenizer, directory: P
 
 
 def load_reward_model(directory: Path) -> tuple[RewardModel, ChatTokenizer]:
-    """What `save_reward_model` wrote. Raises CheckpointError where the head is missing or does not fit the trunk."""
+    """The reward model of a `reward` job's checkpoints, or what `save_reward_model` wrote.
+
+    Raises CheckpointError where the head is missing or does not fit the trunk.
+    """
     from workloads.data.chat import load_chat_tokenizer
     from workloads.model.huggingface import load_pretrained
 
+    found = find_checkpoint(directory)
+    if found is not None:
+        weights = load_weights(found)
+        if "head.weight" not in weights:
+            raise CheckpointError(
+                f"{found.path} is no reward model's.", "Give the checkpoints of a `reward` job."
+            )
+        return _with_head(checkpoint_model(found), weights["head.weight"], directory), load_tokenizer(
+            directory
+        )
     path = directory / HEAD_FILE
     try:
         weight = load_file(path)["weight"]
@@ -103,7 +118,11 @@ def load_reward_model(directory: Path) -> tuple[RewardModel, ChatTokenizer]:
             f"{path} can't be read as a reward model's head: {error}.",
             "Give the directory of a reward model.",
         ) from error
-    model = RewardModel(load_pretrained(directory))
+    return _with_head(load_pretrained(directory), weight, directory), load_chat_tokenizer(directory)
+
+
+def _with_head(trunk: Transformer, weight: Tensor, directory: Path) -> RewardModel:
+    model = RewardModel(trunk)
     if weight.shape != model.head.weight.shape:
         raise CheckpointError(
             f"The head of {directory} has the shape {tuple(weight.shape)}, its trunk needs "
@@ -112,4 +131,4 @@ def load_reward_model(directory: Path) -> tuple[RewardModel, ChatTokenizer]:
         )
     with torch.no_grad():
         model.head.weight.copy_(weight)
-    return model, load_chat_tokenizer(directory)
+    return model

@@ -19,7 +19,7 @@ from workloads.data.tokenizer import TextTokenizer, wrap
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """Of a tokenizer that brings none: "User: ...", "Assistant: ..." and its end of text. No other control token."""

@@ -125,6 +125,8 @@ def _gguf_weights(path: Path) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"{path} needs the package {missing[0]}", "pip install 'escala[gguf]'")
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a log is no terminal
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return dict(theirs.state_dict())

@@ -5,22 +5,23 @@ A checkpoint of a LoRA run holds its deltas alone: the model is that run's own s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from escala.errors import CheckpointError
-from escala.manifests import MANIFEST, TOKENIZER, Checkpoint, latest, read_checkpoint, verify
-from workloads.config import WORKLOADS, FineTuneConfig, TrainedConfig
+from escala.manifests import MANIFEST, TOKENIZER, Checkpoint, latest, read_checkpoint, step_of, verify
+from workloads.config import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
 from workloads.training.checkpoint import load_weights
 
-REWARD_HEAD = "head."
-TRUNK = "trunk."
+TRUNK = "trunk."  # of a reward model (alignment/reward_model.py)
 
 
 def load_model(path: Path) -> Transformer:
@@ -43,7 +44,7 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
         checkpoint = read_checkpoint(path)
         verify(checkpoint)
         return checkpoint
-    if not path.is_dir() or (path / "config.json").is_file():
+    if not path.is_dir() or not any(step_of(entry.name) is not None for entry in path.iterdir()):
         return None
     found, refused = latest(path)
     if found is None:
@@ -58,24 +59,34 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
-    """The transformer of a checkpoint, its deltas merged."""
-    config = checkpoint_config(checkpoint)
-    weights = load_weights(checkpoint)
-    weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if not n.startswith(REWARD_HEAD)}
+    """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
+    config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
+    if checkpoint.manifest["workload"] == "reward":
+        weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
+        config = config.model_copy(update={"model": headless(config.model)})
+    if not isinstance(config, FineTuneConfig) or config.lora is None:
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        _assign(model, weights, checkpoint)
+        return model
     model = new_model(config)
-    if isinstance(config, FineTuneConfig) and config.lora is not None:
-        add_lora(model, config.lora)
-        _assign(model, weights, checkpoint, strict=False)
-        merge_lora(model)
-    else:
-        _assign(model, weights, checkpoint, strict=True)
+    add_lora(model, config.lora)
+    _assign(model, {**dict(model.state_dict()), **weights}, checkpoint)
+    merge_lora(model)
     return model
+
+
+def headless(model: ModelConfig) -> ModelConfig:
+    """The configuration of a reward model's trunk, which has no unembedding of its own."""
+    return model.model_copy(update={"tie_embeddings": True})
 
 
 def new_model(config: TrainedConfig) -> Transformer:
     """What a run with this configuration starts from, in fp32: its start, or weights drawn from torch's generator."""
     start: Any = config.start if isinstance(config, FineTuneConfig) else None
-    model = Transformer(config.model) if start is None else load_model(Path(start.path))
+    if start is None:
+        return Transformer(config.model)
+    model = load_model(Path(start.path))
     if model.config != config.model:
         raise CheckpointError(
             f"{start.path} holds another model than the one that this run was queued with",
@@ -84,11 +95,8 @@ def new_model(config: TrainedConfig) -> Transformer:
     return model
 
 
-def _assign(model: Transformer, weights: dict[str, Tensor], checkpoint: Checkpoint, strict: bool) -> None:
-    found = model.load_state_dict(weights, strict=False, assign=True)
-    tied = {"unembedding.weight"} if model.config.tie_embeddings else set()
-    missing = [n for n in found.missing_keys if strict and n not in tied]
-    if missing or found.unexpected_keys:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} is not of its own model: {[*missing, *found.unexpected_keys][:4]}"
-        )
+def _assign(model: Transformer, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} is not of its own model: {error}") from error

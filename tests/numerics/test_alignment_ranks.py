@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.numerics.alignment_scenarios import batch, scenario
+from tests.numerics.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("alignment_scenarios.py")
 
@@ -27,24 +25,7 @@ def whole() -> dict[str, Any]:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks made of its share."""
     directory = tmp_path_factory.mktemp("alignment")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(directory)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in started:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output[-3000:]
-    finally:
-        for process in started:
-            process.kill()  # one rank without the other would wait for it
+    run_ranks(SCRIPT, 2, directory)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

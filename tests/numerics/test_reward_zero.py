@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -17,20 +16,7 @@ RANKS = 2
 
 
 def test_a_reward_model_under_zero3_follows_plain_pytorch(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(RANKS), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
+    run_ranks(SCRIPT, RANKS, tmp_path)
     results = json.loads((tmp_path / "0.json").read_text())
     assert results["plain"][-1] < results["plain"][0] < 1
     assert results["zero3"] == pytest.approx(results["plain"], rel=1e-4)

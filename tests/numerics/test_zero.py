@@ -5,25 +5,16 @@ processes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.numerics.ranks import run_ranks
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("zero_scenarios.py")
-
-
-def start(rank: int, ranks: int, directory: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(SCRIPT), str(rank), str(ranks), str(directory)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     """
     directory = tmp_path_factory.mktemp("zero")
     for ranks in (2, 1):
-        processes = [start(rank, ranks, directory) for rank in range(ranks)]
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output[-3000:]
+        run_ranks(SCRIPT, ranks, directory)
     return {ranks: json.loads((directory / f"{ranks}-0.json").read_text()) for ranks in (1, 2)}
 
 

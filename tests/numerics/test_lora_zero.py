@@ -1,0 +1,24 @@
+"""LoRA and DPO under ZeRO-3 on two real gloo processes against plain PyTorch on the whole batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.numerics.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+
+
+def test_deltas_under_zero3_follow_plain_pytorch_and_are_all_that_is_saved(tmp_path: Path) -> None:
+    run_ranks(Path(__file__).with_name("lora_scenarios.py"), 2, tmp_path)
+    results = json.loads((tmp_path / "0.json").read_text())
+    found, plain = results["zero3"], results["plain"]
+    assert plain[0] == pytest.approx(0.6931, abs=1e-3)  # the policy starts as its reference
+    assert plain[-1] < 0.9 * plain[0]
+    assert found["straight"] == pytest.approx(plain, rel=1e-4)
+    assert found["resumed"] == found["straight"]  # bitwise
+    assert len(found["names"]) == 2 * 3 * 2
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in found["names"])

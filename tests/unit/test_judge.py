@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from escala import handshake
 from escala.errors import DataError
+from escala.records import AttemptFiles, AttemptSpec, Outcome, read_record, write_json
 from tests.unit.small_chat import END, ByteChat
 from workloads import judge as entry_point
 from workloads.alignment.judge import (
@@ -164,3 +166,40 @@ def test_prompt_keys_tell_chats_from_texts() -> None:
     chat = [{"role": "user", "content": "q"}]
     assert prompt_key(chat) == prompt_key([{"content": "q", "role": "user"}])
     assert len({prompt_key(chat), prompt_key("q"), prompt_key(prompt_key(chat))}) == 3
+
+
+def attempt(tmp_path: Path, responses: str) -> AttemptFiles:
+    """Run the entry point in this process; it must not reach Ray."""
+    (tmp_path / "responses.jsonl").write_text(responses)
+    config = {
+        "responses": str(tmp_path / "responses.jsonl"),
+        "to": str(tmp_path / "out.jsonl"),
+        "judge": {"model": str(tmp_path / "none")},
+    }
+    spec = AttemptSpec(
+        job_id="judge-1",
+        attempt=1,
+        name="judge",
+        workload="judge",
+        entry_point="workloads.judge",
+        config=config,
+        directory=str(tmp_path),
+        checkpoints=str(tmp_path / "checkpoints"),
+        data=str(tmp_path / "data"),
+        tracking_uri=f"spool:{tmp_path / 'spool'}",
+        experiment="tests",
+        versions=handshake.versions(),
+    )
+    write_json(tmp_path / "attempt.json", spec)
+    assert entry_point.main([str(tmp_path / "attempt.json")]) == DataError.exit_code
+    return AttemptFiles(str(tmp_path))
+
+
+def test_a_bad_line_ends_the_attempt_before_it_starts_workers(tmp_path: Path) -> None:
+    outcome = read_record(Outcome, attempt(tmp_path, '{"prompt": "p", "responses": []}').outcome)
+    assert outcome is not None
+    assert outcome.kind == "user_error"
+    assert "responses.jsonl, line 1: `responses` must be a list" in outcome.message
+    assert outcome.record is not None
+    assert outcome.record["workload"] == "judge"
+    assert not (tmp_path / "out.jsonl").exists()

@@ -5,9 +5,9 @@ VADER's lexicon (Hutto & Gilbert 2014) keeps, for each of 7,520 words, phrases a
 dropped, and a rater's moods and slips stay in. A rater is a column of the ratings: ten people rated each entry, and
 the lexicon does not say which of them are the same from one entry to the next.
 
-Train and held-out pairs share neither raters nor entries, nor words that begin alike: `hate` and `hating` are on one
-side, since with inflections on both a reward model need only know its letters (n-gram ridge: 94 % of the ceiling; so
-split, 68 %). The ceiling is how often another held-out rater agrees with the one who made the pair.
+Train and held-out pairs share no column, no entry, and no words that begin alike: `hate` and `hating` are on one side.
+With inflections on both, a reward model need know no words: a ridge on character n-grams reaches 94 % of the ceiling
+where entries alone are split, and 68 % so. The ceiling is how often another held-out rater agrees with a pair's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ TRAIN_RATERS, HELD_OUT_RATERS = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9)
 HELD_OUT_SHARE = 0.2  # of families of entries, and of pairs
 FAMILY_LETTERS = 3
 PROMPT = "How do you feel?\n"
-RESPONSE = "I feel {}."  # of SmolLM2-135M's states a linear probe reaches 93 % of the ceiling so, 87 % on the bare word
+RESPONSE = "I feel {}."
+# Of the ceiling, a linear probe of SmolLM2-135M's states reaches (half of the lexicon): 93 % with these two, 89 % on
+# "Which word is more positive?" and the word, 85 % on the word alone.
 
 LONGEST_ENTRY_WORDS = 3
 PUNCTUATION = ".,;:!?\"'()"

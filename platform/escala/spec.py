@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from escala.errors import NotFoundError, SpecError
-from workloads.config import WORKLOADS, TrainedConfig
+from workloads.config import WORKLOADS, JudgeConfig, TrainedConfig
 from workloads.flops import parameter_counts, training_flops_per_token
 
 
@@ -52,7 +52,7 @@ class JobSpec:
     workload: str
     entry_point: str
     options: JobOptions
-    config: TrainedConfig
+    config: TrainedConfig | JudgeConfig
 
     def plain(self) -> dict[str, Any]:
         """The workload's configuration as plain data."""
@@ -119,8 +119,15 @@ def written(
 
 
 def resolve(spec: JobSpec) -> Resolved:
-    """The full spec with what it derived: parameters, tokens and FLOPs (SPEC.md D.2)."""
+    """The full spec with what it derived: parameters, tokens and FLOPs (SPEC.md D.2).
+
+    Raises SpecError for a job that trains nothing: its FLOPs depend on its data.
+    """
     config = spec.config
+    if not isinstance(config, TrainedConfig):
+        raise SpecError(
+            f"what a {spec.workload} job costs depends on its data", "submit it without --dry-run"
+        )
     counts = parameter_counts(config.model)
     flops = training_flops_per_token(config)
     return Resolved(

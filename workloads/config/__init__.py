@@ -27,6 +27,7 @@ from workloads.config.finetune import (
     SftDataConfig,
     StartConfig,
 )
+from workloads.config.judge import JudgeConfig
 from workloads.config.model import ModelConfig
 from workloads.config.pretrain import PretrainConfig
 from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
@@ -42,6 +43,7 @@ __all__ = [
     "FineTuneConfig",
     "HuggingFaceCorpus",
     "JsonlCorpus",
+    "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -59,10 +61,11 @@ __all__ = [
     "TrainingConfig",
 ]
 
-WORKLOADS: dict[str, tuple[str, type[TrainedConfig]]] = {
+WORKLOADS: dict[str, tuple[str, type[Strict]]] = {
     "pretrain": ("workloads.pretrain", PretrainConfig),
     "sft": ("workloads.sft", SftConfig),
     "reward": ("workloads.reward", RewardTrainingConfig),
     "dpo": ("workloads.dpo", DpoConfig),
+    "judge": ("workloads.judge", JudgeConfig),
 }
 """Name that a user types -> (module that the cluster runs, class that checks its configuration)."""

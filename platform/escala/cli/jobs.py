@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    workload: Annotated[str, typer.Argument(help="What to run: pretrain.")],
+    workload: Annotated[str, typer.Argument(help="What to run: pretrain, sft, reward, dpo, judge.")],
     files: Files = None,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="For people; need not be unique.")] = None,

@@ -1,199 +1,284 @@
-"""What a pretrained model is, read from its files without loading it: pydantic and the standard library only.
+"""What a model on disk is: a Hugging Face directory's config.json, or a GGUF file's header, as a ModelConfig, and back.
 
-Layouts: a directory with Hugging Face's config.json, a .gguf file, a checkpoint of ours or a directory of them. What we
-cannot compute exactly as the model's makers do is refused here by name, never left out.
+One table, ARCHITECTURES: an entry says how a config.json reads and what its weights are called. Mixtral or Qwen3-MoE
+is one more entry. What our transformer cannot represent is refused with the reason; nothing is dropped silently,
+but for training's own matters (dropout, initialisation, losses' coefficients, precision of the file).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from workloads.config.gguf_header import model_config_of_gguf
 from workloads.config.model import ModelConfig
 
-FIELDS = {
+Json = Mapping[str, Any]
+
+LLAMA_WEIGHTS = {  # ours -> theirs; a * is a number
+    "embedding.weight": "model.embed_tokens.weight",
+    "unembedding.weight": "lm_head.weight",
+    "final_norm.weight": "model.norm.weight",
+    "blocks.*.attention_norm.weight": "model.layers.*.input_layernorm.weight",
+    "blocks.*.attention.query.weight": "model.layers.*.self_attn.q_proj.weight",
+    "blocks.*.attention.key.weight": "model.layers.*.self_attn.k_proj.weight",
+    "blocks.*.attention.value.weight": "model.layers.*.self_attn.v_proj.weight",
+    "blocks.*.attention.output.weight": "model.layers.*.self_attn.o_proj.weight",
+    "blocks.*.feed_forward_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "blocks.*.feed_forward.gate.weight": "model.layers.*.mlp.gate_proj.weight",
+    "blocks.*.feed_forward.up.weight": "model.layers.*.mlp.up_proj.weight",
+    "blocks.*.feed_forward.down.weight": "model.layers.*.mlp.down_proj.weight",
+}
+QK_NORM_WEIGHTS = {
+    "blocks.*.attention.query_norm.weight": "model.layers.*.self_attn.q_norm.weight",
+    "blocks.*.attention.key_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+}
+KEYS = {  # config.json -> ModelConfig
     "vocab_size": "vocab_size",
     "num_hidden_layers": "n_layers",
     "hidden_size": "d_model",
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
-    "head_dim": "head_dim",
     "intermediate_size": "d_ff",
     "max_position_embeddings": "max_context_tokens",
+    "head_dim": "head_dim",
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Hugging Face's name -> ModelConfig's."""
+OPTIONAL = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of Hugging Face's, and what of a ModelConfig it stands for."""
+    """A family of models in Hugging Face's format.
+
+    Attributes:
+        model_type, class_name: config.json's `model_type` and its entry of `architectures`.
+        fits: whether a ModelConfig is written in this format; the first fitting entry of the table is used.
+        read: the part of a ModelConfig that is special to it, from config.json. Raises ValueError.
+        write: the part of config.json that is special to it.
+        covers: ModelConfig's fields that `read` and `write` carry, beyond those that all have.
+        weights: our weights' names -> theirs.
+        defaults: what their class takes where config.json lacks a key and all others take something else.
+    """
 
     model_type: str
-    name: str  # its class
-    qk_norm: bool = False
-    windowed: bool = False
-    max_context_tokens: int = 2048  # of a config.json that states none: the class's defaults
-    extra: Mapping[str, Any] = field(default_factory=dict)  # written into config.json
+    class_name: str
+    fits: Callable[[ModelConfig], bool]
+    read: Callable[[Json], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    covers: frozenset[str] = frozenset()
+    weights: Mapping[str, str] = field(default_factory=lambda: LLAMA_WEIGHTS)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-ARCHITECTURES = {
-    a.model_type: a
-    for a in (
-        Architecture("llama", "LlamaForCausalLM", extra={"attention_bias": False, "mlp_bias": False}),
-        Architecture("mistral", "MistralForCausalLM", windowed=True, max_context_tokens=131_072),
-        Architecture(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            qk_norm=True,
-            max_context_tokens=32_768,
-            extra={"attention_bias": False},
-        ),
-    )
-}
+def _read_llama(config: Json) -> dict[str, Any]:
+    return {}
 
 
-def model_config_of(path: Path) -> ModelConfig:
-    """The model at `path`. Raises ValueError, saying why, where there is none or it is one that we do not compute."""
-    if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path)
-    if (path / "config.json").is_file():
-        return from_huggingface(_read(path / "config.json"))
-    manifests = [path / "manifest.json", *sorted(path.glob("step-*[0-9]/manifest.json"), reverse=True)]
-    found = next((m for m in manifests if m.is_file()), None)
-    if found is None:
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": False, "mlp_bias": False}
+
+
+def _read_mistral(config: Json) -> dict[str, Any]:
+    return {"window_tokens": config.get("sliding_window", 4096)}
+
+
+def _write_mistral(config: ModelConfig) -> dict[str, Any]:
+    return {"sliding_window": config.window_tokens}
+
+
+def _read_qwen3(config: Json) -> dict[str, Any]:
+    layers = int(config["num_hidden_layers"])
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    full = int(config.get("max_window_layers", 28))  # the first so many layers see everything
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if window is not None and layer >= full else "full_attention"
+        for layer in range(layers)
+    ]
+    if set(kinds) == {"full_attention"}:
+        window = None
+    elif set(kinds) != {"sliding_attention"}:
         raise ValueError(
-            f"{path} holds no model: give a directory with config.json and .safetensors files, a .gguf file, or the "
-            "checkpoints of a job"
+            f"its layers differ in attention ({', '.join(sorted(set(kinds)))}); here all have one kind"
         )
-    return ModelConfig(**_read(found)["config"]["model"])
+    elif window is None:
+        raise ValueError("its layers have sliding windows of no stated size")
+    return {"qk_norm": True, "window_tokens": window}
 
 
-def from_huggingface(config: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json (of transformers 4 or 5). Raises ValueError."""
-    kind = config.get("model_type")
-    architecture = ARCHITECTURES.get(str(kind))
-    if architecture is None:
-        raise ValueError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    refused = _refused(config)
-    if refused:
-        raise ValueError(f"this {kind} cannot be loaded: {'; '.join(refused)}")
-    rope = config.get("rope_parameters") or {}
-    values = {ours: config[theirs] for theirs, ours in FIELDS.items() if config.get(theirs) is not None}
-    window = (
-        config.get("sliding_window") if architecture.windowed or config.get("use_sliding_window") else None
-    )
-    return ModelConfig(
-        **{
-            "tie_embeddings": False,  # transformers' default, which config.json then leaves out
-            "max_context_tokens": architecture.max_context_tokens,
-            **values,
-            "rope_base": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
-            "qk_norm": architecture.qk_norm,
-            "window_tokens": window,
-        }
-    )
-
-
-def to_huggingface(model: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model: Qwen3 with norms of queries and keys, Mistral with a window, else Llama.
-
-    Raises ValueError for a model that none of the architectures stands for.
-    """
-    windowed = model.window_tokens is not None
-    kind = "qwen3" if model.qk_norm else "mistral" if windowed else "llama"
-    architecture = ARCHITECTURES[kind]
-    plain = model.model_dump()
-    config: dict[str, Any] = {theirs: plain[ours] for theirs, ours in FIELDS.items()}
-    if windowed and model.qk_norm:
-        config |= {"use_sliding_window": True, "max_window_layers": 0}
-        config["layer_types"] = ["sliding_attention"] * model.n_layers
+def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
+    kind = "full_attention" if config.window_tokens is None else "sliding_attention"
     return {
-        **config,
-        **architecture.extra,
-        "model_type": kind,
-        "architectures": [architecture.name],
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
-        "rope_theta": model.rope_base,  # for readers of transformers 4's files
-        "sliding_window": model.window_tokens,
-        "dtype": "float32",
+        "attention_bias": False,
+        "use_sliding_window": config.window_tokens is not None,
+        "sliding_window": config.window_tokens,
+        "max_window_layers": config.n_layers if config.window_tokens is None else 0,
+        "layer_types": [kind] * config.n_layers,
     }
 
 
-def _refused(config: Mapping[str, Any]) -> list[str]:
-    """What of a config.json we do not compute."""
-    found = []
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
-        found.append(f"its RoPE is scaled ({kind})")
-    share = config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    if share != 1.0:
-        found.append(f"RoPE turns only {share:g} of each head")
-    found += [f"it has {name}" for name in ("attention_bias", "mlp_bias") if config.get(name)]
-    if config.get("hidden_act", "silu") != "silu":
-        found.append(f"its activation is {config['hidden_act']}, not silu")
-    layers = set(config.get("layer_types") or [])
-    if config.get("use_sliding_window") and not layers:
-        first = config.get("max_window_layers", 0)  # layers below it see everything
-        layers = {"sliding_attention"} if first == 0 else {"full_attention", "sliding_attention"}
-    if len(layers) > 1 or not layers <= {"full_attention", "sliding_attention"}:
-        found.append(f"its layers differ: {', '.join(sorted(layers))}")
-    if config.get("quantization_config"):
-        found.append("its weights are quantised (a .gguf file is dequantised)")
-    return found
+ARCHITECTURES = (
+    Architecture(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        lambda config: config.qk_norm,
+        _read_qwen3,
+        _write_qwen3,
+        frozenset({"qk_norm", "window_tokens"}),
+        LLAMA_WEIGHTS | QK_NORM_WEIGHTS,
+        {"head_dim": 128, "num_key_value_heads": 32},
+    ),
+    Architecture(
+        "mistral",
+        "MistralForCausalLM",
+        lambda config: config.window_tokens is not None,
+        _read_mistral,
+        _write_mistral,
+        frozenset({"window_tokens"}),
+        defaults={"num_key_value_heads": 8},
+    ),
+    Architecture("llama", "LlamaForCausalLM", lambda config: True, _read_llama, _write_llama),
+)
 
 
-GGUF_FIELDS = {
-    "block_count": "n_layers",
-    "embedding_length": "d_model",
-    "attention.head_count": "n_heads",
-    "attention.head_count_kv": "n_kv_heads",
-    "attention.key_length": "head_dim",
-    "feed_forward_length": "d_ff",
-    "context_length": "max_context_tokens",
-    "attention.layer_norm_rms_epsilon": "norm_eps",
-    "rope.freq_base": "rope_base",
-    "attention.sliding_window": "window_tokens",
-}
-"""GGUF's key below the architecture's name -> ModelConfig's."""
+def model_config_of(path: str | Path) -> ModelConfig:
+    """The model in a Hugging Face directory (its config.json), a .gguf file (its header) or a job's checkpoints.
+
+    Raises ValueError that names the path and the reason: unreadable, an unknown architecture, or a part that the
+    transformer cannot represent.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return _explain(path, lambda: model_config_of_gguf(path))
+    manifests = [path / "manifest.json", *sorted(path.glob("step-*[0-9]/manifest.json"), reverse=True)]
+    if found := [manifest for manifest in manifests if manifest.is_file()]:
+        return _explain(path, lambda: ModelConfig(**json.loads(found[0].read_text())["config"]["model"]))
+    return _explain(path, lambda: from_hugging_face(read_config_json(path)))
 
 
-def _from_gguf(path: Path) -> ModelConfig:
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{path} is read by the package gguf, which is missing: pip install 'escala[gguf]'")
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    kind = reader.fields["general.architecture"].contents()
-    if kind not in ("llama", "qwen3"):
-        raise ValueError(f"{path} is a {kind}, not one of llama, qwen3")
-    scaling = reader.fields.get(f"{kind}.rope.scaling.type")
-    if scaling is not None and scaling.contents() != "none":
-        raise ValueError(f"{path} cannot be loaded: its RoPE is scaled ({scaling.contents()})")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    values = {
-        ours: reader.fields[f"{kind}.{theirs}"].contents()
-        for theirs, ours in GGUF_FIELDS.items()
-        if f"{kind}.{theirs}" in reader.fields
-    }
-    return ModelConfig(
-        **values,
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        tie_embeddings="output.weight" not in tensors,
-        qk_norm=kind == "qwen3",
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """config.json of a directory. Raises ValueError."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            "there is no config.json; give a Hugging Face directory (config.json and *.safetensors) or a .gguf file"
+        ) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    return data
+        raise ValueError(f"its config.json can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError("its config.json is not an object")
+    return config
+
+
+def architecture_of(model_type: object) -> Architecture:
+    """The entry of the table with this `model_type`. Raises ValueError that lists the known ones."""
+    for each in ARCHITECTURES:
+        if each.model_type == model_type:
+            return each
+    known = ", ".join(sorted(each.model_type for each in ARCHITECTURES))
+    raise ValueError(f"its architecture {model_type!r} is not known here ({known} are)")
+
+
+def from_hugging_face(config: Json) -> ModelConfig:
+    """The ModelConfig that a config.json describes. Raises ValueError."""
+    architecture = architecture_of(config.get("model_type"))
+    _refuse_unrepresentable(config)
+    settings = OPTIONAL | architecture.defaults | {key: config[key] for key in KEYS if key in config}
+    missing = sorted(KEYS.keys() - settings.keys())
+    if missing:
+        raise ValueError(f"its config.json lacks {', '.join(missing)}")
+    ours = {ours: settings[theirs] for theirs, ours in KEYS.items()}
+    return ModelConfig(**ours, rope_base=_rope_base(config), **architecture.read(config))
+
+
+def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """config.json's content for `config`: transformers 4 and 5, and vLLM, read it.
+
+    Raises ValueError where Hugging Face's formats cannot express the model.
+    """
+    architecture = architecture_for(config)
+    return {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        **{theirs: getattr(config, ours) for theirs, ours in KEYS.items()},
+        "hidden_act": "silu",
+        "rope_theta": config.rope_base,  # transformers 4; the next line is 5's
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        **architecture.write(config),
+    }
+
+
+def architecture_for(config: ModelConfig) -> Architecture:
+    """The format that `config` is written in. Raises ValueError that names what it cannot carry."""
+    architecture = next(each for each in ARCHITECTURES if each.fits(config))
+    carried = architecture.covers | set(KEYS.values()) | {"rope_base"}
+    left = {
+        name: getattr(config, name)
+        for name, info in ModelConfig.model_fields.items()
+        if name not in carried and getattr(config, name) != info.default
+    }
+    if left:
+        told = ", ".join(f"{name}: {value}" for name, value in left.items())
+        raise ValueError(f"Hugging Face's {architecture.class_name} has no place for {told}")
+    return architecture
+
+
+def their_name(ours: str, architecture: Architecture) -> str:
+    """What `architecture` calls our weight. Raises ValueError for a weight that it does not have."""
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", ours)
+    if pattern not in architecture.weights:
+        raise ValueError(f"Hugging Face's {architecture.class_name} has no place for the weight {ours}")
+    theirs = architecture.weights[pattern]
+    for number in re.findall(r"(?<=\.)\d+(?=\.)", ours):
+        theirs = theirs.replace("*", number, 1)
+    return theirs
+
+
+def _explain(path: Path, read: Callable[[], ModelConfig]) -> ModelConfig:
+    try:
+        return read()
+    except ValidationError as error:
+        reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error)
+    raise ValueError(f"{path} is not a model that can be loaded: {reason}")
+
+
+def _refuse_unrepresentable(config: Json) -> None:
+    """Raise ValueError for the first part of a config.json that the transformer does not have."""
+    if config.get("auto_map"):
+        raise ValueError("it comes with code of its own (auto_map), and no remote code is ever run here")
+    if config.get("quantization_config"):
+        raise ValueError(
+            "its weights are quantised (quantization_config); give the unquantised ones, or a .gguf file"
+        )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"its activation is {config['hidden_act']}; only silu (SwiGLU) is known here")
+    for bias in ("attention_bias", "mlp_bias"):
+        if config.get(bias):
+            raise ValueError(f"it has biases ({bias}: true); projections here have none")
+
+
+def _rope_base(config: Json) -> float:
+    """rope_theta, by the keys of transformers 4 or 5. Raises ValueError where RoPE is scaled or partial."""
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("its RoPE differs between kinds of layers; here all layers have one")
+    if kind != "default":
+        raise ValueError(f"its RoPE is scaled ({kind}); only plain RoPE is known here")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(
+            f"its RoPE turns a part of each head (partial_rotary_factor: {partial}); here it turns all"
+        )
+    base = rope.get("rope_theta", config.get("rope_theta"))
+    return 10_000.0 if base is None else base

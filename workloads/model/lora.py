@@ -20,19 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workloads.config import LoraConfig
+from workloads.config.pretrained import architecture_of, their_name
 from workloads.model.layers import Linear
 from workloads.model.transformer import Transformer
 
 PARENTS = {"query": "attention", "key": "attention", "value": "attention", "output": "attention"}
-PEFT_NAMES = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 class LoraLinear(Linear):
@@ -110,6 +102,7 @@ def save_adapter(weights: Mapping[str, Tensor], config: LoraConfig, directory: P
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {_peft_name(name): w.contiguous() for name, w in weights.items() if ".lora_" in name}
+    modules = sorted({name.split(".")[-3] for name in tensors})
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
@@ -118,7 +111,7 @@ def save_adapter(weights: Mapping[str, Tensor], config: LoraConfig, directory: P
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": [PEFT_NAMES[target].split(".")[1] for target in config.targets],
+        "target_modules": modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -128,8 +121,11 @@ def save_adapter(weights: Mapping[str, Tensor], config: LoraConfig, directory: P
 
 def _peft_name(name: str) -> str:
     """`blocks.3.attention.query.lora_A` as `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`."""
-    _, number, _, target, delta = name.rsplit("blocks", 1)[-1].split(".")
-    return f"base_model.model.model.layers.{number}.{PEFT_NAMES[target]}.{delta}.weight"
+    matrix, delta = name.rsplit(".", 1)
+    theirs = their_name(
+        f"{matrix}.weight", architecture_of("llama")
+    )  # all have these names for their matrices
+    return f"base_model.model.{theirs.removesuffix('weight')}{delta}.weight"
 
 
 def _layers(model: Transformer) -> Iterator[tuple[nn.Module, str, LoraLinear]]:

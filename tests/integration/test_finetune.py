@@ -7,8 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from escala import api
+from escala.errors import CheckpointError
 from escala.manifests import latest
 from escala.records import JobFiles
 from escala.settings import Settings
@@ -86,6 +90,26 @@ def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: api
     model, tokenizer = load_model(checkpoints), load_tokenizer(checkpoints)
     assert sum(p.numel() for p in model.parameters()) == tuned.n_total  # merged
     assert tokenizer.prompt([{"role": "user", "content": "x"}])
+
+
+def test_it_opens_in_transformers_and_peft(tuned: api.RunRecord, pretrained: str, tmp_path: Path) -> None:
+    ids = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = load_model(JobFiles(Settings().home, tuned.job_id).checkpoints)(ids)
+        whole = AutoModelForCausalLM.from_pretrained(api.export(tuned.run_id, tmp_path / "whole"))
+        assert torch.allclose(whole(ids).logits, expected, atol=1e-4)
+        base = AutoModelForCausalLM.from_pretrained(api.export(pretrained, tmp_path / "base"))
+        deltas = PeftModel.from_pretrained(base, api.export(tuned.job_id, tmp_path / "deltas", adapter=True))
+        assert torch.allclose(deltas(ids).logits, expected, atol=1e-4)
+    template = AutoTokenizer.from_pretrained(tmp_path / "whole").apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True
+    )
+    tokenizer = load_tokenizer(JobFiles(Settings().home, tuned.job_id).checkpoints)
+    assert template["input_ids"] == tokenizer.prompt([{"role": "user", "content": "x"}])
+    with pytest.raises(api.SpecError, match="not empty"):
+        api.export(tuned.job_id, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="no deltas"):
+        api.export(pretrained, tmp_path / "none", adapter=True)
 
 
 def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(

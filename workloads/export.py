@@ -6,10 +6,13 @@ alone in peft's format; a reward model's trunk with its head in a file beside it
 
 from __future__ import annotations
 
+import shutil
 import sys
+import uuid
 from pathlib import Path
 
 from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.manifests import Checkpoint
 from workloads.alignment.reward_model import load_reward_model, save_reward_model
 from workloads.config import FineTuneConfig
 from workloads.model.huggingface import save_pretrained
@@ -19,14 +22,23 @@ from workloads.training.checkpoint import load_weights
 
 
 def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
-    """Write the newest good checkpoint of `checkpoints` into the directory `to`.
+    """Write the newest good checkpoint of `checkpoints` into the directory `to`, all or nothing.
 
     Raises NotFoundError where there is none, SpecError where `adapter` is asked of a run without LoRA, CheckpointError.
     """
     found = find_checkpoint(checkpoints)
     if found is None:
         raise NotFoundError(f"there is no checkpoint in {checkpoints}", "wait for the job's first one")
-    config = checkpoint_config(found)
+    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        _write(found, partial, adapter)
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
+    config, checkpoints = checkpoint_config(found), found.path.parent
     lora = config.lora if isinstance(config, FineTuneConfig) else None
     tokenizer = load_tokenizer(checkpoints)
     if adapter:
@@ -35,7 +47,7 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
         base = config.start.path if config.start is not None else ""
         save_adapter(load_weights(found), lora, to, base)
     elif found.manifest["workload"] == "reward":
-        save_reward_model(load_reward_model(checkpoints)[0], tokenizer, to)
+        save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
         return
     else:
         save_pretrained(checkpoint_model(found), to, tokenizer.end_of_text)

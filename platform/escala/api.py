@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from escala import manifests, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.service import (
+    SWEEP,
     JobDetails,
     Report,
     Watched,
@@ -329,6 +330,10 @@ def export(name: str, to: Path, adapter: bool = False) -> Path:
         found = job(name).job
     except NotFoundError:
         found = job(run(name).job_id).job
+    if found.workload == SWEEP:
+        raise SpecError(
+            f"job {found.id} is a sweep, which has no checkpoint of its own", "submit its best spec as a job"
+        )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise SpecError(f"{to} is there and not empty", "give a new directory")
     checkpoints = JobFiles(Settings().home, found.id).checkpoints

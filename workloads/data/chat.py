@@ -120,7 +120,7 @@ class ChatTokenizer:
     @cached_property
     def _leading(self) -> list[int]:
         encoding = self.tokenizer.encode("a", add_special_tokens=True)
-        first = next(i for i, special in enumerate(encoding.special_tokens_mask) if not special)
+        first = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
         return list(encoding.ids[:first])
 
     @cached_property

@@ -120,7 +120,7 @@ class ChatTokenizer:
     @cached_property
     def _leading(self) -> list[int]:
         encoding = self.tokenizer.encode("a", add_special_tokens=True)
-        first = next(i for i, special in enumerate(encoding.special_tokens_mask) if not special)
+        first = next((i for i, special in enumerate(encoding.special_tokens_mask) if not special), 0)
         return list(encoding.ids[:first])
 
     @cached_property
@@ -163,14 +163,17 @@ class ChatTokenizer:
 
     def _answer(self, text: str, messages: list[dict[str, str]], number: int) -> tuple[int, int]:
         """Where answer `number` is in the rendered text, marks left out: (begin, end)."""
-        before = self._render(messages[:number], prompt=True) if number else ""
         through = self._render(messages[: number + 1])
         content = messages[number]["content"].strip()
-        if not text.startswith(before):
+        if number:
+            before = self._render(messages[:number], prompt=True)
+            begin = len(before) if text.startswith(before) else -1
+        else:  # nothing precedes it that could be rendered
+            begin = text.find(content)
+        if begin < 0:
             raise DataError(
                 f"the chat template writes what precedes answer {number} differently in a longer one."
             )
-        begin = len(before)
         if text.startswith(through):
             turn = text[begin : len(through)]
         else:  # the last answer is written with more around it than an earlier one

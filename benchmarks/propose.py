@@ -1,7 +1,7 @@
 """FLOPs that escala.planning.propose needs for a wanted interval, against usual designs. Exit code 1 over the floor.
 
-    nice -n 19 python benchmarks/propose.py                      # 100 laws on 2 processes
-    python benchmarks/propose.py --laws 20 --width 0.08 --hold 2
+    nice -n 19 python benchmarks/propose.py --keep FOLDER        # 100 laws on 2 processes: 27 CPU-minutes
+    python benchmarks/propose.py --laws 20 --width 0.08 --hold 2 --each
 
 100 laws, drawn about the published ones; for each, all designs start from the same 12 cheap runs (counted) and add
 one run at a time, with the same noise, until the 90 % interval of the mean loss at the optimum of 1e21 FLOPs, by
@@ -12,8 +12,12 @@ isoFLOP slices; and greedy D-optimal runs for the current fit (Fedorov 1972), wh
 
 The figure: the median over laws of FLOPs(proposal) / FLOPs(best peer on that law). A proposal that does not arrive
 within --runs counts as an infinite ratio, also where no peer arrives; a peer that does not arrive needs infinitely
-many FLOPs. A design that stops by its own interval may stop on a narrow one by luck, so the share of final intervals
-that hold the truth is printed for all; --hold 2 asks for two narrow ones in a row.
+many FLOPs. A peer that another has overtaken is not followed further: it cannot be the best (--each follows it, at
+twice the CPU, for a line about each design by itself). With --keep the peers' outcomes are kept law by law, so that
+a run goes on where it was stopped, and a changed proposal costs two seconds a law.
+
+A design that stops by its own interval may stop on a narrow one by luck, so the share of final intervals that hold
+the truth is printed for all; --hold 2 asks for two narrow ones in a row.
 """
 
 from __future__ import annotations
@@ -23,13 +27,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -44,6 +50,7 @@ DEAREST = (1e17, 10**17.5, 1e18)  # the peers' settings: the dearest run that ea
 FLOOR = 0.6
 
 Point = tuple[float, float]  # N, D
+Laws = dict[tuple[Point, ...], Law]  # fits of one truth, by their runs: many designs begin alike
 Design = Callable[["Study"], Point | None]
 
 
@@ -65,8 +72,9 @@ def at(flops: float, ratio: float) -> Point:
 class Study:
     """One law under one design: its runs so far, and what their fit says of the target."""
 
-    def __init__(self, seed: int, bootstrap: int, width: float, runs: int) -> None:
+    def __init__(self, seed: int, bootstrap: int, width: float, runs: int, laws: Laws) -> None:
         self.truth, self.bootstrap, self.wanted, self.runs = true_law(seed), bootstrap, width, runs
+        self.laws = laws
         self.noise = NOISE * np.random.default_rng([11, seed]).standard_normal(runs)
         alpha, beta, budget = self.truth["alpha"], self.truth["beta"], TARGET_FLOPS / 6
         balance = alpha * self.truth["a"] / (beta * self.truth["b"])
@@ -89,8 +97,11 @@ class Study:
 
     def fit(self) -> float:
         """Fit all runs; the relative width of the interval of the mean at the target."""
-        table = pd.DataFrame(self.points, columns=["n_active", "tokens"]).assign(loss_nats=self.losses)
-        self.law: Law = fit_law(table, bootstrap=self.bootstrap)
+        key = tuple(self.points)
+        if key not in self.laws:
+            table = pd.DataFrame(self.points, columns=["n_active", "tokens"]).assign(loss_nats=self.losses)
+            self.laws[key] = fit_law(table, bootstrap=self.bootstrap)
+        self.law: Law = self.laws[key]
         answer = self.law.predict_mean(0.9, **self.target)
         self.covered = bool(answer.low_nats <= self.true_loss(**_named(self.target)) <= answer.high_nats)
         return float((answer.high_nats - answer.low_nats) / answer.loss_nats)
@@ -193,10 +204,10 @@ def peers() -> dict[str, list[Callable[[], Design]]]:
         return start
 
     return {
+        "D-optimal": [lambda top=top: partial(d_optimal, dearest=top) for top in DEAREST],  # type: ignore[misc]
         "grid": [sequence(partial(grid, top, by_cost)) for top in DEAREST for by_cost in (True, False)],
         "Sobol": [sequence(partial(sobol, top)) for top in DEAREST],
         "isoFLOP": [sequence(partial(isoflop, top, sizes)) for top in DEAREST for sizes in (3, 5)],
-        "D-optimal": [lambda top=top: partial(d_optimal, dearest=top) for top in DEAREST],  # type: ignore[misc]
     }
 
 
@@ -209,9 +220,11 @@ class Outcome:
     covered: bool | None
 
 
-def grow(seed: int, design: Design, options: argparse.Namespace, most_flops: float = np.inf) -> Outcome:
+def grow(
+    seed: int, design: Design, options: argparse.Namespace, laws: Laws, most_flops: float = np.inf
+) -> Outcome:
     """Add runs until the interval is narrow, or --runs or `most_flops` are spent."""
-    study = Study(seed, options.bootstrap, options.width, options.runs)
+    study = Study(seed, options.bootstrap, options.width, options.runs, laws)
     held = 0
     while True:
         held = held + 1 if study.fit() <= options.width else 0
@@ -224,13 +237,34 @@ def grow(seed: int, design: Design, options: argparse.Namespace, most_flops: flo
 
 
 def one_law(seed: int, options: argparse.Namespace) -> dict[str, Outcome]:
-    """The proposal, and each peer's best setting on this law (dearer ones stop where they can no longer win)."""
+    """The proposal, and each peer's best setting on this law."""
     warnings.simplefilter("ignore")
-    out = {"proposal": grow(seed, proposed, options)}
+    return {"proposal": grow(seed, proposed, options, {}), **kept_peers(seed, options)}
+
+
+def kept_peers(seed: int, options: argparse.Namespace) -> dict[str, Outcome]:
+    """As `best_peers`, from the folder --keep where they are there: they do not depend on the proposal."""
+    if options.keep is None:
+        return best_peers(seed, options)
+    question = [options.width, options.runs, options.bootstrap, options.hold, int(options.each)]
+    path = options.keep / f"{seed}-{'-'.join(map(str, question))}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({k: asdict(v) for k, v in best_peers(seed, options).items()}))
+    return {name: Outcome(**data) for name, data in json.loads(path.read_text()).items()}
+
+
+def best_peers(seed: int, options: argparse.Namespace) -> dict[str, Outcome]:
+    """Each peer's best setting on this law, followed until it can no longer win: against the settings of the same
+    peer with --each, else against all others too (one that is overtaken counts as not arrived).
+    """
+    out: dict[str, Outcome] = {}
+    laws: Laws = {}
     for name, settings in peers().items():
         best = Outcome(np.inf, 0, None)
+        others = np.inf if options.each else min((o.flops for o in out.values()), default=np.inf)
         for start in settings:
-            found = grow(seed, start(), options, best.flops)
+            found = grow(seed, start(), options, laws, min(best.flops, others))
             best = found if found.flops < best.flops else best
         out[name] = best
     return out
@@ -244,20 +278,18 @@ def ratios(results: list[dict[str, Outcome]], names: list[str]) -> np.ndarray:
         return np.where(np.isfinite(ours), ours / theirs, np.inf)
 
 
-def report(results: list[dict[str, Outcome]], width: float) -> float:
-    """Print a line per design; the figure."""
+def report(results: list[dict[str, Outcome]], width: float, each: bool) -> float:
+    """Print a line per design (of peers with --each only), then what the best peers were; the figure."""
     names = [name for name in results[0] if name != "proposal"]
-    for name in results[0]:
-        outcomes = [result[name] for result in results]
-        arrived = [o for o in outcomes if np.isfinite(o.flops)]
-        held = np.mean([o.covered for o in arrived]) if arrived else np.nan
-        flops, runs = np.median([o.flops for o in outcomes]), np.median([o.runs for o in arrived] or [0])
-        missed = f"{len(outcomes) - len(arrived)} of {len(outcomes)}"
-        line = f"{name:10} median {flops:.2e} FLOPs, {runs:3.0f} runs; {missed}"
-        line += f" did not reach {width:.0%}; coverage {held:.2f}"
+    for name in ["proposal", *(names if each else [])]:
+        line = _line(name, [result[name] for result in results], width)
         if name != "proposal":
             line += f"; proposal needs {np.median(ratios(results, [name])):.2f} of it"
         print(line)
+    winners = [min(names, key=lambda name: result[name].flops) for result in results]
+    best = [result[name] for result, name in zip(results, winners, strict=True)]
+    print(_line("best peer", best, width))
+    print("best on so many laws: " + ", ".join(f"{name} {winners.count(name)}" for name in names))
     ratio_L = ratios(results, names)
     low, figure, high = np.quantile(ratio_L, [0.25, 0.5, 0.75], method="nearest")
     figure = float(np.median(ratio_L))
@@ -266,6 +298,16 @@ def report(results: list[dict[str, Outcome]], width: float) -> float:
     )
     print(f"laws on which the proposal is cheaper: {int((ratio_L < 1).sum())} of {len(ratio_L)}")
     return figure
+
+
+def _line(name: str, outcomes: list[Outcome], width: float) -> str:
+    arrived = [o for o in outcomes if np.isfinite(o.flops)]
+    held = np.mean([o.covered for o in arrived]) if arrived else np.nan
+    flops, runs = np.median([o.flops for o in outcomes]), np.median([o.runs for o in arrived] or [0])
+    return (
+        f"{name:10} median {flops:.2e} FLOPs, {runs:3.0f} runs; {len(outcomes) - len(arrived)} of {len(outcomes)} "
+        f"did not reach {width:.0%}; coverage {held:.2f}"
+    )
 
 
 def main() -> int:
@@ -278,6 +320,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=60, help="runs that a design may make, the first 12 too")
     parser.add_argument("--bootstrap", type=int, default=100)
     parser.add_argument("--hold", type=int, default=1, help="narrow intervals in a row that end a design")
+    parser.add_argument("--each", action="store_true", help="follow a peer that another has overtaken, too")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder of the peers' outcomes, to be removed where the fit or a peer has changed",
+    )
     options = parser.parse_args()
     began, results = time.monotonic(), []
     with ProcessPoolExecutor(options.processes) as pool:
@@ -287,7 +335,7 @@ def main() -> int:
             if len(results) % 5 == 0:
                 seconds = time.monotonic() - began
                 print(f"{len(results)} of {options.laws} laws, {seconds:.0f} s", flush=True)
-    return int(report(results, options.width) > FLOOR)
+    return int(report(results, options.width, options.each) > FLOOR)
 
 
 if __name__ == "__main__":

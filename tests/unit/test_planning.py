@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from escala.cli.main import app
 from escala.errors import LawError, SpecError
 from escala.laws import fit_law
 from escala.laws.reference import Cache, Stored
-from escala.planning.service import base_of, chi_of, config_for
+from escala.planning.explore import Exploration, _next, _open, _planned_flops, fitting
+from escala.planning.propose import Proposal, candidates, propose
+from escala.planning.service import Proposed, base_of, chi_of, config_for
 from workloads.config import ModelConfig, PretrainConfig
 from workloads.flops import flops_per_token, parameter_counts
 
@@ -169,3 +172,50 @@ def test_a_law_of_a_table_can_neither_submit_nor_explore(home: Path) -> None:
         ask("laws", "plan", "table@1", "--compute-flops", "1e14", "--submit")
     with pytest.raises(SpecError, match="does not know how its runs were configured"):
         ask("explore", "table@1", "--target-flops", "1e16", "--max-flops", "1e13", "--budget-flops", "1e14")
+
+
+def test_exploration_makes_a_run_smaller_until_its_plan_fits(
+    home: Path, stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the one candidate of 6 N D = what is left, attention and whole steps do not fit in it."""
+
+    def largest(law: str, target: float, most: float, *, count: int, width: float) -> Proposed:
+        point = {"n_active": np.sqrt([most / 120]), "tokens": 20 * np.sqrt([most / 120])}
+        columns = {**point, "n_total": point["n_active"]}
+        return Proposed(stored, propose(stored.law, target, columns, width=width), "")
+
+    monkeypatch.setattr("escala.planning.explore.propose_runs", largest)
+    said: list[str] = []
+    left = 1e12
+    state = _open(Exploration("tiny", "tiny@1", 1e15, 1e14, left, width=1e-3, batch=1))
+    first = largest("tiny@1", 1e15, left, count=1, width=1e-3).proposals
+    assert _planned_flops(state, "tiny@1", list(first)) > left
+    following = _next(state, said.append)
+    assert following is not None
+    (chosen,) = (Proposal(**each) for each in following.proposals)
+    assert 0.7 * left < _planned_flops(state, "tiny@1", [chosen]) <= left
+    assert sum("a smaller one" in line for line in said) >= 1
+
+
+def test_a_batch_loses_its_last_runs_first_and_ends_at_the_smallest_run(stored: Stored) -> None:
+    asked: list[float] = []
+
+    def ask_for(count: int) -> Callable[[float], list[Proposal]]:
+        def proposals(most: float) -> list[Proposal]:
+            asked.append(most)
+            return propose(stored.law, 1e15, candidates(stored.law, most), width=1e-3, count=count)
+
+        return proposals
+
+    batch = ask_for(3)(1e13)
+    assert fitting(ask_for(3), dearer, dearer(batch[:2]), 1e13, 1e11) == batch[:2]
+    assert asked == [1e13, 1e13]
+    left = batch[0].compute_flops
+    (run,) = fitting(ask_for(1), dearer, left, 1e13, 1e11)
+    assert dearer([run]) <= left
+    assert len(asked) > 3
+    assert fitting(ask_for(1), dearer, 1e9, 1e12, 1e11) == []
+
+
+def dearer(runs: list[Proposal]) -> float:
+    return 1.3 * sum(run.compute_flops for run in runs)

@@ -7,8 +7,9 @@ next version of the law is fitted. What was expected and what was obtained stay 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +145,52 @@ def _next(state: Exploration, report: Report) -> Round | None:
     if left < smallest:
         report(f"{left:.3g} FLOPs are left, less than the law's smallest run")
         return None
+
+    def ask(most_flops: float) -> list[Proposal]:
+        found = propose_runs(law, state.target_flops, most_flops, count=state.batch, width=state.width)
+        return list(found.proposals)
+
     try:
-        found = propose_runs(
-            law, state.target_flops, min(state.max_flops, left), count=state.batch, width=state.width
+        chosen = fitting(
+            ask, partial(_planned_flops, state, law), left, min(state.max_flops, left), smallest, report
         )
     except LawError as error:
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
         return None
-    chosen = list(found.proposals)
-    while chosen and (planned := _planned_flops(state, law, chosen)) > left:
-        report(f"{len(chosen)} runs of {planned:.3g} FLOPs do not fit in the {left:.3g} that are left")
-        chosen.pop()
     return Round(law, [asdict(p) for p in chosen]) if chosen else None
+
+
+def fitting(
+    ask: Callable[[float], list[Proposal]],
+    planned: Callable[[list[Proposal]], float],
+    left: float,
+    most: float,
+    least: float,
+    report: Report = silent,
+) -> list[Proposal]:
+    """The proposals whose planned FLOPs fit in `left`: the first ones of a batch, else smaller runs.
+
+    A proposal counts 6 N D, its plan attention and whole steps too. So where a single run does not fit, `ask` is
+    asked again for runs so much smaller; none is left once they would be below `least`, the law's smallest run.
+
+    Args:
+        ask: the proposals, best first, of at most so many FLOPs (6 N D) each.
+        planned: what runs take as they will be configured.
+        most: FLOPs (6 N D) of one run, to begin with.
+    """
+    while most >= least:
+        chosen = ask(most)
+        while (flops := planned(chosen)) > left and len(chosen) > 1:
+            report(f"{len(chosen)} runs of {flops:.3g} FLOPs do not fit in the {left:.3g} that are left")
+            chosen = chosen[:-1]
+        if flops <= left:
+            return chosen
+        report(f"a run of {flops:.3g} FLOPs does not fit in the {left:.3g} that are left: a smaller one")
+        most = chosen[0].compute_flops * left / flops
+    report(
+        f"no run of {least:.3g} FLOPs or more, as the law's smallest, fits in the {left:.3g} that are left"
+    )
+    return []
 
 
 def _planned_flops(state: Exploration, law: str, chosen: list[Proposal]) -> float:

@@ -1,0 +1,89 @@
+"""What one rank of test_reward_zero.py does; run as `python reward_scenarios.py RANK RANKS DIRECTORY`. Writes
+RANK.json: the losses of a few Bradley-Terry steps under ZeRO-3, and rank 0's of the same in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workloads.alignment.reward_model import RewardModel, pad_right
+from workloads.config import ModelConfig, TrainingConfig
+from workloads.model.transformer import Transformer
+from workloads.training import zero
+
+MODEL = ModelConfig(
+    vocab_size=101, n_layers=2, d_model=33, n_heads=2, head_dim=16, d_ff=48, tie_embeddings=False
+)
+PAIRS, STEPS, RATE = 8, 6, 1e-2
+
+
+def pairs(step: int) -> tuple[Tensor, Tensor]:
+    """Chosen rows, then rejected ones, of all ranks; the chosen end with a smaller token."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = torch.randint(1, 9, (2 * PAIRS,), generator=generator).tolist()
+    rows = [torch.randint(20, 100, (n,), generator=generator).tolist() for n in lengths]
+    last = torch.randint(0, 10, (2 * PAIRS,), generator=generator).tolist()
+    marked = [
+        [*row, x + (10 if i >= PAIRS else 0)] for i, (row, x) in enumerate(zip(rows, last, strict=True))
+    ]
+    return pad_right(marked, 0, torch.device("cpu"))
+
+
+def loss_sum(model: nn.Module, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    chosen_B, rejected_B = model(tokens_BT, lengths_B).chunk(2)
+    return -F.logsigmoid(chosen_B - rejected_B).sum()
+
+
+def model() -> RewardModel:
+    torch.manual_seed(0)
+    return RewardModel(Transformer(MODEL))
+
+
+def plain() -> list[float]:
+    network, losses = model(), []
+    optimizer = torch.optim.AdamW(zero.parameter_groups(network, 0.1), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_sum(network, *pairs(step)) / PAIRS
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def zero3(rank: int, ranks: int) -> list[float]:
+    config = TrainingConfig(
+        zero_stage=3, zero_param_persistence_threshold=0, optimizer={"clip_norm": None}
+    )  # nothing stays whole, so a parameter that is used outside of its module is missing
+    engine, losses = zero.make_engine(model(), config, PAIRS // ranks, 1), []
+    for step in range(STEPS):
+        tokens_BT, lengths_B = pairs(step)
+        mine = torch.arange(2 * PAIRS).view(2, ranks, -1)[:, rank].flatten()
+        total = loss_sum(engine, tokens_BT[mine], lengths_B[mine])
+        engine.backward(total * ranks / PAIRS, scale_wrt_gas=False)
+        zero.set_learning_rate(engine, RATE)
+        zero.optimizer_step(engine, config)
+        sums = total.detach().double().reshape(1)
+        dist.all_reduce(sums)
+        losses.append(sums.item() / PAIRS)
+    return losses
+
+
+def main() -> None:
+    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
+    results = {"zero3": zero3(rank, ranks), "plain": plain() if rank == 0 else None}
+    (directory / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

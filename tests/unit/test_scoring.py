@@ -1,0 +1,206 @@
+"""Rewards by one interface: functions, sums, a reward model. Their configuration."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from escala.errors import CheckpointError, DataError, SpecError
+from tests.unit.small_chat import END, ByteChat
+from workloads.alignment import scoring
+from workloads.alignment.reward_model import (
+    HEAD_FILE,
+    RewardModel,
+    answer_tokens,
+    load_reward_model,
+    pad_right,
+    save_reward_model,
+)
+from workloads.alignment.scoring import FunctionReward, RewardModelScorer, WeightedSum, build_reward
+from workloads.config import ModelConfig
+from workloads.config.rewards import JudgeModelConfig, RewardConfig
+from workloads.data.dialogues import Prompt
+from workloads.model.transformer import Transformer
+
+SMALL = ModelConfig(vocab_size=END + 1, n_layers=2, d_model=16, n_heads=2, max_context_tokens=64)
+CHAT: list[Prompt] = [[{"role": "user", "content": "2 + 2?"}], "Once"]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A user's module of reward functions."""
+    module = ModuleType("rewards_of_mine")
+    exec(
+        "def length(prompts, responses): return [len(r) for r in responses]\n"
+        "def fails(prompts, responses): return [1 / len(r) for r in responses]\n"
+        "def short(prompts, responses): return [1.0]\n"
+        "def words(prompts, responses): return ['good' for _ in responses]\n"
+        "def infinite(prompts, responses): return [0.0, float('inf')]\n"
+        "constant = 3\n",
+        module.__dict__,
+    )
+    monkeypatch.setitem(sys.modules, "rewards_of_mine", module)
+    return module
+
+
+def reward_model(seed: int = 0, tie: bool = True) -> RewardModel:
+    torch.manual_seed(seed)
+    return RewardModel(Transformer(SMALL.model_copy(update={"tie_embeddings": tie})))
+
+
+def test_a_function_rewards(module: ModuleType) -> None:
+    assert FunctionReward("rewards_of_mine:length").score(["", ""], ["ab", ""]) == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module_here:f", "can't be imported: ModuleNotFoundError"),
+        ("rewards_of_mine:absent", "can't be imported: AttributeError"),
+        ("rewards_of_mine:constant", "is no function but int"),
+        ("rewards_of_mine:fails", "raised ZeroDivisionError: division by zero"),
+        ("rewards_of_mine:short", "returned 1 rewards for 2 responses"),
+        ("rewards_of_mine:words", "returned 'good' for response 0"),
+        ("rewards_of_mine:infinite", "returned inf for response 1"),
+    ],
+)
+def test_a_function_that_fails_is_named(module: ModuleType, name: str, words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        FunctionReward(name).score(["", ""], ["a", ""])
+    assert name in caught.value.message
+    assert words in caught.value.message
+
+
+def test_weighted_sums_and_a_spec_of_two_rewards(module: ModuleType) -> None:
+    length = FunctionReward("rewards_of_mine:length")
+    sums = WeightedSum([(0.5, length), (-2.0, WeightedSum([(1.0, length), (1.0, length)]))])
+    assert sums.score(["", ""], ["abcd", "a"]) == [2.0 - 16, 0.5 - 4]
+    sections = TypeAdapter(list[RewardConfig]).validate_python(
+        [
+            {"kind": "function", "function": "rewards_of_mine:length"},
+            {"kind": "function", "function": "rewards_of_mine:length", "weight": -0.25},
+        ]
+    )
+    assert build_reward(sections, torch.device("cpu")).score([""], ["abcd"]) == [3.0]
+    with pytest.raises(SpecError, match="needs one at least"):
+        WeightedSum([])
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"kind": "oracle"}, "does not match any of the expected tags"),
+        ({"kind": "function", "function": "no colon"}, "String should match pattern"),
+        ({"kind": "function", "function": "a:b", "weight": math.inf}, "finite number"),
+        ({"kind": "model", "model": "x", "function": "a:b"}, "Extra inputs are not permitted"),
+        (
+            {"kind": "judge", "judge": {"model": "x", "question": "{prompt} {first}"}},
+            "must hold {prompt}, {first}",
+        ),
+        ({"kind": "judge", "judge": {"model": "x", "question": "{prompt"}}, "the question is no template"),
+    ],
+)
+def test_a_wrong_section_says_what_is_wrong(section: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(RewardConfig).validate_python(section)
+    assert words in str(caught.value)
+
+
+def test_the_question_that_is_asked_by_default_is_valid() -> None:
+    assert "{first}" in JudgeModelConfig(model="x").question
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_score_is_read_on_the_last_valid_token(tie: bool) -> None:
+    model = reward_model(tie=tie)
+    rows = [[1, 2, 3, 4, 5], [6, 7], [8]]
+    tokens_BT, lengths_B = pad_right(rows, END, torch.device("cpu"))
+    scores_B = model(tokens_BT, lengths_B)
+    alone = [model(torch.tensor([row]), torch.tensor([len(row)])) for row in rows]
+    torch.testing.assert_close(scores_B, torch.cat(alone))
+    states_BTD = model.trunk.hidden(torch.tensor([rows[0]]))
+    torch.testing.assert_close(scores_B[0], states_BTD[0, -1] @ model.head.weight[0])
+    tokens_BT[1, 2:] = 9
+    torch.testing.assert_close(model(tokens_BT, lengths_B), scores_B)
+    assert scores_B.abs().max() < 1  # a small start
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_every_parameter_of_a_reward_model_is_trained(tie: bool) -> None:
+    model = reward_model(tie=tie)
+    tokens_BT, lengths_B = pad_right([[1, 2, 3], [4, 5]], END, torch.device("cpu"))
+    model(tokens_BT, lengths_B).sum().backward()
+    untrained = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert untrained == []
+
+
+def test_what_a_reward_model_reads() -> None:
+    tokenizer = ByteChat()
+    assert answer_tokens(tokenizer, "Once", " upon") == [*b"Once upon", END]
+    assert answer_tokens(tokenizer, CHAT[0], "4") == [*b"u>2 + 2?", END, *b"a>4", END]
+
+
+def test_the_scorer_batches_by_length_and_keeps_the_order() -> None:
+    model, tokenizer = reward_model(), ByteChat()
+    prompts, responses = CHAT * 4, [f"{'x' * (7 * i % 11)}{i}" for i in range(8)]
+    model.train()
+    scores = RewardModelScorer(model, tokenizer, batch_sequences=3).score(prompts, responses)
+    assert not model.training
+    for prompt, response, score in zip(prompts, responses, scores, strict=True):
+        ids = answer_tokens(tokenizer, prompt, response)
+        expected = model(torch.tensor([ids]), torch.tensor([len(ids)]))
+        assert score == pytest.approx(expected.item(), abs=1e-6)
+    assert len({round(score, 6) for score in scores}) == 8
+    with pytest.raises(DataError, match="has 71 tokens, more than the reward model's 64"):
+        RewardModelScorer(model, tokenizer).score(["a" * 60], ["b" * 10])
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the trunk's and the tokenizer's files, which have tests of their own."""
+    huggingface, chat = ModuleType("workloads.model.huggingface"), ModuleType("workloads.data.chat")
+
+    def save_pretrained(model: Transformer, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        torch.save((model.config, model.state_dict()), path / "trunk.pt")
+
+    def load_pretrained(path: Path) -> Transformer:
+        config, weights = torch.load(path / "trunk.pt", weights_only=False)
+        model = Transformer(config)
+        model.load_state_dict(weights)
+        return model
+
+    huggingface.save_pretrained, huggingface.load_pretrained = save_pretrained, load_pretrained
+    chat.load_chat_tokenizer = lambda path: ByteChat()
+    monkeypatch.setitem(sys.modules, "workloads.model.huggingface", huggingface)
+    monkeypatch.setitem(sys.modules, "workloads.data.chat", chat)
+
+
+def test_a_saved_reward_model_scores_the_same(
+    disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByteChat, "save", lambda self, path: None, raising=False)
+    model = reward_model(tie=False)
+    save_reward_model(model, ByteChat(), tmp_path)
+    sections = TypeAdapter(list[RewardConfig]).validate_python(
+        [{"kind": "model", "model": str(tmp_path), "weight": 2}]
+    )
+    found = build_reward(sections, torch.device("cpu")).score(["p"], ["r"])
+    assert found == pytest.approx([2 * s for s in RewardModelScorer(model, ByteChat()).score(["p"], ["r"])])
+    wide = nn.Linear(32, 1, bias=False)
+    rewards_of_another = {"weight": wide.weight.detach()}
+    from safetensors.torch import save_file
+
+    save_file(rewards_of_another, tmp_path / HEAD_FILE)
+    with pytest.raises(CheckpointError, match=r"has the shape \(1, 32\), its trunk needs \(1, 16\)"):
+        load_reward_model(tmp_path)
+    (tmp_path / HEAD_FILE).unlink()
+    with pytest.raises(CheckpointError, match="can't be read as a reward model's head"):
+        scoring.load_reward_model(tmp_path)

@@ -1,0 +1,173 @@
+"""Prompts and their answers in JSON lines: what supervised fine-tuning trains on, and what preferences share with it.
+
+A prompt is a text, or a chat: a list of messages {"role", "content"} that does not end with the assistant. A line is
+`prompt` and `completion`, or `messages` (one chat, whose assistant messages are the answers). Keys that are not read
+here may stand on a line: public data sets carry many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from escala.errors import DataError
+from workloads.data.corpus import unit_interval
+
+ROLES = ("system", "user", "assistant", "tool")
+ASSISTANT = "assistant"
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+class Prompted(Protocol):
+    """An example that answers a prompt."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What is answered."""
+        ...
+
+
+P = TypeVar("P", bound=Prompted)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text and its continuation, outside of any chat."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat, of one turn or more, that ends with an answer; every assistant message is one."""
+
+    messages: list[Message]
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages before the first answer."""
+        first = next(i for i, message in enumerate(self.messages) if message["role"] == ASSISTANT)
+        return self.messages[:first]
+
+
+Dialogue = Completion | Chat
+
+
+def read_dialogues(path: Path) -> Iterator[Dialogue]:
+    """The examples of a JSONL file, in its order; a chat prompt with a completion becomes a Chat.
+
+    Raises DataError, with file and line, where a line is not one, and where there is none.
+    """
+    for where, record in read_lines(path):
+        yield _dialogue(where, record)
+
+
+def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:
+    if "messages" in record:
+        messages = _messages(where, "messages", record["messages"])
+        if messages[-1]["role"] != ASSISTANT:
+            raise DataError(f"{where}: the last of `messages` is no answer.", "End it with the assistant's.")
+        return Chat(messages)
+    prompt, completion = prompt_of(where, record), text_of(where, record, "completion")
+    if isinstance(prompt, str):
+        return Completion(prompt, completion)
+    return Chat([*prompt, {"role": ASSISTANT, "content": completion}])
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line that is not blank; `where` names file and line.
+
+    Raises DataError where the file can't be read or holds no object, and where a line is not a JSON object.
+    """
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.", "Check the path.") from error
+    empty = True
+    with stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            where, empty = f"{path}, line {number}", False
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # UnicodeDecodeError is one
+                raise DataError(f"{where} is not JSON: {error}.", "Mend or remove the line.") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is no JSON object.", 'Write {"prompt": ...} on each line.')
+            yield where, record
+    if empty:
+        raise DataError(f"{path} is empty.", "Give a file with an example on each line.")
+
+
+def prompt_of(where: str, record: dict[str, Any]) -> Prompt:
+    """The prompt of a line: a text, or messages that do not end with the assistant. Raises DataError."""
+    if not isinstance(record.get("prompt"), list):
+        return text_of(where, record, "prompt", or_messages=True)
+    messages = _messages(where, "prompt", record["prompt"])
+    if messages[-1]["role"] == ASSISTANT:
+        raise DataError(
+            f"{where}: the last message of `prompt` is the assistant's, so nothing is left to answer.",
+            "Move it out of the prompt, into the answer.",
+        )
+    return messages
+
+
+def text_of(where: str, record: dict[str, Any], key: str, or_messages: bool = False) -> str:
+    """The text under `key`, which may be empty. Raises DataError."""
+    text = record.get(key)
+    if not isinstance(text, str):
+        kinds = "a text or a list of messages" if or_messages else "a text"
+        found = f"is {type(text).__name__}" if key in record else "is missing"
+        raise DataError(f"{where}: `{key}` must be {kinds}, but {found}.", "Mend or remove the line.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: `{key}` is not valid Unicode.", "Remove the lone surrogate.") from error
+    return text
+
+
+def _messages(where: str, key: str, value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: `{key}` must be a list of messages.", 'Write [{"role": ..., "content": ...}].'
+        )
+    messages = []
+    for number, message in enumerate(value, start=1):
+        inside = f"{where}, message {number} of `{key}`"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise DataError(f"{inside} has the role {role!r}.", f"Give one of {', '.join(ROLES)}.")
+        messages.append({"role": role, "content": text_of(inside, message, "content")})
+    return messages
+
+
+def is_held_out(prompt: Prompt, fraction: float) -> bool:
+    """Whether a prompt falls on the held-out side, by the hash of its content: the same in every file and order."""
+    canonical = json.dumps(prompt, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return unit_interval(hashlib.sha256(canonical.encode()).digest()[:8]) < fraction
+
+
+def split(examples: Iterable[P], fraction: float) -> tuple[list[P], list[P]]:
+    """(train, held out). All answers to one prompt fall on one side, so that none of them is trained on.
+
+    Raises DataError where a side stays empty, as with a single prompt.
+    """
+    train: list[P] = []
+    held_out: list[P] = []
+    for example in examples:
+        (held_out if is_held_out(example.prompt, fraction) else train).append(example)
+    if not train or not held_out:
+        raise DataError(
+            f"A held-out share of {fraction:g} by prompt leaves {len(train)} examples to train on and "
+            f"{len(held_out)} held out.",
+            "Give a held-out file, or more prompts.",
+        )
+    return train, held_out

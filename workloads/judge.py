@@ -1,0 +1,201 @@
+"""Preferences by a judge (RLAIF data, SPEC.md C.8): `python -m workloads.judge ATTEMPT.json`. Reads top to bottom.
+
+Every worker judges a share of the prompts and writes its part into the attempt's directory; the driver puts the parts
+together in the order of the prompts. A line is a preference with the judge's `win_probability` of the chosen response.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from escala import handshake
+from escala.attempt import check_fence, finish, flatten, read_attempt
+from escala.errors import DataError, EscalaError, SpecError
+from escala.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
+from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.tracker import Metric, open_tracker
+from workloads.alignment.judge import FirstWins, compare, load_judge_model
+from workloads.config.judge import JudgeConfig
+from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
+from workloads.data.preferences import Preference, write_preferences
+
+REPORT_PROMPTS = 100  # a line in the log for so many
+
+
+def main(arguments: list[str]) -> int:
+    """Run one attempt; returns the process's exit code."""
+    try:
+        spec = read_attempt(arguments)
+    except EscalaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    started_at = time.time()
+    tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
+    tags = spec.tags | {"escala.job_id": spec.job_id, "escala.workload": spec.workload}
+    run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
+    try:
+        found = judge(spec)
+    except Exception as error:  # noqa: BLE001  whatever happened, the outcome says so
+        from workloads.failures import classify
+
+        traceback.print_exception(error)
+        failure = classify(error, None)
+        outcome, code = Outcome(failure.kind, failure.message, failure.hint), int(failure.exit_code)
+    else:
+        now = time.time_ns() // 1_000_000
+        tracker.metrics(
+            run_id, [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None]
+        )
+        outcome, code = Outcome("succeeded"), 0
+    record = RunRecord(
+        run_id=run_id,
+        job_id=spec.job_id,
+        attempt=spec.attempt,
+        name=spec.name,
+        workload=spec.workload,
+        status=outcome.kind,
+        started_at=started_at,
+        ended_at=time.time(),
+        wall_seconds=time.time() - started_at,
+        config_fingerprint=fingerprint(spec.config),
+        code_fingerprint=code_fingerprint().fingerprint,
+        reason=outcome.message or None,
+    )
+    known = {k: v for k, v in asdict(record).items() if v is not None}
+    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
+    tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
+    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
+    return code
+
+
+def judge(spec: AttemptSpec) -> dict[str, float | None]:
+    """Start the workers, put their parts together; what `totals` says of them, which is also in the facts."""
+    import ray
+
+    from workloads.training.driver import start_workers
+
+    handshake.check(spec.versions)
+    files = AttemptFiles(spec.directory)
+    check_fence(files, spec.attempt)
+    try:
+        config = JudgeConfig(**spec.config)
+    except ValidationError as error:
+        raise SpecError(f"the judge configuration is not valid: {error}") from error
+    read_responses(Path(config.responses))  # a line that is wrong stops the job before it starts
+    ray.init(address="auto", log_to_driver=True, namespace="escala")
+    arguments = {"config": spec.config, "directory": spec.directory}
+    start_workers(judge_share, arguments, config.resources, spec.directory, {})
+    paths = [part_path(spec.directory, rank) for rank in range(config.resources.workers)]
+    found = totals(merge(paths), config.minimum_margin, Path(config.to))
+    write_json(files.facts, found)
+    return found
+
+
+def judge_share(arguments: dict[str, Any]) -> None:
+    """One rank on its worker."""
+    import torch.distributed
+
+    from workloads.training.loop import set_up_torch
+
+    config = JudgeConfig(**arguments["config"])
+    set_up_torch(config.resources)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    judge_part(config, rank, ranks, arguments["directory"])
+
+
+def judge_part(config: JudgeConfig, rank: int, ranks: int, directory: str) -> None:
+    """Judge the prompts number rank, rank + ranks, ... and write what comes out into `part_path`."""
+    examples = read_responses(Path(config.responses))
+    model = load_judge_model(config.judge, "cuda" if config.resources.gpus_per_worker else "cpu")
+    with part_path(directory, rank).open("w", encoding="utf-8") as stream:
+        for index in range(rank, len(examples), ranks):
+            for comparison in comparisons(index, examples[index], model):
+                stream.write(json.dumps(asdict(comparison), ensure_ascii=False) + "\n")
+            if rank == 0 and index % REPORT_PROMPTS == 0:
+                print(f"judged {index + 1} of {len(examples)} prompts", flush=True)
+
+
+def part_path(directory: str, rank: int) -> Path:
+    """Where a rank writes."""
+    return Path(directory) / f"comparisons-{rank}.jsonl"
+
+
+@dataclass(frozen=True)
+class Responses:
+    """A prompt and what was answered to it."""
+
+    prompt: Prompt
+    responses: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A judge's verdict on two responses to prompt number `index`."""
+
+    index: int
+    prompt: Prompt
+    first: str
+    second: str
+    win: float  # probability that the first is the better one
+    place_bias: float
+
+
+def read_responses(path: Path) -> list[Responses]:
+    """A JSONL file of `prompt` and `responses`. Raises DataError, with file and line."""
+    return [_responses(where, record) for where, record in read_lines(path)]
+
+
+def _responses(where: str, record: dict[str, Any]) -> Responses:
+    texts = record.get("responses")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise DataError(
+            f"{where}: `responses` must be a list of two texts or more.", "Mend or remove the line."
+        )
+    numbered = {f"responses[{i}]": text for i, text in enumerate(texts)}
+    return Responses(prompt_of(where, record), [text_of(where, numbered, key) for key in numbered])
+
+
+def comparisons(index: int, example: Responses, first_wins: FirstWins) -> Iterator[Comparison]:
+    """Every two different responses of `example`, judged; the same text twice counts once."""
+    pairs = list(combinations(dict.fromkeys(example.responses), 2))
+    verdicts = compare(first_wins, [(example.prompt, first, second) for first, second in pairs])
+    for (first, second), verdict in zip(pairs, verdicts, strict=True):
+        yield Comparison(index, example.prompt, first, second, verdict.win, verdict.place_bias)
+
+
+def merge(parts: list[Path]) -> list[Comparison]:
+    """The ranks' comparisons in the order of the prompts."""
+    found = [Comparison(**json.loads(line)) for part in parts for line in part.open(encoding="utf-8")]
+    return sorted(found, key=lambda comparison: comparison.index)
+
+
+def totals(found: list[Comparison], minimum_margin: float, to: Path) -> dict[str, float | None]:
+    """Write the preferences among `found` whose win probabilities differ by `minimum_margin`, and count.
+
+    Returns comparisons, preferences, and the judge's mean place bias (None where nothing was compared).
+    """
+    clear = [c for c in found if c.win != 0.5 and abs(2 * c.win - 1) >= minimum_margin]
+    pairs = [
+        Preference(c.prompt, c.first, c.second) if c.win > 0.5 else Preference(c.prompt, c.second, c.first)
+        for c in clear
+    ]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    whole = to.with_name(f".{to.name}.part")
+    write_preferences(whole, pairs, win_probability=[max(c.win, 1 - c.win) for c in clear])
+    whole.replace(to)
+    bias = sum(c.place_bias for c in found) / len(found) if found else None
+    return {"comparisons": len(found), "preferences": len(pairs), "place_bias": bias}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

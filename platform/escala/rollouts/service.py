@@ -117,9 +117,14 @@ def up(
     return _wait(settings, name, wait_seconds, report)
 
 
-def status(name: str = APPLICATION) -> RolloutsStatus:
-    """The service as it is. Raises ClusterError where the cluster does not answer."""
+def status(name: str = APPLICATION, weights: bool = True) -> RolloutsStatus:
+    """The service as it is; with `weights` its replicas are asked for theirs, which takes as long as they are busy.
+
+    Raises ClusterError where the cluster does not answer.
+    """
     found = _status(_details(Settings()), name)
+    if not weights:
+        return found
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
     return replace(found, weights=_weights(found, RolloutsSettings())) if awake else found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from escala import manifests, spec
 from escala.errors import NotFoundError, SpecError
+from escala.jobs.export import export
 from escala.jobs.service import (
     JobDetails,
     Report,
@@ -54,6 +55,7 @@ __all__ = [
     "compare",
     "cost",
     "down",
+    "export",
     "fit_sweeps",
     "job",
     "jobs",

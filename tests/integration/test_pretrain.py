@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+import transformers
 
 from escala.manifests import list_checkpoints
 from escala.planning.cost import communication
 from workloads.config import PretrainConfig
+from workloads.data.prepared import PreparedData
+from workloads.data.tokenizer import load_tokenizer
+from workloads.export import export_checkpoint
 
 _spec = importlib.util.spec_from_file_location("attempts", Path(__file__).with_name("attempts.py"))
 assert _spec is not None
@@ -96,6 +102,20 @@ def test_each_rank_holds_half_of_the_parameters(undisturbed: Any) -> None:
     held, total = job.facts(1)["parameters_held"], outcome.record["n_total"]
     assert len(held) == 2
     assert all(total / 2 <= share <= total / 2 + 50 for share in held)  # a padded element a parameter
+
+
+def test_the_exported_model_has_the_recorded_loss_in_transformers(undisturbed: Any, tmp_path: Path) -> None:
+    job, outcome = undisturbed
+    path = export_checkpoint(Path(outcome.checkpoint), tmp_path / "out", job.root / "data")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    prepared = PreparedData.open(next((job.root / "data" / "prepared").glob("*.json")))
+    tokens = prepared.held_out(64, 1024)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss.item() == pytest.approx(outcome.record["held_out_loss_nats"], abs=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert tokenizer.eos_token_id == prepared.end_of_text
+    assert tokenizer.decode(tokens[0]) == load_tokenizer(prepared.tokenizer_path).decode(tokens[0].tolist())
 
 
 def test_preempted_and_resumed_ends_as_if_undisturbed(

@@ -36,9 +36,9 @@ from workloads.serving.records import Generated
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
 
-CONFIG = ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=2, max_context_tokens=2048)
+CONFIG = ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=2, max_context_tokens=1024)
 SHORT = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
 BATCH = 2
 UP_SECONDS, DOWN_SECONDS = 1.0, 4.0
 
@@ -197,7 +197,7 @@ def newest(rollouts: Any) -> int:
 
 def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_request(rollouts: Any) -> None:
     started = time.monotonic()
-    sent = in_background(lambda: rollouts.generate([[i + 1, 2] for i in range(24)], LONG))
+    sent = in_background(lambda: rollouts.generate([[i + 1, 2] for i in range(10)], LONG))
     wait_for(lambda: policy().target_replicas == 2, 15, "the first reaction")
     print(f"first reaction after {time.monotonic() - started:.1f} s")
     stop, count = threading.Event(), [0]
@@ -205,7 +205,7 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
     def keep_busy() -> list[Generated]:
         found: list[Generated] = []
         while not stop.is_set():
-            found += rollouts.generate([[count[0] % 500 + 1, 7]] * 8, LONG)
+            found += rollouts.generate([[count[0] % 500 + 1, 7]] * 4, LONG)
             count[0] += 1
         return found
 
@@ -235,19 +235,15 @@ def test_bounds_move_without_a_restart(rollouts: Any) -> None:
 class Follower:
     """A replica without Serve: an actor with a receiver."""
 
-    async def start(self, store: Any, digest: str, hangs: bool) -> None:
+    async def start(self, store: Any, name: str, digest: str, hangs: bool) -> None:
         import asyncio
-
-        import ray
 
         from escala.rollouts.weights import Receiver, WeightVersion
 
         async def apply(version: Any, weights: Any) -> None:
             await asyncio.sleep(3600 if hangs else 0)
 
-        context = ray.get_runtime_context()
-        name = f"{context.namespace}/{context.get_actor_name()}"
-        self.receiver = Receiver(lambda: store, name, apply)
+        self.receiver = Receiver(lambda: store, f"followers/{name}", apply)
         await self.receiver.start(WeightVersion(0, digest, "fp32"))
 
     async def version(self) -> int:
@@ -270,13 +266,13 @@ def test_a_silent_replica_is_replaced_and_named_and_weights_outlive_their_learne
 
     from escala.rollouts.store import Store
 
-    def follower(name: str, hangs: bool) -> Any:
+    def follower(name: str, hangs: bool = False, digest: str = "0" * 32) -> Any:
         actor = ray.remote(Follower).options(name=name, namespace="followers", num_cpus=0).remote()
-        ray.get(actor.start.remote(store, "0" * 32, hangs))
+        ray.get(actor.start.remote(store, name, digest, hangs))
         return actor
 
     store = ray.remote(Store).options(num_cpus=0, max_concurrency=100).remote("test-silent")
-    good, silent = follower("good", False), follower("silent", True)
+    good, silent = follower("good"), follower("silent", hangs=True)
     learner = ray.remote(Learner).options(num_cpus=0).remote()
     with pytest.raises(WeightsNotLoaded, match="replaced: followers/silent"):
         ray.get(learner.publish.remote(store, 1, 1, 2.0))
@@ -285,7 +281,6 @@ def test_a_silent_replica_is_replaced_and_named_and_weights_outlive_their_learne
     assert ray.get(good.version.remote()) == 1
     assert ray.get(learner.publish.remote(store, 2, 2, 60.0)) == ("followers/good",)
     ray.kill(learner)
-    assert ray.get(follower("late", False).version.remote()) == 2  # from the store's own copy
+    assert ray.get(follower("late").version.remote()) == 2  # from the store's own copy
     with pytest.raises(DigestMismatch, match="same model files"):
-        other = ray.remote(Follower).options(name="other", namespace="followers", num_cpus=0).remote()
-        ray.get(other.start.remote(store, "1" * 32, False))
+        follower("other", digest="1" * 32)

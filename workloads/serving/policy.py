@@ -101,10 +101,8 @@ class Policy:
         return params
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in any form. Raises DataError where a chat meets a model without a template."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], dict):
+        """Token ids of a prompt in any form. Raises DataError for a chat that the model's template refuses."""
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
             return list(self.tokenizer.prompt(prompt))
         return [int(token) for token in prompt]  # type: ignore[arg-type]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.config.serve import ServeConfig
@@ -19,7 +18,7 @@ def load_policy_model(source: str) -> tuple[Transformer, ChatTokenizer]:
     from workloads.data.chat import load_chat_tokenizer
     from workloads.model.huggingface import load_pretrained
 
-    return load_pretrained(source), load_chat_tokenizer(Path(source))
+    return load_pretrained(source), load_chat_tokenizer(source)
 
 
 def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:
@@ -32,7 +31,7 @@ def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConf
     limits = config.engine
     return Engine(
         model.to(device, PRECISIONS[config.precision]),
-        tokenizer.text,
+        tokenizer,
         max_running=limits.max_running,
         cache_tokens=limits.cache_tokens,
         block_tokens=limits.block_tokens,

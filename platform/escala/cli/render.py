@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -168,6 +169,18 @@ def garbage(found: Garbage, deleted: bool, json: bool) -> None:
     table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
     total = sum(size for _, size in found.checkpoints) / 1e6
     raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
+
+
+def exported(path: Path, json: bool) -> None:
+    """Where a model was written, and how to open it."""
+    if json:
+        as_json({"path": str(path)})
+        return
+    raw(str(path))
+    note(
+        f'transformers: AutoModelForCausalLM.from_pretrained("{path}"), AutoTokenizer.from_pretrained("{path}")'
+    )
+    note(f"vLLM: vllm serve {path}")
 
 
 def follow(states: Iterable[Watched]) -> Job:

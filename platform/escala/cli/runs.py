@@ -1,7 +1,8 @@
-"""`escala runs list | show | compare | open`: what happened, from the tracker."""
+"""`escala export` and `escala runs list | show | compare | open`: what happened, from the tracker."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,11 +16,23 @@ nouns = typer.Typer(help="Runs in the tracker: one for each attempt of a job.", 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
+    app.command()(export)
     nouns.command("list")(list_)
     nouns.command()(show)
     nouns.command()(compare)
     nouns.command("open")(open_)
     app.add_typer(nouns, name="runs")
+
+
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="A new directory.", metavar="DIR")],
+    json: Json = False,
+) -> None:
+    """Write a run's newest good checkpoint and tokenizer in Hugging Face's format."""
+    from escala import api
+
+    render.exported(api.export(run, to), json)
 
 
 def list_(

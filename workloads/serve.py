@@ -1,4 +1,4 @@
-"""The rollout service as a Ray Serve application: `serve deploy clusters/serve.yaml`, `escala rollouts up FILE`, or
+"""The rollout service as a Ray Serve application: `serve deploy clusters/services/rollouts.yaml`, `escala rollouts up FILE`, or
 `serve.run(application({...}))`.
 
 `api` takes requests (HTTP and Python handles), `policy` generates and scales, `reward` and `judge` score, where the

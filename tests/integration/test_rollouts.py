@@ -83,7 +83,12 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
         patch.setenv("ESCALA_ROLLOUTS_PORT", str(free_ports(1)[0]))
         scaling = f"{{max_replicas: 2, up_seconds: {UP_SECONDS}, down_seconds: {DOWN_SECONDS}}}"
         reward = "[{kind: function, function: 'tests.integration.test_rollouts:lengths'}]"
-        settings = [f"model={directory}", f"scaling={scaling}", f"engine.max_running={BATCH}", "replica_cpus=0.1"]
+        settings = [
+            f"model={directory}",
+            f"scaling={scaling}",
+            f"engine.max_running={BATCH}",
+            "replica_cpus=0.1",
+        ]
         found = api.rollouts_up((), [*settings, f"reward={reward}"], report=print)
         assert (found.status, {d.name for d in found.deployments}) == ("RUNNING", {"api", "policy", "reward"})
         yield Rollouts()
@@ -115,7 +120,12 @@ def test_openai_client_and_who_may_ask(rollouts: Any) -> None:
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
     assert [m.id for m in client.models.list()] == ["tiny"]
     raw = client.completions.with_raw_response.create(
-        model="tiny", prompt=[5, 6, 7], max_tokens=16, temperature=0, logprobs=0, extra_body={"ignore_eos": True}
+        model="tiny",
+        prompt=[5, 6, 7],
+        max_tokens=16,
+        temperature=0,
+        logprobs=0,
+        extra_body={"ignore_eos": True},
     )
     plain = raw.parse()
     wanted = expected(0, [5, 6, 7], SHORT)

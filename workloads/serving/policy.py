@@ -181,5 +181,7 @@ def _own_name() -> str:
     """
     name = f"{SERVE_NAMESPACE}/{ray.get_runtime_context().get_actor_name()}"
     if actor_of(name) is None:
-        raise StateError(f"This replica is not found as {name}.", "Ray Serve names its actors in another way now.")
+        raise StateError(
+            f"This replica is not found as {name}.", "Ray Serve names its actors in another way now."
+        )
     return name

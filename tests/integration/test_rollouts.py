@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,8 +236,8 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
 def test_bounds_move_without_a_restart(rollouts: Any) -> None:
     before = {r.pid for r in running()}
     wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "quiet")
-    api.rollouts_scale(max_replicas=3, requests_per_replica=5)
-    moved = policy()
+    found = api.rollouts_scale(max_replicas=3, requests_per_replica=5)
+    moved = next(d for d in found.deployments if d.name == "policy")
     assert (moved.min_replicas, moved.max_replicas, moved.requests_per_replica) == (1, 3, 5.0)
     wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "running with its new bounds")
     assert {r.pid for r in running()} <= before
@@ -281,7 +282,7 @@ def test_a_silent_replica_is_replaced_and_named_and_weights_outlive_their_learne
         ray.get(actor.start.remote(store, name, digest, hangs))
         return actor
 
-    store = ray.remote(Store).options(num_cpus=0, max_concurrency=100).remote("test-silent")
+    store = ray.remote(Store).options(num_cpus=0, max_concurrency=100).remote(uuid.uuid4().hex)
     good, silent = follower("good"), follower("silent", hangs=True)
     learner = ray.remote(Learner).options(num_cpus=0).remote()
     with pytest.raises(WeightsNotLoaded, match="replaced: followers/silent"):

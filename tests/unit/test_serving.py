@@ -163,8 +163,8 @@ def test_what_is_sent_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = override["autoscaling_config"]
     assert (override["name"], scaling["min_replicas"], scaling["max_replicas"]) == ("policy", 1, 3)
     assert Rules(**scaling["policy"]["policy_kwargs"])  # the hook's arguments are the policy's
+    wrong = service.read([], ["model=/m", "engine.max_runing=3"])
     with pytest.raises(SpecError, match="did you mean max_running"):
-        wrong = service.read([], ["model=/m", "engine.max_runing=3"])
         service.prepare(wrong["applications"][0], "mine", Settings(), RolloutsSettings())
 
 
@@ -189,7 +189,7 @@ def test_an_address_beyond_this_machine_needs_a_token(host: str) -> None:
 def test_files_of_other_applications_and_bounds_that_cannot_hold_are_refused(tmp_path: Any) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("applications: [{import_path: 'a:b'}]")
-    with pytest.raises(SpecError, match="import_path is workloads.serve:application"):
+    with pytest.raises(SpecError, match="of the rollout service"):
         service.read([other], [])
     for bounds in ((2, 1, 8.0), (0, 0, 8.0), (-1, 2, 8.0), (1, 2, 0.0)):
         with pytest.raises(SpecError, match="cannot hold"):

@@ -233,7 +233,7 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
     assert rollouts.generate([[1, 2]], SHORT, min_version=3)[0].weights.version == 3
 
 
-def test_bounds_move_without_a_restart(rollouts: Any) -> None:
+def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(rollouts: Any) -> None:
     before = {r.pid for r in running()}
     wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "quiet")
     found = api.rollouts_scale(max_replicas=3, requests_per_replica=5)
@@ -241,6 +241,10 @@ def test_bounds_move_without_a_restart(rollouts: Any) -> None:
     assert (moved.min_replicas, moved.max_replicas, moved.requests_per_replica) == (1, 3, 5.0)
     wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "running with its new bounds")
     assert {r.pid for r in running()} <= before
+    version = newest(rollouts)
+    api.rollouts_scale(min_replicas=0)
+    wait_for(lambda: not policy().replicas, 60, "no replica", every=0.3)
+    assert rollouts.generate([[1, 2]], SHORT)[0].weights.version == version  # held at the ingress; pulled at start-up
 
 
 class Follower:

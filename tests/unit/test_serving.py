@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from typing import Any
@@ -194,3 +195,25 @@ def test_files_of_other_applications_and_bounds_that_cannot_hold_are_refused(tmp
     for bounds in ((2, 1, 8.0), (0, 0, 8.0), (-1, 2, 8.0), (1, 2, 0.0)):
         with pytest.raises(SpecError, match="cannot hold"):
             service.check_bounds(*bounds)
+
+
+def test_a_judge_replica_prefers_the_same_response_in_either_place(tmp_path: Any) -> None:
+    from workloads.config import ModelConfig
+    from workloads.data.tokenizer import train_tokenizer
+    from workloads.model.huggingface import save_pretrained
+    from workloads.model.transformer import Transformer
+    from workloads.serving.scores import JudgeReplica
+
+    config = ModelConfig(vocab_size=300, n_layers=1, d_model=32, n_heads=2, max_context_tokens=1024)
+    torch.manual_seed(0)
+    save_pretrained(Transformer(config), tmp_path)
+    train_tokenizer(["A B which answer is better"], 300).save(str(tmp_path / "tokenizer.json"))
+
+    async def ask() -> tuple[list[float], list[float]]:
+        judge = JudgeReplica({"model": str(tmp_path), "judge": {"model": str(tmp_path)}})
+        prompts, first, second = ["p", [{"role": "user", "content": "q"}]], ["good", "a"], ["bad", "b"]
+        return await judge.compare(prompts, first, second), await judge.compare(prompts, second, first)
+
+    one, other = asyncio.run(ask())
+    assert all(0 < p < 1 and p != 0.5 for p in one)
+    assert other == pytest.approx([1 - p for p in one])

@@ -5,6 +5,7 @@ Dimensions: N rows, I inputs, O outputs.
 On CPU oneDNN's packed layout is 1.4 to 1.9 times as fast as `F.linear` at 1 to 32 rows (measured, fp32 and bf16, one
 thread), and adds up each row in the same order however many rows there are, which MKL's does not below 4 rows.
 One row alone is an exception (fp32, I = 1,600): `MIN_ROWS` keeps away from it, and 4 rows cost no more than 1.
+Start the process with GLIBC_TUNABLES=glibc.malloc.hugetlb=1: 4 rows of 62 M parameters then take 14 ms instead of 20.
 """
 
 from __future__ import annotations

@@ -39,10 +39,12 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
+        """Tokens of the prompt."""
         return len(self.request.prompt_token_ids)
 
     @property
     def generated(self) -> int:
+        """Tokens of the response so far."""
         return len(self.tokens) - self.prompt_length
 
 

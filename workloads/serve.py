@@ -24,6 +24,7 @@ from workloads.config.serve import POLICY, ServeConfig
 from workloads.serving.api import Api
 from workloads.serving.policy import STORE, Policy
 from workloads.serving.scores import JudgeReplica, RewardReplica
+from workloads.training.driver import HUGE_PAGES
 
 API_REQUESTS = 10_000  # that wait or run at the ingress, which only passes them on
 
@@ -74,7 +75,11 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
         max_ongoing_requests=max(
             2 * config.engine.max_running, math.ceil(autoscaling.target_ongoing_requests)
         ),
-        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
+        ray_actor_options={
+            "num_cpus": config.replica_cpus,
+            "num_gpus": config.replica_gpus,
+            "runtime_env": {"env_vars": {"GLIBC_TUNABLES": HUGE_PAGES, "OMP_NUM_THREADS": "1"}},
+        },
         graceful_shutdown_timeout_s=config.shutdown_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5.0,

@@ -18,17 +18,21 @@ from workloads.config.data import (
     TokenizerConfig,
 )
 from workloads.config.model import ModelConfig
+from workloads.config.moe import Annealing, BalanceConfig, MoEConfig
 from workloads.config.pretrain import PretrainConfig
 from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainingConfig
 
 __all__ = [
     "WORKLOADS",
+    "Annealing",
+    "BalanceConfig",
     "BenchConfig",
     "Corpus",
     "DataConfig",
     "FilesCorpus",
     "HuggingFaceCorpus",
     "JsonlCorpus",
+    "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PretrainConfig",

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from escala.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
 from workloads.config import ModelConfig, PretrainConfig
-from workloads.flops import flops_per_token, moved_bytes_per_step, parameter_counts, saved_elements_per_token
+from workloads.flops import (
+    flops_per_token,
+    mixture_layers,
+    moved_bytes_per_step,
+    parameter_counts,
+    saved_elements_per_token,
+)
 
 FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments
@@ -176,12 +182,24 @@ def communication(config: PretrainConfig) -> Communication:
     gather, reduce = n * width, n * FP32
     if stage == 3:
         volume = micro_steps * (2 * gather + reduce)
-        messages = micro_steps * (2 * (7 * model.n_layers + 1) + buckets)  # a gather a matrix
+        messages = micro_steps * (2 * (_matrices(model) + 1) + buckets)  # a gather a matrix
     else:
         reductions = micro_steps if stage == 2 else 1
         volume = 2 * reduce * reductions + (gather if stage else 0)
         messages = buckets * (reductions + (1 if stage else 0))
     return Communication(volume * (ranks - 1) / ranks, messages)
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Weight tensors of the blocks: four of attention and three of a feed-forward, or of all experts together, with the
+    router and three of the shared ones.
+    """
+    dense = 7 * model.n_layers
+    return (
+        dense
+        if model.moe is None
+        else dense + mixture_layers(model) * (1 + 3 * (model.moe.shared_experts > 0))
+    )
 
 
 def step_seconds(config: PretrainConfig, device: Device) -> tuple[float, float]:

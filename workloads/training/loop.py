@@ -30,6 +30,7 @@ from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account
 from workloads.training.evaluate import HeldOut, evaluate
+from workloads.training.experts import Routers
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
 from workloads.training.step import accumulate
@@ -98,6 +99,7 @@ class Trainer:
         torch.manual_seed(training.seed)
         model = Transformer(self.config.model)
         model.activation_checkpointing = training.activation_checkpointing
+        self.routers = Routers(model, self.config.total_steps)
         self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
         held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
         held[self.rank] = zero.parameters_held(self.engine)
@@ -189,7 +191,9 @@ class Trainer:
             self.batches.batch(step, self.rank, self.ranks, micro).to(self.device)
             for micro in range(self.micro_steps)
         )
-        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, config.step_tokens)
+        self.routers.begin_step(step)
+        auxiliary = self.routers.loss if self.routers.layers else None
+        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, config.step_tokens, auxiliary)
         agreed = torch.zeros(2, dtype=torch.float64, device=self.device)
         agreed[0], agreed[1] = loss_sum, STOP_CODES.index(stop)
         if self.ranks > 1:
@@ -228,10 +232,13 @@ class Trainer:
         return None if tokens_per_second is None else tokens_per_second * self.flops / self.peak_flops
 
     def _report(self, rate: float, norm: float) -> None:
+        count, speed = self.count, self.throughput.recent
+        logs = count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps
+        if logs:
+            self.routers.report(count.step, self.reporter)
         if self.reporter is None:
             return
-        count, speed = self.count, self.throughput.recent
-        if count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps:
+        if logs:
             self.reporter.metrics(
                 count.step,
                 {

@@ -194,12 +194,8 @@ def _matrices(model: ModelConfig) -> int:
     """Weight tensors of the blocks: four of attention and three of a feed-forward, or of all experts together, with the
     router and three of the shared ones.
     """
-    dense = 7 * model.n_layers
-    return (
-        dense
-        if model.moe is None
-        else dense + mixture_layers(model) * (1 + 3 * (model.moe.shared_experts > 0))
-    )
+    more = 0 if model.moe is None else 1 + 3 * (model.moe.shared_experts > 0)
+    return int(7 * model.n_layers + more * mixture_layers(model))
 
 
 def step_seconds(config: PretrainConfig, device: Device) -> tuple[float, float]:

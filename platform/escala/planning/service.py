@@ -234,7 +234,9 @@ def base_of(stored: Stored) -> dict[str, Any]:
     base: dict[str, Any] = {}
     for key, text in (stored.provenance.get("configuration") or {}).items():
         *sections, last = key.split(".")
-        if text == "None" or last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
+        if text == "None" and sections[-1:] != ["moe"]:  # of experts None says something: nothing is dropped
+            continue
+        if last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
             continue
         node = base
         for section in sections:

@@ -35,10 +35,10 @@ def batch(step: int) -> torch.Tensor:
     return tokens
 
 
-def start(config: TrainingConfig) -> Any:
+def start(config: TrainingConfig, model: ModelConfig = MODEL) -> Any:
     torch.manual_seed(0)
     return zero.make_engine(
-        Transformer(MODEL), config, BATCH // MICRO_STEPS // dist.get_world_size(), MICRO_STEPS
+        Transformer(model), config, BATCH // MICRO_STEPS // dist.get_world_size(), MICRO_STEPS
     )
 
 
@@ -77,6 +77,20 @@ def main() -> None:
         losses = run(engine, config, range(3), with_balance=True)
         checkpoint.save(engine, directory / f"{ranks}-{stage}", 3, MANIFEST, keep=2)
         results[f"balanced-{stage}"] = losses + run(engine, config, range(3, 6), with_balance=True)
+    if ranks == 2:  # the same with the experts' work shared, and at full experts
+        for name, stage, change in (
+            ("shared", 0, {"expert_parallel": True}),
+            ("shared-2", 2, {"expert_parallel": True}),
+            ("full", 0, {"capacity_factor": 0.75}),
+            ("full-shared", 0, {"capacity_factor": 0.75, "expert_parallel": True}),
+        ):
+            model = ModelConfig(**{**MODEL.model_dump(), "moe": {**MODEL.model_dump()["moe"], **change}})
+            config = TrainingConfig(steps=50, zero_stage=stage, optimizer={"clip_norm": 0.5})
+            engine = start(config, model)
+            results[name] = run(engine, config, range(6), with_balance=True)
+            engine.eval()
+            with torch.no_grad():
+                results[f"evaluated-{name}"] = float(engine(batch(9)[:, :-1]).double().square().mean())
     if ranks == 1:  # resume at stage 0 what two ranks wrote at stage 3
         config = TrainingConfig(steps=50, zero_stage=0, optimizer={"clip_norm": 0.5})
         found, _ = latest(directory / "2-3")

@@ -62,3 +62,21 @@ def test_one_rank_resumes_what_two_have_written(results: dict[str, dict[str, Any
     straight = results["2-0"]["balanced-3"][3:]
     assert results["1-0"]["elsewhere"][0] == pytest.approx(straight[0], rel=1e-6)
     assert results["1-0"]["elsewhere"] == pytest.approx(straight, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("shared", "balanced-0"), ("shared-2", "balanced-0"), ("full-shared", "full")]
+)
+def test_sharing_the_experts_work_changes_nothing(
+    results: dict[str, dict[str, Any]], name: str, alone: str
+) -> None:
+    found = results["2-0"]
+    assert found[name] == pytest.approx(found[alone], rel=1e-6)
+    assert found["full"] != pytest.approx(
+        found["balanced-0"], rel=1e-6
+    )  # at that capacity tokens are dropped
+    for rank in ("2-0", "2-1"):
+        assert results[rank][f"evaluated-{name}"] == pytest.approx(
+            results["2-0"][f"evaluated-{name}"], rel=1e-6
+        )
+    assert found["evaluated-full-shared"] == pytest.approx(found["evaluated-full"], rel=1e-5)

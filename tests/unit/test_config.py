@@ -62,6 +62,23 @@ def test_experts_that_contradict_themselves_are_refused(values: dict, message: s
         ModelConfig(moe=values)
 
 
+@pytest.mark.parametrize(
+    ("workers", "stage", "message"),
+    [(1, 2, "8 experts, 1 workers"), (3, 2, "8 experts, 3 workers"), (2, 3, "stages 0 to 2"), (2, 2, None)],
+)
+def test_experts_are_shared_by_workers_that_can(workers: int, stage: int, message: str | None) -> None:
+    values = {
+        "model": {"moe": {"expert_parallel": True}},
+        "training": {"zero_stage": stage, "batch_sequences": 6},
+        "resources": {"workers": workers},
+    }
+    if message is None:
+        assert PretrainConfig.model_validate(values).model.moe is not None
+        return
+    with pytest.raises(ValidationError, match=message):
+        PretrainConfig.model_validate(values)
+
+
 def test_a_length_is_given_once() -> None:
     assert PretrainConfig().total_steps == 100
     assert PretrainConfig(training=TrainingConfig(steps=7)).total_steps == 7

@@ -135,6 +135,24 @@ def test_a_mixture_holds_and_moves_all_its_experts() -> None:
     assert b.compute_seconds < 1.2 * a.compute_seconds
 
 
+def test_shared_experts_work_sends_each_choice_there_and_back_twice() -> None:
+    model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096}
+    found = [
+        communication(
+            PretrainConfig.model_validate(
+                {
+                    **config(2, 2).model_dump(),
+                    "model": {**model, "moe": {"expert_parallel": shared, "every": 3}},
+                }
+            )
+        )
+        for shared in (False, True)
+    ]
+    rows = 4 * 4 * 2 * 8 * 256 / 2  # exchanges, layers, choices, tokens of a rank
+    assert found[1].sent_bytes - found[0].sent_bytes == pytest.approx(rows * 640 * 4 / 2)
+    assert found[1].messages - found[0].messages == 5 * 4
+
+
 def test_time_is_compute_and_what_is_not_hidden() -> None:
     found = cost(config(), cluster())
     flops = found.compute_flops / found.steps / 2

@@ -72,6 +72,11 @@ class MoEConfig(Strict):
         description="max over mean load that is an event; None: halfway from even to the most, E/k",
     )
 
+    expert_parallel: bool = Field(
+        False,
+        description="in training each worker computes its share of the experts, for all workers' tokens",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, data: object) -> object:
@@ -113,6 +118,20 @@ class MoEConfig(Strict):
         if (self.margin > 0) != (self.margin_weight > 0):
             raise ValueError("margin and margin_weight go together: one without the other does nothing")
         return self
+
+    def check_workers(self, workers: int, zero_stage: int) -> None:
+        """Raise ValueError where so many workers at that ZeRO stage cannot share the experts' work as asked."""
+        if not self.expert_parallel:
+            return
+        if workers == 1 or self.experts % workers:
+            raise ValueError(
+                f"moe.expert_parallel gives each worker an equal share: {self.experts} experts, {workers} workers"
+            )
+        if zero_stage == 3:
+            raise ValueError(
+                "moe.expert_parallel goes with ZeRO stages 0 to 2: stage 3 gathers all experts on every worker, "
+                "which then computes them with less traffic than by sending tokens"
+            )
 
     @property
     def trained_experts(self) -> int:

@@ -31,6 +31,8 @@ class PretrainConfig(Strict):
                 f"training.batch_sequences {self.training.batch_sequences} is not a multiple of "
                 f"workers {ranks} x micro_batch_sequences {self.micro_batch_sequences}"
             )
+        if self.model.moe is not None:
+            self.model.moe.check_workers(ranks, self.training.zero_stage)
         if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} does not fit "

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from workloads.config import ModelConfig, MoEConfig
 from workloads.model import balance
+from workloads.model.exchange import compute_elsewhere
 from workloads.model.experts import Experts
 from workloads.model.gate import Dispatch, capacity, choose, dispatch, top_k
 from workloads.model.layers import FeedForward, Linear
@@ -57,6 +59,7 @@ class MixtureOfExperts(nn.Module):
         tau: temperature of estimators gumbel and soft_to_hard in training; the training loop lowers it.
         evaluation_capacity_factor: capacity in evaluation and generation; None: nothing is dropped.
         routing: of the last forward pass in training; None before one.
+        expert_group: ranks that share the experts' work; None: this one does all (see `exchange`).
     """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, output_gain: float) -> None:
@@ -65,6 +68,7 @@ class MixtureOfExperts(nn.Module):
         self.tau = 1.0 if moe.tau is None else moe.tau.start
         self.evaluation_capacity_factor = moe.evaluation_capacity_factor
         self.routing: Routing | None = None
+        self.expert_group: ProcessGroup | None = None
         size = config.expert_size
         gain = output_gain / math.sqrt(1 + moe.shared_experts) if moe.shared_experts else output_gain
         self.router = Router(config.d_model, moe.experts)
@@ -88,7 +92,10 @@ class MixtureOfExperts(nn.Module):
         factor = moe.capacity_factor if self.training else self.evaluation_capacity_factor
         limit = capacity(factor, len(x_ND), moe.chosen, moe.experts)
         sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, limit)
-        out_ND = self.experts(x_ND, choice.weights_NK, sent)
+        if self.expert_group is None:
+            out_ND = self.experts(x_ND, choice.weights_NK, sent)
+        else:
+            out_ND = compute_elsewhere(self.experts, x_ND, choice.weights_NK, sent, self.expert_group)
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
         if self.training:

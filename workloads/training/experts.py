@@ -24,12 +24,17 @@ def temperature(step: int, total_steps: int, tau: Annealing) -> float:
 
 
 class Routers:
-    """The mixtures of a model in training. Figures add up over the micro-batches since they were last read."""
+    """The mixtures of a model in training. Figures add up over the micro-batches since they were last read. Makes the
+    ranks share the experts' work where the model says so (`moe.expert_parallel`).
+    """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         self.layers = mixtures(model)
         self.total_steps = total_steps
         self.has_collapsed = False
+        for layer in self.layers:
+            if layer.moe.expert_parallel and torch.distributed.get_world_size() > 1:
+                layer.expert_group = torch.distributed.group.WORLD
         self._sums: list[Tensor] = []  # by layer: load_E, p_E x tokens, tokens, and 3 more, see _summed
 
     def begin_step(self, step: int) -> None:

@@ -187,7 +187,22 @@ def communication(config: PretrainConfig) -> Communication:
         reductions = micro_steps if stage == 2 else 1
         volume = 2 * reduce * reductions + (gather if stage else 0)
         messages = buckets * (reductions + (1 if stage else 0))
+    rows, exchanges = _exchanged(config)
+    volume, messages = volume + rows * model.d_model * width, messages + exchanges
     return Communication(volume * (ranks - 1) / ranks, messages)
+
+
+def _exchanged(config: PretrainConfig) -> tuple[float, int]:
+    """Rows of a rank's states in an optimiser step's all-to-alls, and how many of these: with expert parallelism each
+    choice goes to its expert's rank and back, and so does its gradient; the sizes go first.
+    """
+    moe = config.model.moe
+    if moe is None or not moe.expert_parallel:
+        return 0.0, 0
+    layers, ranks = mixture_layers(config.model), config.resources.workers
+    choices = moe.trained_experts * min(1.0, moe.capacity_factor or 1.0)
+    micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
+    return 4 * layers * choices * config.step_tokens / ranks, 5 * layers * micro_steps
 
 
 def _matrices(model: ModelConfig) -> int:

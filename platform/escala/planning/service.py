@@ -209,7 +209,7 @@ def largest_model(
     }
 
     def needed(n: float) -> float:
-        model = {**base, **recipes.shape(n, base), "max_context_tokens": tokens}
+        model = {**base, **recipes.shape(n, base, "n_total"), "max_context_tokens": tokens}
         data = {"tokenizer": {"vocab_size": min(4096, model.get("vocab_size", 4096))}}
         config = PretrainConfig.model_validate(
             {"model": model, "data": data, "training": training, "resources": {"workers": cluster.devices}}
@@ -303,7 +303,7 @@ def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str
 
     def has_shape(n: float) -> bool:
         try:
-            recipes.shape(n, model)
+            recipes.shape(n, model, "n_total")
         except SpecError:
             return False
         return True

@@ -1,0 +1,25 @@
+"""What a replica starts with: its engine."""
+
+from __future__ import annotations
+
+import torch
+
+from workloads.config.serve import ServeConfig
+from workloads.data.chat import ChatTokenizer
+from workloads.generation.engine import Engine
+from workloads.model.transformer import Transformer
+from workloads.serving.weights import PRECISIONS
+
+
+def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:
+    """The engine of one replica, on the GPU where it has one. Raises SpecError where its limits can't hold."""
+    device = torch.device("cuda" if config.replica_gpus else "cpu")
+    limits = config.engine
+    return Engine(
+        model.to(device, PRECISIONS[config.precision]),
+        tokenizer,
+        max_running=limits.max_running,
+        cache_tokens=limits.cache_tokens,
+        block_tokens=limits.block_tokens,
+        prefill_tokens=limits.prefill_tokens,
+    )

@@ -368,7 +368,7 @@ def test_auxiliary_losses_add_up_over_layers_and_recomputation_changes_no_gradie
         losses = model.auxiliary_losses()
         assert set(losses) == {"balance", "router_z"}
         layers = [mixture.routing.losses for mixture in mixtures(model) if mixture.routing]
-        assert float(losses["balance"]) == pytest.approx(sum(float(layer["balance"]) for layer in layers))
+        assert losses["balance"].item() == pytest.approx(sum(layer["balance"].item() for layer in layers))
         (F.cross_entropy(logits.flatten(0, 1), tokens_BT.flatten()) + sum(losses.values())).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):

@@ -34,9 +34,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             )
             for rank in range(ranks)
         ]
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output[-3000:]
+        try:
+            for process in processes:
+                output, _ = process.communicate(timeout=500)
+                assert process.returncode == 0, output[-3000:]
+        finally:
+            for process in processes:  # a rank that failed leaves the other waiting
+                process.kill()
+                process.wait()
     return {path.stem: json.loads(path.read_text()) for path in directory.glob("?-?.json")}
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workloads.config import LoraConfig
-from workloads.config.pretrained import architecture_of, their_name
+from workloads.config.pretrained import LLAMA_WEIGHTS
 from workloads.model.layers import Linear
 from workloads.model.transformer import Transformer
 
@@ -121,10 +121,9 @@ def save_adapter(weights: Mapping[str, Tensor], config: LoraConfig, directory: P
 
 def _peft_name(name: str) -> str:
     """`blocks.3.attention.query.lora_A` as `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`."""
-    matrix, delta = name.rsplit(".", 1)
-    theirs = their_name(
-        f"{matrix}.weight", architecture_of("llama")
-    )  # all have these names for their matrices
+    path, delta = name.rsplit(".", 1)
+    number, matrix = path.rpartition("blocks.")[2].split(".", 1)
+    theirs = LLAMA_WEIGHTS[f"blocks.*.{matrix}.weight"].replace("*", number)  # every architecture's names
     return f"base_model.model.{theirs.removesuffix('weight')}{delta}.weight"
 
 

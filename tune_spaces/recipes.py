@@ -21,8 +21,7 @@ from escala.errors import SpecError
 from workloads.config import ModelConfig
 from workloads.flops import flops_per_token, parameter_counts
 
-AXES = ("compute_flops", "n_total", "tokens", "tokens_per_parameter", "context_tokens")
-SIZES = AXES[:4]
+AXES = ("compute_flops", "n_total", "n_active", "tokens", "tokens_per_parameter", "context_tokens")
 CHINCHILLA_RATIO = 20.0  # tokens per parameter (Hoffmann et al. 2022, table 3)
 MISS = 0.15  # |log(n/N)| of the nearest shape, at most
 MIN_LAYERS = 2
@@ -35,21 +34,24 @@ def sections(
     *,
     compute_flops: float | None = None,
     n_total: float | None = None,
+    n_active: float | None = None,
     tokens: float | None = None,
     tokens_per_parameter: float | None = None,
     context_tokens: float | None = None,
 ) -> dict[str, Any]:
     """The `model` and `training` sections at a point, to go below what the user wrote himself.
 
-    Any two of the first four say N and D; compute_flops alone means 20 tokens per parameter; n_total alone fixes the
-    model, tokens alone the length. C is exact: FLOPs per token of the shape that was found, at its context, times D.
+    Any two of all but the context say N and D; compute_flops alone means 20 tokens per parameter; n_total or n_active
+    alone fixes the model, tokens alone the length. C is exact: FLOPs per token of the shape that was found, at its
+    context, times D. Of a mixture of experts the parameters that tokens, learning rate and FLOPs are counted by are the
+    active ones; its experts are the base's.
 
     Args:
         base: what the user wrote (partial): vocabulary, head size, workers, ... shape and FLOPs depend on it.
 
     Raises SpecError for axes that contradict each other or `base`, and for an N that no shape has.
     """
-    sizes = {"compute_flops": compute_flops, "n_total": n_total, "tokens": tokens}
+    sizes = {"compute_flops": compute_flops, "n_total": n_total, "n_active": n_active, "tokens": tokens}
     sizes["tokens_per_parameter"] = tokens_per_parameter
     given = {name: value for name, value in sizes.items() if value is not None}
     _check(given, base)
@@ -61,9 +63,9 @@ def sections(
     model |= made["model"]
     if set(given) - {"tokens"}:
         made["model"] |= _shape_for(given, model, context)
-    if set(given) != {"n_total"} and given:
+    if set(given) - {"n_total", "n_active"}:
         config = ModelConfig(**{**model, **made["model"]})
-        n = parameter_counts(config).n_total
+        n = parameter_counts(config).n_active
         length = _length(given, n, flops_per_token(config, context).total)
         made["training"] |= {"train_tokens": round(length), **_tuning(base, n, length, context)}
     return made
@@ -73,7 +75,7 @@ def _check(given: Mapping[str, float], base: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if not (math.isfinite(value) and value > 0):
             raise SpecError(f"{name} is {value:g}", "give a positive number")
-    if len(given) > 2:
+    if len(given) > 2 or {"n_total", "n_active"} <= set(given):
         raise SpecError(f"{', '.join(given)} together say N and D more than once", "give two of them")
     if set(given) == {"tokens_per_parameter"}:
         raise SpecError(
@@ -88,8 +90,9 @@ def _check(given: Mapping[str, float], base: Mapping[str, Any]) -> None:
 
 def _shape_for(given: Mapping[str, float], model: Mapping[str, Any], context: int) -> dict[str, Any]:
     """The shape whose N the axes say, or the one whose FLOPs meet the budget."""
-    if "n_total" in given:
-        return shape(given["n_total"], model)
+    for count in ("n_total", "n_active"):
+        if count in given:
+            return shape(given[count], model, count)
     if "compute_flops" not in given:  # tokens and their ratio
         return shape(given["tokens"] / given["tokens_per_parameter"], model)
     budget = given["compute_flops"]
@@ -100,7 +103,7 @@ def _shape_for(given: Mapping[str, float], model: Mapping[str, Any], context: in
     ):  # FLOPs per token are 6 N only nearly: attention counts, a looked-up embedding does not
         found = shape(n, model)
         config = ModelConfig(**{**model, **found})
-        per_token, size = flops_per_token(config, context).total, parameter_counts(config).n_total
+        per_token, size = flops_per_token(config, context).total, parameter_counts(config).n_active
         length = given.get("tokens") or ratio * size
         n *= (budget / (per_token * length)) ** (1.0 if "tokens" in given else 0.5)
     return found
@@ -113,8 +116,9 @@ def _length(given: Mapping[str, float], n: int, flops: float) -> float:
     return given["tokens"] if "tokens" in given else given["tokens_per_parameter"] * n
 
 
-def shape(n_total: float, model: Mapping[str, Any]) -> dict[str, Any]:
-    """n_layers, d_model and n_heads whose parameters, embeddings once when tied, come near to `n_total`.
+def shape(n: float, model: Mapping[str, Any], count: str = "n_active") -> dict[str, Any]:
+    """n_layers, d_model and n_heads whose parameters (`count`), embeddings once when tied, come near to `n`. For a
+    dense model n_active is n_total.
 
     Width over depth is near 32 (N/1e6)^0.15, at most 128: 22 at 1e5, 64 at 1e8, 128 from 1e10 on, between the
     published models (Hoffmann et al. 2022, table A9: 28 to 128). A law is fitted to the N that was found, so one family
@@ -123,28 +127,32 @@ def shape(n_total: float, model: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises SpecError where no shape is within 15 %.
     """
-    aspect = min(128.0, 32 * (n_total / 1e6) ** 0.15)
+    aspect = min(128.0, 32 * (n / 1e6) ** 0.15)
     best: tuple[float, float, dict[str, Any]] | None = None
     nearest = math.inf
-    for found, n in _shapes(n_total, model):
-        miss = abs(math.log(n / n_total))
+    for found, size in _shapes(n, model, count):
+        miss = abs(math.log(size / n))
         nearest = min(
-            nearest, n, key=lambda each: abs(math.log(each / n_total)) if each < math.inf else math.inf
+            nearest, size, key=lambda each: abs(math.log(each / n)) if each < math.inf else math.inf
         )
         score = 2 * miss + abs(math.log(found["d_model"] / found["n_layers"] / aspect))
         if miss <= MISS and (best is None or score < best[0]):
-            best = (score, n, found)
+            best = (score, size, found)
     if best is None:
         vocabulary = ModelConfig(**model).vocab_size
         raise SpecError(
-            f"no model of {n_total:.4g} parameters: the nearest has {nearest:.4g}, with a vocabulary of {vocabulary}",
+            f"no model of {n:.4g} parameters: the nearest has {nearest:.4g}, with a vocabulary of {vocabulary}",
             "choose an N that is nearer, or a smaller model.vocab_size (and data.tokenizer.vocab_size)",
         )
     return best[2]
 
 
-def _shapes(n_total: float, model: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
-    """For each width the two depths around `n_total`: parameters are linear in depth."""
+def _shapes(n: float, model: Mapping[str, Any], count: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """For each width the two depths around `n`: parameters are linear in depth, counted in whole periods of the pattern
+    of layers with experts.
+    """
+    period = int((model.get("moe") or {}).get("every", 1))
+    least_depth = -(-MIN_LAYERS // period) * period
     for width in _widths():
         head = model.get("head_dim") or _head_size(width)
         if width % head:
@@ -152,15 +160,16 @@ def _shapes(n_total: float, model: Mapping[str, Any]) -> Iterator[tuple[dict[str
         found = {"d_model": width, "n_heads": model.get("n_heads") or width // head}
         try:
             least, more = (
-                _count({**model, **found, "n_layers": depth}) for depth in (MIN_LAYERS, MIN_LAYERS + 1)
+                _count({**model, **found, "n_layers": depth}, count)
+                for depth in (least_depth, least_depth + period)
             )
         except ValidationError:  # heads that do not divide
             continue
-        if least > 2 * n_total:
+        if least > 2 * n:
             return
-        deeper = max(0, int((n_total - least) / (more - least)))
+        deeper = max(0, int((n - least) / (more - least)))
         for extra in (deeper, deeper + 1):
-            yield {**found, "n_layers": MIN_LAYERS + extra}, least + extra * (more - least)
+            yield {**found, "n_layers": least_depth + extra * period}, least + extra * (more - least)
 
 
 def _widths() -> Iterator[int]:
@@ -176,8 +185,8 @@ def _head_size(width: int) -> int:
     return next((size for limit, size in ((64, 8), (128, 16), (512, 32), (2048, 64)) if width < limit), 128)
 
 
-def _count(model: Mapping[str, Any]) -> int:
-    return parameter_counts(ModelConfig(**model)).n_total
+def _count(model: Mapping[str, Any], count: str) -> int:
+    return int(getattr(parameter_counts(ModelConfig(**model)), count))
 
 
 # Batch and learning rate

@@ -32,19 +32,34 @@ class FlopsPerToken:
     total: float
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
-    """Weights of all blocks' matrices."""
+def _matrix_parameters(config: ModelConfig, experts: float | None = None) -> float:
+    """Weights of all blocks' matrices, `experts` of each mixture's counted; None: all of them."""
     d, size = config.d_model, config.head_size
     attention = 2 * d * config.n_heads * size + 2 * d * config.kv_heads * size
-    return config.n_layers * (attention + 3 * d * config.ff_size)
+    feed_forward = 3.0 * d * config.ff_size
+    total = config.n_layers * (attention + feed_forward)
+    if config.moe is not None:
+        counted = config.moe.experts if experts is None else experts
+        mixture = d * config.moe.experts + 3 * d * config.expert_size * (counted + config.moe.shared_experts)
+        total += mixture_layers(config) * (mixture - feed_forward)
+    return total
+
+
+def mixture_layers(config: ModelConfig) -> int:
+    """Layers that are a mixture of experts."""
+    return 0 if config.moe is None else config.n_layers // config.moe.every
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
-    """Exact counts, equal to the built model's (Kaplan et al. 2020, table 1, with SwiGLU, GQA and norms)."""
+    """Exact counts, equal to the built model's (Kaplan et al. 2020, table 1, with SwiGLU, GQA and norms). Of a mixture
+    of experts one token passes through k, the shared ones and the whole router (SPEC.md B.6).
+    """
     norms = 2 * config.d_model + (2 * config.head_size if config.qk_norm else 0)
-    blocks = _matrix_parameters(config) + config.n_layers * norms + config.d_model
+    rest = config.n_layers * norms + config.d_model
+    chosen = None if config.moe is None else config.moe.chosen
+    blocks, active = (round(_matrix_parameters(config, e)) + rest for e in (None, chosen))
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    return ParameterCounts(blocks + embeddings, blocks + embeddings, blocks)
+    return ParameterCounts(blocks + embeddings, active + embeddings, blocks)
 
 
 def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
@@ -60,9 +75,10 @@ def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     """Training FLOPs per token at a context of `context_tokens` (SPEC.md D.2; PaLM appendix B, halved).
 
     Attention, per layer, head and key: 2 d_h for the score and 2 d_h for the value, forward; so 6 L H d_h T
-    in training. A window saturates it. Norms, RoPE, softmax and the optimiser are not counted.
+    in training. A window saturates it. Norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
+    many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to hard.
     """
-    matmul = 2.0 * _matrix_parameters(config)
+    matmul = 2.0 * _matrix_parameters(config, _computed_experts(config))
     logits = 2.0 * config.vocab_size * config.d_model
     keys = mean_keys(context_tokens, config.window_tokens)
     attention = 4.0 * config.n_layers * config.n_heads * config.head_size * keys
@@ -113,6 +129,13 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     return total + (full.total / TRAINING_PER_FORWARD if isinstance(config, DpoConfig) else 0.0)
 
 
+def _computed_experts(config: ModelConfig) -> float | None:
+    """Experts that compute a token in training, on average, where the load is even."""
+    if config.moe is None:
+        return None
+    return config.moe.trained_experts * min(1.0, config.moe.capacity_factor or 1.0)
+
+
 @dataclass(frozen=True)
 class SavedElements:
     """Elements per token that a training step keeps for its backward pass."""
@@ -125,15 +148,29 @@ class SavedElements:
 def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
     """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
     GELU block with dropout): a block its two residual inputs and their norms, rotated queries and keys, values, the
-    attention's output, SwiGLU's gate and up, and their product.
+    attention's output, SwiGLU's gate and up, and their product; of a mixture of experts see below.
     """
     d, size = config.d_model, config.head_size
     attention = 2 * config.n_heads * size + 2 * config.kv_heads * size
     block = 4 * d + attention + 3 * config.ff_size
+    mixtures, mixture = mixture_layers(config), block - 3 * config.ff_size + _saved_by_mixture(config)
+    working = max([block] * (mixtures < config.n_layers) + [mixture] * (mixtures > 0))
     head = 3 * config.vocab_size
     if checkpointing:
-        return SavedElements(config.n_layers * d, block, head)
-    return SavedElements(config.n_layers * block, block, head)
+        return SavedElements(config.n_layers * d, working, head)
+    return SavedElements((config.n_layers - mixtures) * block + mixtures * mixture, working, head)
+
+
+def _saved_by_mixture(config: ModelConfig) -> float:
+    """What a mixture keeps in place of SwiGLU's three: gate and up of the experts that compute the token (their product
+    is made again), three of the shared experts; the gate's logarithms, and a weight and three indices of 8 bytes a
+    choice.
+    """
+    if config.moe is None:
+        return 0.0
+    moe, size = config.moe, config.expert_size
+    computed = _computed_experts(config) or 0.0
+    return 2 * computed * size + 3 * moe.shared_experts * size + moe.experts + 7 * moe.trained_experts
 
 
 def moved_bytes_per_step(config: TrainedConfig) -> float:

@@ -31,12 +31,17 @@ SMALL = {
     "initializer_range": 0.2,  # large: a wrong detail shows
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }
+QWEN3_MOE = {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 24}
 KINDS = [
     ("Llama", {"tie_word_embeddings": False}),
     ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("Mistral", {"sliding_window": 7}),
     ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     ("Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    ("Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
+    ("Qwen3Moe", QWEN3_MOE | {"norm_topk_prob": True, "num_experts_per_tok": 2}),
+    ("Qwen3Moe", QWEN3_MOE | {"num_experts_per_tok": 1, "decoder_sparse_step": 2}),
 ]
 TOKENS = torch.arange(60).reshape(2, 30) * 31 % 97  # four times the longest window
 
@@ -72,6 +77,10 @@ def test_their_weights_give_their_logits_here(kind: str, changes: dict[str, Any]
         {"window_tokens": 7},
         {"qk_norm": True, "head_dim": 16, "n_kv_heads": 1},
         {"qk_norm": True, "window_tokens": 5},
+        {"moe": {"experts": 4, "capacity_factor": None}},
+        {"moe": {"experts": 4, "chosen": 3, "capacity_factor": None}, "tie_embeddings": False},
+        {"qk_norm": True, "moe": {"experts": 4, "d_ff": 24, "every": 2, "capacity_factor": None}},
+        {"qk_norm": True, "window_tokens": 5, "moe": {"d_ff": 24, "chosen": 1, "capacity_factor": None}},
     ],
 )
 def test_our_weights_give_our_logits_there(config: dict[str, Any], tmp_path: Path) -> None:
@@ -152,6 +161,45 @@ def test_what_cannot_be_represented_is_refused(change: dict[str, Any], reason: s
         model_config_of(tmp_path)
     with pytest.raises(CheckpointError, match=reason):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("Mixtral", {"num_experts_per_tok": 1}, "has the weight 1"),
+        ("Qwen3Moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("Qwen3Moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("Qwen3Moe", {"norm_topk_prob": True, "num_experts": 2}, "dense layer"),
+    ],
+)
+def test_experts_that_compute_otherwise_are_refused(
+    kind: str, change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    reference(kind, num_experts_per_tok=2).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=reason):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("moe", "reason"),
+    [
+        ({"shared_experts": 1}, "shared_experts"),
+        ({"chosen": 1}, "as weight"),
+        ({"every": 2}, "moe.every"),
+        ({"estimator": "soft_to_hard"}, "temperature"),
+        ({"evaluation_capacity_factor": 1.0}, "drops tokens"),
+    ],
+)
+def test_experts_that_their_formats_cannot_express_are_not_written(
+    moe: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = Transformer(
+        ModelConfig(vocab_size=97, n_layers=2, d_model=32, moe={"experts": 4, "d_ff": 8, **moe})
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        save_pretrained(model, tmp_path)
 
 
 def test_tensors_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:

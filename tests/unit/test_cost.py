@@ -110,6 +110,49 @@ def test_volumes_are_those_counted_on_real_runs(
     assert communication(config(1, stage, precision)).sent_bytes == 0
 
 
+def test_a_mixture_holds_and_moves_all_its_experts() -> None:
+    """At equal active size: states and ZeRO-3's traffic are of N_total, compute is of N_active (SPEC.md B.6, D.7)."""
+    dense = config()
+    model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096}
+    few, many = (
+        PretrainConfig.model_validate(
+            {
+                **dense.model_dump(),
+                "model": {**model, "moe": {"experts": e, "d_ff": 864, "capacity_factor": 1.0}},
+            }
+        )
+        for e in (4, 16)
+    )
+    more = 12 * 12 * 3 * 640 * 864 + 12 * 12 * 640  # twelve experts and their logits in each layer
+    a, b = cost(few, cluster()), cost(many, cluster())
+    assert b.n_total - a.n_total == more
+    assert b.n_active - a.n_active == 12 * 12 * 640
+    assert b.communication.sent_bytes - a.communication.sent_bytes == pytest.approx(3 * 4 * more / 2)
+    assert b.communication.messages - a.communication.messages == 4  # buckets; stacked: no message an expert
+    held = [found.memory.weights + found.memory.gradients + found.memory.optimizer for found in (a, b)]
+    assert held[1] - held[0] == pytest.approx((4 + 20 / 2) * more)
+    assert b.compute_flops == pytest.approx(a.compute_flops, rel=0.01)
+    assert b.compute_seconds < 1.2 * a.compute_seconds
+
+
+def test_shared_experts_work_sends_each_choice_there_and_back_twice() -> None:
+    model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096}
+    found = [
+        communication(
+            PretrainConfig.model_validate(
+                {
+                    **config(2, 2).model_dump(),
+                    "model": {**model, "moe": {"expert_parallel": shared, "every": 3}},
+                }
+            )
+        )
+        for shared in (False, True)
+    ]
+    rows = 4 * 4 * 2 * 8 * 256 / 2  # exchanges, layers, choices, tokens of a rank
+    assert found[1].sent_bytes - found[0].sent_bytes == pytest.approx(rows * 640 * 4 / 2)
+    assert found[1].messages - found[0].messages == 5 * 4
+
+
 def test_time_is_compute_and_what_is_not_hidden() -> None:
     found = cost(config(), cluster())
     flops = found.compute_flops / found.steps / 2

@@ -47,6 +47,34 @@ def test_a_window_saturates() -> None:
     assert far == pytest.approx(12 * 3 * 4 * 16 * 16, rel=1e-3)
 
 
+EXPERTS = {"experts": 8, "chosen": 2, "d_ff": 48, "shared_experts": 1, "every": 2}
+
+
+def test_a_mixture_s_counts_and_flops_follow_the_formulas() -> None:
+    mixed = ModelConfig(**{**GPT2_LIKE.model_dump(), "n_layers": 4, "moe": EXPERTS})
+    dense = ModelConfig(**{**GPT2_LIKE.model_dump(), "n_layers": 4})
+    change = (
+        2 * 64 * 8 + 2 * 3 * 64 * 48 * 9 - 2 * 3 * 64 * 160
+    )  # two layers: routers, 8 + 1 experts, no d_ff
+    assert parameter_counts(mixed).n_total == parameter_counts(dense).n_total + change
+    idle = 2 * 3 * 64 * 48 * 6
+    assert parameter_counts(mixed).n_active == parameter_counts(mixed).n_total - idle
+    more = flops_per_token(mixed, 512).matmul - flops_per_token(dense, 512).matmul
+    assert more == 6 * (change - idle)
+    assert flops_per_token(mixed, 512).attention == flops_per_token(dense, 512).attention
+
+
+def test_flops_of_a_mixture_are_of_the_slots_that_it_has() -> None:
+    def matmul(**moe: object) -> float:
+        model = ModelConfig(**{**GPT2_LIKE.model_dump(), "moe": {"experts": 8, "d_ff": 48, **moe}})
+        return flops_per_token(model, 512).matmul
+
+    one = 6 * 3 * 3 * 64 * 48  # an expert in each of three layers
+    assert matmul() == matmul(capacity_factor=None) == matmul(capacity_factor=1.0)
+    assert matmul() - matmul(capacity_factor=0.75) == pytest.approx(2 * one * 0.25)
+    assert matmul(estimator="soft_to_hard") - matmul() == 6 * one  # a dense mixture computes all
+
+
 def test_neither_config_nor_flops_imports_torch() -> None:
     code = "import sys, workloads.flops; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -67,10 +67,31 @@ def test_a_shape_has_nearly_the_parameters_asked_for(n):
         assert 16 <= found["d_model"] / found["n_layers"] <= 256
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_mixture_is_sized_by_what_is_active(every):
+    """The experts are the base's; at one n_active more of them make a larger n_total of the same shape."""
+    shapes = []
+    for experts in (4, 16):
+        model = {**BASE["model"], "moe": {"experts": experts, "chosen": 1, "every": every}}
+        found = recipes.sections({**BASE, "model": model}, n_active=2e5, tokens_per_parameter=10)
+        config = ModelConfig(**{**model, **found["model"]})
+        counts = parameter_counts(config)
+        assert counts.n_active == pytest.approx(2e5, rel=0.16)
+        assert config.n_layers % every == 0
+        assert found["training"]["train_tokens"] == 10 * counts.n_active
+        shapes.append((found["model"], counts.n_total))
+    assert shapes[0][0] == shapes[1][0]
+    assert shapes[1][1] > 2 * shapes[0][1]
+    total = recipes.shape(1e6, {**BASE["model"], "moe": {"chosen": 1}}, "n_total")
+    config = ModelConfig(**BASE["model"], moe={"chosen": 1}, **total)
+    assert parameter_counts(config).n_total == pytest.approx(1e6, rel=0.16)
+
+
 @pytest.mark.parametrize(
     ("axes", "said"),
     [
         ({"compute_flops": 1e12, "n_total": 1e5, "tokens": 1e5}, "more than once"),
+        ({"n_active": 1e5, "n_total": 1e5}, "more than once"),
         ({"tokens_per_parameter": 20}, "neither N nor D"),
         ({"n_total": 5e3}, "no model of 5000 parameters"),
         ({"n_total": -1}, "n_total is -1"),

@@ -72,6 +72,17 @@ def test_isoflop_trials_of_a_budget_cost_the_same():
         assert costs == pytest.approx([budget] * 3, rel=0.05)
 
 
+def test_experts_and_capacity_vary_as_any_key_does():
+    trials = design.plan(load_space("moe_capacity")[1])
+    assert (
+        len({(t.n_total, t.n_active, t.train_tokens, t.values["model.moe.capacity_factor"]) for t in trials})
+        == 36
+    )
+    for t in trials:
+        assert 2 < t.n_total / t.n_active < 11
+        assert t.config["model"]["moe"]["experts"] == t.values["model.moe.experts"]
+
+
 def test_a_plan_runs_the_costliest_first_and_nothing_twice():
     found = design.plan(
         space(
@@ -225,6 +236,18 @@ def test_what_is_no_point_keeps_its_reason(tmp_path: Path):
     assert reasons[2:] == ["it has no held-out loss", "unfinished: it has no outcome", "not started"]
     assert found.configuration["model.vocab_size"] == "512"
     assert "training.train_tokens" in found.configuration  # one point: everything is in common
+
+
+def test_a_point_of_a_mixture_has_its_capacity_factor(tmp_path: Path):
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    asked = space(vary={"model.moe.capacity_factor": [0.5, 1.5], "tokens": [20_000]})
+    made = [Planned(i, str(i), trial) for i, trial in enumerate(design.plan(asked))]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made:
+        end(tmp_path, one, "succeeded", 5.0)
+    points = read_points(tmp_path, "j").points
+    assert sorted(points["capacity_factor"]) == [0.5, 1.5]
+    assert (points["n_total"] > 2 * points["n_active"]).all()
 
 
 def test_seeds_give_the_noise_and_a_law_keeps_the_refused(tmp_path: Path):

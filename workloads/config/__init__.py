@@ -29,11 +29,14 @@ from workloads.config.finetune import (
 )
 from workloads.config.judge import JudgeConfig
 from workloads.config.model import ModelConfig
+from workloads.config.moe import Annealing, BalanceConfig, MoEConfig
 from workloads.config.pretrain import PretrainConfig
 from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
 
 __all__ = [
     "WORKLOADS",
+    "Annealing",
+    "BalanceConfig",
     "BenchConfig",
     "Corpus",
     "DataConfig",
@@ -45,6 +48,7 @@ __all__ = [
     "JsonlCorpus",
     "JudgeConfig",
     "LoraConfig",
+    "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PretrainConfig",

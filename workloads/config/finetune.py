@@ -65,6 +65,11 @@ class FineTuneConfig(TrainedConfig):
     def _has_tokenizer(self) -> FineTuneConfig:
         if self.start is None and self.tokenizer is None:
             raise ValueError("give start (a model to start from), or tokenizer for a model drawn anew")
+        experts = {"gate", "up", "down"} & set(self.lora.targets if self.lora else ())
+        if self.model.moe is not None and experts:
+            raise ValueError(
+                f"lora.targets {sorted(experts)}: experts have no deltas; name attention's matrices"
+            )
         return self
 
     @property

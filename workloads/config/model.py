@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from workloads.config.base import Strict
+from workloads.config.moe import MoEConfig
 
 
 class ModelConfig(Strict):
@@ -31,6 +32,7 @@ class ModelConfig(Strict):
     qk_norm: bool = Field(False, description="RMSNorm on each head's query and key before RoPE (Qwen3)")
     attention: Literal["exact"] = "exact"
     window_tokens: int | None = Field(None, gt=0, description="keys a query sees, itself included; None: all")
+    moe: MoEConfig | None = Field(None, description="experts in place of feed-forward layers; None: dense")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,6 +61,8 @@ class ModelConfig(Strict):
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_size % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of channels")
+        if self.moe is not None and self.moe.every > self.n_layers:
+            raise ValueError(f"moe.every {self.moe.every} leaves no layer of {self.n_layers} with experts")
         return self
 
     @property
@@ -75,3 +79,12 @@ class ModelConfig(Strict):
     def ff_size(self) -> int:
         """d_ff, never None after validation."""
         return self.d_ff or -(-8 * self.d_model // 3 // 32) * 32
+
+    @property
+    def expert_size(self) -> int:
+        """SwiGLU width of one expert; 0 for a dense model."""
+        return 0 if self.moe is None else self.moe.d_ff or self.ff_size
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer` (0, 1, ...) is a mixture of experts: the last of each `moe.every` is."""
+        return self.moe is not None and (layer + 1) % self.moe.every == 0

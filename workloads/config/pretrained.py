@@ -1,8 +1,8 @@
 """What a model on disk is: a Hugging Face directory's config.json, or a GGUF file's header, as a ModelConfig, and back.
 
-One table, ARCHITECTURES: an entry says how a config.json reads and what its weights are called. Mixtral or Qwen3-MoE
-is one more entry. What our transformer cannot represent is refused with the reason; nothing is dropped silently,
-but for training's own matters (dropout, initialisation, losses' coefficients, precision of the file).
+One table, ARCHITECTURES: an entry says how a config.json reads and what its weights are called. What our transformer
+cannot represent is refused with the reason; nothing is dropped silently, but for training's own matters (dropout,
+initialisation, losses' coefficients, experts' capacity, precision of the file).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from workloads.config.gguf_header import model_config_of_gguf
 from workloads.config.model import ModelConfig
+from workloads.config.moe import MoEConfig
 
 Json = Mapping[str, Any]
 
@@ -38,6 +39,18 @@ LLAMA_WEIGHTS = {  # ours -> theirs; a * is a number
 QK_NORM_WEIGHTS = {
     "blocks.*.attention.query_norm.weight": "model.layers.*.self_attn.q_norm.weight",
     "blocks.*.attention.key_norm.weight": "model.layers.*.self_attn.k_norm.weight",
+}
+EXPERT_WEIGHTS = {  # the second * of theirs is the expert's number: ours are stacked
+    "blocks.*.feed_forward.router.weight": "model.layers.*.mlp.gate.weight",
+    "blocks.*.feed_forward.experts.gate": "model.layers.*.mlp.experts.*.gate_proj.weight",
+    "blocks.*.feed_forward.experts.up": "model.layers.*.mlp.experts.*.up_proj.weight",
+    "blocks.*.feed_forward.experts.down": "model.layers.*.mlp.experts.*.down_proj.weight",
+}
+MIXTRAL_WEIGHTS = {
+    "blocks.*.feed_forward.router.weight": "model.layers.*.block_sparse_moe.gate.weight",
+    "blocks.*.feed_forward.experts.gate": "model.layers.*.block_sparse_moe.experts.*.w1.weight",
+    "blocks.*.feed_forward.experts.up": "model.layers.*.block_sparse_moe.experts.*.w3.weight",
+    "blocks.*.feed_forward.experts.down": "model.layers.*.block_sparse_moe.experts.*.w2.weight",
 }
 KEYS = {  # config.json -> ModelConfig
     "vocab_size": "vocab_size",
@@ -124,7 +137,101 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _experts_of(config: ModelConfig) -> MoEConfig:
+    """The experts that a file can describe. Raises ValueError for those that compute otherwise."""
+    moe = config.moe
+    if moe is None:
+        raise ValueError("it has no experts")
+    if moe.shared_experts:
+        raise ValueError(f"its class has no place for shared_experts: {moe.shared_experts}")
+    if moe.estimator == "soft_to_hard":
+        raise ValueError(
+            "its experts' weights have a temperature (estimator: soft_to_hard), their class none"
+        )
+    if moe.evaluation_capacity_factor is not None:
+        raise ValueError("it drops tokens in evaluation (evaluation_capacity_factor), their class never")
+    return moe
+
+
+def _read_mixtral(config: Json) -> dict[str, Any]:
+    chosen = config.get("num_experts_per_tok", 2)
+    if chosen == 1:
+        raise ValueError("its one expert a token has the weight 1; here it has its probability")
+    experts = {"experts": config.get("num_local_experts", 8), "chosen": chosen, "capacity_factor": None}
+    return {"window_tokens": config.get("sliding_window"), "moe": experts}
+
+
+def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
+    moe = _experts_of(config)
+    if moe.every != 1:
+        raise ValueError(f"all layers of its class have experts; moe.every is {moe.every}")
+    if moe.chosen == 1:
+        raise ValueError(
+            "its one expert a token has its probability as weight (moe.chosen: 1), their class 1"
+        )
+    return {
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": moe.chosen,
+        "intermediate_size": config.expert_size,
+        "sliding_window": config.window_tokens,
+    }
+
+
+def _read_qwen3_moe(config: Json) -> dict[str, Any]:
+    chosen = config.get("num_experts_per_tok", 8)
+    if config.get("mlp_only_layers"):
+        raise ValueError(f"its layers {config['mlp_only_layers']} are dense out of turn (mlp_only_layers)")
+    if bool(config.get("norm_topk_prob", False)) != (chosen > 1):
+        raise ValueError(
+            "its experts' weights are renormalised over the chosen for one, or not for several (norm_topk_prob)"
+        )
+    experts = {
+        "experts": config.get("num_experts", config.get("num_local_experts", 128)),  # transformers 4, and 5
+        "chosen": chosen,
+        "d_ff": config.get("moe_intermediate_size", 768),
+        "every": config.get("decoder_sparse_step", 1),
+        "capacity_factor": None,
+    }
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None  # of all layers
+    return {"qk_norm": True, "window_tokens": window, "moe": experts}
+
+
+def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    moe = _experts_of(config)
+    return {
+        "attention_bias": False,
+        "use_sliding_window": config.window_tokens is not None,
+        "sliding_window": config.window_tokens,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.chosen,
+        "moe_intermediate_size": config.expert_size,
+        "decoder_sparse_step": moe.every,
+        "mlp_only_layers": [],
+        "norm_topk_prob": moe.chosen > 1,
+    }
+
+
 ARCHITECTURES = (
+    Architecture(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        lambda config: config.moe is not None and config.qk_norm,
+        _read_qwen3_moe,
+        _write_qwen3_moe,
+        frozenset({"qk_norm", "window_tokens", "moe"}),
+        LLAMA_WEIGHTS | QK_NORM_WEIGHTS | EXPERT_WEIGHTS,
+        {"num_key_value_heads": 4},
+    ),
+    Architecture(
+        "mixtral",
+        "MixtralForCausalLM",
+        lambda config: config.moe is not None,
+        _read_mixtral,
+        _write_mixtral,
+        frozenset({"window_tokens", "moe"}),
+        LLAMA_WEIGHTS | MIXTRAL_WEIGHTS,
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    ),
     Architecture(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -231,15 +338,20 @@ def architecture_for(config: ModelConfig) -> Architecture:
     return architecture
 
 
-def their_name(ours: str, architecture: Architecture) -> str:
-    """What `architecture` calls our weight. Raises ValueError for a weight that it does not have."""
+def their_names(ours: str, architecture: Architecture, config: ModelConfig) -> list[str]:
+    """What `architecture` calls our weight: one name, or one for each expert, whose weights ours stacks.
+
+    Raises ValueError for a weight that it does not have.
+    """
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", ours)
     if pattern not in architecture.weights:
         raise ValueError(f"Hugging Face's {architecture.class_name} has no place for the weight {ours}")
     theirs = architecture.weights[pattern]
     for number in re.findall(r"(?<=\.)\d+(?=\.)", ours):
         theirs = theirs.replace("*", number, 1)
-    return theirs
+    if "*" not in theirs or config.moe is None:
+        return [theirs]
+    return [theirs.replace("*", str(expert)) for expert in range(config.moe.experts)]
 
 
 def _explain(path: Path, read: Callable[[], ModelConfig]) -> ModelConfig:

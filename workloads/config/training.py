@@ -96,6 +96,8 @@ class TrainedConfig(Strict):
                 f"training.batch_sequences {self.training.batch_sequences} is not a multiple of "
                 f"workers {ranks} x micro_batch_sequences {self.micro_batch_sequences}"
             )
+        if self.model.moe is not None:
+            self.model.moe.check_workers(ranks, self.training.zero_stage)
         return self
 
     @property

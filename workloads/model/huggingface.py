@@ -22,10 +22,9 @@ from escala.errors import CheckpointError, NotFoundError
 from escala.records import write_json
 from workloads.config import ModelConfig
 from workloads.config.pretrained import (
-    Architecture,
     architecture_for,
     model_config_of,
-    their_name,
+    their_names,
     to_hugging_face,
 )
 from workloads.model.transformer import Transformer
@@ -55,19 +54,26 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32) -> Tra
         architecture = architecture_for(config)
     except ValueError as error:
         raise CheckpointError(
-            str(error), "give a Llama, Mistral or Qwen3 model without such parts"
+            str(error), "give a Llama, Mistral, Mixtral or Qwen3 model without such parts"
         ) from error
     with torch.device("meta"):
         model = Transformer(config)
-    theirs = {their_name(name, architecture): name for name in model.state_dict()}
+    parts = {
+        theirs: (ours, part)
+        for ours in model.state_dict()
+        for part, theirs in enumerate(their_names(ours, architecture, config))
+    }
     tensors = _gguf_tensors(path, config, dtype) if path.suffix == ".gguf" else _safetensors(path)
     state: dict[str, Tensor] = {}
+    missing = set(parts)
     for name, tensor in tensors:
-        if name in theirs:
-            state[theirs[name]] = tensor.to(dtype)
+        if name in parts:
+            _place(path, name, tensor.to(dtype), *parts[name], model, state)
+            missing.discard(name)
         elif not _is_spare(name, config):
             raise CheckpointError(f"{path} has a tensor that a {architecture.class_name} has not: {name}")
-    _check(path, architecture, model, state)
+    if missing:
+        raise CheckpointError(f"{path} lacks the tensor {min(missing)}")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -84,10 +90,10 @@ def save_pretrained(model: Transformer, path: str | Path, end_of_text: int | Non
     try:
         settings = to_hugging_face(model.config)
         architecture = architecture_for(model.config)
-        tensors = {
-            their_name(name, architecture): tensor.detach().cpu().contiguous()
-            for name, tensor in model.state_dict().items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for ours, tensor in model.state_dict().items():
+            names, whole = their_names(ours, architecture, model.config), tensor.detach().cpu().contiguous()
+            tensors |= zip(names, whole if len(names) > 1 else [whole], strict=True)
     except ValueError as error:
         raise CheckpointError(str(error), "such a model can be used within escala only") from error
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -163,13 +169,20 @@ def _is_spare(name: str, config: ModelConfig) -> bool:
     return (config.tie_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
 
-def _check(path: Path, architecture: Architecture, model: Transformer, state: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless `state` is exactly the model's, in names and shapes."""
-    for name, wanted in model.state_dict().items():
-        if name not in state:
-            raise CheckpointError(f"{path} lacks the tensor {their_name(name, architecture)}")
-        if state[name].shape != wanted.shape:
-            raise CheckpointError(
-                f"{path}: {their_name(name, architecture)} is {tuple(state[name].shape)}, "
-                f"its configuration asks for {tuple(wanted.shape)}"
-            )
+def _place(
+    path: Path, name: str, tensor: Tensor, ours: str, part: int, model: Transformer, state: dict[str, Tensor]
+) -> None:
+    """Put their tensor `name` into `state` as our weight `ours`, or as its part of a stack of experts. Raises
+    CheckpointError where its shape is not what the configuration asks for.
+    """
+    wanted = model.get_parameter(ours)
+    is_stack = wanted.ndim == tensor.ndim + 1
+    if tensor.shape != (wanted.shape[1:] if is_stack else wanted.shape):
+        asked = tuple(wanted.shape[1:] if wanted.ndim > 2 else wanted.shape)
+        raise CheckpointError(f"{path}: {name} is {tuple(tensor.shape)}, its configuration asks for {asked}")
+    if not is_stack:
+        state[ours] = tensor
+        return
+    if ours not in state:
+        state[ours] = torch.empty(wanted.shape, dtype=tensor.dtype)
+    state[ours][part] = tensor

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from workloads.config import ModelConfig
 from workloads.model.attention.exact import attention_mask, exact_attention
 from workloads.model.layers import Embedding, FeedForward, Linear, RMSNorm
+from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.rope import RotaryTable, rotate
 
 
@@ -45,15 +46,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward (or mixture of experts), each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         output_gain = 1 / math.sqrt(2 * config.n_layers)  # GPT-2: 2 residual additions a layer
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, output_gain)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config.d_model, config.ff_size, output_gain)
+        if config.moe is not None and config.has_experts(layer):
+            self.feed_forward: nn.Module = MixtureOfExperts(config, config.moe, output_gain)
+        else:
+            self.feed_forward = FeedForward(config.d_model, config.ff_size, output_gain)
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -73,7 +77,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
         self._rotary = RotaryTable(config.head_size, config.rope_base)
@@ -117,5 +121,11 @@ class Transformer(nn.Module):
         return (self.unembedding or self.embedding)(hidden=hidden)
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses of the last forward pass to be added to the task's, by name. A dense model has none."""
-        return {}
+        """Weighted losses of the last forward pass in training, to be added to the task's mean loss, by name; summed
+        over layers. A dense model has none.
+        """
+        losses: dict[str, Tensor] = {}
+        for mixture in mixtures(self):
+            for name, loss in mixture.routing.losses.items() if mixture.routing else ():
+                losses[name] = losses[name] + loss if name in losses else loss
+        return losses

@@ -26,6 +26,7 @@ from workloads.flops import parameter_counts, training_flops_per_token
 from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account
+from workloads.training.experts import Routers
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
 from workloads.training.step import accumulate
@@ -85,7 +86,9 @@ class Trainer:
         self.micro_batch = self.config.micro_batch_sequences
         self.micro_steps = training.batch_sequences // (self.ranks * self.micro_batch)
         torch.manual_seed(training.seed)
-        self.engine = zero.make_engine(self.task.build(), training, self.micro_batch, self.micro_steps)
+        model = self.task.build()
+        self.routers = Routers(model, self.config.total_steps)
+        self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
         held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
         held[self.rank] = zero.parameters_held(self.engine)
         self.traffic = Traffic()
@@ -177,7 +180,11 @@ class Trainer:
         micro_batches = (
             on_device(self.task.micro_batch(step, micro), self.device) for micro in range(self.micro_steps)
         )
-        loss_sum = accumulate(self.engine, micro_batches, self.micro_steps, size.units, self.task.loss)
+        self.routers.begin_step(step)
+        auxiliary = self.routers.loss if self.routers.layers else None
+        loss_sum = accumulate(
+            self.engine, micro_batches, self.micro_steps, size.units, self.task.loss, auxiliary
+        )
         agreed = torch.zeros(2, dtype=torch.float64, device=self.device)
         agreed[0], agreed[1] = loss_sum, STOP_CODES.index(stop)
         if self.ranks > 1:
@@ -216,10 +223,13 @@ class Trainer:
         return None if tokens_per_second is None else tokens_per_second * self.flops / self.peak_flops
 
     def _report(self, rate: float, norm: float) -> None:
+        count, speed = self.count, self.throughput.recent
+        logs = count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps
+        if logs:
+            self.routers.report(count.step, self.reporter)
         if self.reporter is None:
             return
-        count, speed = self.count, self.throughput.recent
-        if count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps:
+        if logs:
             self.reporter.metrics(
                 count.step,
                 {

@@ -32,6 +32,10 @@ class Reporter:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._tracker.tags(self._run_id, {key: value})
+
     def flush(self) -> None:
         """Hand the buffered metrics to the tracker."""
         if self._buffer:

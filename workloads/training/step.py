@@ -21,6 +21,7 @@ def accumulate(
     micro_steps: int,
     step_units: float,
     loss: Callable[[Any, B], Tensor],
+    auxiliary: Callable[[], Tensor | float] | None = None,
 ) -> Tensor:
     """Forward and backward over this rank's micro-batches; the caller then calls `zero.optimizer_step`.
 
@@ -28,6 +29,7 @@ def accumulate(
         micro_batches: `micro_steps` of them, on the engine's device.
         step_units: units of the step over all ranks (tokens, pairs): what the summed loss is divided by.
         loss: the sum of a micro-batch's losses, given the engine and the micro-batch.
+        auxiliary: losses of the forward pass just made, to be added to the mean loss (`experts.Routers.loss`).
 
     Returns:
         The sum of this rank's losses, a scalar tensor.
@@ -38,7 +40,8 @@ def accumulate(
         if micro:
             engine.step()  # counts the micro-batch before; updates nothing until the last one
         total = loss(engine, batch)
-        engine.backward(total * scale, scale_wrt_gas=False)
+        added = auxiliary() / micro_steps if auxiliary else 0.0
+        engine.backward(total * scale + added, scale_wrt_gas=False)
         losses.append(total.detach())
     if len(losses) != micro_steps:
         raise ValueError(f"{len(losses)} micro-batches, not {micro_steps}")

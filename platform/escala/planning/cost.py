@@ -13,6 +13,7 @@ from escala.hardware import Cluster, Device, Precision
 from workloads.config import ModelConfig, TrainedConfig
 from workloads.flops import (
     flops_per_token,
+    mixture_layers,
     moved_bytes_per_step,
     parameter_counts,
     reference_parameters,
@@ -185,12 +186,35 @@ def communication(config: TrainedConfig) -> Communication:
     gather, reduce = (n if stage == 3 else trained) * width, trained * FP32
     if stage == 3:
         volume = micro_steps * (2 * gather + reduce)
-        messages = micro_steps * (2 * (7 * model.n_layers + 1) + buckets)  # a gather a matrix
+        messages = micro_steps * (2 * (_matrices(model) + 1) + buckets)  # a gather a matrix
     else:
         reductions = micro_steps if stage == 2 else 1
         volume = 2 * reduce * reductions + (gather if stage else 0)
         messages = buckets * (reductions + (1 if stage else 0))
+    rows, exchanges = _exchanged(config)
+    volume, messages = volume + rows * model.d_model * width, messages + exchanges
     return Communication(volume * (ranks - 1) / ranks, messages)
+
+
+def _exchanged(config: TrainedConfig) -> tuple[float, int]:
+    """Rows of a rank's states in an optimiser step's all-to-alls, and how many of these: with expert parallelism each
+    choice goes to its expert's rank and back, and so does its gradient; the sizes go first.
+    """
+    moe = config.model.moe
+    if moe is None or not moe.expert_parallel:
+        return 0.0, 0
+    layers, ranks = mixture_layers(config.model), config.resources.workers
+    choices = moe.trained_experts * min(1.0, moe.capacity_factor or 1.0)
+    micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
+    return 4 * layers * choices * config.step_tokens / ranks, 5 * layers * micro_steps
+
+
+def _matrices(model: ModelConfig) -> int:
+    """Weight tensors of the blocks: four of attention and three of a feed-forward, or of all experts together, with the
+    router and three of the shared ones.
+    """
+    more = 0 if model.moe is None else 1 + 3 * (model.moe.shared_experts > 0)
+    return int(7 * model.n_layers + more * mixture_layers(model))
 
 
 def step_seconds(config: TrainedConfig, device: Device) -> tuple[float, float]:

@@ -209,7 +209,7 @@ def largest_model(
     }
 
     def needed(n: float) -> float:
-        model = {**base, **recipes.shape(n, base), "max_context_tokens": tokens}
+        model = {**base, **recipes.shape(n, base, "n_total"), "max_context_tokens": tokens}
         data = {"tokenizer": {"vocab_size": min(4096, model.get("vocab_size", 4096))}}
         config = PretrainConfig.model_validate(
             {"model": model, "data": data, "training": training, "resources": {"workers": cluster.devices}}
@@ -234,7 +234,9 @@ def base_of(stored: Stored) -> dict[str, Any]:
     base: dict[str, Any] = {}
     for key, text in (stored.provenance.get("configuration") or {}).items():
         *sections, last = key.split(".")
-        if text == "None" or last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
+        if text == "None" and sections[-1:] != ["moe"]:  # of experts None says something: nothing is dropped
+            continue
+        if last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
             continue
         node = base
         for section in sections:
@@ -301,7 +303,7 @@ def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str
 
     def has_shape(n: float) -> bool:
         try:
-            recipes.shape(n, model)
+            recipes.shape(n, model, "n_total")
         except SpecError:
             return False
         return True

@@ -193,6 +193,7 @@ def _within(space: Space, trial: Trial) -> bool:
     found = {
         "compute_flops": trial.compute_flops,
         "n_total": trial.n_total,
+        "n_active": trial.n_active,
         "tokens": trial.train_tokens,
         "tokens_per_parameter": trial.train_tokens / trial.n_active,
     }

@@ -76,12 +76,20 @@ def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:
         "n_active": trial.n_active,
         "learning_rate": training["optimizer"]["learning_rate"],
         "batch_tokens": training["batch_sequences"] * trial.context_tokens,
+        **_experts(trial.config["model"]),
         "trial": planned.fingerprint,
         "name": planned.name,
         "run_id": _run_id(attempts[-1].spool / "run_id") if attempts else None,
         "reason": _refusal(outcome, record, trial.train_tokens, bool(attempts)),
     }
     return row | {key: value for key, value in trial.values.items() if key not in row and key != SEED}
+
+
+def _experts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a law of mixtures asks for; nothing of a dense model, and no capacity factor where nothing is dropped."""
+    moe = model.get("moe")
+    factor = None if moe is None else moe["capacity_factor"]
+    return {} if factor is None else {"capacity_factor": factor}
 
 
 def _refusal(

@@ -24,7 +24,7 @@ from tune_spaces.recipes import AXES
 
 Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
 Value = bool | int | float | str
-SPLITS = ("n_total", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
+SPLITS = ("n_total", "n_active", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
 
 
 class Strict(BaseModel):
@@ -90,7 +90,7 @@ class Space(Strict):
     cells: list[dict[str, Value]] = Field([{}], min_length=1, description="each is crossed with the design")
     within: dict[str, Bounds] = Field(
         default_factory=dict,
-        description="points outside are left out; of compute_flops, n_total, tokens, tokens_per_parameter",
+        description="points outside are left out; of compute_flops, n_total, n_active, tokens, tokens_per_parameter",
     )
     points: int | None = Field(None, gt=0, description="of sobol, random and optuna")
     design_seed: int = Field(0, ge=0, description="of sobol, random and optuna")
@@ -110,7 +110,7 @@ class Space(Strict):
     def _check(self) -> Space:
         if not self.vary and self.cells == [{}]:
             raise ValueError("nothing varies: give vary, or cells")
-        unknown = set(self.within) - {"compute_flops", "n_total", "tokens", "tokens_per_parameter"}
+        unknown = set(self.within) - {*AXES} | set(self.within) & {"context_tokens"}
         if unknown:
             raise ValueError(f"within cannot bound {', '.join(sorted(unknown))}")
         if self.aim == "law" and (self.early_stopping or self.design == "optuna"):

@@ -5,6 +5,7 @@ The reference is the start: with LoRA the model without its deltas, else a froze
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -17,7 +18,6 @@ from workloads.alignment.losses import dpo_loss
 from workloads.config import DpoConfig
 from workloads.data.batches import Batch
 from workloads.model.lora import without_lora
-from workloads.model.start import new_model
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
 from workloads.training.driver import WorkerInputs
@@ -45,12 +45,12 @@ class DirectPreference(finetune.PairBatches):
         self.reference: Transformer | None = None
 
     def build(self) -> Transformer:
-        """See Task. The reference stays what the policy was at the run's very first step."""
+        """See Task. The reference stays what the policy was at the run's very first step: a checkpoint comes later."""
         model = finetune.build_model(self.config)
         if self.config.lora is None:
             dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
             device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
-            self.reference = new_model(self.config).to(device, dtype).requires_grad_(False).eval()
+            self.reference = copy.deepcopy(model).to(device, dtype).requires_grad_(False).eval()
         return model
 
     def loss(self, engine: Any, batch: Batch) -> Tensor:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from escala.hardware import Cluster
     from escala.jobs.model import Job
     from escala.planning.cost import Cost
+    from escala.rollouts.service import RolloutsStatus
 
 __all__ = [
     "FINAL",
@@ -61,6 +62,10 @@ __all__ = [
     "resolve",
     "resume",
     "retry",
+    "rollouts_down",
+    "rollouts_scale",
+    "rollouts_status",
+    "rollouts_up",
     "run",
     "run_url",
     "runs",
@@ -122,6 +127,47 @@ def status() -> ClusterStatus:
     from escala import cluster
 
     return cluster.status(Settings())
+
+
+# Rollouts
+
+
+def rollouts_up(
+    files: Iterable[str | Path] = (),
+    overrides: Iterable[str] = (),
+    name: str = "escala",
+    report: Report = silent,
+) -> RolloutsStatus:
+    """Start the rollout service and wait for it. Args and errors as `escala.rollouts.service.up`."""
+    from escala.rollouts import service
+
+    return service.up(files, overrides, name, report)
+
+
+def rollouts_status(name: str = "escala") -> RolloutsStatus:
+    """The rollout service as it is. Raises ClusterError where the cluster does not answer."""
+    from escala.rollouts import service
+
+    return service.status(name)
+
+
+def rollouts_scale(
+    min_replicas: int | None = None,
+    max_replicas: int | None = None,
+    requests_per_replica: float | None = None,
+    name: str = "escala",
+) -> RolloutsStatus:
+    """Move the bounds of the scaling policy. Errors as `escala.rollouts.service.scale`."""
+    from escala.rollouts import service
+
+    return service.scale(min_replicas, max_replicas, requests_per_replica, name)
+
+
+def rollouts_down(name: str = "escala", report: Report = silent) -> None:
+    """Remove the rollout service, what it generates finished first. Raises NotFoundError, ClusterError."""
+    from escala.rollouts import service
+
+    service.down(name, report)
 
 
 # Jobs

@@ -94,3 +94,21 @@ class LawError(EscalaError):
     """A law that cannot be fitted, or a question that it cannot answer: unknown form, missing column or bound."""
 
     exit_code = 12
+
+
+class StaleWeights(EscalaError):
+    """Weights older than what was asked for, or a version that is not newer than the published one."""
+
+    exit_code = 13
+
+
+class WeightsNotLoaded(EscalaError):
+    """Replicas that did not take a published version, or a version whose weights cannot be had any more."""
+
+    exit_code = 14
+
+
+class DigestMismatch(EscalaError):
+    """Weights that are not those that were published: their digest differs."""
+
+    exit_code = 15

@@ -114,6 +114,11 @@ def token_path(settings: Settings) -> Path:
     return path
 
 
+def head_token(settings: Settings) -> str | None:
+    """The token of the head, embedded or not; None where it has none."""
+    return token_path(settings).read_text() if settings.ray_address is None else ray_token()
+
+
 def ray_token() -> str | None:
     """The token for an external head, from where Ray's own clients read it; None where there is none."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
@@ -148,7 +153,7 @@ def prune_sessions(settings: Settings, keep: int = 3) -> None:
 
 def ray_nodes_alive(settings: Settings) -> int:
     """How many nodes of the cluster live, by its dashboard; 0 where that does not answer (yet)."""
-    token = token_path(settings).read_text() if settings.ray_address is None else ray_token()
+    token = head_token(settings)
     body = _get(f"{settings.ray_dashboard}/nodes?view=summary", token)
     if body is None or not answers(f"{settings.ray_dashboard}/api/jobs/", token):
         return 0

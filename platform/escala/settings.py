@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from escala.errors import SpecError
@@ -102,9 +102,28 @@ class Settings(BaseSettings):
         return {f"ESCALA_{name.upper()}": str(value) for name, value in values.items() if value is not None}
 
 
-def _explained(error: ValidationError) -> SpecError:
+class RolloutsSettings(BaseSettings):
+    """Where the rollout service listens, and its bearer token. On another address than loopback it needs one."""
+
+    model_config = SettingsConfigDict(env_prefix="ESCALA_ROLLOUTS_", frozen=True, extra="ignore")
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8199, ge=1024, le=65535)  # Serve's own default is 8000
+    token: SecretStr | None = Field(default=None, min_length=16)
+
+    def __init__(self, **values: Any) -> None:
+        """From the environment; `values` go first. Raises SpecError that names the variable."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explained(error, "ESCALA_ROLLOUTS_") from error
+
+
+def _explained(error: ValidationError, prefix: str = "ESCALA_") -> SpecError:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
-    variable = name if name.isupper() else f"ESCALA_{name.upper()}" if name else "the ESCALA_*_PORT variables"
+    variable = (
+        name if name.isupper() else f"{prefix}{name.upper()}" if name else "the ESCALA_*_PORT variables"
+    )
     message = first["msg"].removeprefix("Value error, ")
     return SpecError(f"{variable}: {message}", f"correct or unset {variable}")

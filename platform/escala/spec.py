@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from escala.errors import NotFoundError, SpecError
 from workloads.config import WORKLOADS, JudgeConfig, TrainedConfig
+from workloads.config.serve import ServeConfig
 from workloads.flops import parameter_counts, training_flops_per_token
 
 
@@ -104,6 +105,12 @@ def load_job(
         validate(JobOptions, {**_mapping(job, "job"), **stated}, "job"),
         validate(config_class, data, workload),
     )
+
+
+def load_rollouts(args: Mapping[str, Any]) -> ServeConfig:
+    """The rollout service's configuration, checked. Raises SpecError."""
+    config: ServeConfig = validate(ServeConfig, dict(args), "args")
+    return config
 
 
 def written(

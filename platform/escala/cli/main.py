@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from escala.cli import cluster, demo, jobs, laws, planning, render, runs, sweeps
+from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
 from escala.errors import EscalaError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ sweeps.register(app)
 runs.register(app)
 laws.register(app)
 planning.register(app)
+rollouts.register(app)
 demo.register(app)
 
 

@@ -1,0 +1,34 @@
+"""y = x W^T with the weight laid out once for many small batches.
+
+Dimensions: N rows, I inputs, O outputs.
+
+On CPU oneDNN's packed layout is 1.4 to 1.9 times as fast as `F.linear` at 1 to 32 rows (measured, fp32 and bf16, one
+thread), and adds up each row in the same order however many rows there are, which MKL's does not below 4 rows.
+One row alone is an exception (fp32, I = 1,600): `MIN_ROWS` keeps away from it, and 4 rows cost no more than 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_ROWS = 4
+_BATCH_HINT = 32  # rows for which oneDNN chooses the layout
+
+
+class PackedLinear:
+    """The product with `weight_OI`, which may be dropped by the caller afterwards."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        weight_OI = weight_OI.detach()
+        self._packs = weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if self._packs:
+            weight_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
+        self._weight = weight_OI
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """(N, O) of (N, I)."""
+        if self._packs:
+            return torch.ops.mkldnn._linear_pointwise(x_NI, self._weight, None, "none", [], "")
+        return F.linear(x_NI, self._weight)

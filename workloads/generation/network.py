@@ -1,0 +1,210 @@
+"""A Transformer's forward pass over a paged cache: queries, keys and values in one product, weights packed once.
+
+Dimensions: N tokens (rows) of any requests, D model width, H query heads, G key/value heads, E = H / G, S head size,
+T tiles, Q queries of a tile, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from escala.errors import CheckpointError
+from workloads.generation.attention import Ints, PagedCache, Plan, attend, make_plan
+from workloads.generation.linear import MIN_ROWS, PackedLinear
+from workloads.model.layers import FeedForward
+from workloads.model.rope import RotaryTable, rotate
+from workloads.model.transformer import Block, Transformer
+
+GROUP_SCORES = 1 << 23  # scores of one group of tiles: 32 MB, several buffers of that size
+VOCAB_STEP = 64  # whole vector registers: the last lanes of an odd vocabulary would be computed by other code
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Successive tokens of one request to be computed.
+
+    Args:
+        tokens: their ids.
+        start: the position of the first.
+        table: the request's blocks, up to the last position at least.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    table: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some tiles and the rows of theirs: `take` (T * Q) rows to queries, `give` (rows) queries to rows."""
+
+    plan: Plan
+    queries: int
+    take: Tensor
+    give: Tensor
+
+
+class Network:
+    """The model made ready to generate. It reads `model`'s embedding and norms, and has the rest in its own layout."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.config = model.config
+        self._rotary = RotaryTable(self.config.head_size, self.config.rope_base)
+        self._pack()
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the model's dtype on its device."""
+        return self.model.embedding.weight
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state dictionary over the weights. Raises CheckpointError, with nothing changed, where it does not
+        fit.
+        """
+        own = self.model.state_dict()
+        wrong = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
+        problems = {
+            "missing": own.keys() - state.keys(),
+            "unknown": state.keys() - own.keys(),
+            "of another shape": wrong,
+        }
+        found = [f"{kind}: {', '.join(sorted(names)[:3])}" for kind, names in problems.items() if names]
+        if found:
+            hint = "Send the state_dict of a model with the engine's own ModelConfig."
+            raise CheckpointError(f"These weights are not this model's ({'; '.join(found)}).", hint)
+        for name, weight in own.items():
+            weight.copy_(state[name])
+        self._pack()
+
+    def _pack(self) -> None:
+        self._blocks = [_PackedBlock(block) for block in self.model.blocks]
+        weight_VD = (self.model.unembedding or self.model.embedding).weight
+        padding = -len(weight_VD) % VOCAB_STEP
+        self._unembedding = PackedLinear(F.pad(weight_VD, (0, 0, 0, padding)))
+
+    def forward(self, pieces: Sequence[Piece], cache: PagedCache, tiled: bool) -> Tensor:
+        """Write the keys and values of all pieces, and return the final hidden state_PD of the last token of each.
+
+        Args:
+            tiled: in tiles of a block (the pieces begin on a block's border), else token by token. The two may
+                differ in a result's last bit: a position must always be computed in the same way.
+        """
+        device, size = self.like.device, cache.block_tokens
+        positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
+        blocks = np.concatenate([[p.table[i // size] for i in _span(p)] for p in pieces])
+        where = torch.from_numpy(blocks).to(device), torch.from_numpy(positions % size).to(device)
+        tokens = torch.tensor([t for p in pieces for t in p.tokens], device=device)
+        groups = self._groups(pieces, size, tiled)
+        rows = len(tokens)
+        spare = max(0, MIN_ROWS - rows)
+        x_ND = self.model.embedding(F.pad(tokens, (0, spare)))
+        rotation = self._rotary(torch.from_numpy(positions).to(device), like=x_ND)
+        for layer, block in enumerate(self._blocks):
+            q_NHS, k_NGS, v_NGS = block.project(x_ND, rows, rotation)
+            cache.write(layer, *where, k_NGS, v_NGS)
+            mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
+            mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
+            x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)
+        ends = torch.tensor(np.cumsum([len(p.tokens) for p in pieces]) - 1, device=device)
+        return self.model.final_norm(x_ND.index_select(0, ends))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits_NV, the width padded to a multiple of VOCAB_STEP with -inf."""
+        rows = len(hidden_ND)
+        hidden_ND = F.pad(hidden_ND, (0, 0, 0, max(0, MIN_ROWS - rows)))
+        logits_NV = self._unembedding(hidden_ND)[:rows].float()
+        logits_NV[:, self.config.vocab_size :] = float("-inf")
+        return logits_NV
+
+    def _groups(self, pieces: Sequence[Piece], block_tokens: int, tiled: bool) -> list[_Group]:
+        """The pieces cut into tiles, as many to a group as GROUP_SCORES allows."""
+        queries = block_tokens if tiled else 1
+        tiles = [(p, at) for p in pieces for at in range(p.start, p.start + len(p.tokens), queries)]
+        groups, some, scores, row = [], [], 0, 0
+        for piece, at in tiles:
+            more = (at // block_tokens + 1) * queries * block_tokens * self.config.n_heads
+            if some and scores + more > GROUP_SCORES:
+                groups.append(self._group(some, row, queries, block_tokens))
+                row, some, scores = row + len(groups[-1].give), [], 0
+            some.append((piece, at))
+            scores += more
+        return [*groups, self._group(some, row, queries, block_tokens)]
+
+    def _group(self, tiles: list[tuple[Piece, int]], row: int, queries: int, block_tokens: int) -> _Group:
+        """`row` is that of the first tile's first token. A tile that is not full repeats its last token."""
+        device = self.like.device
+        starts = np.array([at for _, at in tiles])
+        counts = np.array([min(queries, p.start + len(p.tokens) - at) for p, at in tiles])
+        offsets_TQ = np.minimum(np.arange(queries)[None], counts[:, None] - 1)
+        take_TQ: Ints = row + (np.cumsum(counts) - counts)[:, None] + offsets_TQ
+        give = np.flatnonzero(np.arange(queries)[None] < counts[:, None])
+        plan = make_plan(
+            [p.table for p, _ in tiles],
+            starts[:, None] + offsets_TQ,
+            block_tokens,
+            self.config.window_tokens,
+            device,
+        )
+        return _Group(
+            plan, queries, torch.from_numpy(take_TQ.ravel()).to(device), torch.from_numpy(give).to(device)
+        )
+
+
+def _span(piece: Piece) -> range:
+    return range(piece.start, piece.start + len(piece.tokens))
+
+
+def _mix(q_NGES: Tensor, group: _Group, cache: PagedCache, layer: int) -> Tensor:
+    """The attention's output of a group's rows, (rows, H * S)."""
+    if group.queries == 1:
+        q_TQGES = q_NGES[group.take[0] :][: len(group.take)].unsqueeze(1)
+        return attend(q_TQGES, cache, layer, group.plan).flatten(1)
+    q_TQGES = q_NGES.index_select(0, group.take).unflatten(0, (-1, group.queries))
+    output = attend(q_TQGES, cache, layer, group.plan)
+    return output.flatten(0, 1).flatten(1).index_select(0, group.give)
+
+
+class _PackedBlock:
+    """A block's products in their packed layout."""
+
+    def __init__(self, block: Block) -> None:
+        self._block, attention = block, block.attention
+        weights = [m.weight for m in (attention.query, attention.key, attention.value)]
+        self._qkv = PackedLinear(torch.cat(weights))
+        self._output = PackedLinear(attention.output.weight)
+        self._feed_forward = _packed_feed_forward(block.feed_forward)
+
+    def project(
+        self, x_ND: Tensor, rows: int, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_NGES, k_NGS, v_NGS) of the first `rows`, turned to their positions."""
+        a = self._block.attention
+        heads = self._qkv(self._block.attention_norm(x_ND))[:rows].unflatten(-1, (-1, a.size))
+        q_NHS, k_NGS, v_NGS = heads.split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        if isinstance(a.query_norm, nn.Identity):
+            turned = rotate(heads[:, : a.heads + a.kv_heads], *rotation)
+        else:
+            turned = rotate(torch.cat((a.query_norm(q_NHS), a.key_norm(k_NGS)), 1), *rotation)
+        q_NHS, k_NGS = turned.split((a.heads, a.kv_heads), dim=1)
+        return q_NHS.unflatten(1, (a.kv_heads, -1)), k_NGS, v_NGS
+
+    def finish(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
+        """The residual stream after the block, from the one before and the attention's mixture of values."""
+        x_ND = self._output(mixed_ND).add_(x_ND)
+        return self._feed_forward(self._block.feed_forward_norm(x_ND)).add_(x_ND)
+
+
+def _packed_feed_forward(module: Any) -> Any:
+    """A function of x_ND. A dense one is packed; any other (a mixture of experts) is called as the module it is."""
+    if type(module) is not FeedForward:
+        return lambda x_ND: module(x_ND.unsqueeze(0)).squeeze(0)
+    gate, up, down = (PackedLinear(m.weight) for m in (module.gate, module.up, module.down))
+    return lambda x_ND: down(F.silu(gate(x_ND)).mul_(up(x_ND)))

@@ -1,0 +1,207 @@
+"""What a generation engine takes and gives: requests, outputs, and the `EngineProtocol` that deployments stand on.
+
+An engine is driven from one thread: `add` and `cancel` between steps, `step` in a loop while `has_work`. It knows
+nothing of Ray, HTTP or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from escala.errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""stop: a stop token or string, or end of text; length: `max_tokens`; cancelled: `cancel`."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are drawn.
+
+    Filters apply in this order, each to what the one before left: repetition penalty, temperature, top-k, top-p,
+    min-p. Equal prompt, equal parameters (seed included), equal weights: equal tokens, whatever else is in the batch.
+
+    Args:
+        max_tokens: tokens to generate at most, the stop token included.
+        temperature: the logits are divided by it; 0: the most probable token (the lowest id among equals).
+        top_k: keep the k most probable tokens (those equal to the k-th too); 0: all.
+        top_p: keep the fewest most probable tokens whose probabilities sum to at least this (Holtzman et al. 2020).
+        min_p: drop tokens less probable than this share of the most probable one (Nguyen et al. 2024).
+        repetition_penalty: logits of tokens in prompt or response are divided by it where positive, multiplied where
+            negative (Keskar et al. 2019).
+        stop_token_ids: end after one of these; it is part of the response's tokens, not of its text.
+        stop: end before one of these strings, wherever token borders fall; the text ends before the string, the
+            tokens with the one that completed it.
+        seed: of this request's own random numbers, 0 to 2^63 - 1: a client that wants different samples of one
+            prompt gives different seeds.
+        ignore_eos: go on after the tokenizer's end of text.
+
+    Raises SpecError where a value is out of range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more, finite")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more, below 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < float("inf"), "above 0, finite")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+        _check("stop", self.stop, not isinstance(self.stop, str) and "" not in self.stop, "non-empty strings")
+
+
+def _check(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise SpecError(f"Sampling parameter {name} is {value!r}.", f"Make it {wanted}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue. `id` is the caller's and unique among the engine's unfinished requests."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step added to one request.
+
+    Attributes:
+        token_ids: the new tokens.
+        logprobs: of each, under softmax(logits / temperature) over the whole vocabulary, before repetition penalty
+            and filters (temperature 1 where it is 0): what a learner recomputes for its importance ratio (SPEC.md
+            C.3).
+        text: the new text. Text that may yet turn into a stop string, or half a character, is held back until it
+            is decided; nothing is held back after the last output. Empty without a tokenizer.
+        finish_reason: None while the request goes on.
+        weights_version: of the weights that computed all of this request's tokens.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason | None
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole response: the outputs of one request put together."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and what it holds now.
+
+    Attributes:
+        waiting, running: requests not admitted yet (or preempted), and admitted.
+        started: unfinished requests that hold tokens or blocks of the present weights.
+        queued_tokens: tokens that the unfinished requests may still cost: prompts to be read and responses up to
+            their max_tokens.
+        free_blocks, total_blocks: of the KV cache; a block that only the prefix cache keeps counts as free.
+        prompt_tokens: read so far, recomputed ones included, those found in the prefix cache not.
+        cached_prompt_tokens: found in the prefix cache.
+        generated_tokens, finished, preemptions, steps: so far.
+        step_seconds: wall time inside `step`.
+    """
+
+    waiting: int
+    running: int
+    started: int
+    queued_tokens: int
+    free_blocks: int
+    total_blocks: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    finished: int
+    preemptions: int
+    steps: int
+    step_seconds: float
+
+
+class EngineProtocol(Protocol):
+    """A continuous-batching engine."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything: requests wait or run, or a cancellation is to be reported."""
+        ...
+
+    @property
+    def weights_version(self) -> int:
+        """The number last given to `load_weights`; 0 before."""
+        ...
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and response together may not be longer."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises SpecError where it can never run: an empty prompt, a token id outside the vocabulary, more tokens than
+        the context or the whole cache holds, stop strings without a tokenizer, an id in use.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request: the next `step` reports it with "cancelled". False where it is unknown or has ended."""
+        ...
+
+    def step(self, admit: bool = True) -> list[Output]:
+        """One iteration: admit, read a piece of prompts, one token for every running request whose prompt is read.
+
+        Args:
+            admit: False: start no request that has not started yet. To drain before `load_weights`, step with
+                False until `stats().started` is 0.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        ...
+
+    def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Copy `state` (the model's own names and shapes, any float dtype) over the weights, between two steps.
+
+        The prefix cache is emptied: keys and values of old weights never meet new ones. Requests that have not
+        started stay queued and run on the new weights.
+
+        Raises StateError, with nothing changed, while any request has started (a response is of one version: drain
+        first); CheckpointError, with nothing changed, where names or shapes differ.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Completion]:
+        """Completions of prompts, in order. One `params` for all, or one each. Raises as `add`."""
+        ...

@@ -1,0 +1,161 @@
+"""Which tokens the next step computes, and for whom there are blocks. No tensor here.
+
+1. Every running request whose prompt is computed gets its next token. Where a block is wanted and none is free, the
+   request admitted last gives up its blocks, goes to the front of the queue and is computed again later.
+2. Prompts are read in pieces of whole blocks, `prefill_tokens` a step over all, those already begun first.
+3. Then the queue is admitted in order, as long as there is a place, and blocks for the whole of the next one.
+
+So that a token's keys and values are the same to the last bit whatever the batch, each position is always computed
+in the same way, recomputed or not: a prompt's in tiles of a block, a response's one by one. Blocks are shared only
+where they lie in prompts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from workloads.generation.blocks import BlockPool, Key, prompt_keys
+from workloads.generation.protocol import Request
+from workloads.generation.text import TextStream
+
+
+@dataclass(eq=False)
+class Sequence:
+    """An unfinished request.
+
+    Attributes:
+        tokens: prompt and response.
+        computed: how many positions have their keys and values in `table`'s blocks.
+        keys: of the prompt's full blocks.
+    """
+
+    request: Request
+    text: TextStream | None
+    keys: list[Key]
+    tokens: list[int]
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Work:
+    """Positions [start, end) of a sequence."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+class Scheduler:
+    """The queue, the running requests and their blocks."""
+
+    def __init__(self, blocks: int, block_tokens: int, max_running: int, prefill_tokens: int) -> None:
+        self.pool = BlockPool(blocks)
+        self.block_tokens = block_tokens
+        self.max_running = max_running
+        self.prefill_tokens = max(prefill_tokens // block_tokens, 1) * block_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.preemptions = 0
+        self.cached_tokens = 0
+
+    def add(self, request: Request, text: TextStream | None) -> Sequence:
+        """Queue a request."""
+        prompt = request.prompt_token_ids
+        keys = prompt_keys(prompt, self.block_tokens)
+        self.waiting.append(Sequence(request, text, keys, list(prompt)))
+        return self.waiting[-1]
+
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended, one way or another."""
+        self._release(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def plan(self, admit: bool) -> tuple[list[Work], list[Work]]:
+        """(pieces of prompts, response tokens) to compute now; the caller does so before it plans again."""
+        rows = self._rows()
+        budget, tiles = self.prefill_tokens, []
+        for sequence in self.running:
+            if sequence.computed < sequence.prompt_length and budget > 0:
+                tiles.append(self._piece(sequence, budget))
+                budget -= tiles[-1].end - tiles[-1].start
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not (admit or sequence.generated) or not self._admit(sequence):
+                break
+            tiles.append(self._piece(sequence, budget))
+            budget -= tiles[-1].end - tiles[-1].start
+        for work in (*tiles, *rows):
+            work.sequence.computed = work.end
+        return tiles, rows
+
+    def _rows(self) -> list[Work]:
+        rows = []
+        for sequence in list(self.running):
+            if sequence.computed < sequence.prompt_length or sequence not in self.running:
+                continue
+            end = min(len(sequence.tokens), sequence.computed + self.prefill_tokens)
+            if self._grow(sequence, end):
+                rows.append(Work(sequence, sequence.computed, end))
+        return rows
+
+    def _grow(self, sequence: Sequence, end: int) -> bool:
+        """Blocks for positions up to `end`, taken from those admitted later if need be; False: it had to go itself."""
+        while len(sequence.table) * self.block_tokens < end:
+            block = self.pool.take()
+            if block is not None:
+                sequence.table.append(block)
+                continue
+            victim = self.running.pop()
+            self._release(victim)
+            self.waiting.appendleft(victim)
+            self.preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _piece(self, sequence: Sequence, budget: int) -> Work:
+        """The next piece of a prompt, ending on a block's border or with the prompt; its full blocks are published.
+
+        They may be shared at once: within a step every layer writes its keys before any query reads them.
+        """
+        start, size = sequence.computed, self.block_tokens
+        end = min(sequence.prompt_length, start + max(budget // size, 1) * size)
+        for index in range(start // size, min(end // size, len(sequence.keys))):
+            self.pool.publish(sequence.table[index], sequence.keys[index])
+        return Work(sequence, start, end)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give it the blocks of all its tokens, shared ones first, if that leaves one for each running request."""
+        sharable = (sequence.prompt_length - 1) // self.block_tokens  # the last token's state is wanted
+        shared = self.pool.known(sequence.keys[:sharable])
+        wanted = -(-len(sequence.tokens) // self.block_tokens) - len(shared)
+        idle = sum(self.pool.owners(block) == 0 for block in shared)
+        if self.running and self.pool.free < wanted + idle + len(self.running):
+            return False
+        if self.pool.free < wanted + idle:
+            raise RuntimeError("blocks are owned by nobody who runs: the pool's accounts are wrong")
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.table = [self.pool.share(block) for block in shared]
+        sequence.computed = len(shared) * self.block_tokens
+        self.cached_tokens += sequence.computed
+        self._grow(sequence, len(sequence.tokens))
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        for block in sequence.table:
+            self.pool.release(block)
+        sequence.table, sequence.computed = [], 0

@@ -1,0 +1,92 @@
+"""The rollout service as a Ray Serve application: `serve deploy clusters/serve.yaml`, `escala rollouts up FILE`, or
+`serve.run(application({...}))`.
+
+`api` takes requests (HTTP and Python handles), `policy` generates and scales, `reward` and `judge` score, where the
+configuration has them. Weights, versions and the scaling decision: `escala.rollouts`.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.config import AutoscalingConfig, DeploymentActorConfig
+from ray.serve.deployment import Application
+
+from escala.errors import SpecError
+from escala.rollouts.store import Store
+from workloads.config.serve import POLICY, ServeConfig
+from workloads.serving.api import Api
+from workloads.serving.policy import STORE, Policy
+from workloads.serving.scores import JudgeReplica, RewardReplica
+
+API_REQUESTS = 10_000  # that wait or run at the ingress, which only passes them on
+
+
+def application(args: dict[str, Any]) -> Application:
+    """The application of a `ServeConfig`, given as plain data. Raises SpecError where it does not validate."""
+    try:
+        config = ServeConfig.model_validate(args)
+    except ValidationError as error:
+        raise SpecError(
+            f"The service's arguments don't hold: {error}", "See workloads/config/serve.py."
+        ) from error
+    plain = config.model_dump(mode="json")
+    policy = policy_deployment(config).bind(plain)
+    reward = _scorer(RewardReplica, "reward", config).bind(plain) if config.reward else None
+    judge = _scorer(JudgeReplica, "judge", config).bind(plain) if config.judge else None
+    api = serve.deployment(
+        Api,
+        name="api",
+        num_replicas=1,
+        max_ongoing_requests=API_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.shutdown_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return api.bind(plain, policy, reward, judge)
+
+
+def policy_deployment(config: ServeConfig) -> serve.Deployment:
+    """The replicas that generate, with the store of their weight versions.
+
+    A replica takes twice its batch: the rest waits at the ingress, where a new replica finds it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field")  # Serve has no other way yet
+        autoscaling = AutoscalingConfig(**config.autoscaling())
+    store = DeploymentActorConfig(
+        name=STORE,
+        actor_class=ray.remote(Store),
+        init_kwargs={"key": secrets.token_hex(8)},
+        actor_options={"num_cpus": 0, "max_concurrency": 1000},
+    )
+    return serve.deployment(
+        Policy,
+        name=POLICY,
+        autoscaling_config=autoscaling,
+        deployment_actors=[store],
+        max_ongoing_requests=max(
+            2 * config.engine.max_running, math.ceil(autoscaling.target_ongoing_requests)
+        ),
+        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
+        graceful_shutdown_timeout_s=config.shutdown_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5.0,
+    )
+
+
+def _scorer(kind: type, name: str, config: ServeConfig) -> serve.Deployment:
+    return serve.deployment(
+        kind,
+        name=name,
+        num_replicas=1,
+        max_ongoing_requests=64,
+        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
+        graceful_shutdown_timeout_s=config.shutdown_seconds,
+    )

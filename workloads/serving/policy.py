@@ -1,0 +1,180 @@
+"""The `policy` deployment: one engine a replica, behind the weight-version contract.
+
+Every replica says with each response which weights it is from. It takes published weights when the responses that
+have started are finished, and answers nothing after it has refused some.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+
+from escala.errors import SpecError, StaleWeights, WeightsNotLoaded
+from escala.rollouts.weights import Receiver, Weights, WeightVersion, digest_of
+from workloads.config.serve import ServeConfig
+from workloads.generation.protocol import SamplingParams
+from workloads.serving.metrics import Metrics
+from workloads.serving.records import Generated, Piece, Prompt
+from workloads.serving.stepper import Stepper, join
+from workloads.serving.weights import pack, unpack
+
+STORE = "weights"
+"""The deployment actor that keeps the weight versions."""
+REPORT_SECONDS = 1.0
+
+
+class Policy:
+    """One replica."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:
+        from workloads.serving.start import build_engine, load_policy_model
+
+        self.config = ServeConfig.model_validate(config)
+        model, self.tokenizer = await asyncio.to_thread(load_policy_model, self.config.model)
+        initial = WeightVersion(0, digest_of(pack(model.state_dict())), self.config.precision)
+        engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config)
+        self.stepper = Stepper(engine)
+        self._versions = {0: initial}
+        self.receiver = Receiver(self._store, _own_name(), self._apply, self.config.sync_seconds)
+        await self.receiver.start(initial)
+        self._report = asyncio.create_task(self._report_forever(Metrics()))
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        min_version: int = 0,
+        max_staleness: int | None = None,
+        clip: bool = False,
+    ) -> Generated:
+        """One response.
+
+        Args:
+            min_version, max_staleness: the oldest weights that it may be from; versions that they may be behind the
+                newest.
+            clip: lower max_tokens to what the service and the context leave, where they leave less.
+
+        Raises SpecError where the prompt or the parameters don't fit the engine; StaleWeights where the bound can't
+        be kept; WeightsNotLoaded or DigestMismatch where this replica has refused weights.
+        """
+        pieces = [piece async for piece in self.stream(prompt, params, min_version, max_staleness, clip)]
+        completion = join([piece.output for piece in pieces])
+        return Generated(completion, pieces[-1].weights, pieces[-1].prompt_tokens)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        min_version: int = 0,
+        max_staleness: int | None = None,
+        clip: bool = False,
+    ) -> AsyncIterator[Piece]:
+        """One response in pieces. Raises as `complete`, before the first piece or, where the engine dies, after it."""
+        await self.receiver.require(min_version, max_staleness)
+        tokens = self.tokens(prompt)
+        params = self._limit(params, len(tokens), clip)
+        async for output in self.stepper.outputs(tokens, params):
+            if output.weights_version < min_version:
+                raise StaleWeights(
+                    f"The response is from version {output.weights_version}, not {min_version} or newer.",
+                    "This is an error of the engine: please report it.",
+                )
+            yield Piece(output, self._versions[output.weights_version], len(tokens))
+
+    def _limit(self, params: SamplingParams, prompt_tokens: int, clip: bool) -> SamplingParams:
+        most = self.config.engine.max_response_tokens
+        if clip:
+            room = self.stepper.engine.max_context_tokens - prompt_tokens
+            return replace(params, max_tokens=max(1, min(params.max_tokens, most, room)))
+        if params.max_tokens > most:
+            raise SpecError(
+                f"{params.max_tokens} tokens are asked for; this service gives {most} at most.",
+                "Ask for fewer, or raise engine.max_response_tokens.",
+            )
+        return params
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt in any form. Raises DataError where a chat meets a model without a template."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer.encode(prompt))
+        if prompt and isinstance(prompt[0], dict):
+            return list(self.tokenizer.prompt(prompt))
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    async def describe(self) -> dict[str, Any]:
+        """The model's name, the engine's context, and the weights that this replica serves now."""
+        return {
+            "name": self.config.name or self.config.model.rstrip("/").rpartition("/")[2],
+            "precision": self.config.precision,
+            "max_context_tokens": self.stepper.engine.max_context_tokens,
+            "weights": self.receiver.current,
+            "pid": os.getpid(),
+        }
+
+    async def weights_store(self) -> Any:
+        """The store actor, to publish to."""
+        return self._store()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica where this raises."""
+        self.stepper.check()
+        if self.receiver.failure is not None:
+            raise self.receiver.failure
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the scaling policy reads (`escala.rollouts.serve_hook.METRICS`)."""
+        stats = self.stepper.stats
+        return {
+            "running_requests": float(stats.running),
+            "waiting_requests": float(stats.waiting),
+            "queued_tokens": float(stats.queued_tokens),
+            "tokens_per_second": self.stepper.tokens_per_second,
+        }
+
+    async def __del__(self) -> None:
+        """Serve calls this once when the replica leaves, its requests finished."""
+        if hasattr(self, "_report"):
+            self._report.cancel()
+            await self.receiver.stop()
+            await self.stepper.close()
+
+    async def _apply(self, version: WeightVersion, weights: Weights) -> None:
+        mine = self._versions[0]
+        wanted, served = (version.precision, version.capacity_factor), (mine.precision, mine.capacity_factor)
+        if wanted != served:
+            raise WeightsNotLoaded(
+                f"Version {version.version} is of precision and capacity factor {wanted}; this deployment serves "
+                f"{served}.",
+                "Publish for what is served, or start a deployment for it.",
+            )
+        self._versions[version.version] = version
+        await self.stepper.load(unpack(weights), version.version)
+        for old in sorted(self._versions)[
+            1:-2
+        ]:  # 0 for what is served; the last two for responses on their way
+            del self._versions[old]
+
+    def _store(self) -> Any:
+        return serve.get_deployment_actor(STORE)
+
+    async def _report_forever(self, metrics: Metrics) -> None:
+        while True:
+            failed = self.receiver.failure is not None
+            metrics.report(
+                self.stepper.stats,
+                self.stepper.tokens_per_second,
+                -1 if failed else self.receiver.current.version,
+            )
+            await asyncio.sleep(REPORT_SECONDS)
+
+
+def _own_name() -> str:
+    """NAMESPACE/NAME of this replica's actor."""
+    context = ray.get_runtime_context()
+    return f"{context.namespace}/{context.get_actor_name()}"

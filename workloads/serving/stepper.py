@@ -1,0 +1,212 @@
+"""An engine behind asyncio: one thread steps it, any number of tasks wait for their outputs.
+
+The thread is the only one that touches the engine. Tasks post commands (add, cancel, load weights), which it runs
+between two steps. Weights are loaded when every started request has ended: none is of two versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from escala.errors import EscalaError, StateError
+from workloads.generation.protocol import (
+    Completion,
+    EngineProtocol,
+    EngineStats,
+    Output,
+    Request,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+SPEED_SECONDS = 10.0  # of stepping, over which tokens/s is a mean
+
+
+@dataclass(frozen=True)
+class _Load:
+    state: Mapping[str, Tensor]
+    version: int
+    done: Future[None]
+
+
+class Stepper:
+    """Runs `engine` in a thread of its own, from the constructor until `close`. Make it inside the event loop."""
+
+    def __init__(self, engine: EngineProtocol) -> None:
+        self.engine = engine
+        self.stats: EngineStats = engine.stats()
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._loads: deque[_Load] = deque()
+        self._waiting: dict[str, asyncio.Queue[Output | BaseException]] = {}
+        self._ids = itertools.count()
+        self._speed = SpeedMeter(self.stats)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens read and generated in a second of stepping, lately; 0 before the first step."""
+        return self._speed.tokens_per_second
+
+    def check(self) -> None:
+        """Raise StateError where the thread has died: nothing more will be generated here."""
+        if self._failure is not None or not self._thread.is_alive():
+            raise StateError(f"The engine has stopped: {self._failure!r}.", "Its log says why; replace it.")
+
+    async def outputs(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Output]:
+        """One request's outputs as they come. Leaving the iteration cancels it. Raises as `EngineProtocol.add`."""
+        self.check()
+        request = Request(f"r{next(self._ids)}", tuple(prompt), params)
+        inbox = self._waiting[request.id] = asyncio.Queue()
+        ended = False
+        try:
+            await self._call(lambda: self.engine.add(request))
+            while not ended:
+                item = await inbox.get()
+                if isinstance(item, BaseException):
+                    ended = True
+                    raise item
+                ended = item.finish_reason is not None
+                yield item
+        finally:
+            self._waiting.pop(request.id, None)
+            if not ended:
+                self._commands.put(lambda: self.engine.cancel(request.id))
+
+    async def complete(self, prompt: Sequence[int], params: SamplingParams) -> Completion:
+        """One request's whole response. Raises as `EngineProtocol.add`."""
+        parts = [part async for part in self.outputs(prompt, params)]
+        return join(parts)
+
+    async def load(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Load weights once the started requests have ended; those that wait run on the new ones.
+
+        Raises as `EngineProtocol.load_weights`.
+        """
+        self.check()
+        load = _Load(state, version, Future())
+        await self._call(lambda: self._loads.append(load))
+        await asyncio.wrap_future(load.done)
+
+    async def close(self) -> None:
+        """End the thread after its present step; requests that have not ended raise StateError."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def _call(self, action: Callable[[], T]) -> T:
+        done: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                done.set_result(action())
+            except EscalaError as error:
+                done.set_exception(error)
+
+        self._commands.put(command)
+        self.check()  # a thread that died in between has run its last command
+        return await asyncio.wrap_future(done)
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                if self._loads and self.engine.stats().started == 0:
+                    self._load(self._loads.popleft())
+                outputs = self.engine.step(admit=not self._loads) if self.engine.has_work else []
+                self.stats = self.engine.stats()
+                self._speed.add(self.stats)
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+            self._fail(StateError("The engine was closed before the response was complete.", "Ask again."))
+        except BaseException as error:  # noqa: BLE001  whatever ended the thread, those who wait must hear of it
+            self._fail(error)
+
+    def _obey(self) -> bool:
+        """Run the commands that have come, waiting for one where nothing else is to do. False: close."""
+        idle = not self.engine.has_work and not self._loads
+        while True:
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            idle = False
+
+    def _load(self, load: _Load) -> None:
+        try:
+            self.engine.load_weights(load.state, load.version)
+        except EscalaError as error:
+            load.done.set_exception(error)
+        else:
+            load.done.set_result(None)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            inbox = self._waiting.get(output.request_id)
+            if inbox is not None:
+                inbox.put_nowait(output)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        while not self._commands.empty():  # their callers must not wait for ever
+            command = self._commands.get()
+            if command is not None:
+                command()
+        for load in self._loads:
+            load.done.set_exception(error)
+        self._loop.call_soon_threadsafe(self._tell_all, error)
+
+    def _tell_all(self, error: BaseException) -> None:
+        for inbox in self._waiting.values():
+            inbox.put_nowait(error)
+
+
+class SpeedMeter:
+    """Tokens per second of stepping, over the last `SPEED_SECONDS` of it: idle time is none."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self.tokens_per_second = 0.0
+        self._marks: deque[tuple[float, int]] = deque([self._mark(stats)])
+
+    @staticmethod
+    def _mark(stats: EngineStats) -> tuple[float, int]:
+        return stats.step_seconds, stats.prompt_tokens + stats.generated_tokens
+
+    def add(self, stats: EngineStats) -> None:
+        """The counters after a step."""
+        seconds, tokens = self._mark(stats)
+        if seconds - self._marks[-1][0] > SPEED_SECONDS / 20 or len(self._marks) == 1:
+            self._marks.append((seconds, tokens))
+        while len(self._marks) > 2 and seconds - self._marks[1][0] >= SPEED_SECONDS:
+            self._marks.popleft()
+        first_seconds, first_tokens = self._marks[0]
+        if seconds > first_seconds:
+            self.tokens_per_second = (tokens - first_tokens) / (seconds - first_seconds)
+
+
+def join(parts: Sequence[Output]) -> Completion:
+    """A request's outputs, from the first to the last, put together."""
+    reason = parts[-1].finish_reason if parts else None
+    if reason is None:
+        raise ValueError("these outputs have no end")
+    return Completion(
+        tuple(itertools.chain.from_iterable(p.token_ids for p in parts)),
+        tuple(itertools.chain.from_iterable(p.logprobs for p in parts)),
+        "".join(p.text for p in parts),
+        reason,
+        parts[-1].weights_version,
+    )

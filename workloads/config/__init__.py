@@ -29,6 +29,7 @@ from workloads.config.finetune import (
 )
 from workloads.config.judge import JudgeConfig
 from workloads.config.model import ModelConfig
+from workloads.config.ppo import PpoConfig
 from workloads.config.pretrain import PretrainConfig
 from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PpoConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
     "ResourcesConfig",
@@ -66,6 +68,7 @@ WORKLOADS: dict[str, tuple[str, type[Strict]]] = {
     "sft": ("workloads.sft", SftConfig),
     "reward": ("workloads.reward", RewardTrainingConfig),
     "dpo": ("workloads.dpo", DpoConfig),
+    "ppo": ("workloads.ppo", PpoConfig),
     "judge": ("workloads.judge", JudgeConfig),
 }
 """Name that a user types -> (module that the cluster runs, class that checks its configuration)."""

@@ -32,29 +32,32 @@ class ChatTokenizer:
         fast: transformers' tokenizer (PreTrainedTokenizerFast).
         name: for messages.
 
+    Attributes:
+        text: the tokenizer of plain texts, without the template.
+
     Raises DataError for one without an end-of-text token.
     """
 
     def __init__(self, fast: Any, name: str) -> None:
         self._fast = fast
-        self._plain: TextTokenizer = wrap(Tokenizer.from_str(fast.backend_tokenizer.to_str()), name)
+        self.text: TextTokenizer = wrap(Tokenizer.from_str(fast.backend_tokenizer.to_str()), name)
         if fast.eos_token_id is None:
-            fast.eos_token = self._plain.tokenizer.id_to_token(self._plain.end_of_text)
+            fast.eos_token = self.text.tokenizer.id_to_token(self.text.end_of_text)
         if not fast.chat_template:
             fast.chat_template = PLAIN_TEMPLATE
         self.end_of_text = int(fast.eos_token_id)
-        self.vocab_size = self._plain.vocab_size
-        self.fingerprint = self._plain.fingerprint
+        self.vocab_size = self.text.vocab_size
+        self.fingerprint = self.text.fingerprint
         self._control = [t for t in fast.all_special_tokens if t]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with no special token: one that is spelled out gets ordinary tokens."""
-        ids: list[int] = self._plain.encode([text])[0].tolist()
+        ids: list[int] = self.text.encode([text])[0].tolist()
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return self._plain.decode(list(ids))
+        return self.text.decode(list(ids))
 
     def prompt(self, prompt: Prompt) -> list[int]:
         """Token ids that a model continues: of a text, with the begin-of-text token where the tokenizer adds one; of
@@ -62,7 +65,7 @@ class ChatTokenizer:
         """
         if not isinstance(prompt, str):
             return self._encode_rendered(self._render(prompt, opening=True)).ids
-        ids: list[int] = self._plain.tokenizer.encode(prompt, add_special_tokens=True).ids
+        ids: list[int] = self.text.tokenizer.encode(prompt, add_special_tokens=True).ids
         return ids[:-1] if ids and ids[-1] == self.end_of_text else ids
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:

@@ -49,7 +49,7 @@ class RewardReplica:
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
-        from workloads.alignment.rewards import build_reward
+        from workloads.alignment.scoring import build_reward
 
         sections = ServeConfig.model_validate(config).reward
         self._reward = build_reward(sections, _device(torch))

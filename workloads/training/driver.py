@@ -46,7 +46,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from workloads.training.loop import Trainer
 
     inputs = arguments["inputs"]
-    trainer = Trainer(inputs, import_module(inputs.spec.entry_point).make_task)
+    module = import_module(inputs.spec.entry_point)
+    own = getattr(module, "make_trainer", None)
+    trainer = Trainer(inputs, module.make_task) if own is None else own(inputs)
     try:
         trainer.run()
     finally:

@@ -6,7 +6,10 @@ Everything heavy (ray, mlflow, the database) is imported by the function that ne
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -14,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import manifests, spec
-from escala.errors import NotFoundError, SpecError
+from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.service import (
+    SWEEP,
     JobDetails,
     Report,
     Watched,
@@ -32,6 +36,7 @@ from escala.jobs.service import (
 )
 from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
+from escala.runtime_env import source_paths
 from escala.settings import Settings
 from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
 
@@ -54,6 +59,7 @@ __all__ = [
     "compare",
     "cost",
     "down",
+    "export",
     "fit_sweeps",
     "job",
     "jobs",
@@ -357,6 +363,38 @@ def compare(names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 # Checkpoints
+
+
+def export(name: str, to: Path, adapter: bool = False) -> Path:
+    """Write the newest checkpoint of a run or a job into `to`, for transformers, vLLM, or (`adapter`) peft.
+
+    The weights are read by a process of their own: nothing here knows tensors.
+
+    Raises NotFoundError, SpecError where `to` holds something, CheckpointError with the process's own words.
+    """
+    try:
+        found = job(name).job
+    except NotFoundError:
+        found = job(run(name).job_id).job
+    if found.workload == SWEEP:
+        raise SpecError(
+            f"job {found.id} is a sweep, which has no checkpoint of its own", "submit its best spec as a job"
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise SpecError(f"{to} is there and not empty", "give a new directory")
+    checkpoints = JobFiles(Settings().home, found.id).checkpoints
+    command = [sys.executable, "-m", "workloads.export", str(checkpoints), str(to.absolute())]
+    paths = os.pathsep.join([*source_paths(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *(["--adapter"] if adapter else [])],
+        env={**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        message, _, hint = done.stderr.strip().partition("\n  hint: ")
+        raise CheckpointError(message.splitlines()[-1] if message else "the export was killed", hint)
+    return to
 
 
 @dataclass(frozen=True)

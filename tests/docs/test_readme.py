@@ -85,3 +85,24 @@ def test_a_job_is_planned_from_keys_a_file_or_one_dial(run: Shell) -> None:
         run("escala submit pretrain --compute-flops 1e13 --dry-run"),
     )
     assert all("FLOPs" in text for text in planned)
+
+
+def test_a_model_starts_from_a_job(run: Shell, tmp_path: Path) -> None:
+    install, ratings, reward, export = blocks("Start from a model", "bash")[0].splitlines()
+    assert "vaderSentiment" in install  # make setup has done it
+    run(ratings)
+    small = "model={n_layers: 2, d_model: 64, n_heads: 2, vocab_size: 512, max_context_tokens: 64}"
+    data = "data={tokenizer: {vocab_size: 512}, max_characters: 2000000}"
+    run(
+        f"escala submit pretrain --name first --set '{small}' --set '{data}' --set training.steps=30 --follow"
+    )
+    run(f"{reward} --set training.steps=20 --follow")
+    run(export)
+    assert (tmp_path / "first-hf" / "model.safetensors").exists()
+    line = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}\n'
+    (tmp_path / "chats.jsonl").write_text(line * 2)
+    spec = re.sub(r"path: \S+}", "path: first-hf}", blocks("Start from a model", "yaml")[0]).replace(
+        "192", "64"
+    )
+    planned = run(f"cat > sft.yaml <<'END'\n{spec}END\nescala submit sft sft.yaml --dry-run")
+    assert "d_model: 64" in planned  # read from what was exported

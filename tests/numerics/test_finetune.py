@@ -148,4 +148,4 @@ def test_log_probabilities_of_responses_are_sums_over_their_tokens() -> None:
         ids, answers = data.slice(number)
         logits = built(torch.tensor(ids[None, :-1], dtype=torch.long))[0].double().log_softmax(-1)
         by_hand = sum(logits[i, ids[i + 1]].item() for i in range(len(ids) - 1) if answers[i + 1])
-        assert float(found[number]) == pytest.approx(by_hand, abs=1e-4)
+        assert float(found[number].detach()) == pytest.approx(by_hand, abs=1e-4)

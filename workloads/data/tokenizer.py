@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from escala.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 # How ByteLevel cuts an ASCII text into words (GPT-2's pattern); no token crosses a cut. Others go through
@@ -113,13 +113,15 @@ def wrap(tokenizer: Tokenizer, name: str) -> TextTokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a file that quotes "<|endoftext|>" must not end the document
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    end = next((vocabulary[token] for token in _KNOWN_ENDS if token in vocabulary), None)
+    end = next((vocabulary[token] for token in KNOWN_ENDS if token in vocabulary), None)
     if end is None:
         raise DataError(
-            f"The tokenizer {name} has no end-of-text token.", f"Add one of {', '.join(_KNOWN_ENDS)} to it."
+            f"The tokenizer {name} has no end-of-text token.", f"Add one of {', '.join(KNOWN_ENDS)} to it."
         )
     words = _WordTokens(tokenizer) if _cuts_into_words(tokenizer) else None
-    return TextTokenizer(tokenizer, end, max(vocabulary.values()) + 1, _fingerprint(tokenizer), words)
+    return TextTokenizer(
+        tokenizer, end, max(vocabulary.values()) + 1, tokenizer_fingerprint(tokenizer), words
+    )
 
 
 def _cuts_into_words(tokenizer: Tokenizer) -> bool:
@@ -133,7 +135,7 @@ def _cuts_into_words(tokenizer: Tokenizer) -> bool:
     return bool(words["use_regex"]) and not words["add_prefix_space"] and not model["dropout"]
 
 
-def _fingerprint(tokenizer: Tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's JSON with sorted keys."""
     canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -145,7 +145,9 @@ def _gguf_tensors(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterat
         )
     import transformers
 
-    settings = to_hugging_face(config)  # ours: transformers leaves out Qwen3's head size and Mistral's window
+    # Our configuration, since transformers leaves out Qwen3's head size; without the window, which no weight depends
+    # on: a GGUF file calls Mistral llama, and as a Mistral transformers refuses it.
+    settings = to_hugging_face(config.model_copy(update={"window_tokens": None}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,

@@ -1,4 +1,4 @@
-"""`escala submit | ps | logs | stop | gc` and `escala jobs show | retry | resume`."""
+"""`escala submit | ps | logs | stop | gc | export` and `escala jobs show | retry | resume`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ nouns = typer.Typer(help="One job: its history, another try, a continuation.", n
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    for verb in (submit, ps, logs, stop, gc):
+    for verb in (submit, ps, logs, stop, gc, export):
         app.command()(verb)
     nouns.command()(show)
     nouns.command()(retry)
@@ -120,6 +120,17 @@ def gc(
     from escala import api
 
     render.garbage(api.collect_garbage(job, keep=keep, delete=delete), delete, json)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="A run's id (or its start), or a job's id or name.")],
+    to: Annotated[Path, typer.Option(help="A directory that is new or empty.", metavar="DIR")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="LoRA's deltas alone, for peft.")] = False,
+) -> None:
+    """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
+    from escala import api
+
+    render.exported(api.export(run, to, adapter), adapter)
 
 
 def show(job: JobName, json: Json = False) -> None:

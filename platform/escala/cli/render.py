@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -158,6 +159,14 @@ def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:
         return
     names = [str(n) for n in values["run_id"]]
     table(("", *names), [(key, *row) for key, row in values.items() if key != "run_id"])
+
+
+def exported(directory: Path, adapter: bool) -> None:
+    """Where an export lies, and how it is opened."""
+    raw(f"{directory}")
+    name = repr(str(directory))
+    opens = f"peft.PeftModel.from_pretrained(base, {name})"
+    note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")
 
 
 def garbage(found: Garbage, deleted: bool, json: bool) -> None:

@@ -1,0 +1,142 @@
+"""On the session's cluster: pretraining, then SFT with LoRA, a reward model and DPO, each from the one before."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from escala import api
+from escala.errors import CheckpointError
+from escala.manifests import latest
+from escala.records import JobFiles
+from escala.settings import Settings
+from tests.conftest import wait_for
+from tests.integration.test_jobs import OVERRIDES, ended
+from workloads.alignment.reward_model import load_reward_model
+from workloads.alignment.scoring import RewardModelScorer
+from workloads.model.start import load_model, load_tokenizer
+from workloads.training.checkpoint import load_weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+GOOD, BAD = ("fine", "kind", "warm"), ("poor", "cruel", "cold")
+TRAINING = "training={context_tokens: 48, batch_sequences: 8, checkpoint_every_steps: 20, "
+
+
+def run(workload: str, data: Path, *overrides: str) -> api.RunRecord:
+    """A job that must succeed; its record."""
+    job = ended(api.submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id)
+    assert job.job.state == "succeeded", job.job.message
+    return wait_for(lambda: next(iter(api.runs(job=job.job.id)), None), 60, "its run in MLflow", every=1.0)
+
+
+@pytest.fixture(scope="module")
+def pretrained(cluster: Path) -> str:
+    job = ended(api.submit("pretrain", (), OVERRIDES).id)
+    assert job.job.state == "succeeded", job.job.message
+    return job.job.id
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Chats and preferences about nothing much: good words are preferred."""
+    directory, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    chats, pairs = [], []
+    for number in range(120):
+        good, bad = draw.choice(GOOD), draw.choice(BAD)
+        prompt = f"How is day {number}?"
+        chats.append(
+            {
+                "messages": [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": f"It is {good}."},
+                ]
+            }
+        )
+        pairs.append({"prompt": prompt + "\n", "chosen": f"It is {good}.", "rejected": f"It is {bad}."})
+    found = {}
+    for name, rows in (("chats", chats), ("pairs", pairs)):
+        found[name] = directory / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained: str, data: dict[str, Path]) -> api.RunRecord:
+    """SFT by LoRA on two workers under ZeRO-3."""
+    return run(
+        "sft",
+        data["chats"],
+        f"start.job={pretrained}",
+        "lora={rank: 4, targets: [query, value, down]}",
+        TRAINING + "steps: 40, zero_stage: 3, optimizer: {learning_rate: 1e-2}}",
+        "resources.workers=2",
+    )
+
+
+def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: api.RunRecord) -> None:
+    assert tuned.held_out_loss_nats < 0.5 * tuned.initial_held_out_loss_nats
+    assert 0 < tuned.n_trained < 0.2 * tuned.n_total
+    checkpoints = JobFiles(Settings().home, tuned.job_id).checkpoints
+    newest, _ = latest(checkpoints)
+    assert newest is not None
+    assert all(".lora_" in name for name in load_weights(newest))
+    model, tokenizer = load_model(checkpoints), load_tokenizer(checkpoints)
+    assert sum(p.numel() for p in model.parameters()) == tuned.n_total  # merged
+    assert tokenizer.prompt([{"role": "user", "content": "x"}])
+
+
+def test_it_opens_in_transformers_and_peft(tuned: api.RunRecord, pretrained: str, tmp_path: Path) -> None:
+    ids = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        expected = load_model(JobFiles(Settings().home, tuned.job_id).checkpoints)(ids)
+        whole = AutoModelForCausalLM.from_pretrained(api.export(tuned.run_id, tmp_path / "whole"))
+        assert torch.allclose(whole(ids).logits, expected, atol=1e-4)
+        base = AutoModelForCausalLM.from_pretrained(api.export(pretrained, tmp_path / "base"))
+        deltas = PeftModel.from_pretrained(base, api.export(tuned.job_id, tmp_path / "deltas", adapter=True))
+        assert torch.allclose(deltas(ids).logits, expected, atol=1e-4)
+    template = AutoTokenizer.from_pretrained(tmp_path / "whole").apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True
+    )
+    tokenizer = load_tokenizer(JobFiles(Settings().home, tuned.job_id).checkpoints)
+    assert template["input_ids"] == tokenizer.prompt([{"role": "user", "content": "x"}])
+    with pytest.raises(api.SpecError, match="not empty"):
+        api.export(tuned.job_id, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="no deltas"):
+        api.export(pretrained, tmp_path / "none", adapter=True)
+
+
+def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
+    tuned: api.RunRecord, data: dict[str, Path]
+) -> None:
+    record = run(
+        "reward",
+        data["pairs"],
+        f"start.job={tuned.job_id}",
+        TRAINING + "steps: 30, optimizer: {learning_rate: 3e-3}}",
+    )
+    assert record.measures["held_out_accuracy"] > 0.9
+    assert record.held_out_loss_nats < 0.5 * record.initial_held_out_loss_nats
+    model, tokenizer = load_reward_model(JobFiles(Settings().home, record.job_id).checkpoints)
+    good, bad = RewardModelScorer(model, tokenizer).score(
+        ["How is day 7?\n"] * 2, ["It is kind.", "It is cruel."]
+    )
+    assert good > bad
+
+
+def test_dpo_starts_from_it_and_raises_the_margin(tuned: api.RunRecord, data: dict[str, Path]) -> None:
+    record = run(
+        "dpo",
+        data["pairs"],
+        f"start.job={tuned.job_id}",
+        TRAINING + "steps: 20, optimizer: {learning_rate: 1e-3}}",
+    )
+    assert record.initial_held_out_loss_nats == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference
+    assert record.measures["held_out_accuracy"] > 0.9
+    assert record.measures["held_out_reward_margin"] > 0

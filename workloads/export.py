@@ -1,0 +1,69 @@
+"""A job's newest checkpoint as files that others open: `python -m workloads.export CHECKPOINTS DIRECTORY [--adapter]`.
+
+A whole model in Hugging Face's layout with its tokenizer and chat template, a LoRA run's deltas merged; its deltas
+alone in peft's format; a reward model's trunk with its head in a file beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.manifests import Checkpoint
+from workloads.alignment.reward_model import load_reward_model, save_reward_model
+from workloads.config import FineTuneConfig
+from workloads.model.huggingface import save_pretrained
+from workloads.model.lora import save_adapter
+from workloads.model.start import checkpoint_config, checkpoint_model, find_checkpoint, load_tokenizer
+from workloads.training.checkpoint import load_weights
+
+
+def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
+    """Write the newest good checkpoint of `checkpoints` into the directory `to`, all or nothing.
+
+    Raises NotFoundError where there is none, SpecError where `adapter` is asked of a run without LoRA, CheckpointError.
+    """
+    found = find_checkpoint(checkpoints)
+    if found is None:
+        raise NotFoundError(f"there is no checkpoint in {checkpoints}", "wait for the job's first one")
+    partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        _write(found, partial, adapter)
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
+    config, checkpoints = checkpoint_config(found), found.path.parent
+    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    tokenizer = load_tokenizer(checkpoints)
+    if adapter:
+        if lora is None:
+            raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
+        base = config.start.path if config.start is not None else ""
+        save_adapter(load_weights(found), lora, to, base)
+    elif found.manifest["workload"] == "reward":
+        save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
+        return
+    else:
+        save_pretrained(checkpoint_model(found), to, tokenizer.end_of_text)
+    tokenizer.save(to)
+
+
+def main(arguments: list[str]) -> int:
+    """Export; returns the process's exit code. An error is printed as it is."""
+    checkpoints, to, *flags = arguments
+    try:
+        export(Path(checkpoints), Path(to), adapter="--adapter" in flags)
+    except EscalaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,5 @@
-"""The rollout service as a Ray Serve application: `serve deploy clusters/serve.yaml`, `escala rollouts up FILE`, or
-`serve.run(application({...}))`.
+"""The rollout service as a Ray Serve application: `escala rollouts up FILE`, `serve deploy FILE`, or
+`serve.run(application({...}))`; a FILE is `clusters/services/rollouts.yaml`.
 
 `api` takes requests (HTTP and Python handles), `policy` generates and scales, `reward` and `judge` score, where the
 configuration has them. Weights, versions and the scaling decision: `escala.rollouts`.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
+REGISTER = 16  # fp32 numbers: softmax sums a row shorter than this in another order than a padded one
 
 
 class PagedCache:
@@ -92,7 +93,7 @@ def make_plan(
     if window is not None:
         first = np.maximum(positions_TQ[:, 0] - window + 1, 0) // block_tokens
     counts = last - first + 1
-    tiles, places = len(tables), int(counts.max())
+    tiles, places = len(tables), max(int(counts.max()), -(-REGISTER // block_tokens))
     tile = np.repeat(np.arange(tiles), counts)
     place = np.arange(len(tile)) + np.repeat(np.arange(tiles) * places - np.cumsum(counts) + counts, counts)
     block = np.concatenate([table[a : z + 1] for table, a, z in zip(tables, first, last, strict=True)])

@@ -2,8 +2,9 @@
 
 A block holds the keys and values of `block_tokens` positions of every layer. Its key is a hash over all tokens up to
 its end, so equal keys mean equal contents (Kwon et al. 2023, section 4.3). Nobody's blocks keep their contents until
-they are needed for something else: the lowest number first, for low numbers keep the used part of the cache
-compact, which attention reads as one view; those that were ever shared last, the longest idle first.
+they are needed for something else. The lowest number goes first: that keeps the used part of the cache compact, which
+attention reads as one view. Those that were ever shared go last, the longest idle first; so a prompt that nobody
+shared while it ran is soon overwritten.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
 
-GROUP_SCORES = 1 << 23  # scores of one group of tiles: 32 MB, several buffers of that size
+GROUP_NUMBERS = 1 << 23  # scores and copied keys and values of one group of tiles: 32 MB in fp32
 VOCAB_STEP = 64  # whole vector registers: the last lanes of an odd vocabulary would be computed by other code
 
 
@@ -43,9 +43,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Group:
-    """Some tiles and the rows of theirs: `take` (T * Q) rows to queries, `give` (rows) queries to rows."""
+    """Some tiles, whose tokens are the rows `rows`: `take` (T * Q) rows to queries, `give` queries to rows."""
 
     plan: Plan
+    rows: slice
     queries: int
     take: Tensor
     give: Tensor
@@ -125,17 +126,21 @@ class Network:
         return logits_NV
 
     def _groups(self, pieces: Sequence[Piece], block_tokens: int, tiled: bool) -> list[_Group]:
-        """The pieces cut into tiles, as many to a group as GROUP_SCORES allows."""
-        queries = block_tokens if tiled else 1
-        tiles = [(p, at) for p in pieces for at in range(p.start, p.start + len(p.tokens), queries)]
-        groups, some, scores, row = [], [], 0, 0
-        for piece, at in tiles:
-            more = (at // block_tokens + 1) * queries * block_tokens * self.config.n_heads
-            if some and scores + more > GROUP_SCORES:
-                groups.append(self._group(some, row, queries, block_tokens))
-                row, some, scores = row + len(groups[-1].give), [], 0
-            some.append((piece, at))
-            scores += more
+        """The pieces cut into tiles, as many to a group as GROUP_NUMBERS allows."""
+        queries, config = block_tokens if tiled else 1, self.config
+        copied = 2 * config.kv_heads * config.head_size
+        groups: list[_Group] = []
+        some: list[tuple[Piece, int]] = []
+        numbers = row = 0
+        for piece in pieces:
+            each = queries * config.n_heads + (copied if len(piece.tokens) > 1 else 0)  # of a position
+            for at in range(piece.start, piece.start + len(piece.tokens), queries):
+                more = (at // block_tokens + 1) * block_tokens * each
+                if some and numbers + more > GROUP_NUMBERS:
+                    groups.append(self._group(some, row, queries, block_tokens))
+                    row, some, numbers = groups[-1].rows.stop, [], 0
+                some.append((piece, at))
+                numbers += more
         return [*groups, self._group(some, row, queries, block_tokens)]
 
     def _group(self, tiles: list[tuple[Piece, int]], row: int, queries: int, block_tokens: int) -> _Group:
@@ -144,7 +149,7 @@ class Network:
         starts = np.array([at for _, at in tiles])
         counts = np.array([min(queries, p.start + len(p.tokens) - at) for p, at in tiles])
         offsets_TQ = np.minimum(np.arange(queries)[None], counts[:, None] - 1)
-        take_TQ: Ints = row + (np.cumsum(counts) - counts)[:, None] + offsets_TQ
+        take_TQ: Ints = (np.cumsum(counts) - counts)[:, None] + offsets_TQ
         give = np.flatnonzero(np.arange(queries)[None] < counts[:, None])
         plan = make_plan(
             [p.table for p, _ in tiles],
@@ -153,9 +158,8 @@ class Network:
             self.config.window_tokens,
             device,
         )
-        return _Group(
-            plan, queries, torch.from_numpy(take_TQ.ravel()).to(device), torch.from_numpy(give).to(device)
-        )
+        take, give_back = (torch.from_numpy(a).to(device) for a in (take_TQ.ravel(), give))
+        return _Group(plan, slice(row, row + int(counts.sum())), queries, take, give_back)
 
 
 def _span(piece: Piece) -> range:
@@ -164,12 +168,12 @@ def _span(piece: Piece) -> range:
 
 def _mix(q_NGES: Tensor, group: _Group, cache: PagedCache, layer: int) -> Tensor:
     """The attention's output of a group's rows, (rows, H * S)."""
+    q_NGES = q_NGES[group.rows]
     if group.queries == 1:
-        q_TQGES = q_NGES[group.take[0] :][: len(group.take)].unsqueeze(1)
-        return attend(q_TQGES, cache, layer, group.plan).flatten(1)
+        return attend(q_NGES.unsqueeze(1), cache, layer, group.plan).flatten(1)
     q_TQGES = q_NGES.index_select(0, group.take).unflatten(0, (-1, group.queries))
-    output = attend(q_TQGES, cache, layer, group.plan)
-    return output.flatten(0, 1).flatten(1).index_select(0, group.give)
+    output_TQGES = attend(q_TQGES, cache, layer, group.plan)
+    return output_TQGES.flatten(0, 1).flatten(1).index_select(0, group.give)
 
 
 class _PackedBlock:

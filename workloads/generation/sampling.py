@@ -78,7 +78,7 @@ def _penalised(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     for row, draw in enumerate(draws):
         penalty = draw.params.repetition_penalty
         if penalty != 1:
-            seen = torch.tensor(sorted(set(draw.seen)), device=logits_NV.device)
+            seen = torch.tensor(sorted(set(draw.seen)), dtype=torch.long, device=logits_NV.device)
             values = logits_NV[row, seen]
             penalised_NV[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
     return penalised_NV

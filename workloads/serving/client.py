@@ -65,6 +65,10 @@ class Rollouts:
         """A policy replica's name, precision, context and weights."""
         return self._ask("describe")  # type: ignore[no-any-return]
 
+    def store(self) -> Any:
+        """The actor that keeps the weight versions (`escala.rollouts.store.Store`)."""
+        return self._ask("weights_store")
+
     def publish(
         self, state: Mapping[str, Tensor], version: int, *, timeout_seconds: float = 120.0
     ) -> Published:
@@ -72,7 +76,7 @@ class Rollouts:
         served = self.describe()["weights"]
         try:
             return contract.publish(
-                self._ask("weights_store"),
+                self.store(),
                 pack(state),
                 version,
                 precision=served.precision,

@@ -14,9 +14,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own says another one
 
-from escala.errors import SpecError, StaleWeights, WeightsNotLoaded
-from escala.rollouts.weights import Receiver, Weights, WeightVersion, digest_of
+from escala.errors import SpecError, StaleWeights, StateError, WeightsNotLoaded
+from escala.rollouts.weights import Receiver, Weights, WeightVersion, actor_of, digest_of
 from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.metrics import Metrics
@@ -100,20 +101,19 @@ class Policy:
         return params
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in any form. Raises DataError where a chat meets a model without a template."""
-        if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], dict):
+        """Token ids of a prompt in any form. Raises DataError for a chat that the model's template refuses."""
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
             return list(self.tokenizer.prompt(prompt))
         return [int(token) for token in prompt]  # type: ignore[arg-type]
 
     async def describe(self) -> dict[str, Any]:
-        """The model's name, the engine's context, and the weights that this replica serves now."""
+        """The model's name, the engine's context, the weights that this replica serves, the requests that it runs."""
         return {
             "name": self.config.name or self.config.model.rstrip("/").rpartition("/")[2],
             "precision": self.config.precision,
             "max_context_tokens": self.stepper.engine.max_context_tokens,
             "weights": self.receiver.current,
+            "started": self.stepper.stats.started,
             "pid": os.getpid(),
         }
 
@@ -175,6 +175,13 @@ class Policy:
 
 
 def _own_name() -> str:
-    """NAMESPACE/NAME of this replica's actor."""
-    context = ray.get_runtime_context()
-    return f"{context.namespace}/{context.get_actor_name()}"
+    """NAMESPACE/NAME of this replica's actor, by which `publish` finds out that it lives.
+
+    Raises StateError where it is not found by it: it would be taken for dead, and its weights for nobody's concern.
+    """
+    name = f"{SERVE_NAMESPACE}/{ray.get_runtime_context().get_actor_name()}"
+    if actor_of(name) is None:
+        raise StateError(
+            f"This replica is not found as {name}.", "Ray Serve names its actors in another way now."
+        )
+    return name

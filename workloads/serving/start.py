@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from escala.manifests import MANIFEST, read_checkpoint, verify
 from workloads.config.serve import ServeConfig
+from workloads.export import find_tokenizer, restore
 from workloads.serving.weights import PRECISIONS
 
 if TYPE_CHECKING:
@@ -15,11 +17,19 @@ if TYPE_CHECKING:
 
 
 def load_policy_model(source: str) -> tuple[Transformer, ChatTokenizer]:
-    """A directory in Hugging Face's layout, its model on the CPU. Raises CheckpointError or DataError."""
+    """Model (on the CPU, fp32) and tokenizer of a directory in Hugging Face's layout, or of a checkpoint that lies in
+    its job's directory. Raises CheckpointError, DataError or NotFoundError.
+    """
     from workloads.data.chat import load_chat_tokenizer
     from workloads.model.huggingface import load_pretrained
 
-    return load_pretrained(source), load_chat_tokenizer(Path(source))
+    path = Path(source)
+    if (path / MANIFEST).is_file():
+        checkpoint = read_checkpoint(path)
+        verify(checkpoint)
+        store = path.parents[3] / "data"  # HOME/jobs/ID/checkpoints/NAME
+        return restore(checkpoint), find_tokenizer(store, checkpoint.manifest["fingerprints"]["tokenizer"])
+    return load_pretrained(path), load_chat_tokenizer(path)
 
 
 def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:
@@ -32,7 +42,7 @@ def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConf
     limits = config.engine
     return Engine(
         model.to(device, PRECISIONS[config.precision]),
-        tokenizer.text,
+        tokenizer,
         max_running=limits.max_running,
         cache_tokens=limits.cache_tokens,
         block_tokens=limits.block_tokens,

@@ -117,9 +117,14 @@ def up(
     return _wait(settings, name, wait_seconds, report)
 
 
-def status(name: str = APPLICATION) -> RolloutsStatus:
-    """The service as it is. Raises ClusterError where the cluster does not answer."""
+def status(name: str = APPLICATION, weights: bool = True) -> RolloutsStatus:
+    """The service as it is; with `weights` its replicas are asked for theirs, which takes as long as they are busy.
+
+    Raises ClusterError where the cluster does not answer.
+    """
     found = _status(_details(Settings()), name)
+    if not weights or found.address is None:  # without HTTP nobody can be asked
+        return found
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
     return replace(found, weights=_weights(found, RolloutsSettings())) if awake else found
 
@@ -156,7 +161,7 @@ def scale(
     http = {key: details["http_options"][key] for key in ("host", "port")}
     payload = {"proxy_location": "EveryNode", "http_options": http, "applications": list(configs.values())}
     _call(settings, "PUT", payload)
-    return _status(_details(settings), name)
+    return _wait(settings, name, START_SECONDS, lambda line: None, scaling)
 
 
 def down(
@@ -249,8 +254,10 @@ def check_bounds(least: int, most: int, requests: float) -> None:
         )
 
 
-def _wait(settings: Settings, name: str, seconds: float, report: Report) -> RolloutsStatus:
-    """Until the service runs or has failed."""
+def _wait(
+    settings: Settings, name: str, seconds: float, report: Report, scaling: dict[str, Any] | None = None
+) -> RolloutsStatus:
+    """Until the service runs (None), or has the bounds of `scaling`, or has failed."""
     deadline, last = time.monotonic() + seconds, ""
     while True:
         found = _status(_details(settings), name)
@@ -258,7 +265,7 @@ def _wait(settings: Settings, name: str, seconds: float, report: Report) -> Roll
         if line != last:
             report(f"{name}: {line}")
             last = line
-        if found.status == "RUNNING":
+        if found.status == "RUNNING" if scaling is None else _has_bounds(found, scaling):
             return found
         if found.status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
             said = [found.message, *(d.message for d in found.deployments if d.message)]
@@ -267,6 +274,11 @@ def _wait(settings: Settings, name: str, seconds: float, report: Report) -> Roll
                 "correct the configuration and repeat, or `escala rollouts down`",
             )
         time.sleep(POLL_SECONDS)
+
+
+def _has_bounds(found: RolloutsStatus, scaling: dict[str, Any]) -> bool:
+    wanted = tuple(scaling[key] for key in ("min_replicas", "max_replicas", "target_ongoing_requests"))
+    return any((d.min_replicas, d.max_replicas, d.requests_per_replica) == wanted for d in found.deployments)
 
 
 def _status(details: dict[str, Any], name: str) -> RolloutsStatus:

@@ -1,0 +1,168 @@
+"""Blocks and the scheduler: nothing leaks, nothing is owned twice unless shared, whatever the order of events."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workloads.generation.blocks import BlockPool, prompt_keys
+from workloads.generation.protocol import Request, SamplingParams
+from workloads.generation.scheduler import Scheduler, Sequence
+
+BLOCK = 4
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 6) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens))
+
+
+def check(scheduler: Scheduler) -> None:
+    """The pool's counts are those of the tables."""
+    counts = Counter(block for s in (*scheduler.running, *scheduler.waiting) for block in s.table)
+    pool = scheduler.pool
+    assert [pool.owners(b) for b in range(pool.total)] == [counts[b] for b in range(pool.total)]
+    assert pool.free == pool.total - len(counts)
+
+
+def finish_tokens(scheduler: Scheduler, admit: bool = True) -> list[Sequence]:
+    """One step with a network that always says 7; returns the sequences that ended, already removed."""
+    ended = []
+    tiles, rows = scheduler.plan(admit)
+    for work in (*tiles, *rows):
+        sequence = work.sequence
+        assert len(sequence.table) * scheduler.block_tokens >= work.end == sequence.computed > work.start
+        if work.end == len(sequence.tokens):
+            sequence.tokens.append(7)
+            if sequence.generated == sequence.request.params.max_tokens:
+                scheduler.remove(sequence)
+                ended.append(sequence)
+    return ended
+
+
+def test_keys_name_everything_before_them() -> None:
+    a, b = prompt_keys(range(12), BLOCK), prompt_keys([9, *range(1, 12)], BLOCK)
+    assert len(a) == 3
+    assert not set(a) & set(b)  # the second and third blocks hold the same tokens after another beginning
+    assert prompt_keys(range(11), BLOCK) == a[:2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 11)), max_size=120))
+def test_pool_counts_owners_and_finds_what_it_has(steps: list[tuple[int, int]]) -> None:
+    pool, held = BlockPool(5), []
+    contents: dict[int, bytes] = {}
+    for action, number in steps:
+        key = bytes([number])
+        if action == 0:
+            block = pool.take()
+            assert (block is None) == (len(set(held)) == pool.total)
+            if block is not None:
+                assert block not in held
+                held.append(block)
+                contents[block] = b""
+                if not pool.known([key]):
+                    pool.publish(block, key)
+                    contents[block] = key
+        elif action == 1:
+            for block in pool.known([key]):
+                assert contents[block] == key
+                held.append(pool.share(block))
+        elif held:
+            pool.release(held.pop(number % len(held)))
+        assert pool.free == pool.total - len(set(held))
+        assert [pool.owners(b) for b in range(pool.total)] == [held.count(b) for b in range(pool.total)]
+    for block in held:
+        pool.release(block)
+    assert sorted(pool.take() for _ in range(pool.total)) == list(range(pool.total))
+    assert pool.take() is None
+    with pytest.raises(RuntimeError, match="owners"):
+        pool.clear()
+
+
+def test_low_numbers_first_and_proven_contents_last() -> None:
+    pool = BlockPool(3)
+    first = pool.take()
+    pool.publish(first, b"prompt")
+    pool.release(pool.share(first))  # shared once, then nobody's
+    pool.release(first)
+    assert [pool.take(), pool.take(), pool.take()] == [1, 2, 0]
+    assert pool.known([b"prompt"]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 14), st.integers(1, 10), st.integers(0, 4)),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(6, 14),
+    st.integers(1, 5),
+    st.integers(1, 9),
+)
+def test_nothing_leaks_and_everyone_finishes(
+    events: list[tuple[int, int, int, int]], blocks: int, max_running: int, prefill: int
+) -> None:
+    scheduler, added, gone = Scheduler(blocks, BLOCK, max_running, prefill), [], set()
+    for action, length, tokens, group in events:
+        if action <= 1:
+            prompt = [group] * length  # four families of prompts: many share their first blocks
+            added.append(scheduler.add(request(str(len(added)), prompt, tokens), None))
+        elif action == 2:
+            gone |= set(map(id, finish_tokens(scheduler)))
+        elif added and id(added[length % len(added)]) not in gone:
+            scheduler.remove(added[length % len(added)])
+            gone.add(id(added[length % len(added)]))
+        check(scheduler)
+    for _ in range(3000):
+        if not (scheduler.running or scheduler.waiting):
+            break
+        gone |= set(map(id, finish_tokens(scheduler)))
+        check(scheduler)
+    assert len(gone) == len(added)
+    assert scheduler.pool.free == blocks
+
+
+def test_the_last_admitted_is_preempted_and_comes_back_first() -> None:
+    scheduler = Scheduler(4, BLOCK, 3, 64)
+    first, second = (scheduler.add(request(n, list(range(ord(n), ord(n) + 4)), 8), None) for n in "ad")
+    third = scheduler.add(request("z", [1], 1), None)
+    finish_tokens(scheduler)
+    assert scheduler.running == [first, second]
+    for _ in range(5):
+        finish_tokens(scheduler)
+    assert scheduler.preemptions == 1
+    assert scheduler.running == [first]
+    assert list(scheduler.waiting) == [second, third]
+    assert (second.computed, second.table, second.generated) == (0, [], 5)
+    ended = [s for _ in range(40) for s in finish_tokens(scheduler)]
+    assert ended == [first, second, third]
+    assert second.tokens[4:] == [7] * 8
+
+
+def test_draining_starts_nobody_new_but_lets_the_preempted_finish() -> None:
+    scheduler = Scheduler(4, BLOCK, 3, 64)
+    first, second = (scheduler.add(request(n, list(range(ord(n), ord(n) + 4)), 8), None) for n in "ad")
+    while not scheduler.preemptions:
+        finish_tokens(scheduler)
+    third = scheduler.add(request("z", [1], 1), None)
+    ended = [s for _ in range(40) for s in finish_tokens(scheduler, admit=False)]
+    assert ended == [first, second]
+    assert list(scheduler.waiting) == [third]
+
+
+def test_prompts_are_read_in_whole_blocks_and_shared_within_a_step() -> None:
+    scheduler = Scheduler(20, BLOCK, 4, 10)
+    long = scheduler.add(request("long", list(range(11))), None)
+    twin = scheduler.add(request("twin", list(range(11))), None)
+    tiles, rows = scheduler.plan(True)
+    assert [(w.sequence, w.start, w.end) for w in tiles] == [(long, 0, 8)]
+    assert rows == []
+    tiles, _ = scheduler.plan(True)
+    assert [(w.sequence, w.start, w.end) for w in tiles] == [(long, 8, 11), (twin, 8, 11)]
+    assert twin.table[:2] == long.table[:2]
+    assert twin.table[2] != long.table[2]
+    assert scheduler.cached_tokens == 8

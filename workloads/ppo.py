@@ -30,7 +30,14 @@ from escala.tracking.lineage import fingerprint
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.critic import build_critic
 from workloads.alignment.kl import ProportionalKL, ThresholdKL, kl
-from workloads.alignment.learner import Learner, Updates, critic_training, estimate, policy_weights
+from workloads.alignment.learner import (
+    Learner,
+    Updates,
+    critic_training,
+    estimate,
+    exchange,
+    policy_weights,
+)
 from workloads.alignment.microbatches import Rows
 from workloads.alignment.rewards import RunningMoments, length_penalty, missing_eos_penalty
 from workloads.alignment.rollouts import (
@@ -187,7 +194,7 @@ class Ppo(Trainer):
         with self._phase("assessment"):
             mine, entropies = self._assess(responses, scores_B)
             self._report_rollouts(mine, responses, scores_B, entropies)
-            everyone = self._exchange(mine)
+            everyone = exchange(mine, config.batch.prompts, config.batch.responses_per_prompt)
         rate = learning_rate(iteration, config)
         zero.set_learning_rate(self.engine, rate)
         if self.critic is not None and config.critic is not None:
@@ -293,20 +300,6 @@ class Ppo(Trainer):
                 f"reference, above kl.limit_nats_per_token {limit:g}",
                 "raise kl.coefficient, lower the learning rate, or raise the limit; a checkpoint from before is kept",
             )
-
-    def _exchange(self, mine: Rows) -> Rows:
-        """All ranks' rows, in the order of their prompts: the same at every number of ranks."""
-        parts: list[Rows | None] = [None] * self.ranks
-        torch.distributed.all_gather_object(parts, mine)
-        slots, each = self.config.batch.prompts, self.config.batch.responses_per_prompt
-        keys = [
-            (slot, number)
-            for rank in range(self.ranks)
-            for slot in range(rank, slots, self.ranks)
-            for number in range(each)
-        ]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        return Rows.join([part for part in parts if part is not None], order)
 
     def _advance(self, rows: Rows, updates: Updates, frozen: bool) -> None:
         """Count what the iteration took."""

@@ -244,7 +244,9 @@ def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(ro
     version = newest(rollouts)
     api.rollouts_scale(min_replicas=0)
     wait_for(lambda: not policy().replicas, 60, "no replica", every=0.3)
-    assert rollouts.generate([[1, 2]], SHORT)[0].weights.version == version  # held at the ingress; pulled at start-up
+    assert (
+        rollouts.generate([[1, 2]], SHORT)[0].weights.version == version
+    )  # held at the ingress; pulled at start-up
 
 
 class Follower:

@@ -267,6 +267,24 @@ def estimate(
     return found | {"advantages": advantages_BT}
 
 
+def exchange(mine: Rows, prompts: int, responses_per_prompt: int) -> Rows:
+    """All ranks' rows, in the order of their prompts: the same at every number of ranks. A collective call.
+
+    Args:
+        mine: the responses to the prompts rank, rank + ranks, ... of an iteration's.
+    """
+    ranks = torch.distributed.get_world_size()
+    parts: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(parts, mine)
+    keys = [
+        (slot, number)
+        for rank in range(ranks)
+        for slot in range(rank, prompts, ranks)
+        for number in range(responses_per_prompt)
+    ]
+    return Rows.join(parts, sorted(range(len(keys)), key=keys.__getitem__))
+
+
 @torch.no_grad()
 def policy_weights(engine: Any) -> dict[str, Tensor]:
     """The weights that the actor computes with, deltas merged, whole on the CPU of rank 0, under the names of a plain

@@ -108,7 +108,11 @@ class Learner:
         for epoch in range(config.batch.epochs):
             parts = minibatches(len(rows), config.batch.minibatches, config.training.seed, iteration, epoch)
             for part in parts:
-                self._minibatch(rows, part, kl_coef, freeze_actor, updates)
+                try:
+                    self._minibatch(rows, part, kl_coef, freeze_actor, updates)
+                except Diverged as error:
+                    where = f"iteration {iteration + 1}, epoch {epoch + 1}"
+                    raise Diverged(f"training diverged in {where}: {error.message}", error.hint) from None
                 multiple, target = config.kl.early_stop_multiple, config.kl.target_nats
                 if multiple and target and updates.update_kl_nats > multiple * target:
                     updates.stopped_early = True

@@ -19,7 +19,7 @@ from workloads.alignment.rollouts import served_rewards
 from workloads.config import PpoConfig
 from workloads.config.serve import EngineConfig, ScalingConfig, ServeConfig
 from workloads.model.huggingface import save_pretrained
-from workloads.model.start import find_checkpoint, new_model
+from workloads.model.start import new_model
 from workloads.serve import application
 from workloads.training.finetune import open_tokenizer
 
@@ -83,12 +83,11 @@ def serve_config(config: PpoConfig, model: Path) -> ServeConfig:
 
 
 def policy_directory(config: PpoConfig, target: Path) -> Path:
-    """A directory in Hugging Face's layout with the start's model and the run's tokenizer: the start itself where it
-    is one, else `target`, written.
+    """Where the service finds the run's first model and its tokenizer: the start itself; or, for a model drawn anew or
+    another tokenizer, `target`, written in Hugging Face's layout.
     """
-    start = None if config.start is None or config.start.path is None else Path(config.start.path)
-    if start is not None and start.is_dir() and find_checkpoint(start) is None and config.tokenizer is None:
-        return start
+    if config.start is not None and config.start.path is not None and config.tokenizer is None:
+        return Path(config.start.path)
     torch.manual_seed(config.training.seed)
     tokenizer = open_tokenizer(config)
     save_pretrained(new_model(config), target, tokenizer.end_of_text)

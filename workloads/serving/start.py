@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escala.manifests import MANIFEST, read_checkpoint, verify
 from workloads.config.serve import ServeConfig
-from workloads.export import find_tokenizer, restore
 from workloads.serving.weights import PRECISIONS
 
 if TYPE_CHECKING:
@@ -17,19 +15,13 @@ if TYPE_CHECKING:
 
 
 def load_policy_model(source: str) -> tuple[Transformer, ChatTokenizer]:
-    """Model (on the CPU, fp32) and tokenizer of a directory in Hugging Face's layout, or of a checkpoint that lies in
-    its job's directory. Raises CheckpointError, DataError or NotFoundError.
+    """Model (on the CPU, fp32) and tokenizer of what a run may start from: a directory in Hugging Face's layout, a
+    .gguf file, a checkpoint, or a job's checkpoints. Raises CheckpointError, DataError or NotFoundError.
     """
-    from workloads.data.chat import load_chat_tokenizer
-    from workloads.model.huggingface import load_pretrained
+    from workloads.model.start import load_model, load_tokenizer
 
     path = Path(source)
-    if (path / MANIFEST).is_file():
-        checkpoint = read_checkpoint(path)
-        verify(checkpoint)
-        store = path.parents[3] / "data"  # HOME/jobs/ID/checkpoints/NAME
-        return restore(checkpoint), find_tokenizer(store, checkpoint.manifest["fingerprints"]["tokenizer"])
-    return load_pretrained(path), load_chat_tokenizer(path)
+    return load_model(path), load_tokenizer(path)
 
 
 def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:

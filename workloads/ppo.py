@@ -112,13 +112,14 @@ def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
     return rollout_service(inputs.spec, inputs.config)
 
 
-def make_trainer(inputs: WorkerInputs) -> Ppo:
+def make_trainer(inputs: WorkerInputs, on_evaluation: Callable[[int, Evaluation], None] | None = None) -> Ppo:
     """One worker's part (training.run.Entry)."""
     from workloads.alignment.service import application_name
     from workloads.serving.client import Rollouts
 
     seconds = inputs.config.rollouts.timeout_seconds
-    return Ppo(inputs, Rollouts(application_name(inputs.spec), timeout_seconds=seconds))
+    service = Rollouts(application_name(inputs.spec), timeout_seconds=seconds)
+    return Ppo(inputs, service, on_evaluation)
 
 
 class Ppo(Trainer):
@@ -128,7 +129,12 @@ class Ppo(Trainer):
 
     config: PpoConfig
 
-    def __init__(self, inputs: WorkerInputs, service: Service) -> None:
+    def __init__(
+        self,
+        inputs: WorkerInputs,
+        service: Service,
+        on_evaluation: Callable[[int, Evaluation], None] | None = None,
+    ) -> None:
         self.service = service
         self.scores, self.kl_coef = RunningMoments(), inputs.config.kl.coefficient
         self.measures: dict[str, float] = {}  # of the last iteration
@@ -137,7 +143,7 @@ class Ppo(Trainer):
         self.saved_step = 0
         self.in_flight: Future[list[Response]] | None = None
         self.background = ThreadPoolExecutor(1, "rollouts")
-        super().__init__(inputs, lambda given: None)
+        super().__init__(inputs, lambda given: None, on_evaluation)
 
     def _build(self) -> None:
         """Actor, critic and reference, the same on every rank; optimisers with empty moments, since the actor's may be

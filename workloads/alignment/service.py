@@ -5,6 +5,7 @@ The application is the one that `escala rollouts up` builds, under the job's own
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ SHUTDOWN_SECONDS = 20.0  # responses that nobody waits for any more
 
 
 def application_name(spec: AttemptSpec) -> str:
-    """The Serve application of a job."""
-    return f"ppo-{spec.job_id}"
+    """The Serve application of a job, or of a sweep's trial: the same for all its attempts."""
+    return f"ppo-{spec.tags.get('escala.trial', spec.job_id)}"
 
 
 @contextmanager
@@ -38,23 +39,33 @@ def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
     One that an attempt left behind is replaced. Raises ClusterError where it does not come up.
     """
     name, written = application_name(spec), Path(spec.directory) / "policy"
-    serve.start(proxy_location="Disabled")  # nothing where Serve runs already
-    remove(name)
     try:
         arguments = serve_config(config, policy_directory(config, written)).model_dump(mode="json")
-        try:
-            serve.run(application(arguments), name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise ClusterError(
-                f"the job's rollout service does not come up: {error}", "its replicas' logs say more"
-            ) from error
+        with _alone(spec):
+            serve.start(proxy_location="Disabled")  # nothing where Serve runs already
+            remove(name)
+            try:
+                serve.run(application(arguments), name=name, route_prefix=None)
+            except RuntimeError as error:
+                raise ClusterError(
+                    f"the job's rollout service does not come up: {error}", "its replicas' logs say more"
+                ) from error
         print(f"rollout service {name}: {config.rollouts.replicas} policy replicas", flush=True)
         yield
     finally:
-        remove(name)
-        if not serve.status().applications:
-            serve.shutdown()  # so that the next one may start it with HTTP
+        with _alone(spec):
+            remove(name)
+            if not serve.status().applications:
+                serve.shutdown()  # so that the next one may start it with HTTP
         shutil.rmtree(written, ignore_errors=True)
+
+
+@contextmanager
+def _alone(spec: AttemptSpec) -> Iterator[None]:
+    """While no other job of this home starts or ends Serve: one would end what another has just found running."""
+    with (Path(spec.data) / "serve.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def remove(name: str) -> None:

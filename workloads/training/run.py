@@ -51,8 +51,8 @@ class Prepared:
 class Entry(Protocol):
     """The module of a workload that trains.
 
-    One whose steps are no task's has `make_trainer(inputs)` instead of `make_task`; one that needs something to run
-    while its workers do has `beside(inputs)`, a context manager.
+    One whose steps are no task's has `make_trainer(inputs, on_evaluation)` instead of `make_task`; one that needs
+    something to run while its workers do has `beside(inputs)`, a context manager.
     """
 
     def prepare(self, spec: AttemptSpec, config: Any) -> Prepared:

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ray
 import torch
 from ray import serve
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from escala.errors import ClusterError
 from escala.records import AttemptSpec
@@ -42,7 +45,7 @@ def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
     try:
         arguments = serve_config(config, policy_directory(config, written)).model_dump(mode="json")
         with _alone(spec):
-            serve.start(proxy_location="Disabled")  # nothing where Serve runs already
+            _start_serve()
             remove(name)
             try:
                 serve.run(application(arguments), name=name, route_prefix=None)
@@ -58,6 +61,18 @@ def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
             if not serve.status().applications:
                 serve.shutdown()  # so that the next one may start it with HTTP
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _start_serve() -> None:
+    """Start Serve, without HTTP, where it does not run yet. A sweep's trial lives in a placement group, which has no
+    room for Serve's controller: there a task outside of it starts it.
+    """
+    if get_current_placement_group() is None:
+        serve.start(proxy_location="Disabled")
+        return
+    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
+    task = ray.remote(num_cpus=0)(lambda: serve.start(proxy_location="Disabled"))
+    ray.get(task.options(scheduling_strategy=anywhere).remote())
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def main() -> int:
         print(f"{side}: {', '.join(f'{x:.2f}' for x in found)} CPU seconds an iteration", flush=True)
     ratio = best["trl"] / best["escala"]
     print(
-        f"5M {options.precision}: TRL {best['trl']:.2f} s, escala {best['escala']:.2f} s, ratio {ratio:.2f} (floor {FLOOR})"
+        f"5M {options.precision}: TRL {best['trl']:.2f} s, escala {best['escala']:.2f} s, "
+        f"ratio {ratio:.2f} (floor {FLOOR})"
     )
     return 0 if ratio >= FLOOR else 1
 

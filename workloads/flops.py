@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workloads.config import DpoConfig, FineTuneConfig, LoraConfig, ModelConfig, TrainedConfig
+from workloads.config import DpoConfig, FineTuneConfig, LoraConfig, ModelConfig, PpoConfig, TrainedConfig
 
 TRAINING_PER_FORWARD = 3  # forward once; backward twice that (Kaplan et al. 2020, section 2.1)
 
@@ -108,8 +108,8 @@ def trained_parameters(config: TrainedConfig) -> int:
 
 
 def reference_parameters(config: TrainedConfig) -> int:
-    """Of the frozen model that DPO keeps beside the trained one; with LoRA that one without its deltas serves."""
-    separate = isinstance(config, DpoConfig) and config.lora is None
+    """Of the frozen model that DPO and PPO keep beside the trained one; with LoRA that without its deltas serves."""
+    separate = isinstance(config, DpoConfig | PpoConfig) and config.lora is None
     return parameter_counts(config.model).n_total if separate else 0
 
 
@@ -117,8 +117,34 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     """What a training step spends on a token of its batch, without recomputation.
 
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
-    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. DPO adds the reference's forward pass.
+    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. DPO adds the reference's forward pass; PPO
+    see `ppo_flops_per_token`.
     """
+    if isinstance(config, PpoConfig):
+        return ppo_flops_per_token(config, config.batch.epochs)
+    return _actor_flops(config) + (_forward(config.model, config) if isinstance(config, DpoConfig) else 0.0)
+
+
+def ppo_flops_per_token(config: PpoConfig, epochs: float, frozen_actor: bool = False) -> float:
+    """What an iteration spends on a token of its prompts and responses: forward passes for generation, the old
+    log-probabilities, the reference's and the values, then `epochs` of training. Reward models are not counted.
+
+    Args:
+        frozen_actor: only the critic learns.
+    """
+    passes, learning = 3 * _forward(config.model, config), 0.0 if frozen_actor else _actor_flops(config)
+    if config.critic_model is not None:
+        critic = flops_per_token(config.critic_model, config.context_tokens)
+        passes += (critic.total - critic.logits) / TRAINING_PER_FORWARD
+        learning += critic.total - critic.logits
+    return passes + epochs * learning
+
+
+def _forward(model: ModelConfig, config: TrainedConfig) -> float:
+    return flops_per_token(model, config.context_tokens).total / TRAINING_PER_FORWARD
+
+
+def _actor_flops(config: TrainedConfig) -> float:
     full = flops_per_token(config.model, config.context_tokens)
     lora = config.lora if isinstance(config, FineTuneConfig) else None
     total = full.total
@@ -126,7 +152,7 @@ def training_flops_per_token(config: TrainedConfig) -> float:
         total += (
             6.0 * lora_parameters(config.model, lora) - (full.matmul + full.logits) / TRAINING_PER_FORWARD
         )
-    return total + (full.total / TRAINING_PER_FORWARD if isinstance(config, DpoConfig) else 0.0)
+    return total
 
 
 def _computed_experts(config: ModelConfig) -> float | None:

@@ -1,4 +1,4 @@
-"""One trial of a sweep, inside the process that the sweep's driver started for it: a pretraining run like any other.
+"""One trial of a sweep, inside the process that the sweep's driver started for it: a run like any other.
 
 One worker trains here, without the start-up of a Ray Train group (seconds of CPU); more workers are started as
 `workloads.pretrain` starts them. The process may train one trial after another.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from escala.records import AttemptSpec, Outcome, read_record
 from workloads.training.driver import WorkerInputs, fit
-from workloads.training.run import Prepared, Run, entry, parse_config
+from workloads.training.run import Prepared, Run, beside, entry, parse_config
+
+if TYPE_CHECKING:
+    from workloads.training.task import Evaluation
 
 OnEvaluation = Callable[[int, float], None]  # step, held-out loss in nats per token
 
@@ -45,10 +49,11 @@ def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | Non
 def _train(this: Run, prepared: Prepared, on_evaluation: OnEvaluation | None) -> None:
     config = this.open()
     inputs = this.inputs(prepared, config)
-    if config.resources.workers > 1:
-        fit(inputs)
-    else:
-        _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
+    with beside(inputs):
+        if config.resources.workers > 1:
+            fit(inputs)
+        else:
+            _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
 
 
 def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
@@ -56,14 +61,20 @@ def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import torch.distributed
 
-    from workloads.training.loop import Trainer
+    from workloads.training.driver import make_trainer
 
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
-    tell = None if on_evaluation is None else lambda step, found: on_evaluation(step, found.loss_nats)
-    trainer = Trainer(inputs, entry(inputs.spec).make_task, tell)
+    tell = None if on_evaluation is None else lambda step, found: _tell(on_evaluation, step, found)
+    trainer = make_trainer(inputs, tell)
     try:
         trainer.run()
     finally:
         trainer.close()
+
+
+def _tell(on_evaluation: OnEvaluation, step: int, found: Evaluation) -> None:
+    """A trial without a held-out loss is judged by its end."""
+    if "held_out_loss_nats" in found.record:
+        on_evaluation(step, found.loss_nats)

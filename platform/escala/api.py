@@ -236,7 +236,7 @@ def _load(
     law: str | None,
     base: Mapping[str, Any] | None = None,
 ) -> spec.JobSpec:
-    written, options = _with_start(spec.written(files, overrides, base), dict(options or {}))
+    written, options = _with_starts(spec.written(files, overrides, base), dict(options or {}))
     if compute_flops is None:
         if law is not None:
             raise SpecError(
@@ -260,6 +260,15 @@ def _load(
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 
+def _with_starts(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's start, and the critic's where there is one. Raises as `_with_start`."""
+    written, options = _with_start(written, options)
+    if isinstance(written.get("critic"), dict):
+        critic, options = _with_start(written["critic"], options)
+        written = {**written, "critic": critic}
+    return written, options
+
+
 def _with_start(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The spec with `start.job` turned into where that job's checkpoints are, and what its model is.
 
@@ -275,7 +284,12 @@ def _with_start(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[
             f"job {found.id} ({found.workload}) trains no model", "name a job that has checkpoints"
         )
     place = {"job": found.id, "path": str(JobFiles(Settings().home, found.id).checkpoints)}
-    if found.state not in FINAL and options.setdefault("after", found.id) is None:
+    if found.state not in FINAL:
+        if options.get("after") not in (None, found.id, found.name):
+            raise SpecError(
+                f"the job waits for {options['after']} already, and {found.id} has not ended either",
+                f"submit it once {found.id} has ended",
+            )
         options["after"] = found.id
     return {**written, "start": {**start, **place}, "model": found.config["model"]}, options
 

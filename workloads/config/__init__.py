@@ -30,6 +30,7 @@ from workloads.config.finetune import (
 from workloads.config.judge import JudgeConfig
 from workloads.config.model import ModelConfig
 from workloads.config.moe import Annealing, BalanceConfig, MoEConfig
+from workloads.config.ppo import PpoConfig
 from workloads.config.pretrain import PretrainConfig
 from workloads.config.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
 
@@ -51,6 +52,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PpoConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
     "ResourcesConfig",
@@ -70,6 +72,7 @@ WORKLOADS: dict[str, tuple[str, type[Strict]]] = {
     "sft": ("workloads.sft", SftConfig),
     "reward": ("workloads.reward", RewardTrainingConfig),
     "dpo": ("workloads.dpo", DpoConfig),
+    "ppo": ("workloads.ppo", PpoConfig),
     "judge": ("workloads.judge", JudgeConfig),
 }
 """Name that a user types -> (module that the cluster runs, class that checks its configuration)."""

@@ -1,14 +1,16 @@
 """Checkpoints that do not know how many ranks or which ZeRO stage wrote them.
 
 One safetensors file a rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
-and a manifest. Safe loaders only: nothing here unpickles. What the control plane needs (names, hashes,
-retention) is in `escala.manifests`.
+and a manifest. Engines beside the first one have their own name before theirs (`critic/master/NAME`). Safe
+loaders only: nothing here unpickles. What the control plane needs (names, hashes, retention) is in
+`escala.manifests`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,25 @@ from escala.records import write_json
 from workloads.training import zero
 
 
-def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], keep: int) -> Checkpoint:
+def save(
+    engine: Any,
+    directory: Path,
+    step: int,
+    manifest: dict[str, Any],
+    keep: int,
+    beside: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Write checkpoint `step` into `directory` and free what retention does not keep. A collective call.
 
     `manifest` is the caller's part (config, tokens, data position, ...). Each rank writes a share of the
     tensors, and rank 0 renames the directory when all files are there. Raises CheckpointError, on all ranks,
     where one cannot write.
+
+    Args:
+        engine: whose weights are the run's model.
+        beside: other engines, by name.
     """
+    engines = _prefixed(engine, beside)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = checkpoint_name(step)
     partial = directory / (name + PARTIAL)
@@ -47,7 +61,7 @@ def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], keep
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    tensors = _gather_share(engine, ranks)
+    tensors = {f"{p}{name}": t for p, one in engines.items() for name, t in _gather_share(one, ranks).items()}
     entry, failure = _write_share(partial / f"rank-{rank:05d}-of-{ranks:05d}.safetensors", tensors)
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, (entry, failure))
@@ -62,6 +76,7 @@ def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], keep
             "format_version": FORMAT_VERSION,
             "step": step,
             "adam_step": zero.adam_step(engine),
+            "adam_steps_beside": {name: zero.adam_step(one) for name, one in (beside or {}).items()},
             "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
             "files": files,
         }
@@ -72,23 +87,36 @@ def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], keep
     return read_checkpoint(directory / name)
 
 
-def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Restore weights and optimiser from a verified checkpoint, at any number of ranks and any ZeRO stage.
+def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None = None) -> None:
+    """Restore weights and optimisers from a verified checkpoint, at any number of ranks and any ZeRO stage.
 
-    Raises CheckpointError where the tensors are not those of the engine's model.
+    Raises CheckpointError where the tensors are not those of the engines' models.
     """
-    stored = _index(checkpoint)
-    shapes = zero.parameter_shapes(engine)
+    stored, engines = _index(checkpoint), _prefixed(engine, beside)
+    shapes = {
+        f"{prefix}{key}/{name}": shape
+        for prefix, one in engines.items()
+        for name, shape in zero.parameter_shapes(one).items()
+        for key in zero.STATE_KEYS
+    }
     _check_shapes(checkpoint, stored, shapes)
-    zero.begin_restore(engine, int(checkpoint.manifest["adam_step"]))
-    parameters = dict(engine.module.named_parameters())
     files = {file for file, _ in stored.values()}
     readers = {file: safe_open(checkpoint.path / file, framework="pt") for file in files}
-    for name in shapes:
-        for key in zero.STATE_KEYS:
-            file, _ = stored[f"{key}/{name}"]
-            zero.set_state(engine, parameters[name], key, readers[file].get_tensor(f"{key}/{name}"))
-    zero.end_restore(engine)
+    for prefix, one in engines.items():
+        manifest = checkpoint.manifest
+        steps = manifest["adam_steps_beside"][prefix[:-1]] if prefix else manifest["adam_step"]
+        zero.begin_restore(one, int(steps))
+        parameters = dict(one.module.named_parameters())
+        for name in zero.parameter_shapes(one):
+            for key in zero.STATE_KEYS:
+                tensor = f"{prefix}{key}/{name}"
+                zero.set_state(one, parameters[name], key, readers[stored[tensor][0]].get_tensor(tensor))
+        zero.end_restore(one)
+
+
+def _prefixed(engine: Any, beside: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Engines by what their tensors' names begin with."""
+    return {"": engine, **{f"{name}/": one for name, one in (beside or {}).items()}}
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -176,15 +204,13 @@ def _check_shapes(
     stored: dict[str, tuple[str, tuple[int, ...]]],
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
-    wanted = {f"{key}/{name}" for name in shapes for key in zero.STATE_KEYS}
-    odd = sorted(wanted ^ stored.keys())
+    odd = sorted(shapes.keys() ^ stored.keys())
     if odd:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} and the model differ in their tensors: {odd[:4]}"
         )
     for tensor, (_, found) in stored.items():
-        name = tensor.split("/", 1)[1]
-        if found != shapes[name]:
+        if found != shapes[tensor]:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: {tensor} is {found}, the model has {shapes[name]}"
+                f"checkpoint {checkpoint.path}: {tensor} is {found}, the model has {shapes[tensor]}"
             )

@@ -42,15 +42,21 @@ class WorkerInputs:
 
 def train_worker(arguments: dict[str, Any]) -> None:
     """One rank of the run. Raises what Trainer raises."""
-    # Here, so that the driver and Ray's controller need no DeepSpeed.
-    from workloads.training.loop import Trainer
-
-    inputs = arguments["inputs"]
-    trainer = Trainer(inputs, import_module(inputs.spec.entry_point).make_task)
+    trainer = make_trainer(arguments["inputs"])
     try:
         trainer.run()
     finally:
         trainer.close()
+
+
+def make_trainer(inputs: WorkerInputs, on_evaluation: Callable[[int, Any], None] | None = None) -> Any:
+    """The workload's own trainer, or a Trainer of its task (training.run.Entry); in its process group."""
+    # Here, so that the driver and Ray's controller need no DeepSpeed.
+    from workloads.training.loop import Trainer
+
+    module = import_module(inputs.spec.entry_point)
+    own = getattr(module, "make_trainer", None)
+    return Trainer(inputs, module.make_task, on_evaluation) if own is None else own(inputs, on_evaluation)
 
 
 # Huge pages make fresh memory cheaper: 3 % of a step. Blocks of 1 MB and more given back at once cost 9 % of a step and

@@ -89,6 +89,9 @@ class Trainer:
         model = self.task.build()
         self.routers = Routers(model, self.config.total_steps)
         self.engine = zero.make_engine(model, training, self.micro_batch, self.micro_steps)
+        self._count_parameters()
+
+    def _count_parameters(self) -> None:
         held = torch.zeros(self.ranks, dtype=torch.int64, device=self.device)
         held[self.rank] = zero.parameters_held(self.engine)
         self.traffic = Traffic()
@@ -119,7 +122,7 @@ class Trainer:
             first = self._evaluate()
             self.count.initial = {**first.record, **first.measures}
         self._tell(
-            initial_held_out_loss_nats=self.count.initial["held_out_loss_nats"],
+            initial_held_out_loss_nats=self.count.initial.get("held_out_loss_nats"),
             parameters_held=self.parameters_held,
             matmul_precision=torch.get_float32_matmul_precision(),
             peak_flops_per_second=self.peak_flops,
@@ -133,7 +136,7 @@ class Trainer:
         if self.inputs.checkpoint is None:
             return
         found = read_checkpoint(Path(self.inputs.checkpoint))
-        checkpoint.load(self.engine, found)
+        checkpoint.load(self.engine, found, self.engines_beside())
         saved = found.manifest["counters"]
         self.count = Counters(
             step=found.step,
@@ -145,6 +148,14 @@ class Trainer:
         if self.rank == 0:
             print(f"resumed from {found.path} (step {found.step})", flush=True)
             self._tell(checkpoint=str(found.path))
+
+    def engines_beside(self) -> dict[str, Any]:
+        """Other engines than the model's, by name, for the checkpoint."""
+        return {}
+
+    def own_state(self) -> dict[str, Any]:
+        """What else the manifest keeps of a run."""
+        return {}
 
     def _train(self) -> str | None:
         """Steps until the end (None) or a reason to stop, which is checkpointed first."""
@@ -294,9 +305,10 @@ class Trainer:
                 "initial": count.initial,
                 "last_loss": count.last_loss,
             },
+            **self.own_state(),
         }
-        keep = self.config.training.keep_checkpoints
-        saved = checkpoint.save(self.engine, Path(self.spec.checkpoints), count.step, manifest, keep)
+        keep, directory = self.config.training.keep_checkpoints, Path(self.spec.checkpoints)
+        saved = checkpoint.save(self.engine, directory, count.step, manifest, keep, self.engines_beside())
         self._tell(checkpoint=str(saved.path))
         return saved
 

@@ -4,6 +4,7 @@ driver.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from escala.tracking.tracker import Metric, open_tracker
 
 PROGRESS_SECONDS = 0.5
 FLUSH_SECONDS = 2.0
+TABLES = "mlflow.loggedArtifacts"  # the tag that lists a run's tables
 
 
 class Reporter:
@@ -46,6 +48,11 @@ class Reporter:
     def text(self, path: str, content: str) -> None:
         """Store an artifact of the run."""
         self._tracker.text(self._run_id, path, content)
+
+    def table(self, path: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Store an artifact that MLflow's page of the run shows as a table (`MlflowClient.log_table`'s format)."""
+        self.text(path, json.dumps({"columns": columns, "data": rows}, ensure_ascii=False))
+        self._tracker.tags(self._run_id, {TABLES: json.dumps([{"path": path, "type": "table"}])})
 
     def progress(self, progress: Progress, force: bool = False) -> None:
         """Write progress.json, at most twice a second unless `force`."""

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -48,7 +49,11 @@ class Prepared:
 
 
 class Entry(Protocol):
-    """The module of a workload that trains."""
+    """The module of a workload that trains.
+
+    One whose steps are no task's has `make_trainer(inputs, on_evaluation)` instead of `make_task`; one that needs
+    something to run while its workers do has `beside(inputs)`, a context manager.
+    """
 
     def prepare(self, spec: AttemptSpec, config: Any) -> Prepared:
         """In the driver: data made ready. Raises DataError."""
@@ -98,7 +103,8 @@ class Run:
         ray.init(address="auto", log_to_driver=True, namespace="escala")
         stop_on_sigterm(self.files)
         self.nodes = NodeWatch()
-        fit(inputs)
+        with beside(inputs):
+            fit(inputs)
 
     def open(self) -> TrainedConfig:
         """Check versions, fence and configuration, and open the tracker's run."""
@@ -225,6 +231,12 @@ def entry(spec: AttemptSpec) -> Entry:
     """The workload's module."""
     module: Any = import_module(spec.entry_point)
     return module  # type: ignore[no-any-return]
+
+
+def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
+    """What the workload wants to run while its workers do."""
+    own: Any = getattr(entry(inputs.spec), "beside", None)
+    return nullcontext() if own is None else own(inputs)
 
 
 def parse_config(spec: AttemptSpec) -> TrainedConfig:

@@ -64,13 +64,17 @@ def points(found: SweepPoints, job: str, json: bool) -> None:
         return
     raw(f"points    {len(found.points)}")
     if len(found.points):
-        compute, loss = found.points["compute_flops"], found.points["loss_nats"]
+        compute = found.points["compute_flops"]
         raw(
             f"compute   {compute.min():.3g} to {compute.max():.3g} FLOPs ({compute.max() / compute.min():.0f}x)"
         )
-        raw(f"loss      {loss.max():.4f} to {loss.min():.4f} nats per token")
+        name, unit = ("reward", "") if "reward" in found.points else ("loss_nats", " nats per token")
+        values = found.points[name]
+        worst, best = (values.min(), values.max()) if name == "reward" else (values.max(), values.min())
+        raw(f"{name.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
     if found.noise is not None:
         raw(f"noise     {found.noise:.2%} of the loss between seeds")
     for _, row in found.refused.iterrows():
         raw(f"refused   {row['name']}: {row['reason']}")
-    note(f"next: escala laws fit --sweep {job} --name NAME")
+    if "reward" not in found.points:
+        note(f"next: escala laws fit --sweep {job} --name NAME")

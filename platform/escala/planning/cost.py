@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from escala.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
-from workloads.config import ModelConfig, TrainedConfig
+from workloads.config import ModelConfig, PpoConfig, TrainedConfig
 from workloads.flops import (
     flops_per_token,
     mixture_layers,
@@ -295,6 +295,11 @@ def _notes(config: TrainedConfig, cluster: Cluster) -> tuple[str, ...]:
     if precision not in device.peak_flops_per_second:
         notes.append(
             f"{precision} is not in the device's figures; taken as {next(iter(device.peak_flops_per_second))}"
+        )
+    if isinstance(config, PpoConfig):
+        notes.append(
+            "PPO: responses are taken as of full length; memory is the actor's and its reference's alone, without "
+            "critic and rollout service; waiting for the service is not in the time"
         )
     if config.resources.workers > cluster.devices:
         notes.append(f"{config.resources.workers} workers; the cluster has {cluster.devices} devices")

@@ -68,6 +68,16 @@ def needed(trial: Trial) -> dict[str, float]:
     return {"CPU": cpus, "GPU": float(workers * resources["gpus_per_worker"])}
 
 
+def served(trial: Trial) -> dict[str, float]:
+    """CPUs and GPUs of what runs beside a trial's workers: the rollout service of PPO."""
+    service = trial.config.get("rollouts")
+    if service is None:
+        return {"CPU": 0.0, "GPU": 0.0}
+    rewards = any(section["kind"] != "function" for section in trial.config["rewards"])
+    replicas = service["replicas"] + rewards
+    return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}
+
+
 def fitting(
     trials: Sequence[Trial], have: Mapping[str, float], asked: int | None, cores: int | None = None
 ) -> int:
@@ -80,7 +90,7 @@ def fitting(
 
     Raises SpecError, with the numbers, where one trial alone does not fit.
     """
-    most = {kind: max(needed(t)[kind] for t in trials) for kind in ("CPU", "GPU")}
+    most = {kind: max(needed(t)[kind] + served(t)[kind] for t in trials) for kind in ("CPU", "GPU")}
     waiting = TUNE_CPUS if any(t.workers > 1 for t in trials) else 0.0
     most["CPU"] += waiting
     short = [f"{most[k]:g} {k}s, and there are {have.get(k, 0):g}" for k in most if most[k] > have.get(k, 0)]

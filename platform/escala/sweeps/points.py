@@ -31,10 +31,22 @@ RECORD = {  # column -> field of the RunRecord
 }
 
 
+def objective(record: Mapping[str, Any]) -> float | None:
+    """What a search minimises: a trial's held-out loss; of PPO its last responses' mean reward, negated. None where
+    it has none.
+    """
+    found: float | None = record.get("held_out_loss_nats")
+    if record.get("workload") == "ppo":
+        reward = (record.get("measures") or {}).get("reward")
+        found = None if reward is None else -reward
+    return found
+
+
 @dataclass(frozen=True)
 class SweepPoints:
     """`points` and `refused` (with `reason`), a row a trial: the columns of `fit_law`, the trial, and what was
-    varied. `noise`: pooled relative standard deviation of the loss between seeds; None without repeats.
+    varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`: pooled relative standard deviation of the loss
+    between seeds; None without repeats.
     `configuration`: dotted keys that have one value in all points.
     """
 
@@ -82,6 +94,12 @@ def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:
         "run_id": _run_id(attempts[-1].spool / "run_id") if attempts else None,
         "reason": _refusal(outcome, record, trial.train_tokens, bool(attempts)),
     }
+    measures = record.get("measures") or {}
+    row |= {
+        key: measures[key]
+        for key in ("reward", "kl_nats")
+        if record.get("workload") == "ppo" and key in measures
+    }
     return row | {key: value for key, value in trial.values.items() if key not in row and key != SEED}
 
 
@@ -102,8 +120,10 @@ def _refusal(
         return "unfinished: it has no outcome"
     if outcome.kind != "succeeded":
         return f"{outcome.kind}: {outcome.message}"
-    if record.get("held_out_loss_nats") is None:
+    if objective(record) is None:
         return "it has no held-out loss"
+    if record.get("workload") == "ppo":  # its tokens are as many as its responses had
+        return None
     if record.get("train_tokens") != train_tokens:
         return f"unfinished: {record.get('train_tokens')} of {train_tokens} tokens"
     return None
@@ -116,7 +136,7 @@ def _run_id(path: Path) -> str | None:
 def _noise(table: pd.DataFrame, planned: list[Planned]) -> float | None:
     import numpy as np
 
-    if table.empty:
+    if table.empty or table["loss_nats"].isna().any():
         return None
     values = {
         p.fingerprint: repr(sorted((k, v) for k, v in p.trial.values.items() if k != SEED)) for p in planned

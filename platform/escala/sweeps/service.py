@@ -125,10 +125,16 @@ def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
     """
     import pandas as pd
 
+    from escala.errors import LawError
     from escala.laws import service
     from escala.sweeps.points import in_common
 
     found = [sweep_points(name) for name in names]
+    for name, each in zip(names, found, strict=True):
+        if len(each.points) and each.points["loss_nats"].isna().any():
+            raise LawError(
+                f"the trials of {name} have no held-out loss", "a law is fitted to pretraining runs"
+            )
     points = pd.concat([part for each in found for part in (each.points, each.refused)])
     points = points.drop_duplicates("trial").reset_index(drop=True)
     shared = in_common([each.configuration for each in found])

@@ -83,7 +83,7 @@ class Space(Strict):
     """
 
     about: str = ""
-    workload: Literal["pretrain"] = "pretrain"
+    workload: Literal["pretrain", "ppo"] = "pretrain"
     aim: Literal["law", "search"] = "law"
     design: Design = "grid"
     vary: dict[str, list[Value] | Range] = Field(default_factory=dict)
@@ -119,6 +119,7 @@ class Space(Strict):
                 f"{what} is for aim: search; a law's points are chosen beforehand and run to their end"
             )
         self._check_design()
+        self._check_workload()
         return self
 
     def _check_design(self) -> None:
@@ -135,6 +136,17 @@ class Space(Strict):
                 raise ValueError(f"an isoflop design varies compute_flops and one of {', '.join(SPLITS)}")
         if self.design == "optuna" and (self.cells != [{}] or self.repeats or self.within):
             raise ValueError("optuna chooses its own points: no cells, within or repeats")
+
+    def _check_workload(self) -> None:
+        if self.workload == "pretrain":
+            return
+        recipes = sorted(self.axes() & set(AXES))
+        if recipes:
+            raise ValueError(f"{', '.join(recipes)} choose a model, and {self.workload} starts from one")
+        if self.aim != "search":
+            raise ValueError(f"a {self.workload} run has no held-out loss, so no law: set aim: search")
+        if self.early_stopping:
+            raise ValueError(f"a {self.workload} trial is judged by its end alone: leave early_stopping out")
 
     def axes(self) -> set[str]:
         """Everything that varies."""

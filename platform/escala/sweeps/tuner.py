@@ -34,7 +34,7 @@ from escala.records import (
 )
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
-from escala.sweeps.points import read_points
+from escala.sweeps.points import objective, read_points
 from escala.sweeps.space import Range, Space
 from escala.sweeps.trials import Planned
 from escala.tracking.lineage import code_fingerprint, fingerprint
@@ -51,7 +51,15 @@ TUNE_ENVIRONMENT = {
 Data = Mapping[
     str, Any
 ]  # key of a data configuration -> what workloads.trial.prepare gave, with its fingerprints
-READ = ("data", "start", "tokenizer")  # sections that decide what is prepared
+READ = (
+    "data",
+    "start",
+    "tokenizer",
+    "prompts",
+    "rewards",
+    "critic",
+    "sampling",
+)  # sections that decide what is prepared
 
 
 def main(arguments: list[str]) -> int:
@@ -267,7 +275,7 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
             outcome = workload.run(
                 trials.new_attempt(files, space.workload, space.aim, sweep, planned), prepared, report
             )
-    loss = (outcome.record or {}).get("held_out_loss_nats") if outcome.kind == "succeeded" else None
+    loss = objective(outcome.record or {}) if outcome.kind == "succeeded" else None
     tune.report({"loss_nats": float("inf") if loss is None else loss, "kind": outcome.kind})
 
 

@@ -1,0 +1,97 @@
+"""The ppo workload's configuration: what is derived, and what makes no sense together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from escala import api, spec
+from escala.errors import SpecError
+from workloads.config import PpoConfig
+from workloads.flops import ppo_flops_per_token, training_flops_per_token
+
+BASE: dict[str, Any] = {
+    "model": {"vocab_size": 300, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_context_tokens": 64},
+    "tokenizer": "tokenizer.json",
+    "prompts": "prompts.jsonl",
+    "rewards": [{"kind": "function", "function": "a:b"}],
+    "sampling": {"max_response_tokens": 16},
+    "batch": {"prompts": 8, "responses_per_prompt": 2},
+}
+
+
+def config(**changes: Any) -> PpoConfig:
+    return PpoConfig(**spec.merge(BASE, changes))
+
+
+def test_the_batch_and_the_critic_follow() -> None:
+    plain = config()
+    assert plain.training.batch_sequences == 16
+    assert plain.critic is not None
+    assert plain.critic_model == plain.model
+    assert config(advantage={"kind": "rloo"}).critic is None
+    assert PpoConfig(**plain.model_dump(mode="json")) == plain  # an attempt reads what was resolved
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kl": {"place": "loss", "estimator": "k1"}}, "expectation of its gradient is zero"),
+        ({"kl": {"estimator": "k3"}}, "k2 and k3 into the loss"),
+        ({"kl": {"controller": "threshold"}}, "need target_nats"),
+        ({"kl": {"early_stop_multiple": 1.5}}, "need target_nats"),
+        ({"kl": {"controller": "threshold", "target_nats": 1, "coefficient": 0}}, "0 stays 0"),
+        ({"kl": {"target_nats": 1}}, "no use"),
+        ({"kl": {"controller": "proportional", "target_nats": 1, "horizon_episodes": 3}}, "a fifth"),
+        ({"advantage": {"kind": "rloo"}, "critic": {}}, "takes no critic"),
+        ({"advantage": {"kind": "grpo"}, "batch": {"responses_per_prompt": 1}}, "2 or more"),
+        ({"mode": "one_step_off"}, "importance_cap"),
+        ({"training": {"batch_sequences": 8}}, "follows from batch"),
+        ({"training": {"train_tokens": 1000}}, "as long as they come"),
+        ({"training": {"micro_batch_sequences": 1}}, "micro_batch_tokens cuts"),
+        ({"training": {"evaluate_every_steps": 1}}, "its evaluation"),
+        ({"training": {"steps": 3}, "critic": {"warmup_iterations": 3}}, "no iteration for the actor"),
+        ({"batch": {"prompts": 9}, "resources": {"workers": 2}}, "not a multiple of"),
+        ({"batch": {"minibatches": 17}}, "more than the 16 responses"),
+        ({"batch": {"micro_batch_tokens": 32}}, "less than one sequence of 64"),
+        ({"sampling": {"max_response_tokens": 64}}, "no room for a prompt"),
+        ({"shaping": {"length_penalty": 1, "length_free_tokens": 16}}, "not below max_response_tokens"),
+        ({"lora": {"dropout": 0.1}}, "two masks"),
+        (
+            {"critic": {"model": {"vocab_size": 301, "max_context_tokens": 64}}},
+            "vocabulary is not the actor's",
+        ),
+    ],
+)
+def test_contradictions_are_refused_with_a_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        spec.load_job("ppo", base=spec.merge(BASE, changes))
+
+
+def test_a_judge_needs_a_second_response_or_a_reference() -> None:
+    judge = {"kind": "judge", "judge": {"model": "judge"}}
+    alone = {"rewards": [judge], "batch": {"responses_per_prompt": 1}}
+    with pytest.raises(SpecError, match="compares a prompt's responses"):
+        spec.load_job("ppo", base=spec.merge(BASE, alone))
+    with_reference = {**alone, "rewards": [{**judge, "references": "references.jsonl"}]}
+    spec.load_job("ppo", base=spec.merge(BASE, with_reference))
+
+
+def test_flops_count_generation_three_forward_passes_and_the_epochs() -> None:
+    without = config(advantage={"kind": "rloo"})
+    forward = ppo_flops_per_token(without, 0) / 3
+    assert ppo_flops_per_token(without, 2) == pytest.approx(9 * forward)
+    assert training_flops_per_token(without) == ppo_flops_per_token(without, without.batch.epochs)
+    with_critic = config()
+    assert ppo_flops_per_token(with_critic, 2, frozen_actor=True) < ppo_flops_per_token(with_critic, 2)
+    assert ppo_flops_per_token(with_critic, 0) > 3 * forward
+
+
+def test_it_can_be_planned() -> None:
+    answer = spec.resolve(spec.load_job("ppo", base=BASE))
+    assert answer.derived["training.steps"] == 100
+    assert answer.train_tokens == 100 * 16 * 64  # at most: responses are as long as they come
+    found, _ = api.cost(answer)
+    assert found.wall_seconds > 0
+    assert any("PPO" in note for note in found.notes)

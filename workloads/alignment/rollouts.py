@@ -1,0 +1,197 @@
+"""An iteration's responses: which prompts, how they are asked for, what comes back, and what it is worth.
+
+Everything is a pure function of (seed, iteration) and the weights: nothing of it is stored for a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from escala.errors import DataError, StaleWeights, StateError
+from escala.records import write_json
+from workloads.alignment.scoring import WeightedSum, build_reward
+from workloads.config import PpoConfig
+from workloads.config.rewards import FunctionRewardConfig
+from workloads.data.chat import ChatTokenizer
+from workloads.data.dialogues import Prompt, prompt_of, read_lines
+from workloads.data.examples import Draws
+from workloads.generation.protocol import SamplingParams
+
+PROMPTS = "prompts.json"
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt, and the token ids that the policy continues."""
+
+    prompt: Prompt
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response: number `number` of those to the prompt in place `slot` of the iteration, over all ranks."""
+
+    slot: int
+    number: int
+    prompt: Prompt
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    engine_logprobs: list[float]  # of the tokens, by the weights that drew them
+    finished: bool  # it ended by itself
+    version: int  # of those weights
+
+
+class Service(Protocol):
+    """What is asked of the rollout service (`workloads.serving.client.Rollouts`)."""
+
+    def generate(
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams], min_version: int = 0
+    ) -> list[Any]:
+        """A `Generated` for each prompt."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """The served rewards' weighted sum."""
+        ...
+
+
+def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list[PromptTokens]:
+    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, and how many is
+    printed: cut, it would be another prompt. Raises DataError where none is left.
+    """
+    found = [prompt_of(where, record) for where, record in read_lines(path)]
+    tokenised = [PromptTokens(prompt, tokenizer.prompt(prompt)) for prompt in found]
+    fitting = [one for one in tokenised if 0 < len(one.tokens) <= most_tokens]
+    print(
+        f"{len(fitting)} prompts, {len(tokenised) - len(fitting)} empty or longer than {most_tokens} tokens left out",
+        flush=True,
+    )
+    if not fitting:
+        raise DataError(
+            f"No prompt of {path} has 1 to {most_tokens} tokens.",
+            "Raise training.context_tokens, or lower sampling.max_response_tokens.",
+        )
+    return fitting
+
+
+def save_prompts(prompts: Sequence[PromptTokens], directory: Path) -> None:
+    """Write them into `directory`."""
+    write_json(directory / PROMPTS, [asdict(one) for one in prompts])
+
+
+def load_prompts(directory: Path) -> list[PromptTokens]:
+    """Read them."""
+    return [PromptTokens(**one) for one in json.loads((directory / PROMPTS).read_text())]
+
+
+def request_seed(seed: int, iteration: int, slot: int, number: int) -> int:
+    """Of one request's random numbers: 63 bits that follow from the run's seed and the request's place."""
+    digest = hashlib.sha256(f"{seed}/{iteration}/{slot}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Drawing:
+    """One rank's share of every iteration: the prompts in the slots rank, rank + ranks, ..., all their responses.
+
+    Args:
+        prompts: all of them, the same on every rank.
+    """
+
+    def __init__(self, config: PpoConfig, prompts: Sequence[PromptTokens], rank: int, ranks: int) -> None:
+        self.config, self.prompts, self.rank, self.ranks = config, prompts, rank, ranks
+        self._order = Draws(len(prompts), config.batch.prompts, config.training.seed)
+
+    def requests(self, iteration: int) -> list[tuple[int, int, PromptTokens, SamplingParams]]:
+        """(slot, number, prompt, parameters) of each response."""
+        config = self.config
+        chosen = list(enumerate(self._order.step(iteration)))[self.rank :: self.ranks]
+        return [
+            (slot, number, self.prompts[prompt], self._params(iteration, slot, number))
+            for slot, prompt in chosen
+            for number in range(config.batch.responses_per_prompt)
+        ]
+
+    def _params(self, iteration: int, slot: int, number: int) -> SamplingParams:
+        sampling = self.config.sampling
+        return SamplingParams(
+            max_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            seed=request_seed(self.config.training.seed, iteration, slot, number),
+        )
+
+    def draw(self, service: Service, iteration: int, version: int) -> list[Response]:
+        """This rank's responses of `iteration`, by weights of `version`.
+
+        Raises StaleWeights for a response of other weights, StateError where the service does not answer in time, and
+        what the service raises.
+        """
+        requests = self.requests(iteration)
+        tokens, params = [one.tokens for _, _, one, _ in requests], [p for *_, p in requests]
+        answers = timely(lambda: service.generate(tokens, params, min_version=version), "responses")
+        found = []
+        for (slot, number, one, _), answer in zip(requests, answers, strict=True):
+            if answer.weights.version != version:
+                raise StaleWeights(
+                    f"A response is of version {answer.weights.version}, and {version} was asked for.",
+                    "Nobody but this job may publish to its rollout service.",
+                )
+            done = answer.completion
+            found.append(
+                Response(
+                    slot,
+                    number,
+                    one.prompt,
+                    one.tokens,
+                    list(done.token_ids),
+                    done.text,
+                    list(done.logprobs),
+                    done.finish_reason == "stop",
+                    version,
+                )
+            )
+        return found
+
+
+class Scoring:
+    """The rewards of a run: functions here, models and judges by the service."""
+
+    def __init__(self, config: PpoConfig) -> None:
+        functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
+        self._here: WeightedSum | None = build_reward(functions, torch.device("cpu")) if functions else None
+        self._served = bool(served_rewards(config))
+
+    def score(self, service: Service, responses: Sequence[Response]) -> list[float]:
+        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a service that is late."""
+        prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
+        scores = [0.0] * len(responses)
+        if self._here is not None:
+            scores = self._here.score(prompts, texts)
+        if self._served:
+            theirs = timely(lambda: service.score(prompts, texts), "rewards")
+            scores = [mine + other for mine, other in zip(scores, theirs, strict=True)]
+        return scores
+
+
+def served_rewards(config: PpoConfig) -> list[Any]:
+    """The sections that the `reward` deployment computes."""
+    return [one for one in config.rewards if not isinstance(one, FunctionRewardConfig)]
+
+
+def timely(ask: Any, what: str) -> Any:
+    """The answer of `ask`. Raises StateError for one that is late."""
+    try:
+        return ask()
+    except TimeoutError as error:
+        raise StateError(
+            f"The rollout service did not give its {what} in time.",
+            "Raise rollouts.timeout_seconds, or give it more replicas; then `escala retry`.",
+        ) from error

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ import torch.distributed
 from torch import Tensor
 
 from escala import handshake
-from escala.attempt import check_fence, finish, flatten, read_attempt
-from escala.errors import EscalaError
-from escala.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
-from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.tracker import open_tracker
+from escala.attempt import check_fence
+from escala.records import AttemptFiles, AttemptSpec, write_json
+from escala.tracking.tracker import Tracker
+from workloads import single
 from workloads.config import BenchConfig, ModelConfig, TrainingConfig
 from workloads.flops import flops_per_token
 from workloads.model.transformer import Transformer
@@ -46,46 +43,11 @@ LIMIT_BYTES = Path("/sys/fs/cgroup/memory.max")
 
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code."""
-    try:
-        spec = read_attempt(arguments)
-    except EscalaError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    started_at = time.time()
-    tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
-    tags = spec.tags | {"escala.job_id": spec.job_id, "escala.workload": spec.workload}
-    run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
-    try:
-        found = bench(spec)
-    except Exception as error:  # noqa: BLE001  whatever happened, the outcome says so
-        from workloads.failures import classify
 
-        traceback.print_exception(error)
-        failure = classify(error, None)
-        outcome, code = Outcome(failure.kind, failure.message, failure.hint), int(failure.exit_code)
-    else:
+    def keep(tracker: Tracker, run_id: str, found: dict[str, Any]) -> None:
         tracker.text(run_id, "device.json", json.dumps(found, indent=1, sort_keys=True))
-        outcome, code = Outcome("succeeded"), 0
-    record = RunRecord(
-        run_id=run_id,
-        job_id=spec.job_id,
-        attempt=spec.attempt,
-        name=spec.name,
-        workload=spec.workload,
-        status=outcome.kind,
-        started_at=started_at,
-        ended_at=time.time(),
-        wall_seconds=time.time() - started_at,
-        workers=spec.config["resources"]["workers"],
-        config_fingerprint=fingerprint(spec.config),
-        code_fingerprint=code_fingerprint().fingerprint,
-        reason=outcome.message or None,
-    )
-    known = {k: v for k, v in asdict(record).items() if v is not None}
-    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
-    tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
-    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
-    return code
+
+    return single.main(arguments, bench, keep)
 
 
 def bench(spec: AttemptSpec) -> dict[str, Any]:

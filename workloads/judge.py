@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -19,11 +18,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from escala import handshake
-from escala.attempt import check_fence, finish, flatten, read_attempt
-from escala.errors import DataError, EscalaError, SpecError
-from escala.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
-from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.tracker import Metric, open_tracker
+from escala.attempt import check_fence
+from escala.errors import DataError, SpecError
+from escala.records import AttemptFiles, AttemptSpec, write_json
+from escala.tracking.tracker import Metric, Tracker
+from workloads import single
 from workloads.alignment.judge import FirstWins, compare, load_judge_model
 from workloads.config.judge import JudgeConfig
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
@@ -34,48 +33,13 @@ REPORT_PROMPTS = 100  # a line in the log for so many
 
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code."""
-    try:
-        spec = read_attempt(arguments)
-    except EscalaError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    started_at = time.time()
-    tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
-    tags = spec.tags | {"escala.job_id": spec.job_id, "escala.workload": spec.workload}
-    run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
-    try:
-        found = judge(spec)
-    except Exception as error:  # noqa: BLE001  whatever happened, the outcome says so
-        from workloads.failures import classify
 
-        traceback.print_exception(error)
-        failure = classify(error, None)
-        outcome, code = Outcome(failure.kind, failure.message, failure.hint), int(failure.exit_code)
-    else:
+    def keep(tracker: Tracker, run_id: str, found: dict[str, float | None]) -> None:
         now = time.time_ns() // 1_000_000
-        tracker.metrics(
-            run_id, [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None]
-        )
-        outcome, code = Outcome("succeeded"), 0
-    record = RunRecord(
-        run_id=run_id,
-        job_id=spec.job_id,
-        attempt=spec.attempt,
-        name=spec.name,
-        workload=spec.workload,
-        status=outcome.kind,
-        started_at=started_at,
-        ended_at=time.time(),
-        wall_seconds=time.time() - started_at,
-        config_fingerprint=fingerprint(spec.config),
-        code_fingerprint=code_fingerprint().fingerprint,
-        reason=outcome.message or None,
-    )
-    known = {k: v for k, v in asdict(record).items() if v is not None}
-    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
-    tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
-    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
-    return code
+        known = [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None]
+        tracker.metrics(run_id, known)
+
+    return single.main(arguments, judge, keep)
 
 
 def judge(spec: AttemptSpec) -> dict[str, float | None]:

@@ -5,13 +5,12 @@ from one rank; checkpoints by name work unchanged.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -22,26 +21,8 @@ SCRIPT = Path(__file__).with_name("moe_scenario.py")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By RANKS-RANK. The single process resumes what the two have written, so it comes second."""
     directory = tmp_path_factory.mktemp("moe")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for ranks in (2, 1):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(rank), str(ranks), str(directory)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            for process in processes:
-                output, _ = process.communicate(timeout=500)
-                assert process.returncode == 0, output[-3000:]
-        finally:
-            for process in processes:  # a rank that failed leaves the other waiting
-                process.kill()
-                process.wait()
+        run_ranks(SCRIPT, ranks, directory)
     return {path.stem: json.loads(path.read_text()) for path in directory.glob("?-?.json")}
 
 

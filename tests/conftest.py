@@ -15,6 +15,8 @@ import pytest
 
 T = TypeVar("T")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray reads these when it is first imported, which any test may do before one of them connects to the session's head.
+os.environ.update(RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
 
 
 def free_ports(count: int) -> list[int]:

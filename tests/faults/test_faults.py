@@ -111,8 +111,11 @@ def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
 ) -> None:
     job_id = submit("tracker-and-loop-killed")
     at_step(job_id, 30)
-    for name in ("runner", "mlflow"):
-        psutil.Process(next(p.pid for p in api.status().processes if p.name == name)).kill()
+    victims = [psutil.Process(p.pid) for p in api.status().processes if p.name in ("runner", "mlflow")]
+    assert len(victims) == 2
+    for victim in victims:
+        victim.kill()
+    psutil.wait_procs(victims, timeout=10)  # or `up` finds them alive
     api.up()
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["succeeded"]

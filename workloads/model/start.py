@@ -61,12 +61,12 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
     """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
-    if checkpoint.manifest["workload"] == "reward":
+    is_reward = checkpoint.manifest["workload"] == "reward"
+    if is_reward:
         weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
-        config = config.model_copy(update={"model": headless(config.model)})
     if not isinstance(config, FineTuneConfig) or config.lora is None:
         with torch.device("meta"):
-            model = Transformer(config.model)
+            model = Transformer(headless(config.model) if is_reward else config.model)
         _assign(model, weights, checkpoint)
         return model
     model = new_model(config)

@@ -43,6 +43,7 @@ from workloads.alignment.rewards import RunningMoments, length_penalty, missing_
 from workloads.alignment.rollouts import (
     Drawing,
     Response,
+    Scores,
     Scoring,
     Service,
     load_prompts,
@@ -196,10 +197,11 @@ class Ppo(Trainer):
         with self._phase("rollouts"):
             responses = self._responses(iteration)
         with self._phase("rewards"):
-            scores_B = torch.tensor(self._together(lambda: self.scoring.score(self.service, responses)))
+            scores = self._together(lambda: self.scoring.score(self.service, responses))
+            scores_B = torch.tensor(scores.sums)
         with self._phase("assessment"):
             mine, entropies = self._assess(responses, scores_B)
-            self._report_rollouts(mine, responses, scores_B, entropies)
+            self._report_rollouts(mine, responses, scores, entropies)
             everyone = exchange(mine, config.batch.prompts, config.batch.responses_per_prompt)
         rate = learning_rate(iteration, config)
         zero.set_learning_rate(self.engine, rate)
@@ -331,22 +333,23 @@ class Ppo(Trainer):
             self.kl_coef = controller.update(found, self.config.training.batch_sequences)
 
     def _report_rollouts(
-        self, rows: Rows, responses: list[Response], scores_B: Tensor, entropies: float
+        self, rows: Rows, responses: list[Response], scores: Scores, entropies: float
     ) -> None:
         """What the responses say of the policy that drew them, over all ranks."""
         mask, columns = rows.mask_BT, rows.columns
         gap_BT = torch.where(mask, columns["logp_old"] - columns["engine_logp"], 0.0).abs()
         behind = sum(self.count.step + 1 - one.version for one in responses)
         found = self._summed(
-            float(scores_B.sum()),
+            math.fsum(scores.sums),
             float(sum(one.finished for one in responses)),
             float(behind),
             float(len(responses)),
             entropies,
             float(gap_BT.sum()),
             float(mask.sum()),
+            *map(math.fsum, scores.parts.values()),
         )
-        *by_response, responses_, entropy_, gap, tokens = found
+        *by_response, responses_, entropy_, gap, tokens = found[:7]
         names = ("reward", "finished_fraction", "staleness_versions")
         self.measures |= {name: value / responses_ for name, value in zip(names, by_response, strict=True)}
         self.measures |= {
@@ -354,6 +357,9 @@ class Ppo(Trainer):
             "entropy_nats": entropy_ / tokens,
             "engine_gap_nats": gap / tokens,
         }
+        parts = zip(scores.parts, found[7:], strict=True)
+        if len(scores.parts) > 1:
+            self.measures |= {f"reward_{name}": value / responses_ for name, value in parts}
         if self.critic is not None:
             variance = float(explained_variance(columns["values"], columns["returns"], mask))
             self.measures |= {"explained_variance": variance} if math.isfinite(variance) else {}

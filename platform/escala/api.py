@@ -34,6 +34,7 @@ from escala.jobs.service import (
     stop,
     watch,
 )
+from escala.jobs.starts import resolve_jobs
 from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
@@ -236,7 +237,7 @@ def _load(
     law: str | None,
     base: Mapping[str, Any] | None = None,
 ) -> spec.JobSpec:
-    written, options = _with_starts(spec.written(files, overrides, base), dict(options or {}))
+    written, options = resolve_jobs(spec.written(files, overrides, base), dict(options or {}))
     if compute_flops is None:
         if law is not None:
             raise SpecError(
@@ -258,40 +259,6 @@ def _load(
         question = Question(context_tokens=_context(written))
         axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
-
-
-def _with_starts(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's start, and the critic's where there is one. Raises as `_with_start`."""
-    written, options = _with_start(written, options)
-    if isinstance(written.get("critic"), dict):
-        critic, options = _with_start(written["critic"], options)
-        written = {**written, "critic": critic}
-    return written, options
-
-
-def _with_start(written: dict[str, Any], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The spec with `start.job` turned into where that job's checkpoints are, and what its model is.
-
-    A job that has not ended is waited for (`--after` it). Raises NotFoundError, SpecError.
-    """
-    start = written.get("start")
-    if not isinstance(start, dict) or not isinstance(start.get("job"), str):
-        return written, options
-    with open_store() as store:
-        found = store.get(start["job"])
-    if "model" not in found.config:
-        raise SpecError(
-            f"job {found.id} ({found.workload}) trains no model", "name a job that has checkpoints"
-        )
-    place = {"job": found.id, "path": str(JobFiles(Settings().home, found.id).checkpoints)}
-    if found.state not in FINAL:
-        if options.get("after") not in (None, found.id, found.name):
-            raise SpecError(
-                f"the job waits for {options['after']} already, and {found.id} has not ended either",
-                f"submit it once {found.id} has ended",
-            )
-        options["after"] = found.id
-    return {**written, "start": {**start, **place}, "model": found.config["model"]}, options
 
 
 def _context(written: Mapping[str, Any]) -> float | None:

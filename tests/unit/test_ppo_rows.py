@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from escala.errors import SpecError, StaleWeights, StateError
 from tests.unit.test_ppo_config import config
 from workloads.alignment.microbatches import Rows, cut, deal, micro_batch, minibatches
-from workloads.alignment.rollouts import Drawing, PromptTokens, Scoring, request_seed
+from workloads.alignment.rollouts import Drawing, PromptTokens, Scores, Scoring, request_seed
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 PROMPTS = [PromptTokens(f"prompt {n}", [n + 1, n + 2]) for n in range(11)]
@@ -131,8 +131,10 @@ def test_functions_score_here_and_models_at_the_service() -> None:
     served = {"kind": "model", "model": "reward"}
     responses = Drawing(config(), PROMPTS, 0, 1).draw(Service(1), 0, 1)
     both = Scoring(config(rewards=[here, served]))
-    assert both.score(Service(1), responses) == [12.0] * 16
-    assert Scoring(config(rewards=[here])).score(Service(1), responses) == [2.0] * 16
+    assert both.score(Service(1), responses) == Scores(
+        [12.0] * 16, {"count_a": [1.0] * 16, "served": [10.0] * 16}
+    )
+    assert Scoring(config(rewards=[here])).score(Service(1), responses).sums == [2.0] * 16
     with pytest.raises(SpecError, match="finite number"):
         Scoring(config(rewards=[{**here, "function": f"{__name__}:nothing"}])).score(Service(1), responses)
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from escala.errors import DataError, StaleWeights, StateError
 from escala.records import write_json
-from workloads.alignment.scoring import WeightedSum, build_reward
+from workloads.alignment.scoring import FunctionReward
 from workloads.config import PpoConfig
 from workloads.config.rewards import FunctionRewardConfig
 from workloads.data.chat import ChatTokenizer
@@ -25,6 +24,7 @@ from workloads.data.examples import Draws
 from workloads.generation.protocol import SamplingParams
 
 PROMPTS = "prompts.json"
+SERVED = "served"  # the sum of the rewards that the service computes
 
 
 @dataclass(frozen=True)
@@ -161,24 +161,37 @@ class Drawing:
         return found
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What responses are worth: their weighted sums, and what these are made of by name, before weights."""
+
+    sums: list[float]
+    parts: dict[str, list[float]]
+
+
 class Scoring:
-    """The rewards of a run: functions here, models and judges by the service."""
+    """The rewards of a run: functions here, by their names; models and judges by the service, as its weighted sum."""
 
     def __init__(self, config: PpoConfig) -> None:
         functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
-        self._here: WeightedSum | None = build_reward(functions, torch.device("cpu")) if functions else None
+        self._weights = {one.function.partition(":")[2]: one.weight for one in functions}
+        self._here = [FunctionReward(one.function) for one in functions]
         self._served = bool(served_rewards(config))
 
-    def score(self, service: Service, responses: Sequence[Response]) -> list[float]:
+    def score(self, service: Service, responses: Sequence[Response]) -> Scores:
         """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a service that is late."""
         prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
-        scores = [0.0] * len(responses)
-        if self._here is not None:
-            scores = self._here.score(prompts, texts)
+        parts = {
+            name: reward.score(prompts, texts) for name, reward in zip(self._weights, self._here, strict=True)
+        }
+        weights = dict(self._weights)
         if self._served:
-            theirs = timely(lambda: service.score(prompts, texts), "rewards")
-            scores = [mine + other for mine, other in zip(scores, theirs, strict=True)]
-        return scores
+            parts[SERVED] = timely(lambda: service.score(prompts, texts), "rewards")
+            weights[SERVED] = 1.0  # the service has weighted them
+        sums = [
+            math.fsum(weights[name] * column[i] for name, column in parts.items()) for i in range(len(texts))
+        ]
+        return Scores(sums, parts)
 
 
 def served_rewards(config: PpoConfig) -> list[Any]:

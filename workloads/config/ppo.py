@@ -11,7 +11,7 @@ from workloads.config.base import StoredPath, Strict
 from workloads.config.finetune import FineTuneConfig, StartConfig
 from workloads.config.model import ModelConfig
 from workloads.config.pretrained import model_config_of
-from workloads.config.rewards import JudgeRewardConfig, RewardConfig
+from workloads.config.rewards import FunctionRewardConfig, JudgeRewardConfig, RewardConfig
 from workloads.config.training import OptimizerConfig, TrainingConfig
 
 
@@ -209,6 +209,9 @@ class PpoConfig(FineTuneConfig):
         """What makes no sense together, and why."""
         training, batch, kind = self.training, self.batch, self.advantage.kind
         workers, rows = self.resources.workers, self.training.batch_sequences
+        functions = [
+            r.function.partition(":")[2] for r in self.rewards if isinstance(r, FunctionRewardConfig)
+        ]
         judged = any(isinstance(r, JudgeRewardConfig) and r.references is None for r in self.rewards)
         free, most = self.shaping.length_free_tokens, self.sampling.max_response_tokens
         refused = {
@@ -230,6 +233,9 @@ class PpoConfig(FineTuneConfig):
             ),
             "a judge without references compares a prompt's responses: set batch.responses_per_prompt to 2 or "
             "more": judged and batch.responses_per_prompt < 2,
+            "two reward functions have the same name, by which their means are recorded: rename one": (
+                len(set(functions)) < len(functions)
+            ),
             f"{kind} takes no critic: leave it out, or use gae": kind != "gae" and self.critic is not None,
             "shaping.normalise needs two responses an iteration": self.shaping.normalise and rows < 2,
             f"sampling.max_response_tokens {most} leaves no room for a prompt in {self.context_tokens} tokens": (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from workloads.config.base import StoredPath, Strict
 
@@ -39,7 +39,7 @@ class JudgeModelConfig(Strict):
 
 
 class _Weighted(Strict):
-    weight: float = Field(1.0, allow_inf_nan=False, description="of this reward in the sum")
+    weight: float = Field(1.0, allow_inf_nan=False, description="of this reward in the sum; 0: only measured")
 
 
 class FunctionRewardConfig(_Weighted):
@@ -53,8 +53,17 @@ class ModelRewardConfig(_Weighted):
     """A trained reward model."""
 
     kind: Literal["model"]
-    model: StoredPath = Field(description="the directory that the reward workload saved")
+    model: StoredPath | None = Field(None, description="the directory that the reward workload saved")
+    job: str | None = Field(
+        None, description="a reward job's id or name; `submit` writes its checkpoints into model"
+    )
     batch_sequences: int = Field(16, gt=0, description="responses in one forward pass")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.model is None and self.job is None:
+            raise ValueError("give model or job")
+        return self
 
 
 class JudgeRewardConfig(_Weighted):

@@ -81,6 +81,16 @@ def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:
     return Chat([*prompt, {"role": ASSISTANT, "content": completion}])
 
 
+def write_lines(path: Path, records: Iterable[Any]) -> int:
+    """Write JSON lines. Returns how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not blank; `where` names file and line.
 

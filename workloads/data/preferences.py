@@ -6,7 +6,6 @@ split off by `dialogues.split`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from escala.errors import DataError
-from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
+from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of, write_lines
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,16 @@ def write_preferences(path: Path, preferences: Iterable[Preference], **columns: 
 
     Raises ValueError where a column is shorter or longer.
     """
-    count = 0
-    with path.open("w", encoding="utf-8") as stream:
-        for preference, *values in zip(preferences, *columns.values(), strict=True):
-            record = {
-                "prompt": preference.prompt,
-                "chosen": preference.chosen,
-                "rejected": preference.rejected,
-            }
-            if preference.margin:
-                record["margin"] = preference.margin
-            record |= dict(zip(columns, values, strict=True))
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            count += 1
-    return count
+    rows = zip(preferences, *columns.values(), strict=True)
+    return write_lines(path, (_record(one, dict(zip(columns, values, strict=True))) for one, *values in rows))
+
+
+def _record(preference: Preference, columns: dict[str, Any]) -> dict[str, Any]:
+    margin = {"margin": preference.margin} if preference.margin else {}
+    return {
+        "prompt": preference.prompt,
+        "chosen": preference.chosen,
+        "rejected": preference.rejected,
+        **margin,
+        **columns,
+    }

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from escala.errors import DataError, EscalaError
 from escala.records import write_json
 from workloads.data.corpus import unit_interval
-from workloads.data.dialogues import Prompt
+from workloads.data.dialogues import Prompt, write_lines
 from workloads.data.preferences import Preference, write_preferences
 
 PACKAGE, LEXICON = "vaderSentiment", "vader_lexicon.txt"
@@ -146,7 +146,8 @@ def agreement(entries: Entries, pairs: Pairs, raters: tuple[int, ...]) -> float:
 
 
 def make(to: Path, seed: int, pairs: int) -> Summary:
-    """Write train.jsonl (`pairs` lines), held_out.jsonl (a fifth as many) and summary.json into the directory `to`.
+    """Write train.jsonl (`pairs` lines), held_out.jsonl (a fifth as many) and summary.json into the directory `to`;
+    and for a policy answers.jsonl, an answer for each entry of the training side, and prompts.jsonl.
 
     Raises DataError where the ratings can't be read, or fewer than 5 pairs are asked for.
     """
@@ -159,6 +160,8 @@ def make(to: Path, seed: int, pairs: int) -> Summary:
     to.mkdir(parents=True, exist_ok=True)
     write_preferences(to / "train.jsonl", _preferences(entries, train))
     write_preferences(to / "held_out.jsonl", _preferences(entries, held_out))
+    write_lines(to / "prompts.jsonl", [{"prompt": PROMPT}])
+    write_lines(to / "answers.jsonl", answers(entries, seed))
     sides = [is_held_out(text, seed) for text in entries.texts]
     summary = Summary(
         ceiling=agreement(entries, held_out, HELD_OUT_RATERS),
@@ -175,6 +178,13 @@ def make(to: Path, seed: int, pairs: int) -> Summary:
     )
     write_json(to / "summary.json", summary)
     return summary
+
+
+def answers(entries: Entries, seed: int) -> list[dict[str, str]]:
+    """Prompt and completion for each entry of the training side, in an order drawn by `seed`."""
+    side = [text for text in entries.texts if not is_held_out(text, seed)]
+    order = np.random.default_rng(seed).permutation(len(side))
+    return [{"prompt": PROMPT, "completion": RESPONSE.format(side[i])} for i in order]
 
 
 def _preferences(entries: Entries, pairs: Pairs) -> list[Preference]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from escala import spec
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.service import SWEEP, Report, enqueue, open_store, retry, silent
+from escala.jobs.starts import resolve_jobs
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from escala.laws.service import Fitted
     from escala.sweeps.plan import Plan
     from escala.sweeps.points import SweepPoints
+    from escala.sweeps.space import Space
 
 ENTRY_POINT = "escala.sweeps.tuner"
 
@@ -30,10 +32,8 @@ def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
 
     Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
     """
-    from escala.sweeps.plan import make_plan
-    from escala.sweeps.space import load_space
-
-    return make_plan(*load_space(space, overrides), Settings())
+    name, loaded, _ = _loaded(space, overrides, {})
+    return _plan(name, loaded)
 
 
 def sweep(
@@ -49,15 +49,15 @@ def sweep(
     trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
     """
     from escala.jobs.model import NewJob
-    from escala.sweeps.space import load_space
 
-    plan = plan_sweep(space, overrides)
-    name, loaded = load_space(space, overrides)
+    name, loaded, given = _loaded(
+        space, overrides, {k: v for k, v in (options or {}).items() if v is not None}
+    )
+    plan = _plan(name, loaded)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
         return retry(_interrupted(name, config).id, report)
-    given = {"name": name, **{k: v for k, v in (options or {}).items() if v is not None}}
-    checked: spec.JobOptions = spec.validate(spec.JobOptions, given, "job")
+    checked: spec.JobOptions = spec.validate(spec.JobOptions, {"name": name, **given}, "job")
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
         workload=SWEEP,
@@ -69,6 +69,23 @@ def sweep(
         **checked.model_dump(),
     )
     return enqueue(new, report)
+
+
+def _loaded(
+    space: str, overrides: Iterable[str], options: dict[str, Any]
+) -> tuple[str, Space, dict[str, Any]]:
+    """(name, the space with the jobs that its base builds on resolved, the sweep's options)."""
+    from escala.sweeps.space import load_space
+
+    name, loaded = load_space(space, overrides)
+    base, options = resolve_jobs(dict(loaded.base), options)
+    return name, loaded.model_copy(update={"base": base}), options
+
+
+def _plan(name: str, space: Space) -> Plan:
+    from escala.sweeps.plan import make_plan
+
+    return make_plan(name, space, Settings())
 
 
 def space_base(space: str) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Specs that build on other jobs: a start, a critic's start, a reward model given as `job`, as paths to checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from escala.errors import SpecError
+from escala.jobs.service import open_store
+from escala.jobs.state import FINAL
+from escala.records import JobFiles
+from escala.settings import Settings
+
+Written = dict[str, Any]
+
+
+def resolve_jobs(written: Written, options: Written) -> tuple[Written, Written]:
+    """The spec with every `job` that it builds on resolved, and the job's options.
+
+    A job that has not ended is waited for (`--after` it). Raises NotFoundError for a job that is not there, SpecError
+    for one that trains no model, and where two must be waited for.
+    """
+    written, options = _with_start(written, options)
+    if isinstance(written.get("critic"), dict):
+        critic, options = _with_start(written["critic"], options)
+        written = {**written, "critic": critic}
+    if isinstance(written.get("rewards"), list):
+        rewards = []
+        for reward in written["rewards"]:
+            resolved, options = _with_model(reward, options)
+            rewards.append(resolved)
+        written = {**written, "rewards": rewards}
+    return written, options
+
+
+def _with_start(written: Written, options: Written) -> tuple[Written, Written]:
+    """`start.job` as where that job's checkpoints are, and what its model is."""
+    start = written.get("start")
+    if not isinstance(start, dict) or not isinstance(start.get("job"), str):
+        return written, options
+    place, model, options = _checkpoints(start["job"], options)
+    return {**written, "start": {**start, **place}, "model": model}, options
+
+
+def _with_model(reward: Any, options: Written) -> tuple[Any, Written]:
+    """`job` of a reward model as where its checkpoints are."""
+    if not isinstance(reward, dict) or not isinstance(reward.get("job"), str):
+        return reward, options
+    place, _, options = _checkpoints(reward["job"], options)
+    return {**reward, "job": place["job"], "model": place["path"]}, options
+
+
+def _checkpoints(name: str, options: Written) -> tuple[dict[str, str], Any, Written]:
+    """(id and checkpoints of a job, its model's configuration, the options with the wait for it)."""
+    with open_store() as store:
+        found = store.get(name)
+    if "model" not in found.config:
+        raise SpecError(
+            f"job {found.id} ({found.workload}) trains no model", "name a job that has checkpoints"
+        )
+    if found.state not in FINAL:
+        if options.get("after") not in (None, found.id, found.name):
+            raise SpecError(
+                f"the job waits for {options['after']} already, and {found.id} has not ended either",
+                f"submit it once {found.id} has ended",
+            )
+        options = {**options, "after": found.id}
+    place = {"job": found.id, "path": str(JobFiles(Settings().home, found.id).checkpoints)}
+    return place, found.config["model"], options

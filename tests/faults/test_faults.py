@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from escala import api
 from escala.records import AttemptFiles, Progress, read_record
@@ -125,15 +126,15 @@ def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
     def delivered() -> bool:
         found = list_runs(settings.tracker, settings.experiment, job_id=job_id)
         assert len(found) <= 1, "a run was doubled"
-        return bool(found) and found[0].held_out_loss_nats is not None
+        return (
+            bool(found) and MlflowClient(settings.tracker).get_run(found[0].run_id).info.status == "FINISHED"
+        )
 
-    wait_for(delivered, 120, "the run in MLflow", every=1.0)
+    wait_for(delivered, 120, "the run in MLflow, closed: all else is there by then", every=1.0)
     assert len(_training_losses(job_id)) == STEPS
 
 
 def _training_losses(job_id: str) -> list[float]:
-    from mlflow import MlflowClient
-
     settings = Settings()
     run = list_runs(settings.tracker, settings.experiment, job_id=job_id)[0]
     return [m.value for m in MlflowClient(settings.tracker).get_metric_history(run.run_id, "train_loss_nats")]

@@ -147,6 +147,22 @@ def shape(n: float, model: Mapping[str, Any], count: str = "n_active") -> dict[s
     return best[2]
 
 
+def experts(n_active: float, n_total: float, model: Mapping[str, Any]) -> int:
+    """How many experts give the shape of `n_active` a total nearest to `n_total`: more than a token passes through.
+
+    Args:
+        model: what is fixed, with a section `moe`.
+
+    Raises SpecError where no shape has that n_active.
+    """
+    shaped = {**model, **shape(n_active, model)}
+    least = ModelConfig(**shaped).moe.chosen + 1  # type: ignore[union-attr]
+    few, more = (
+        _count({**shaped, "moe": {**model["moe"], "experts": e}}, "n_total") for e in (least, least + 1)
+    )
+    return least + max(0, round((n_total - few) / (more - few)))
+
+
 def _shapes(n: float, model: Mapping[str, Any], count: str) -> Iterator[tuple[dict[str, Any], int]]:
     """For each width the two depths around `n`: parameters are linear in depth, counted in whole periods of the pattern
     of layers with experts.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from escala.errors import DataError, Diverged, EscalaError
 from escala.manifests import Checkpoint, file_sha256, read_checkpoint
-from escala.records import AttemptSpec
+from escala.records import SAMPLES, AttemptSpec
 from escala.tracking.lineage import fingerprint
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.critic import build_critic
@@ -62,7 +62,7 @@ from workloads.training.schedule import learning_rate
 from workloads.training.task import Evaluation
 
 T = TypeVar("T")
-SAMPLES, SAMPLES_KEPT, SAMPLES_EACH = "samples.json", 500, 4
+SAMPLES_KEPT, SAMPLES_EACH = 500, 4
 SAMPLE_COLUMNS = ["iteration", "prompt", "response", "reward", "finished"]
 
 

@@ -36,7 +36,7 @@ from escala.jobs.service import (
 )
 from escala.jobs.starts import resolve_jobs
 from escala.jobs.state import FINAL
-from escala.records import JobFiles, RunRecord
+from escala.records import SAMPLES, JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
 from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
@@ -62,6 +62,7 @@ __all__ = [
     "down",
     "export",
     "fit_sweeps",
+    "history",
     "job",
     "jobs",
     "logs",
@@ -76,6 +77,7 @@ __all__ = [
     "run",
     "run_url",
     "runs",
+    "samples",
     "space_base",
     "status",
     "stop",
@@ -268,13 +270,18 @@ def _context(written: Mapping[str, Any]) -> float | None:
 
 
 def submit_run(
-    law: str, n_total: float, tokens: float, overrides: Iterable[str] = (), report: Report = silent
+    law: str,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    overrides: Iterable[str] = (),
+    report: Report = silent,
 ) -> Job:
     """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
     from escala.laws.service import law as load
     from escala.planning.service import config_for
 
-    config = config_for(load(law), n_total, tokens, tuple(overrides))
+    config = config_for(load(law), n_active, n_total, tokens, tuple(overrides))
     return start(spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")}), report)
 
 
@@ -325,6 +332,20 @@ def run(name: str) -> RunRecord:
             )
     settings = Settings()
     return get_run(settings.tracker, settings.experiment, run_id)
+
+
+def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
+    from escala.tracking.runs import metric_history
+
+    return metric_history(Settings().tracker, str(record.run_id), metric)
+
+
+def samples(record: RunRecord) -> list[dict[str, Any]]:
+    """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished. Raises NotFoundError."""
+    from escala.tracking.runs import read_table
+
+    return read_table(Settings().tracker, str(record.run_id), SAMPLES)
 
 
 def run_url(record: RunRecord) -> str:

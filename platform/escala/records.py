@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 TRIALS = "trials.jsonl"
 
+SAMPLES = "samples.json"  # the table of what a policy said, an artifact of its run
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +71,22 @@ def test_the_configuration_of_a_law_s_runs_comes_back_without_what_the_recipe_de
         "data": {"tokenizer": {"vocab_size": 320}, "allow_repeats": True},
         "training": {"context_tokens": 64},
     }
-    config = PretrainConfig.model_validate(config_for(stored, 56_000, 2e6, ["resources.workers=2"]))
+    config = PretrainConfig.model_validate(config_for(stored, 56_000, 56_000, 2e6, ["resources.workers=2"]))
     assert parameter_counts(config.model).n_total == pytest.approx(56_000, rel=0.15)
     assert config.train_tokens == pytest.approx(2e6, rel=0.01)
     assert config.resources.workers == 2
+
+
+def test_a_planned_mixture_has_the_experts_that_both_sizes_say(stored: Stored) -> None:
+    moe = {"model.moe.chosen": "1", "model.moe.capacity_factor": "1.25"}
+    mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, **moe}})
+    for total in (90_000, 400_000):
+        config = PretrainConfig.model_validate(config_for(mixture, 50_000, total, 2e6))
+        counts = parameter_counts(config.model)
+        assert config.model.moe
+        assert config.model.moe.chosen == 1
+        assert counts.n_active == pytest.approx(50_000, rel=0.15)
+        assert counts.n_total == pytest.approx(total, rel=0.15)
 
 
 def test_chi_is_the_recipe_s_attention(stored: Stored) -> None:

@@ -147,7 +147,8 @@ def agreement(entries: Entries, pairs: Pairs, raters: tuple[int, ...]) -> float:
 
 def make(to: Path, seed: int, pairs: int) -> Summary:
     """Write train.jsonl (`pairs` lines), held_out.jsonl (a fifth as many) and summary.json into the directory `to`;
-    and for a policy answers.jsonl, an answer for each entry of the training side, and prompts.jsonl.
+    other_raters.jsonl, held-out raters on the training side's entries, for a model that need know no new words; and
+    for a policy prompts.jsonl, and an answer for each entry of a side: answers.jsonl, held_out_answers.jsonl.
 
     Raises DataError where the ratings can't be read, or fewer than 5 pairs are asked for.
     """
@@ -160,8 +161,11 @@ def make(to: Path, seed: int, pairs: int) -> Summary:
     to.mkdir(parents=True, exist_ok=True)
     write_preferences(to / "train.jsonl", _preferences(entries, train))
     write_preferences(to / "held_out.jsonl", _preferences(entries, held_out))
+    others = draw_pairs(entries, False, HELD_OUT_RATERS, held_out_pairs, seed)
+    write_preferences(to / "other_raters.jsonl", _preferences(entries, others))
     write_lines(to / "prompts.jsonl", [{"prompt": PROMPT}])
-    write_lines(to / "answers.jsonl", answers(entries, seed))
+    write_lines(to / "answers.jsonl", answers(entries, False, seed))
+    write_lines(to / "held_out_answers.jsonl", answers(entries, True, seed))
     sides = [is_held_out(text, seed) for text in entries.texts]
     summary = Summary(
         ceiling=agreement(entries, held_out, HELD_OUT_RATERS),
@@ -180,9 +184,9 @@ def make(to: Path, seed: int, pairs: int) -> Summary:
     return summary
 
 
-def answers(entries: Entries, seed: int) -> list[dict[str, str]]:
-    """Prompt and completion for each entry of the training side, in an order drawn by `seed`."""
-    side = [text for text in entries.texts if not is_held_out(text, seed)]
+def answers(entries: Entries, held_out: bool, seed: int) -> list[dict[str, str]]:
+    """Prompt and completion for each entry of one side of the split, in an order drawn by `seed`."""
+    side = [text for text in entries.texts if is_held_out(text, seed) == held_out]
     order = np.random.default_rng(seed).permutation(len(side))
     return [{"prompt": PROMPT, "completion": RESPONSE.format(side[i])} for i in order]
 

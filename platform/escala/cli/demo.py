@@ -1,10 +1,13 @@
-"""`escala demo`: from a sweep to a law, to a plan, to the planned run, in minutes and without a GPU."""
+"""`escala demo law`: from a sweep to a law, to a plan, to the planned run, in minutes and without a GPU."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import Annotated
+
 import typer
 
-from escala.cli import render, render_laws, render_plans, render_sweeps
+from escala.cli import demo_rlhf, render, render_laws, render_plans, render_sweeps
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -17,7 +20,26 @@ def register(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-def demo() -> None:
+class Story(StrEnum):
+    """What the demo shows."""
+
+    law = "law"
+    rlhf = "rlhf"
+
+
+def demo(
+    story: Annotated[
+        Story, typer.Argument(help="law: from a sweep to a planned run; rlhf: a policy learns from raters.")
+    ] = Story.law,
+) -> None:
+    """Show one of the platform's journeys on a tiny scale, in minutes and without a GPU."""
+    if story == Story.rlhf:
+        demo_rlhf.run()
+    else:
+        run()
+
+
+def run() -> None:
     """Sweep tiny models, fit a law, plan a run of ten times the compute, train it by ZeRO-3, and compare."""
     from escala import api
     from escala.planning.limits import Limits

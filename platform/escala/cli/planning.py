@@ -133,7 +133,7 @@ def plan(
         from escala import api
 
         best, report = planned.plan, render.quiet if json else render.note
-        job = api.submit_run(planned.law.reference, best.n_total, best.tokens, report=report)
+        job = api.submit_run(planned.law.reference, best.n_active, best.n_total, best.tokens, report=report)
         render.submitted(job, json)
 
 
@@ -175,7 +175,8 @@ def propose(
 
         report = render.quiet if json else render.note
         started = [
-            api.submit_run(found.law.reference, p.n_total, p.tokens, report=report) for p in found.proposals
+            api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
+            for p in found.proposals
         ]
         for job in started:
             render.submitted(job, json)

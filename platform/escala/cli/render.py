@@ -161,6 +161,16 @@ def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:
     table(("", *names), [(key, *row) for key, row in values.items() if key != "run_id"])
 
 
+def samples(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
+    """A policy's responses with their rewards, a row each."""
+    if json:
+        as_json(rows)
+        return
+    columns = ("iteration", "reward", "prompt", "response")
+    cells = [[row[name] for name in columns] for row in rows]
+    table(columns, [(step, number(reward), repr(prompt), repr(text)) for step, reward, prompt, text in cells])
+
+
 def exported(directory: Path, adapter: bool) -> None:
     """Where an export lies, and how it is opened."""
     raw(f"{directory}")

@@ -1,4 +1,4 @@
-"""`escala runs list | show | compare | open`: what happened, from the tracker."""
+"""`escala runs list | show | compare | samples | open`: what happened, from the tracker."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     nouns.command("list")(list_)
     nouns.command()(show)
     nouns.command()(compare)
+    nouns.command()(samples)
     nouns.command("open")(open_)
     app.add_typer(nouns, name="runs")
 
@@ -51,6 +52,18 @@ def compare(runs: Annotated[list[str], typer.Argument(help="Two or more runs.")]
     from escala import api
 
     render.comparison(api.compare(runs), json)
+
+
+def samples(
+    run: Run,
+    last: Annotated[int | None, typer.Option(help="Only so many, the newest.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what the policy of a `ppo` run said, and what it was rewarded with."""
+    from escala import api
+
+    found = api.samples(api.run(run))
+    render.samples(found[-last:] if last else found, json)
 
 
 def open_(run: Run) -> None:

@@ -246,10 +246,13 @@ def base_of(stored: Stored) -> dict[str, Any]:
 
 
 def config_for(
-    stored: Stored, n_total: float, tokens: float, overrides: Sequence[str] = ()
+    stored: Stored, n_active: float, n_total: float, tokens: float, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The configuration of a run of N and D, like the law's runs. Raises SpecError for a law that knows none."""
+    """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
+    from both N. Raises SpecError for a law that knows none.
+    """
     from escala.sweeps.design import by_recipe
+    from tune_spaces.recipes import experts
 
     base = base_of(stored)
     if not base:
@@ -258,7 +261,12 @@ def config_for(
             "escala submit pretrain SPEC.yaml --compute-flops C --law NAME",
         )
     written = spec.written((), overrides, base)
-    return spec.merge(by_recipe(written, {"n_total": n_total, "tokens": tokens}), written)
+    axes = {"n_total": n_total, "tokens": tokens}
+    model = written.get("model", {})
+    if model.get("moe"):
+        axes = {"n_active": n_active, "tokens": tokens}
+        written = spec.merge({"model": {"moe": {"experts": experts(n_active, n_total, model)}}}, written)
+    return spec.merge(by_recipe(written, axes), written)
 
 
 def propose_runs(

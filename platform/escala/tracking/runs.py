@@ -5,8 +5,10 @@ start tags.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from escala.errors import EscalaError, NotFoundError
@@ -81,6 +83,25 @@ def run_url(uri: str, run_id: str) -> str:
                 raise
             raise NotFoundError(f"there is no run {run_id!r} in the tracker", "`escala runs list`") from error
     return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+
+
+def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of each point, by step; empty for a metric that the run has not. Raises ClusterError."""
+    with _explained(uri):
+        points = open_client(uri).get_metric_history(run_id, metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def read_table(uri: str, run_id: str, path: str) -> list[dict[str, Any]]:
+    """The rows of a table that the run stored as the artifact `path`. Raises NotFoundError, ClusterError."""
+    with _explained(uri), tempfile.TemporaryDirectory() as directory:
+        client = open_client(uri)
+        if path not in {found.path for found in client.list_artifacts(run_id)}:
+            raise NotFoundError(
+                f"run {run_id} has no {path}", "only `ppo` stores samples, and its first after an iteration"
+            )
+        table = json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text("utf-8"))
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
 class _explained:

@@ -1,0 +1,107 @@
+"""`escala demo rlhf`: a small model, pretrained here, learns from real people's ratings what to say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from escala.cli import render
+
+if TYPE_CHECKING:
+    from escala.records import RunRecord
+
+MODEL = {"vocab_size": 2048, "n_layers": 3, "d_model": 128, "n_heads": 4, "max_context_tokens": 64}
+PAIRS = 20_000
+PRETRAINING = {
+    "model": MODEL,
+    "data": {"tokenizer": {"vocab_size": MODEL["vocab_size"]}, "max_characters": 8_000_000},
+    "training": {"steps": 300, "batch_sequences": 32, "evaluation_tokens": 16_384},
+}
+ANSWERING = {"steps": 240, "batch_sequences": 8, "optimizer": {"learning_rate": 1e-3}}
+JUDGING = {"steps": 300, "batch_sequences": 64, "optimizer": {"learning_rate": 1e-3}}
+REINFORCING: dict[str, Any] = {
+    "sampling": {"max_response_tokens": 12},
+    "batch": {"prompts": 64, "epochs": 2, "minibatches": 2},
+    "kl": {"coefficient": 0.1, "controller": "proportional", "target_nats": 4.0, "horizon_episodes": 1000},
+    "training": {"steps": 40, "zero_stage": 3, "optimizer": {"learning_rate": 3e-4}},
+    "rollouts": {"replica_cpus": 0.5},
+    "resources": {"workers": 2, "cpus_per_worker": 0.5},
+}
+GOLD = "workloads.data.raters:held_out_score"
+SHOWN = 4  # samples of the first and the last iteration
+
+
+def run() -> None:
+    """Ratings to pairs, pretraining, SFT and a reward model side by side, PPO, and what changed."""
+    from escala.settings import Settings
+
+    directory = Settings().home / "demo-rlhf"
+    render.step(f"1. what people feel about words: {PAIRS:,} comparisons by real raters")
+    make = [sys.executable, "-m", "workloads.data.raters", "--to", str(directory), "--pairs", str(PAIRS)]
+    if subprocess.run(make).returncode:
+        raise typer.Exit(1)
+
+    render.step("2. a small model, pretrained on Python source")
+    base = _submitted("pretrain", PRETRAINING, "rlhf-base")
+    answers = {"train": directory / "answers.jsonl", "held_out": directory / "held_out_answers.jsonl"}
+    answering = {"data": {name: str(path) for name, path in answers.items()}, "training": ANSWERING}
+    policy = _submitted("sft", {"start": {"job": base}, **answering}, "rlhf-policy")
+    pairs = {"train": str(directory / "train.jsonl"), "held_out": str(directory / "other_raters.jsonl")}
+    judging = {"data": pairs, "training": JUDGING}
+    reward = _submitted("reward", {"start": {"job": base}, **judging}, "rlhf-reward")
+    _ended(base)
+
+    render.step("3. it learns to answer (SFT), and a copy of it what raters prefer (reward model)")
+    _ended(policy)
+    judged = _ended(reward)
+    accuracy = (judged.measures or {})["held_out_accuracy"]
+    render.raw(f"raters whom it has not seen agree with the reward model on {accuracy:.1%} of pairs of words")
+
+    render.step("4. PPO: rollouts from Serve, ZeRO-3 on two workers")
+    rewards = [{"kind": "model", "job": reward}, {"kind": "function", "function": GOLD, "weight": 0}]
+    prompts = str(directory / "prompts.jsonl")
+    built = {"start": {"job": policy}, "prompts": prompts, "rewards": rewards, **REINFORCING}
+    learned = _ended(_submitted("ppo", built, "rlhf"))
+
+    render.step("5. before and after")
+    _compare(learned)
+
+
+def _submitted(workload: str, spec: dict[str, Any], name: str) -> str:
+    from escala import api
+
+    return api.submit(workload, base=spec, options={"name": name}).id
+
+
+def _ended(job: str) -> RunRecord:
+    """The run of a job that is followed to its end. Exits with 1 where it fails."""
+    from escala import api
+
+    if render.follow(api.watch(job)).state != "succeeded":
+        raise typer.Exit(1)
+    return api.run(job)
+
+
+def _compare(learned: RunRecord) -> None:
+    from escala import api
+
+    rows = []
+    for name, metric in (
+        ("reward model's score", "reward_served"),
+        ("raters whom it never saw, -4 to 4", "reward_held_out_score"),
+        ("KL from the start, nats a response", "kl_nats"),
+        ("tokens a response", "response_tokens"),
+    ):
+        points = api.history(learned, metric)
+        rows.append((name, *(render.number(value) for _, value in (points[0], points[-1]))))
+    render.table(("", "before", "after"), rows)
+    found = api.samples(learned)
+    for when, some in (("before", found[:SHOWN]), ("after", found[-SHOWN:])):
+        render.raw(f"{when:<8}{'  '.join(repr(row['response']) for row in some)}")
+    render.raw(f"in MLflow       {api.run_url(learned)}")
+    render.raw(
+        f"next            escala runs samples {learned.job_id}; escala export {learned.job_id} --to DIR"
+    )

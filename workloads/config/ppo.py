@@ -76,6 +76,11 @@ class AdvantageConfig(Strict):
     kind: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "gae"
     gamma: float = Field(1.0, ge=0, le=1, description="of gae and reinforce_plus_plus")
     lam: float = Field(0.95, ge=0, le=1, description="of gae")
+    bootstrap: bool = Field(
+        True,
+        description="of gae: a response that is cut off goes on, worth what the critic says, beside its reward; false: "
+        "it ends there. Where the critic starts as the reward model, true counts such a response's reward twice",
+    )
 
 
 class CriticConfig(Strict):

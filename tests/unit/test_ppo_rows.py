@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from escala.errors import SpecError, StaleWeights, StateError
 from tests.unit.test_ppo_config import config
+from workloads.alignment.learner import estimate
 from workloads.alignment.microbatches import Rows, cut, deal, micro_batch, minibatches
 from workloads.alignment.rollouts import Drawing, PromptTokens, Scores, Scoring, request_seed
 
@@ -72,6 +73,23 @@ def test_rows_of_several_ranks_are_joined_in_one_order() -> None:
     assert whole.sequences == [[7, 8, 11, 12, 13], [5, 6], [9, 21]]
     assert whole.columns["x"].tolist() == [[1, 2, 3], [9, 0, 0], [4, 0, 0]]
     assert whole.mask_BT.sum(1).tolist() == [3, 1, 1]
+
+
+def test_a_response_that_is_cut_off_goes_on_or_ends_there() -> None:
+    made = Rows(
+        rows().sequences,
+        rows().prompt_lengths,
+        {n: rows().columns["x"] for n in ("logp_old", "logp_ref", "values")},
+    )
+    scores, after = torch.tensor([1.0, -1.0]), torch.tensor([5.0, 0.0])
+    returns = [
+        estimate(config(advantage={"bootstrap": on, "lam": 1.0}), made, scores, torch.arange(2), after, 0.0)[
+            "returns"
+        ]
+        for on in (True, False)
+    ]
+    torch.testing.assert_close(returns[0], torch.tensor([[6.0, 6.0, 6.0], [-1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(returns[1], torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
 
 
 def test_ranks_together_ask_what_one_alone_asks_and_never_the_same_seed_twice() -> None:

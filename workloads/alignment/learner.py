@@ -256,7 +256,12 @@ def estimate(
     found: dict[str, Tensor] = {}
     if section.kind == "gae":
         advantages_BT, found["returns"] = gae(
-            rewards_BT, rows.columns["values"], mask, section.gamma, section.lam, after_B
+            rewards_BT,
+            rows.columns["values"],
+            mask,
+            section.gamma,
+            section.lam,
+            after_B if section.bootstrap else None,
         )
         advantages_BT = whiten(advantages_BT, mask)
     elif section.kind == "reinforce_plus_plus":

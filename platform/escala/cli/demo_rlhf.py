@@ -20,13 +20,15 @@ PRETRAINING = {
     "data": {"tokenizer": {"vocab_size": MODEL["vocab_size"]}, "max_characters": 8_000_000},
     "training": {"steps": 300, "batch_sequences": 32, "evaluation_tokens": 16_384},
 }
-ANSWERING = {"steps": 240, "batch_sequences": 8, "optimizer": {"learning_rate": 1e-3}}
-JUDGING = {"steps": 300, "batch_sequences": 64, "optimizer": {"learning_rate": 1e-3}}
+ANSWERING = {"steps": 600, "batch_sequences": 8, "optimizer": {"learning_rate": 1e-3}}
+JUDGING = {"steps": 400, "batch_sequences": 64, "optimizer": {"learning_rate": 1e-3}}
 REINFORCING: dict[str, Any] = {
     "sampling": {"max_response_tokens": 12},
     "batch": {"prompts": 64, "epochs": 2, "minibatches": 2},
-    "kl": {"coefficient": 0.1, "controller": "proportional", "target_nats": 4.0, "horizon_episodes": 1000},
-    "training": {"steps": 40, "zero_stage": 3, "optimizer": {"learning_rate": 3e-4}},
+    "advantage": {"bootstrap": False},  # the critic starts as the reward model
+    "shaping": {"missing_eos_penalty": 1.0},
+    "kl": {"coefficient": 0.2},
+    "training": {"steps": 40, "optimizer": {"learning_rate": 3e-4}},
     "rollouts": {"replica_cpus": 0.5},
     "resources": {"workers": 2, "cpus_per_worker": 0.5},
 }
@@ -63,7 +65,14 @@ def run() -> None:
     render.step("4. PPO: rollouts from Serve, ZeRO-3 on two workers")
     rewards = [{"kind": "model", "job": reward}, {"kind": "function", "function": GOLD, "weight": 0}]
     prompts = str(directory / "prompts.jsonl")
-    built = {"start": {"job": policy}, "prompts": prompts, "rewards": rewards, **REINFORCING}
+    critic = {"start": {"job": reward}, "learning_rate": 1e-3}
+    built = {
+        "start": {"job": policy},
+        "critic": critic,
+        "prompts": prompts,
+        "rewards": rewards,
+        **REINFORCING,
+    }
     learned = _ended(_submitted("ppo", built, "rlhf"))
 
     render.step("5. before and after")

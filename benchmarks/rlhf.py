@@ -1,0 +1,187 @@
+"""What PPO learns, through `api.submit` on this home's cluster: a known optimum, and what the KL coefficient is for.
+
+optimum: say nothing but the letter e (reward: its share of the text, optimum 1); a random model of two layers, 64
+responses an iteration; GAE, GRPO and RLOO, three seeds each. Floor: 0.9 within 60 iterations, in every run.
+
+control: a reward model of few pairs by real raters is easily fooled. From a policy that was taught the positive words,
+the same run with and without a KL coefficient. Floors, without it: KL at the end three times as much, and the held-out
+raters' score (`workloads.data.raters.held_out_score`) below where it began. With it, it must not fall.
+
+    python benchmarks/rlhf.py [--only optimum | control]
+
+About 25 minutes of two cores. Run ids are printed; exit code 1 where a floor is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from escala import api
+from escala.records import RunRecord
+from workloads.data import raters
+from workloads.data.dialogues import write_lines
+from workloads.data.tokenizer import train_tokenizer
+
+FLOOR, ITERATIONS, SEEDS = 0.9, 60, 3
+KINDS: dict[str, dict[str, Any]] = {
+    "rloo": {},
+    "grpo": {},
+    "gae": {"critic": {"learning_rate": 1e-2}},
+}
+PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:"]
+GOLD = "workloads.data.raters:held_out_score"
+COEFFICIENT, KL_RATIO = 0.2, 3.0
+PAIRS, FEW, POSITIVE = 20_000, 1_500, 1.0  # of the scale from -4 to 4
+
+
+def main() -> int:
+    """Measure; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["optimum", "control"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="escala-rlhf-") as name:
+        directory = Path(name)
+        good = [optimum(directory)] if options.only != "control" else []
+        good += [control(directory)] if options.only != "optimum" else []
+    return 0 if all(good) else 1
+
+
+def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 where nothing but the letter e is said."""
+    return [text.count("e") / max(1, len(text)) for text in responses]
+
+
+def optimum(directory: Path) -> bool:
+    """All estimators on all seeds; whether every run comes near the optimum."""
+    train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
+    write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    good = True
+    for kind, own in KINDS.items():
+        for seed in range(SEEDS):
+            run = ended("ppo", letter_spec(directory, kind, seed) | own, f"{kind}-{seed}")
+            rewards = api.history(run, "reward")
+            first = next((step for step, reward in rewards if reward >= FLOOR), None)
+            print(
+                f"{kind}, seed {seed}: {FLOOR} of the optimum after {first} of {ITERATIONS} iterations (last "
+                f"{rewards[-1][1]:.2f}); run {run.run_id}, {run.wall_seconds:.0f} s",
+                flush=True,
+            )
+            good &= first is not None
+    return good
+
+
+def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:
+    """The same for all estimators."""
+    return {
+        "model": {"vocab_size": 300, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_context_tokens": 32},
+        "tokenizer": str(directory / "tokenizer.json"),
+        "prompts": str(directory / "prompts.jsonl"),
+        "rewards": [{"kind": "function", "function": "benchmarks.rlhf:share_of_e"}],
+        "sampling": {"max_response_tokens": 8},
+        "rollouts": {"replica_cpus": 0.5},
+        "batch": {
+            "prompts": 8,
+            "responses_per_prompt": 8,
+            "epochs": 2,
+            "minibatches": 4,
+            "micro_batch_tokens": 512,
+        },
+        "advantage": {"kind": kind},
+        "policy_loss": {"entropy_coefficient": 0.03},
+        "kl": {"coefficient": 0.0, "limit_nats_per_token": 20},
+        "training": {"steps": ITERATIONS, "seed": seed, "optimizer": {"learning_rate": 5e-3}},
+        "resources": {"workers": 1, "cpus_per_worker": 0.5},
+    }
+
+
+def control(directory: Path) -> bool:
+    """A policy, a reward model, and PPO with and without a KL coefficient."""
+    raters.make(directory, seed=0, pairs=PAIRS)
+    entries = raters.load_entries()
+    means = dict(zip(entries.texts, entries.ratings[:, raters.TRAIN_RATERS].mean(1), strict=True))
+    for side, held_out in (("train", False), ("held_out", True)):
+        rows = raters.answers(entries, held_out, 0)
+        named = {raters.RESPONSE.format(text): mean for text, mean in means.items()}
+        write_lines(
+            directory / f"good_{side}.jsonl", [row for row in rows if named[row["completion"]] >= POSITIVE]
+        )
+    lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
+    (directory / "few.jsonl").write_text("".join(lines[:FEW]))
+    base = ended("pretrain", pretrain_spec(), "base").job_id
+    policy = ended("sft", tuned(base, directory, "good_train", "good_held_out", 600, 8), "policy").job_id
+    reward = ended("reward", tuned(base, directory, "few", "other_raters", 60, 64), "reward").job_id
+    free, held = (
+        ended("ppo", reinforced(directory, policy, reward, coefficient), f"kl-{coefficient}")
+        for coefficient in (0.0, COEFFICIENT)
+    )
+    (kl_free, gold_free), (kl_held, gold_held) = (told(run) for run in (free, held))
+    good = kl_free >= KL_RATIO * kl_held and gold_free[1] < gold_free[0] and gold_held[1] >= gold_held[0]
+    print(f"KL {kl_free / kl_held:.1f} times as much without the coefficient (floor {KL_RATIO:g}): {good}")
+    return good
+
+
+def told(run: RunRecord) -> tuple[float, tuple[float, float]]:
+    """(KL at the end, held-out raters' score at the beginning and at the end), printed."""
+    found = {}
+    for name in ("reward_served", "reward_held_out_score", "kl_nats"):
+        points = api.history(run, name)
+        found[name] = (points[0][1], points[-1][1])
+    print(
+        f"{run.name}: reward model {found['reward_served'][0]:.2f} to {found['reward_served'][1]:.2f}, held-out raters "
+        f"{found['reward_held_out_score'][0]:.2f} to {found['reward_held_out_score'][1]:.2f}, KL "
+        f"{found['kl_nats'][1]:.2f} nats; says {api.samples(run)[-1]['response']!r}; run {run.run_id}",
+        flush=True,
+    )
+    return found["kl_nats"][1], found["reward_held_out_score"]
+
+
+def pretrain_spec() -> dict[str, Any]:
+    """A small model of Python source."""
+    return {
+        "model": {"vocab_size": 2048, "n_layers": 3, "d_model": 128, "n_heads": 4, "max_context_tokens": 64},
+        "data": {"tokenizer": {"vocab_size": 2048}, "max_characters": 8_000_000},
+        "training": {"steps": 300, "batch_sequences": 32, "evaluation_tokens": 16_384},
+    }
+
+
+def tuned(base: str, directory: Path, train: str, held_out: str, steps: int, batch: int) -> dict[str, Any]:
+    """Of SFT and the reward model."""
+    data = {"train": str(directory / f"{train}.jsonl"), "held_out": str(directory / f"{held_out}.jsonl")}
+    training = {"steps": steps, "batch_sequences": batch, "optimizer": {"learning_rate": 1e-3}}
+    return {"start": {"job": base}, "data": data, "training": training}
+
+
+def reinforced(directory: Path, policy: str, reward: str, coefficient: float) -> dict[str, Any]:
+    """PPO against the reward model, the held-out raters looking on."""
+    return {
+        "start": {"job": policy},
+        "prompts": str(directory / "prompts.jsonl"),
+        "rewards": [{"kind": "model", "job": reward}, {"kind": "function", "function": GOLD, "weight": 0}],
+        "critic": {"start": {"job": reward}, "learning_rate": 1e-3},
+        "advantage": {"bootstrap": False},
+        "sampling": {"max_response_tokens": 12},
+        "batch": {"prompts": 64, "epochs": 2, "minibatches": 2},
+        "kl": {"coefficient": coefficient, "limit_nats_per_token": 50},
+        "training": {"steps": 40, "optimizer": {"learning_rate": 3e-4}},
+        "rollouts": {"replica_cpus": 0.5},
+        "resources": {"workers": 1, "cpus_per_worker": 0.5},
+    }
+
+
+def ended(workload: str, spec: dict[str, Any], name: str) -> RunRecord:
+    """The run of a job, submitted and waited for. Exits where it fails."""
+    job = api.submit(workload, base=spec, options={"name": name})
+    for state in api.watch(job.id):
+        last = state.job
+    if last.state != "succeeded":
+        raise SystemExit(f"{name} ({job.id}) {last.state}: {last.message}; escala logs {job.id}")
+    return api.run(job.id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

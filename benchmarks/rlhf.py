@@ -92,7 +92,7 @@ def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:
             "micro_batch_tokens": 512,
         },
         "advantage": {"kind": kind},
-        "policy_loss": {"entropy_coefficient": 0.03},
+        "policy_loss": {"entropy_coefficient": 0.05},
         "kl": {"coefficient": 0.0, "limit_nats_per_token": 20},
         "training": {"steps": ITERATIONS, "seed": seed, "optimizer": {"learning_rate": 5e-3}},
         "resources": {"workers": 1, "cpus_per_worker": 0.5},

@@ -28,10 +28,11 @@ from workloads.data.dialogues import write_lines
 from workloads.data.tokenizer import train_tokenizer
 
 FLOOR, ITERATIONS, SEEDS = 0.9, 60, 3
+BONUS = {"policy_loss": {"entropy_coefficient": 0.05}}  # where advantages have unit variance; rloo's have not
 KINDS: dict[str, dict[str, Any]] = {
     "rloo": {},
-    "grpo": {},
-    "gae": {"critic": {"learning_rate": 1e-2}},
+    "grpo": BONUS,
+    "gae": {**BONUS, "critic": {"learning_rate": 1e-2}},
 }
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:"]
 GOLD = "workloads.data.raters:held_out_score"
@@ -91,8 +92,7 @@ def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:
             "minibatches": 4,
             "micro_batch_tokens": 512,
         },
-        "advantage": {"kind": kind},
-        "policy_loss": {"entropy_coefficient": 0.05},
+        "advantage": {"kind": kind, "bootstrap": False},
         "kl": {"coefficient": 0.0, "limit_nats_per_token": 20},
         "training": {"steps": ITERATIONS, "seed": seed, "optimizer": {"learning_rate": 5e-3}},
         "resources": {"workers": 1, "cpus_per_worker": 0.5},

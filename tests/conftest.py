@@ -65,3 +65,21 @@ def cluster(home: Path) -> Iterator[Path]:
     api.up(report=print)
     yield home
     api.down(report=print)
+
+
+@pytest.fixture(scope="module")
+def connected(cluster: Path) -> Iterator[None]:
+    """This process is a client of the session's cluster."""
+    from escala.cluster import connection
+    from escala.runtime_env import source_paths
+    from escala.settings import Settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in connection(Settings()).environment.items():
+            patch.setenv(name, value)
+        import ray
+
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(source_paths())}}
+        ray.init(Settings().gcs_address, log_to_driver=False, runtime_env=environment)
+        yield
+        ray.shutdown()

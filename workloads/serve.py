@@ -26,6 +26,9 @@ from workloads.serving.policy import STORE, Policy
 from workloads.serving.scores import JudgeReplica, RewardReplica
 from workloads.training.driver import HUGE_PAGES
 
+HEALTH_SECONDS = (
+    2.0  # how soon a dead replica is replaced, and an owner's end noticed; Serve's own 10 is a long wait
+)
 API_REQUESTS = 10_000  # that wait or run at the ingress, which only passes them on
 
 
@@ -49,6 +52,7 @@ def application(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.shutdown_seconds,
         graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_SECONDS,
     )
     return api.bind(plain, policy, reward, judge)
 
@@ -82,7 +86,7 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
         },
         graceful_shutdown_timeout_s=config.shutdown_seconds,
         graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5.0,
+        health_check_period_s=HEALTH_SECONDS,
     )
 
 
@@ -94,4 +98,6 @@ def _scorer(kind: type, name: str, config: ServeConfig) -> serve.Deployment:
         max_ongoing_requests=64,
         ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
         graceful_shutdown_timeout_s=config.shutdown_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_SECONDS,
     )

@@ -9,10 +9,10 @@ import pytest
 from mlflow import MlflowClient
 
 from escala import api
-from escala.records import AttemptFiles, Progress, read_record
 from escala.settings import Settings
 from escala.tracking.runs import list_runs
 from tests.conftest import wait_for
+from tests.faults.victims import at_step, driver, ended, titled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,46 +29,11 @@ def submit(name: str, *more: str) -> str:
     return api.submit("pretrain", (), [*OVERRIDES, *more], {"name": name}).id
 
 
-def files(job_id: str, attempt: int = 1) -> AttemptFiles:
-    return AttemptFiles(Settings().home / "jobs" / job_id / f"attempt-{attempt}")
-
-
-def at_step(job_id: str, step: int, attempt: int = 1) -> None:
-    def reached() -> bool:
-        assert api.job(job_id).job.state not in api.FINAL, "it ended before it could be disturbed"
-        progress = read_record(Progress, files(job_id, attempt).progress)
-        return progress is not None and progress.step >= step
-
-    wait_for(reached, 180, f"step {step} of {job_id}")
-
-
-def ended(job_id: str) -> api.JobDetails:
-    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 300, f"the end of {job_id}", every=0.5)
-    return api.job(job_id)
-
-
 def final(details: api.JobDetails) -> tuple[float, float]:
     """Held-out loss and training loss of the last step, as recorded."""
     assert details.job.state == "succeeded", details.job.message
     record = details.attempts[-1].record
     return record["held_out_loss_nats"], record["train_loss_nats"]
-
-
-def processes(job_id: str, what: str) -> list[psutil.Process]:
-    """This job's driver, or the session's training workers: ours, found by their command line and home."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if what == "driver" and str(files(job_id).directory.parent) in line and "workloads.pretrain" in line:
-            found.append(process)
-        if what == "worker" and "RayTrainWorker" in line and _in_this_home(process):
-            found.append(process)
-    return found
-
-
-def _in_this_home(process: psutil.Process) -> bool:
-    head = psutil.Process(next(p.pid for p in api.status().processes if p.name == "ray"))
-    return head.pid in {parent.pid for parent in process.parents()}
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +48,8 @@ def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
 ) -> None:
     job_id = submit(f"{what}-killed")
     at_step(job_id, 60)
-    victims = processes(job_id, what)
-    assert victims
-    victims[0].kill()
+    victim = driver(job_id) if what == "driver" else titled("RayTrainWorker")[0]
+    victim.kill()
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == [f"{what}_lost", "succeeded"]
     assert final(details) == undisturbed
@@ -145,7 +109,7 @@ def test_a_sigterm_to_the_driver_checkpoints_first_and_costs_no_retry(
 ) -> None:
     job_id = submit("preempted")
     at_step(job_id, 60)
-    processes(job_id, "driver")[0].terminate()
+    driver(job_id).terminate()
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["preempted", "succeeded"]
     assert details.job.retries_used == 0

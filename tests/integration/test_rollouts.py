@@ -21,11 +21,8 @@ import pytest
 import torch
 
 from escala import api
-from escala.cluster import connection
 from escala.errors import DigestMismatch, NotFoundError, StaleWeights, WeightsNotLoaded
 from escala.rollouts import service
-from escala.runtime_env import source_paths
-from escala.settings import Settings
 from tests.conftest import free_ports, wait_for
 from workloads.config import ModelConfig
 from workloads.data.tokenizer import train_tokenizer
@@ -59,20 +56,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pretrained(model(0), path)
     train_tokenizer([inspect.getsource(argparse)], CONFIG.vocab_size).save(str(path / "tokenizer.json"))
     return path
-
-
-@pytest.fixture(scope="module")
-def connected(cluster: Path) -> Iterator[None]:
-    """This process is a client of the session's cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in connection(Settings()).environment.items():
-            patch.setenv(name, value)
-        import ray
-
-        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(source_paths())}}
-        ray.init(Settings().gcs_address, log_to_driver=False, runtime_env=environment)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

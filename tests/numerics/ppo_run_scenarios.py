@@ -84,6 +84,7 @@ class Job:
 
     def __init__(self, directory: Path, section: PpoConfig) -> None:
         self.directory, self.config, self.attempts = directory, section, 0
+        self.told: list[int] = []  # iterations whose reward was in the spool when the last attempt was over
         for name in ("checkpoints", "data"):
             (directory / name).mkdir(parents=True)
 
@@ -109,6 +110,8 @@ class Job:
         try:
             trainer.run()
         finally:
+            points = [p for e in read_events(files.spool) if e["event"] == "metrics" for p in e["points"]]
+            self.told = [step for name, _, step, _ in points if name == "reward"]
             trainer.close()
         return trainer
 
@@ -134,7 +137,8 @@ def resumed(directory: Path) -> dict[str, Any]:
     straight = Job(directory / "straight", config(directory)).attempt()
     job = Job(directory / "stopped", config(directory))
     job.attempt(stop_after=2)
-    return {"straight": facts(straight), "resumed": facts(job.attempt())}
+    told = job.told
+    return {"straight": facts(straight), "told": told, "resumed": facts(job.attempt())}
 
 
 def failing(directory: Path) -> dict[str, Any]:

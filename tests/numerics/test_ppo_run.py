@@ -31,6 +31,13 @@ def test_a_stopped_run_ends_as_one_that_was_not(found: Any) -> None:
     assert straight["scores"]["count"] == 4 * 8
 
 
+def test_a_checkpoint_leaves_no_iteration_untold(found: Any) -> None:
+    assert found["resume"]["told"] == [
+        1,
+        2,
+    ]  # before the worker closes its reporter, which a killed one does not
+
+
 def test_a_reward_that_fails_is_named_and_the_run_goes_on_from_before(found: Any) -> None:
     failing = found["failing"]
     assert "broken_at_third raised OSError: the grader is gone" in failing["message"]

@@ -5,26 +5,26 @@ The application is the one that `escala rollouts up` builds, under the job's own
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 from ray import serve
 from ray.util import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from escala.errors import ClusterError
 from escala.records import AttemptSpec
 from workloads.alignment.rollouts import served_rewards
 from workloads.config import PpoConfig
-from workloads.config.serve import EngineConfig, ScalingConfig, ServeConfig
+from workloads.config.serve import EngineConfig, OwnerConfig, ScalingConfig, ServeConfig
 from workloads.model.huggingface import save_pretrained
 from workloads.model.start import new_model
 from workloads.serve import application
+from workloads.serving.owner import ANYWHERE, alone, owner, remove
 from workloads.training.finetune import open_tokenizer
 
 SHUTDOWN_SECONDS = 20.0  # responses that nobody waits for any more
@@ -39,28 +39,40 @@ def application_name(spec: AttemptSpec) -> str:
 def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
     """The job's service, with the model that the run starts from as version 0; a driver's call, Ray reached.
 
-    One that an attempt left behind is replaced. Raises ClusterError where it does not come up.
+    One that an attempt left behind is replaced; this one goes even where the driver is killed. Raises ClusterError
+    where it does not come up.
     """
-    name, written = application_name(spec), Path(spec.directory) / "policy"
+    name, written, lock = (
+        application_name(spec),
+        Path(spec.directory) / "policy",
+        Path(spec.data) / "serve.lock",
+    )
     try:
-        arguments = serve_config(config, policy_directory(config, written)).model_dump(mode="json")
-        with _alone(spec):
-            _start_serve()
-            remove(name)
+        with owner(f"{name}-{spec.attempt}", lock) as me:
+            arguments = serve_config(config, policy_directory(config, written), me).model_dump(mode="json")
             try:
-                serve.run(application(arguments), name=name, route_prefix=None)
-            except RuntimeError as error:
-                raise ClusterError(
-                    f"the job's rollout service does not come up: {error}", "its replicas' logs say more"
-                ) from error
-        print(f"rollout service {name}: {config.rollouts.replicas} policy replicas", flush=True)
-        yield
+                with alone(lock):
+                    _start_serve()
+                    _run(name, arguments)
+                print(f"rollout service {name}: {config.rollouts.replicas} policy replicas", flush=True)
+                yield
+            finally:
+                with alone(lock):
+                    remove(name)
     finally:
-        with _alone(spec):
-            remove(name)
-            if not serve.status().applications:
-                serve.shutdown()  # so that the next one may start it with HTTP
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _run(name: str, arguments: dict[str, Any]) -> None:
+    """Start the application in the place of an earlier attempt's."""
+    if name in serve.status().applications:
+        serve.delete(name)
+    try:
+        serve.run(application(arguments), name=name, route_prefix=None)
+    except RuntimeError as error:
+        raise ClusterError(
+            f"the job's rollout service does not come up: {error}", "its replicas' logs say more"
+        ) from error
 
 
 def _start_serve() -> None:
@@ -70,27 +82,12 @@ def _start_serve() -> None:
     if get_current_placement_group() is None:
         serve.start(proxy_location="Disabled")
         return
-    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
     task = ray.remote(num_cpus=0)(lambda: serve.start(proxy_location="Disabled"))
-    ray.get(task.options(scheduling_strategy=anywhere).remote())
+    ray.get(task.options(scheduling_strategy=ANYWHERE).remote())
 
 
-@contextmanager
-def _alone(spec: AttemptSpec) -> Iterator[None]:
-    """While no other job of this home starts or ends Serve: one would end what another has just found running."""
-    with (Path(spec.data) / "serve.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def remove(name: str) -> None:
-    """Take an application down, if it is there."""
-    if name in serve.status().applications:
-        serve.delete(name)
-
-
-def serve_config(config: PpoConfig, model: Path) -> ServeConfig:
-    """The application's configuration."""
+def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig:
+    """The application's configuration, with this driver as its owner."""
     service = config.rollouts
     return ServeConfig(
         model=str(model),
@@ -105,6 +102,7 @@ def serve_config(config: PpoConfig, model: Path) -> ServeConfig:
         replica_gpus=service.replica_gpus,
         sync_seconds=service.timeout_seconds,
         shutdown_seconds=SHUTDOWN_SECONDS,
+        owner=me,
     )
 
 

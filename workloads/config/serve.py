@@ -45,6 +45,13 @@ class ScalingConfig(Strict):
         return self
 
 
+class OwnerConfig(Strict):
+    """The process that an application ends with (`workloads.serving.owner`)."""
+
+    token: str = Field(description="NAMESPACE/NAME of the actor that it holds")
+    lock: str = Field(description="the file that is locked by who starts or ends Serve")
+
+
 class ServeConfig(Strict):
     """The application: `policy` generates, `reward` and `judge` score where they are given, `api` speaks HTTP."""
 
@@ -68,6 +75,7 @@ class ServeConfig(Strict):
     shutdown_seconds: float = Field(
         600.0, gt=0, description="a leaving replica may take to finish its responses"
     )
+    owner: OwnerConfig | None = Field(None, description="a job; None: it runs until somebody takes it down")
     token_sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="of the bearer token; None: loopback only, and no token"
     )

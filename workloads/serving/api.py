@@ -31,6 +31,7 @@ from workloads.serving.openai import (
     parse,
     server_sent,
 )
+from workloads.serving.owner import end_with_owner
 from workloads.serving.patience import ATTEMPTS, lost, patient
 from workloads.serving.records import Generated, Piece, Prompt
 from workloads.serving.scores import CompareRequest, ScoreRequest
@@ -113,6 +114,11 @@ class Api:
     async def weights_store(self) -> Any:
         """The store actor of weight versions."""
         return await patient(lambda: self._policy.weights_store.remote())
+
+    async def check_health(self) -> None:
+        """Serve asks; who owns the application is looked after by the way."""
+        if self.config.owner is not None:
+            await asyncio.to_thread(end_with_owner, self.config.owner)
 
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:

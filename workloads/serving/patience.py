@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from workloads.serving.client import cause_of
 
 ATTEMPTS = 4  # replicas that a request may lose
 T = TypeVar("T")
+log = logging.getLogger("ray.serve")  # it goes into the replica's log file
 
 
 async def patient(call: Callable[[], Awaitable[T]]) -> T:
@@ -27,6 +29,9 @@ async def patient(call: Callable[[], Awaitable[T]]) -> T:
         except RayActorError as error:
             if attempt == ATTEMPTS - 1:
                 raise lost(error) from error
+            log.warning(
+                f"a replica died before its answer was complete: another one is asked ({type(error).__name__})"
+            )
     raise AssertionError("unreachable")
 
 

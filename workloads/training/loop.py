@@ -290,6 +290,8 @@ class Trainer:
         """Checkpoint the present step; the fence is checked first, so that a lost attempt writes nothing."""
         if self.rank == 0:
             check_fence(AttemptFiles(self.spec.directory), self.spec.attempt)
+        if self.reporter is not None:
+            self.reporter.flush()  # a killed worker's steps before a checkpoint are not made again to be reported
         count = self.count
         manifest = {
             "config": self.config.model_dump(mode="json"),

@@ -1,0 +1,55 @@
+"""Who is to be killed, and when."""
+
+from __future__ import annotations
+
+import psutil
+
+from escala import api
+from escala.records import AttemptFiles, JobFiles, Progress, read_record
+from escala.settings import Settings
+from tests.conftest import wait_for
+
+
+def files(job_id: str, attempt: int = 1) -> AttemptFiles:
+    """The files of an attempt."""
+    return JobFiles(Settings().home, job_id).attempt(attempt)
+
+
+def at_step(job_id: str, step: int, attempt: int = 1) -> None:
+    """Wait until the attempt has reported `step`. Fails where the job ends before."""
+
+    def reached() -> bool:
+        assert api.job(job_id).job.state not in api.FINAL, "".join(api.logs(job_id))[-3000:]
+        progress = read_record(Progress, files(job_id, attempt).progress)
+        return progress is not None and progress.step >= step
+
+    wait_for(reached, 300, f"step {step} of {job_id}")
+
+
+def ended(job_id: str) -> api.JobDetails:
+    """The job once it has ended."""
+    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 300, f"the end of {job_id}", every=0.5)
+    return api.job(job_id)
+
+
+def driver(job_id: str) -> psutil.Process:
+    """The process of the job's present attempt."""
+    directory = str(files(job_id).directory.parent)
+    return next(p for p in _of_this_home() if directory in _line(p) and "-m workloads." in _line(p))
+
+
+def titled(title: str) -> list[psutil.Process]:
+    """The session's Ray processes with `title` in their command line: "RayTrainWorker", "ServeController"."""
+    return [p for p in _of_this_home() if title in _line(p)]
+
+
+def _of_this_home() -> list[psutil.Process]:
+    head = psutil.Process(next(p.pid for p in api.status().processes if p.name == "ray"))
+    return head.children(recursive=True)
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""

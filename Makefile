@@ -41,6 +41,10 @@ bench: setup
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/laws.py
 	$(BIN)/python benchmarks/sweeps.py
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/rollouts.py
+	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/rlhf.py
 
 clean:
 	rm -rf $(VENV) .setup-done

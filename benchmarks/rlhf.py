@@ -1,6 +1,6 @@
 """What PPO learns, through `api.submit` on this home's cluster: a known optimum, and what the KL coefficient is for.
 
-optimum: say nothing but the letter e (reward: its share of the text, optimum 1); a random model of two layers, 64
+optimum: say nothing but the letter e (reward: its share of the text, optimum 1); a random model of two layers, 128
 responses an iteration; GAE, GRPO and RLOO, three seeds each. Floor: 0.9 within 60 iterations, in every run.
 
 control: a reward model of few pairs by real raters is easily fooled. From a policy that was taught the positive words,
@@ -87,7 +87,7 @@ def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:
         "rollouts": {"replica_cpus": 0.5},
         "batch": {
             "prompts": 8,
-            "responses_per_prompt": 8,
+            "responses_per_prompt": 16,
             "epochs": 2,
             "minibatches": 4,
             "micro_batch_tokens": 512,

@@ -8,8 +8,6 @@ service -> rewards -> log-probabilities of actor and reference, values -> advant
 from __future__ import annotations
 
 import copy
-import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +25,9 @@ from escala.errors import DataError, Diverged, EscalaError
 from escala.manifests import Checkpoint, file_sha256, read_checkpoint
 from escala.records import SAMPLES, AttemptSpec
 from escala.tracking.lineage import fingerprint
-from workloads.alignment.calibration import explained_variance
+from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
-from workloads.alignment.kl import ProportionalKL, ThresholdKL, kl
+from workloads.alignment.kl import ProportionalKL, ThresholdKL
 from workloads.alignment.learner import (
     Learner,
     Updates,
@@ -43,7 +41,6 @@ from workloads.alignment.rewards import RunningMoments, length_penalty, missing_
 from workloads.alignment.rollouts import (
     Drawing,
     Response,
-    Scores,
     Scoring,
     Service,
     load_prompts,
@@ -62,8 +59,6 @@ from workloads.training.schedule import learning_rate
 from workloads.training.task import Evaluation
 
 T = TypeVar("T")
-SAMPLES_KEPT, SAMPLES_EACH = 500, 4
-SAMPLE_COLUMNS = ["iteration", "prompt", "response", "reward", "finished"]
 
 
 def prepare(spec: AttemptSpec, config: PpoConfig) -> Prepared:
@@ -201,7 +196,9 @@ class Ppo(Trainer):
             scores_B = torch.tensor(scores.sums)
         with self._phase("assessment"):
             mine, entropies = self._assess(responses, scores_B)
-            self._report_rollouts(mine, responses, scores, entropies)
+            self.measures |= measures.of_responses(
+                mine, responses, scores, entropies, self.count.step + 1, self.device
+            )
             everyone = exchange(mine, config.batch.prompts, config.batch.responses_per_prompt)
         rate = learning_rate(iteration, config)
         zero.set_learning_rate(self.engine, rate)
@@ -295,16 +292,12 @@ class Ppo(Trainer):
         return length_penalty(scores_B, lengths_B, section.length_free_tokens, most, section.length_penalty)
 
     def _check_kl(self, rows: Rows) -> None:
-        """The means of the three estimators over all ranks' tokens. Raises Diverged above the stated limit."""
-        pair, mask = (rows.columns["logp_old"], rows.columns["logp_ref"]), rows.mask_BT
-        sums = [torch.where(mask, kl(*pair, kind), 0.0).sum().item() for kind in ("k1", "k2", "k3")]
-        *sums, tokens, responses = self._summed(*sums, float(mask.sum()), float(len(rows)))
-        self.measures = {f"kl_k{i + 1}_nats_per_token": value / tokens for i, value in enumerate(sums)}
-        self.measures["kl_nats"] = sums[0] / responses
-        limit = self.config.kl.limit_nats_per_token
-        if not sums[0] / tokens <= limit:
+        """Raise Diverged where the policy is further from its reference than the stated limit."""
+        self.measures = measures.of_reference(rows, self.device)
+        found, limit = self.measures["kl_k1_nats_per_token"], self.config.kl.limit_nats_per_token
+        if not found <= limit:
             raise Diverged(
-                f"before update {self.count.step + 1} the policy is {sums[0] / tokens:.3g} nats a token from its "
+                f"before update {self.count.step + 1} the policy is {found:.3g} nats a token from its "
                 f"reference, above kl.limit_nats_per_token {limit:g}",
                 "raise kl.coefficient, lower the learning rate, or raise the limit; a checkpoint from before is kept",
             )
@@ -332,66 +325,18 @@ class Ppo(Trainer):
             controller = ProportionalKL(self.kl_coef, section.target_nats, section.horizon_episodes)
             self.kl_coef = controller.update(found, self.config.training.batch_sequences)
 
-    def _report_rollouts(
-        self, rows: Rows, responses: list[Response], scores: Scores, entropies: float
-    ) -> None:
-        """What the responses say of the policy that drew them, over all ranks."""
-        mask, columns = rows.mask_BT, rows.columns
-        gap_BT = torch.where(mask, columns["logp_old"] - columns["engine_logp"], 0.0).abs()
-        behind = sum(self.count.step + 1 - one.version for one in responses)
-        found = self._summed(
-            math.fsum(scores.sums),
-            float(sum(one.finished for one in responses)),
-            float(behind),
-            float(len(responses)),
-            entropies,
-            float(gap_BT.sum()),
-            float(mask.sum()),
-            *map(math.fsum, scores.parts.values()),
-        )
-        *by_response, responses_, entropy_, gap, tokens = found[:7]
-        names = ("reward", "finished_fraction", "staleness_versions")
-        self.measures |= {name: value / responses_ for name, value in zip(names, by_response, strict=True)}
-        self.measures |= {
-            "response_tokens": tokens / responses_,
-            "entropy_nats": entropy_ / tokens,
-            "engine_gap_nats": gap / tokens,
-        }
-        parts = zip(scores.parts, found[7:], strict=True)
-        if len(scores.parts) > 1:
-            self.measures |= {f"reward_{name}": value / responses_ for name, value in parts}
-        if self.critic is not None:
-            variance = float(explained_variance(columns["values"], columns["returns"], mask))
-            self.measures |= {"explained_variance": variance} if math.isfinite(variance) else {}
-
-    def _summed(self, *values: float) -> list[float]:
-        """The sums over all ranks."""
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(sums)
-        return sums.tolist()  # type: ignore[no-any-return]
-
     def _report_iteration(self, rows: Rows, updates: Updates, rate: float) -> None:
         if self.reporter is None:
             return
         count, speed = self.count, self.throughput.recent
-        generated, tokens = int(rows.mask_BT.sum()), sum(rows.lengths)
         if count.step % self.config.training.log_every_steps == 0 or count.step == self.config.total_steps:
-            learned = {k: float(v) for k, v in asdict(updates).items() if k != "steps"}
             self.reporter.metrics(
                 count.step,
                 {
                     **self.measures,
-                    **learned,
-                    "updates": updates.steps,
+                    **measures.of_work(rows, updates, self.config.batch.minibatches, self.seconds),
                     "kl_coef": self.kl_coef,
                     "learning_rate": rate,
-                    "rollout_tokens_per_second": generated / self.seconds["rollouts"],
-                    "reward_tokens_per_second": generated / self.seconds["rewards"],
-                    "assessment_tokens_per_second": tokens / self.seconds["assessment"],
-                    "learning_tokens_per_second": tokens
-                    * updates.steps
-                    / self.config.batch.minibatches
-                    / self.seconds["learning"],
                     "tokens_per_second": speed,
                     "model_flops_utilization": self._utilization(speed),
                     "train_tokens": count.train_tokens,
@@ -409,13 +354,9 @@ class Ppo(Trainer):
         last = self.count.step == self.config.total_steps
         if self.reporter is None or not (last or iteration % self.config.samples_every_iterations == 0):
             return
-        self.samples += [
-            [iteration, one.prompt if isinstance(one.prompt, str) else json.dumps(one.prompt), one.text, score,
-             one.finished]
-            for one, score in zip(responses[:SAMPLES_EACH], scores_B.tolist(), strict=False)
-        ]  # fmt: skip
-        self.samples = self.samples[-SAMPLES_KEPT:]
-        self.reporter.table(SAMPLES, SAMPLE_COLUMNS, self.samples)
+        self.samples += measures.samples(iteration, responses, scores_B)
+        self.samples = self.samples[-measures.SAMPLES_KEPT :]
+        self.reporter.table(SAMPLES, measures.SAMPLE_COLUMNS, self.samples)
 
     def _evaluate(self) -> Evaluation:
         """What the last iteration's responses were worth; there is no held-out loss."""

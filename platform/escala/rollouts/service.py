@@ -89,8 +89,9 @@ def up(
         files: Serve configuration files with one application, ours; later ones override earlier ones.
         overrides: `a.b=value` of the application's arguments (`workloads.config.serve.ServeConfig`).
 
-    Raises SpecError for what does not validate, and for an address beyond loopback without a token; ClusterError where
-    the cluster or the service does not come up in time, with Serve's own message.
+    Raises SpecError for what does not validate, and for an address beyond loopback without a token; StateError where
+    Serve runs without HTTP; ClusterError where the cluster or the service does not come up in time, with Serve's own
+    message.
     """
     settings, rollouts = Settings(), RolloutsSettings()
     document = read(files, overrides)
@@ -102,10 +103,13 @@ def up(
 
         cluster.up(settings, report)
     details = _details(settings)
-    if details.get("http_options") and details.get("applications"):
-        http = {
-            key: details["http_options"][key] for key in ("host", "port")
-        }  # Serve keeps those of its start
+    if details.get("applications"):  # Serve keeps what it was started with
+        if not _http(details):
+            raise StateError(
+                "Serve runs here for a `ppo` job, which started it without HTTP: nobody could ask this service",
+                "wait until `escala ps` shows no `ppo` job, then start it again",
+            )
+        http = _http(details)
     check_exposure(http["host"], application["args"])
     others = {n: c for n, c in _configs(details).items() if n != name}
     payload = {
@@ -158,9 +162,7 @@ def scale(
     }
     scaling.update({key: value for key, value in wanted.items() if value is not None})
     check_bounds(scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"])
-    http = {key: details["http_options"][key] for key in ("host", "port")}
-    payload = {"proxy_location": "EveryNode", "http_options": http, "applications": list(configs.values())}
-    _call(settings, "PUT", payload)
+    _call(settings, "PUT", {**_served(details), "applications": list(configs.values())})
     return _wait(settings, name, START_SECONDS, lambda line: None, scaling)
 
 
@@ -177,9 +179,8 @@ def down(
         raise NotFoundError(
             f"there is no rollout service {name!r}", "`escala rollouts status` shows what there is"
         )
-    http = {key: details["http_options"][key] for key in ("host", "port")}
     others = [config for other, config in _configs(details).items() if other != name]
-    _call(settings, "PUT", {"proxy_location": "EveryNode", "http_options": http, "applications": others})
+    _call(settings, "PUT", {**_served(details), "applications": others})
     report(f"{name}: finishing what runs")
     deadline = time.monotonic() + wait_seconds
     while name in (left := _details(settings).get("applications", {})):
@@ -342,6 +343,17 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any] | None:
 def _details(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(_call(settings, "GET") or b"{}")
     return found
+
+
+def _http(details: dict[str, Any]) -> dict[str, Any]:
+    """Where a running Serve listens; empty for one without HTTP."""
+    found = details.get("http_options") or {}
+    return {key: found[key] for key in ("host", "port") if key in found}
+
+
+def _served(details: dict[str, Any]) -> dict[str, Any]:
+    """How Serve runs, as it takes it back."""
+    return {"proxy_location": details["proxy_location"], "http_options": _http(details)}
 
 
 def _call(settings: Settings, method: str, payload: dict[str, Any] | None = None) -> bytes:

@@ -25,7 +25,7 @@ class Critic(RewardModel):
         Args:
             tokens_BT: token ids, padded on the right.
         """
-        return self.head(self.trunk.hidden(tokens_BT)[at_BT]).squeeze(-1).float()
+        return self.head(self.trunk.hidden(tokens_BT, at_BT=at_BT)).squeeze(-1).float()
 
 
 def build_critic(config: PpoConfig) -> Critic:

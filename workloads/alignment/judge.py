@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from escala.errors import DataError
-from workloads.alignment.reward_model import pad_right
+from workloads.alignment.reward_model import last_tokens, pad_right
 from workloads.config.rewards import QUESTION, JudgeModelConfig
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
 
@@ -165,9 +165,7 @@ class LanguageModelJudge:
 
     def _first_wins(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Probabilities_B of A."""
-        hidden_BTD = self.model.hidden(tokens_BT)
-        rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
-        logits_BV = self.model.logits(hidden_BTD[rows, lengths_B - 1]).float()
+        logits_BV = self.model(tokens_BT, at_BT=last_tokens(tokens_BT, lengths_B)).float()
         return logits_BV[:, self._letters].softmax(-1)[:, 0]
 
     def _tokens(self, prompt: Prompt, first: str, second: str) -> list[int]:

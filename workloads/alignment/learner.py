@@ -33,6 +33,7 @@ from workloads.alignment.microbatches import MicroBatch, Rows, cut, deal, micro_
 from workloads.alignment.rewards import token_rewards
 from workloads.config import PpoConfig, TrainingConfig
 from workloads.model.lora import LoraLinear, without_lora
+from workloads.model.moe import mixtures
 from workloads.training import zero
 from workloads.training.loss import log_probabilities
 
@@ -58,6 +59,15 @@ class Updates:
             setattr(self, name, value if name == "update_kl_nats" else old + (value - old) / self.steps)
 
 
+@dataclass
+class Kept:
+    """What an assessment's one forward pass of each engine found, with their graphs. Without a critic no values."""
+
+    batch: MicroBatch
+    logits_NV: Tensor
+    values_N: Any = None
+
+
 class Learner:
     """One rank's engines.
 
@@ -71,6 +81,7 @@ class Learner:
         self.config, self.actor, self.critic, self.reference = config, actor, critic, reference
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device: torch.device = actor.device
+        self._kept: Kept | None = None
 
     @torch.no_grad()
     def assess(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor, float]:
@@ -81,16 +92,24 @@ class Learner:
         columns = {n: torch.zeros(rows.mask_BT.shape) for n in ("logp_old", "logp_ref", "values")}
         after_B, entropies = torch.zeros(len(rows)), 0.0
         engines = [e for e in (self.actor, self.critic) if e is not None]
+        batches, self._kept = self._in_step(rows), None
+        keep = self._serves_first_update(batches, engines)
         for engine in engines:
-            engine.eval()
-        for batch in self._in_step(rows):
-            logits_NV = self._logits(self.actor, batch)
+            engine.train(keep)
+        for batch in batches:
+            with torch.set_grad_enabled(keep):
+                logits_NV = self._logits(self.actor, batch)
+            if keep:
+                self._kept = Kept(batch, logits_NV)
             found = {"logp_old": log_probabilities(logits_NV, batch.targets_N)}
             entropies += float(_entropy_sum(logits_NV))
             del logits_NV
             found["logp_ref"] = log_probabilities(self._reference_logits(batch), batch.targets_N)
             if self.critic is not None:
-                found["values"], last = self._values_and_last(batch)
+                with torch.set_grad_enabled(keep):
+                    found["values"], last = self._values_and_last(batch)
+                if self._kept is not None:
+                    self._kept.values_N = found["values"]
                 after_B[batch.rows] = last.cpu()
             for name, values_N in found.items():
                 placed_BT = batch.place(values_N).cpu()
@@ -98,6 +117,19 @@ class Learner:
         for engine in engines:
             engine.train()
         return columns, after_B, entropies
+
+    def _serves_first_update(self, batches: Sequence[MicroBatch], engines: Sequence[Any]) -> bool:
+        """Whether the first update needs the very passes of the assessment, so that their graphs are kept: the same
+        rows in one micro-batch, by the same weights. The graphs of all engines together are no larger than one of
+        `micro_batch_tokens`. Not for mixtures, which route otherwise in training, nor for ZeRO-3, whose hooks expect
+        a backward pass before the next forward one.
+        """
+        batch, training = self.config.batch, self.config.training
+        if self.ranks > 1 or batch.minibatches > 1 or len(batches) > 1 or training.zero_stage == 3:
+            return False
+        if any(mixtures(engine.module) for engine in engines):
+            return False
+        return len(engines) * batches[0].tokens_BS.numel() <= batch.micro_batch_tokens
 
     def update(self, rows: Rows, iteration: int, kl_coef: float, freeze_actor: bool) -> Updates:
         """All epochs of an iteration on all ranks' rows. A collective call.
@@ -132,6 +164,7 @@ class Learner:
         if self.critic is not None:
             self._accumulate(self.critic, batches, lambda b: self._critic_loss(rows, b, whole, sums))
         torch.distributed.all_reduce(sums)
+        self._kept = None
         total, policy, value, clipped, moved = sums.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss of a minibatch is {total}", DIVERGED_HINT)
@@ -165,7 +198,8 @@ class Learner:
     ) -> Tensor:
         """A micro-batch's share of the policy's loss over the rows of mask `whole`; adds to `sums` what is reported."""
         section, kl_section, mask = self.config.policy_loss, self.config.kl, batch.mask_BT
-        logits_NV = self._logits(self.actor, batch)
+        kept = self._kept_of(batch)
+        logits_NV = self._logits(self.actor, batch) if kept is None else kept.logits_NV
         logp_BT = batch.place(log_probabilities(logits_NV, batch.targets_N))
         old_BT, advantages_BT = batch.take(rows.columns["logp_old"]), batch.take(rows.columns["advantages"])
         ratio = (logp_BT, old_BT, advantages_BT, mask, section.clip_low, section.clip_high)
@@ -186,7 +220,8 @@ class Learner:
     def _critic_loss(self, rows: Rows, batch: MicroBatch, whole: Tensor, sums: Tensor) -> Tensor:
         """A micro-batch's share of the critic's loss."""
         columns = {name: batch.take(rows.columns[name]) for name in ("values", "returns")}
-        values_BT = batch.place(self.critic(batch.tokens_BS, at_BT=batch.at_BS))
+        kept = self._kept_of(batch)
+        values_BT = batch.place(self.critic(*batch.before_last) if kept is None else kept.values_N)
         clip = None if self.config.critic is None else self.config.critic.value_clip
         loss = value_loss(values_BT, columns["values"], columns["returns"], batch.mask_BT, clip)
         loss = loss * float(batch.mask_BT.sum() / whole.sum())
@@ -194,9 +229,17 @@ class Learner:
         sums[2] += loss.detach()
         return loss
 
+    def _kept_of(self, batch: MicroBatch) -> Kept | None:
+        """What the assessment kept, if it read the same rows."""
+        kept = self._kept
+        if kept is None or not torch.equal(kept.batch.tokens_BS, batch.tokens_BS):
+            return None
+        return kept if torch.equal(kept.batch.at_BS, batch.at_BS) else None
+
     def _logits(self, model: Any, batch: MicroBatch) -> Tensor:
         """Logits_NV at the sampling temperature."""
-        logits_NV = model(batch.tokens_BS, at_BT=batch.at_BS)
+        tokens_BS, at_BS = batch.before_last
+        logits_NV = model(tokens_BS, at_BT=at_BS)
         temperature = self.config.sampling.temperature
         return logits_NV if temperature == 1 else logits_NV / temperature
 

@@ -93,6 +93,11 @@ class MicroBatch:
     targets_N: Tensor
     mask_BT: Tensor
 
+    @property
+    def before_last(self) -> tuple[Tensor, Tensor]:
+        """tokens and `at` without the last column, whose tokens predict nothing of a response."""
+        return self.tokens_BS[:, :-1], self.at_BS[:, :-1]
+
     def place(self, values_N: Tensor) -> Tensor:
         """Values of the response tokens as (B, T), 0 elsewhere; differentiable."""
         empty_BT = torch.zeros(self.mask_BT.shape, dtype=values_N.dtype, device=values_N.device)

@@ -56,9 +56,9 @@ class RewardModel(nn.Module):
             lengths_B: valid tokens of each row, from 1 to T.
             positions_BT, documents_BT: as in `Transformer.forward`.
         """
-        hidden_BTD = self.trunk.hidden(tokens_BT, positions_BT, documents_BT)
-        rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
-        return self.head(hidden_BTD[rows, lengths_B - 1]).squeeze(-1).float()
+        last_BT = last_tokens(tokens_BT, lengths_B)
+        hidden_BD = self.trunk.hidden(tokens_BT, positions_BT, documents_BT, last_BT)
+        return self.head(hidden_BD).squeeze(-1).float()
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The trunk's (`Transformer.auxiliary_losses`)."""
@@ -81,6 +81,11 @@ def pad_right(rows: list[list[int]], padding: int, device: torch.device) -> tupl
     width = max(lengths)
     padded = [row + [padding] * (width - len(row)) for row in rows]
     return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+
+def last_tokens(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Where each row's last valid token is, (B, T)."""
+    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device) == lengths_B.unsqueeze(-1) - 1
 
 
 def save_reward_model(model: RewardModel, tokenizer: ChatTokenizer, directory: Path) -> None:

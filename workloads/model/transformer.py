@@ -35,14 +35,22 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D); `rotation` from RotaryTable, `mask` from attention_mask."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        at_N: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`; `rotation` from RotaryTable, `mask` from
+        attention_mask.
+        """
         q_BTHS = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.size)))
         k_BTGS = self.key_norm(self.key(x_BTD).unflatten(-1, (self.kv_heads, self.size)))
         v_BTGS = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.size))
         q_BTHS, k_BTGS = rotate(q_BTHS, *rotation), rotate(k_BTGS, *rotation)
         out_BTHS = exact_attention(q_BTHS, k_BTGS, v_BTGS, mask, self.window_tokens)
-        return self.output(out_BTHS.flatten(-2))
+        return self.output(_pick(out_BTHS.flatten(-2), at_N))
 
 
 class Block(nn.Module):
@@ -59,10 +67,26 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(config.d_model, config.ff_size, output_gain)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        at_N: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`: past the attention the others cost nothing.
+        Only a mixture of experts reads them all, since they count in its balance.
+        """
+        if at_N is not None and not isinstance(self.feed_forward, FeedForward):
+            return _pick(self(x_BTD, rotation, mask), at_N)
+        mixed = self.attention(self.attention_norm(x_BTD), rotation, mask, at_N)
+        x = _pick(x_BTD, at_N) + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _pick(x_BTD: Tensor, at_N: Tensor | None) -> Tensor:
+    """The positions `at_N` of all rows' together, (N, D); None: all, as they are."""
+    return x_BTD if at_N is None else x_BTD.flatten(0, 1).index_select(0, at_N)
 
 
 class Transformer(nn.Module):
@@ -97,23 +121,27 @@ class Transformer(nn.Module):
             documents_BT: a number for each token; no token sees one with another number (packing).
             at_BT: true at the N positions whose logits are wanted, in row order; the others' cost nothing.
         """
-        hidden_BTD = self.hidden(tokens_BT, positions_BT, documents_BT)
-        return self.logits(hidden_BTD if at_BT is None else hidden_BTD[at_BT])
+        return self.logits(self.hidden(tokens_BT, positions_BT, documents_BT, at_BT))
 
     def hidden(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        at_BT: Tensor | None = None,
     ) -> Tensor:
-        """Final normed states_BTD: `logits` of a part of them is that part of `forward`'s."""
+        """Final normed states_BTD, or states_ND of the positions `at_BT`: `logits` of a part of them is that part of
+        `forward`'s.
+        """
         x_BTD = self.embedding(tokens_BT)
         context = tokens_BT.shape[1]
         rotation = self._rotary(context if positions_BT is None else positions_BT, like=x_BTD)
         mask = attention_mask(context, documents_BT, self.config.window_tokens, x_BTD.device)
         recompute = self.activation_checkpointing and is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                x_BTD = checkpoint(block, x_BTD, rotation, mask, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, rotation, mask)
+        at_N = None if at_BT is None else at_BT.flatten().nonzero().squeeze(-1)
+        for number, block in enumerate(self.blocks, 1):
+            arguments = (x_BTD, rotation, mask, at_N if number == len(self.blocks) else None)
+            x_BTD = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         return self.final_norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""The assessment's passes serve the first update where it would repeat them: one pass less, the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.numerics.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("ppo-kept")
+    run_ranks(Path(__file__).with_name("ppo_kept_scenarios.py"), 1, directory)
+    return torch.load(directory / "found.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_kept_passes_change_no_result(found: Any, stage: str) -> None:
+    kept, anew = found[f"{stage} kept"], found[f"{stage} anew"]
+    for mine, other in zip(kept["iterations"], anew["iterations"], strict=True):
+        for name, column in other["columns"].items():
+            torch.testing.assert_close(mine["columns"][name], column, **CLOSE)
+        assert mine["updates"] == pytest.approx(other["updates"], rel=1e-5, abs=1e-6)
+    for model in ("actor", "critic"):
+        for name, weight in anew[model].items():
+            torch.testing.assert_close(kept[model][name], weight, **CLOSE)
+
+
+def test_an_iteration_makes_one_pass_less_within_the_budget_of_tokens(found: Any) -> None:
+    for name, passes in (("0 kept", 2), ("2 kept", 2), ("0 anew", 3), ("2 anew", 3), ("minibatches", 5)):
+        for iteration in found[name]["iterations"]:
+            assert iteration["calls"] == {"actor": passes, "critic": passes}, name

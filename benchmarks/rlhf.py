@@ -28,11 +28,11 @@ from workloads.data.dialogues import write_lines
 from workloads.data.tokenizer import train_tokenizer
 
 FLOOR, ITERATIONS, SEEDS = 0.9, 60, 3
-BONUS = {"policy_loss": {"entropy_coefficient": 0.05}}  # where advantages have unit variance; rloo's have not
+BONUS = 0.05  # of entropy, where advantages have unit variance; rloo's have a tenth of it
 KINDS: dict[str, dict[str, Any]] = {
-    "rloo": {},
-    "grpo": BONUS,
-    "gae": {**BONUS, "critic": {"learning_rate": 1e-2}},
+    "rloo": {"policy_loss": {"entropy_coefficient": BONUS / 10}},
+    "grpo": {"policy_loss": {"entropy_coefficient": BONUS}},
+    "gae": {"policy_loss": {"entropy_coefficient": BONUS}, "critic": {"learning_rate": 1e-2}},
 }
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:"]
 GOLD = "workloads.data.raters:held_out_score"

@@ -73,6 +73,7 @@ def _run(name: str, arguments: dict[str, Any]) -> None:
         raise ClusterError(
             f"the job's rollout service does not come up: {error}", "its replicas' logs say more"
         ) from error
+    _own_logs_only()
 
 
 def _start_serve() -> None:
@@ -84,6 +85,13 @@ def _start_serve() -> None:
         return
     task = ray.remote(num_cpus=0)(lambda: serve.start(proxy_location="Disabled"))
     ray.get(task.options(scheduling_strategy=ANYWHERE).remote())
+
+
+def _own_logs_only() -> None:
+    """Undo what Serve does to a driver that connects to it: show the output of all jobs of the cluster in its own. Ray
+    has no public switch for it.
+    """
+    ray._private.worker.global_worker._filter_logs_by_job = True
 
 
 def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig:

@@ -11,7 +11,7 @@ The bound is the larger of multiplications at the measured peak and bytes (weigh
 token) at the measured bandwidth. One line a ratio; exit code 1 below a floor, or where a request's tokens change with
 the batch.
 
-    python benchmarks/generation.py [--blocks 2] [--precision highest] [--vllm-python PATH]
+    python benchmarks/generation.py [--blocks 2] [--precision highest] [--dtypes fp32] [--vllm-python PATH]
 """
 
 from __future__ import annotations
@@ -83,13 +83,19 @@ def main() -> int:
         "--precision", default="highest", choices=["highest", "medium"], help="of fp32 products"
     )
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--vllm-python", help="the Python of an environment with vLLM's CPU build")
+    parser.add_argument(
+        "--vllm-python",
+        help="Python of an environment with vLLM's CPU build: the peer instead of transformers",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(options.precision)
     good = True
     for name in options.dtypes:
-        good &= measure(name, options)
+        if options.vllm_python:
+            measure_vllm(name, options)
+        else:
+            good &= measure(name, options)
     return 0 if good else 1
 
 
@@ -129,9 +135,6 @@ def measure(name: str, options: argparse.Namespace) -> bool:
         alone[batch] = engine.tokens
     same = alone[1] == alone[32][:ALONE]
     print(f"{name}: tokens at batch 1 and 32 are {'the same' if same else 'DIFFERENT'}", flush=True)
-    if options.vllm_python:
-        speed = vllm(options.vllm_python, peer, prompts, lengths, name)
-        print(f"{name} batch 32: vLLM {speed:.0f} tokens/s of wall time", flush=True)
     return good and same
 
 
@@ -242,37 +245,77 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return best
 
 
-def vllm(python: str, peer: LlamaForCausalLM, prompts: Tokens, lengths: list[int], name: str) -> float:
-    """vLLM's tokens per second on the same requests, in its own environment."""
+def measure_vllm(name: str, options: argparse.Namespace) -> None:
+    """Print the engine's line beside vLLM's, batch 32, in turns; no floor. vLLM is one process with one thread."""
+    torch.manual_seed(0)
+    ours = Transformer(SHAPE).to(DTYPES[name])
+    prompts, lengths = requests()
+    params = [SamplingParams(max_tokens=n, temperature=0) for n in lengths]
+    engine, theirs = Best(), Best()
     with tempfile.TemporaryDirectory() as directory:
-        peer.save_pretrained(directory)
-        work = {
-            "model": directory,
-            "prompts": prompts,
-            "lengths": lengths,
-            "dtype": DTYPES[name].__repr__()[6:],
-        }
-        Path(directory, "work.json").write_text(json.dumps(work))
-        command = [python, "-c", VLLM, str(Path(directory, "work.json"))]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(run.stdout.strip().splitlines()[-1])
+        hugging_face(ours).save_pretrained(directory)
+        dtype = str(DTYPES[name]).removeprefix("torch.")
+        work = json.dumps({"model": directory, "prompts": prompts, "lengths": lengths, "dtype": dtype})
+        Path(directory, "work.json").write_text(work)
+        command = [options.vllm_python, "-c", VLLM, str(Path(directory, "work.json"))]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(options.blocks):
+                print(file=process.stdin, flush=True)
+                line = process.stdout.readline()
+                if not line:
+                    sys.exit(
+                        f"vLLM ended with code {process.wait()} before its block; its error stands above"
+                    )
+                block = json.loads(line)
+                theirs.tokens = block["tokens"]
+                theirs.cpu_seconds = min(theirs.cpu_seconds, block["cpu_seconds"])
+                theirs.wall_seconds = min(theirs.wall_seconds, block["wall_seconds"])
+                made = Engine(ours, None, max_running=32)
+                engine.run(lambda: [list(c.token_ids) for c in made.generate(prompts, params)])  # noqa: B023
+    same = sum(a == b for a, b in zip(engine.tokens or [], theirs.tokens or [], strict=True))
+    total = sum(lengths)
+    print(
+        f"{name} batch 32: escala {total / engine.cpu_seconds:.0f} tokens/s, vLLM {total / theirs.cpu_seconds:.0f}, "
+        f"ratio {theirs.cpu_seconds / engine.cpu_seconds:.2f} (no floor; wall "
+        f"{theirs.wall_seconds / engine.wall_seconds:.2f}); {same} of {len(lengths)} responses equal",
+        flush=True,
+    )
 
 
+# A line in, a block generated, a line out. Without prefix caching, or the second block would find the first's prompts.
 VLLM = """
 import json, os, sys, time
-os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     work = json.load(open(sys.argv[1]))
-    llm = LLM(work["model"], skip_tokenizer_init=True, dtype=work["dtype"], max_num_seqs=32, max_model_len=256)
+    llm = LLM(
+        work["model"],
+        skip_tokenizer_init=True,
+        dtype=work["dtype"],
+        max_num_seqs=32,
+        max_model_len=256,
+        enable_prefix_caching=False,
+    )
     prompts = [{"prompt_token_ids": p} for p in work["prompts"]]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False) for n in work["lengths"]]
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        best = min(best, time.perf_counter() - start)
-    print(sum(work["lengths"]) / best)
+    for _ in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        done = llm.generate(prompts, params, use_tqdm=False)
+        block = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+        block["tokens"] = [list(d.outputs[0].token_ids) for d in done]
+        print(json.dumps(block), file=answers, flush=True)
 """
 
 

@@ -1,4 +1,4 @@
-"""Tokens per second of the generation engine against Hugging Face's `generate`, one thread, same Llama, same weights.
+"""Tokens per second of the generation engine against Hugging Face's `generate`, or vLLM: one thread, same Llama.
 
 96 requests, prompts and responses of 16 to 128 tokens, lengths fixed here, end of text ignored, greedy on both sides.
 At batch 32 `generate` gets three left-padded batches, each run to its longest response, as static batching must; the

@@ -180,7 +180,7 @@ def ended(workload: str, spec: dict[str, Any], name: str) -> RunRecord:
         last = state.job
     if last.state != "succeeded":
         raise SystemExit(f"{name} ({job.id}) {last.state}: {last.message}; escala logs {job.id}")
-    return api.run(job.id)
+    return api.finished_run(job.id)
 
 
 if __name__ == "__main__":

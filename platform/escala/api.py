@@ -10,14 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import manifests, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
+from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
     SWEEP,
     JobDetails,
@@ -36,7 +37,7 @@ from escala.jobs.service import (
 )
 from escala.jobs.starts import resolve_jobs
 from escala.jobs.state import FINAL
-from escala.records import SAMPLES, JobFiles, RunRecord
+from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
 from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
@@ -61,6 +62,7 @@ __all__ = [
     "cost",
     "down",
     "export",
+    "finished_run",
     "fit_sweeps",
     "history",
     "job",
@@ -283,88 +285,6 @@ def submit_run(
 
     config = config_for(load(law), n_active, n_total, tokens, tuple(overrides))
     return start(spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")}), report)
-
-
-# Runs
-
-
-def runs(
-    job: str | None = None,
-    workload: str | None = None,
-    status: str | None = None,
-    name: str | None = None,
-    limit: int = 50,
-) -> Sequence[RunRecord]:
-    """Runs in the tracker that match all filters given, newest first.
-
-    Raises NotFoundError for an unknown job (id or name), ClusterError where the tracker does not answer.
-    """
-    from escala.tracking.runs import list_runs
-
-    if job is not None:
-        with open_store() as store:
-            job = store.get(job).id
-    settings = Settings()
-    return list_runs(
-        settings.tracker,
-        settings.experiment,
-        job_id=job,
-        workload=workload,
-        status=status,
-        name=name,
-        limit=limit,
-    )
-
-
-def run(name: str) -> RunRecord:
-    """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
-    from escala.tracking.runs import get_run
-
-    try:
-        details = job(name)
-    except NotFoundError:
-        run_id = name
-    else:
-        run_id = next((each for each in reversed(details.runs) if each), "")
-        if not run_id:
-            raise NotFoundError(
-                f"job {details.job.id} has no run in the tracker yet", "wait for its first step"
-            )
-    settings = Settings()
-    return get_run(settings.tracker, settings.experiment, run_id)
-
-
-def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
-    from escala.tracking.runs import metric_history
-
-    return metric_history(Settings().tracker, str(record.run_id), metric)
-
-
-def samples(record: RunRecord) -> list[dict[str, Any]]:
-    """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished. Raises NotFoundError."""
-    from escala.tracking.runs import read_table
-
-    return read_table(Settings().tracker, str(record.run_id), SAMPLES)
-
-
-def run_url(record: RunRecord) -> str:
-    """The run's page in MLflow."""
-    from escala.tracking.runs import run_url
-
-    return run_url(Settings().tracker, str(record.run_id))
-
-
-def compare(names: Sequence[str]) -> dict[str, list[Any]]:
-    """Where the records of several runs differ: field -> a value for each run; `run_id` names the columns."""
-    if len(names) < 2:
-        raise SpecError("a comparison needs two runs", "escala runs compare RUN RUN")
-    records = [asdict(run(name)) for name in names]
-    rows = {key: [record[key] for record in records] for key in records[0]}
-    return {key: values for key, values in rows.items() if key == "run_id" or len(set(map(str, values))) > 1}
-
-
-# Checkpoints
 
 
 def export(name: str, to: Path, adapter: bool = False) -> Path:

@@ -76,7 +76,7 @@ def run() -> None:
     )
     if render.follow(api.watch(job.id)).state != "succeeded":
         raise typer.Exit(1)
-    record = api.run(job.id)
+    record = api.finished_run(job.id)
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)

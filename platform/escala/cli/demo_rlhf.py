@@ -91,7 +91,7 @@ def _ended(job: str) -> RunRecord:
 
     if render.follow(api.watch(job)).state != "succeeded":
         raise typer.Exit(1)
-    return api.run(job)
+    return api.finished_run(job)
 
 
 def _compare(learned: RunRecord) -> None:

@@ -1,0 +1,115 @@
+"""Runs, as `escala.api` offers them: of a job or by id, their metrics, samples, page, and where they differ.
+
+mlflow is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from escala.errors import NotFoundError, SpecError, StateError
+from escala.jobs.service import POLL_SECONDS, job, open_store
+from escala.records import SAMPLES, RunRecord
+from escala.settings import Settings
+
+
+def runs(
+    job: str | None = None,
+    workload: str | None = None,
+    status: str | None = None,
+    name: str | None = None,
+    limit: int = 50,
+) -> Sequence[RunRecord]:
+    """Runs in the tracker that match all filters given, newest first.
+
+    Raises NotFoundError for an unknown job (id or name), ClusterError where the tracker does not answer.
+    """
+    from escala.tracking.runs import list_runs
+
+    if job is not None:
+        with open_store() as store:
+            job = store.get(job).id
+    settings = Settings()
+    return list_runs(
+        settings.tracker,
+        settings.experiment,
+        job_id=job,
+        workload=workload,
+        status=status,
+        name=name,
+        limit=limit,
+    )
+
+
+def run(name: str) -> RunRecord:
+    """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
+    from escala.tracking.runs import get_run
+
+    try:
+        details = job(name)
+    except NotFoundError:
+        run_id = name
+    else:
+        run_id = next((each for each in reversed(details.runs) if each), "")
+        if not run_id:
+            raise NotFoundError(
+                f"job {details.job.id} has no run in the tracker yet", "wait for its first step"
+            )
+    settings = Settings()
+    return get_run(settings.tracker, settings.experiment, run_id)
+
+
+def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
+    """The last run of a job that has ended, as soon as the tracker has all of it: records and metrics are delivered
+    from a spool, after the job's end.
+
+    Raises NotFoundError, and StateError where the delivery takes longer than `wait_seconds`.
+    """
+    from escala.tracking.runs import is_closed
+
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        run_id = next((each for each in reversed(job(name).runs) if each), None)
+        if run_id and is_closed(Settings().tracker, run_id):
+            return run(name)
+        time.sleep(POLL_SECONDS)
+    raise StateError(
+        f"the run of job {name} is not whole in the tracker after {wait_seconds:g} s",
+        "`escala status` says whether the tracker answers; the run stays in its spool until it does",
+    )
+
+
+def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
+    from escala.tracking.runs import metric_history
+
+    return metric_history(Settings().tracker, str(record.run_id), metric)
+
+
+def samples(record: RunRecord) -> list[dict[str, Any]]:
+    """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished. Raises NotFoundError."""
+    from escala.tracking.runs import read_table
+
+    return read_table(Settings().tracker, str(record.run_id), SAMPLES)
+
+
+def run_url(record: RunRecord) -> str:
+    """The run's page in MLflow."""
+    from escala.tracking.runs import run_url
+
+    return run_url(Settings().tracker, str(record.run_id))
+
+
+def compare(names: Sequence[str]) -> dict[str, list[Any]]:
+    """Where the records of several runs differ: field -> a value for each run; `run_id` names the columns."""
+    if len(names) < 2:
+        raise SpecError("a comparison needs two runs", "escala runs compare RUN RUN")
+    records = [asdict(run(name)) for name in names]
+    rows = {key: [record[key] for record in records] for key in records[0]}
+    return {key: values for key, values in rows.items() if key == "run_id" or len(set(map(str, values))) > 1}
+
+
+# Checkpoints

@@ -188,7 +188,7 @@ def undisturbed(cluster: Path, config: dict[str, Any]) -> str:
 def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     details = ended(undisturbed)
     assert details.job.state == "succeeded", "".join(api.logs(undisturbed))[-3000:]
-    record = wait_for(lambda: api.runs(job=undisturbed), 60, "the run", every=1.0)[0]
+    record = api.finished_run(undisturbed)
     assert record.measures["reward"] > 0.9
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4

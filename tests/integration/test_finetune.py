@@ -16,7 +16,6 @@ from escala.errors import CheckpointError
 from escala.manifests import latest
 from escala.records import JobFiles
 from escala.settings import Settings
-from tests.conftest import wait_for
 from tests.integration.test_jobs import OVERRIDES, ended
 from workloads.alignment.reward_model import load_reward_model
 from workloads.alignment.scoring import RewardModelScorer
@@ -33,7 +32,7 @@ def run(workload: str, data: Path, *overrides: str) -> api.RunRecord:
     """A job that must succeed; its record."""
     job = ended(api.submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id)
     assert job.job.state == "succeeded", job.job.message
-    return wait_for(lambda: next(iter(api.runs(job=job.job.id)), None), 60, "its run in MLflow", every=1.0)
+    return api.finished_run(job.job.id)
 
 
 @pytest.fixture(scope="module")

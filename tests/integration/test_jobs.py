@@ -24,13 +24,6 @@ def ended(job_id: str) -> api.JobDetails:
     return api.job(job_id)
 
 
-def delivered(job_id: str) -> api.RunRecord:
-    def found() -> list[api.RunRecord]:
-        return [r for r in api.runs(job=job_id) if r.held_out_loss_nats is not None]
-
-    return wait_for(found, 60, f"the run of {job_id} in MLflow", every=1.0)[0]
-
-
 def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Path) -> None:
     flops = api.resolve("pretrain", (), OVERRIDES).compute_flops
     half = api.submit("pretrain", (), OVERRIDES, {"name": "half", "max_flops": flops / 2}).id
@@ -47,12 +40,12 @@ def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Pat
 
     second = ended(api.resume(half, ["resources.workers=2"]).id)
     assert second.job.state == "succeeded", second.job.message
-    record = delivered(second.job.id)
+    record = api.finished_run(second.job.id)
     assert record.train_tokens == STEPS * BATCH * CONTEXT
     assert record.attempt_tokens == STEPS // 2 * BATCH * CONTEXT  # the first half was not repeated
     assert record.workers == 2
-    assert record.held_out_loss_nats < delivered(half).held_out_loss_nats
-    assert len({record.evaluation_fingerprint, delivered(half).evaluation_fingerprint}) == 1
+    assert record.held_out_loss_nats < api.finished_run(half).held_out_loss_nats
+    assert len({record.evaluation_fingerprint, api.finished_run(half).evaluation_fingerprint}) == 1
     assert "held_out_loss_nats" in api.compare([half, second.job.id])
 
     spare = api.collect_garbage(half, keep=1)

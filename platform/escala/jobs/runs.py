@@ -68,12 +68,10 @@ def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
 
     Raises NotFoundError, and StateError where the delivery takes longer than `wait_seconds`.
     """
-    from escala.tracking.runs import is_closed
-
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
-        run_id = next((each for each in reversed(job(name).runs) if each), None)
-        if run_id and is_closed(Settings().tracker, run_id):
+        details = job(name)
+        if details.attempts and all(attempt.delivered for attempt in details.attempts):
             return run(name)
         time.sleep(POLL_SECONDS)
     raise StateError(

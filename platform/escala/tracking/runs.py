@@ -85,12 +85,6 @@ def run_url(uri: str, run_id: str) -> str:
     return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
 
 
-def is_closed(uri: str, run_id: str) -> bool:
-    """Whether the tracker has all of a run: its end is delivered last. Raises ClusterError."""
-    with _explained(uri):
-        return str(open_client(uri).get_run(run_id).info.status) not in ("RUNNING", "SCHEDULED")
-
-
 def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of each point, by step; empty for a metric that the run has not. Raises ClusterError."""
     with _explained(uri):

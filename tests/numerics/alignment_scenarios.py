@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.numerics.ranks import leave
 from workloads.alignment.advantages import reinforce_plus_plus, whiten
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.losses import entropy, loss_count, policy_loss, value_loss
@@ -77,7 +78,7 @@ def main(rank: int, directory: Path) -> None:
     )
     result = scenario({name: x[ROWS[rank]] for name, x in batch().items()})
     (directory / f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

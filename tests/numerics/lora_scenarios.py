@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from escala.manifests import latest
+from tests.numerics.ranks import leave
 from workloads.alignment.losses import dpo_loss
 from workloads.config import LoraConfig, ModelConfig, TrainingConfig
 from workloads.data.examples import Sequences, row_batch
@@ -110,7 +111,7 @@ def main() -> None:
     dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
     results = {"zero3": zero3(directory / "checkpoints"), "plain": plain() if rank == 0 else None}
     (directory / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

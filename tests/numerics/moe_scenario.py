@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from escala.manifests import latest
+from tests.numerics.ranks import leave
 from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
@@ -99,7 +100,7 @@ def main() -> None:
         checkpoint.load(engine, found)
         results["elsewhere"] = run(engine, config, range(3, 6), with_balance=True)
     (directory / f"{ranks}-{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

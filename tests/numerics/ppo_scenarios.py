@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from escala.manifests import latest
+from tests.numerics.ranks import leave
 from workloads.alignment import losses
 from workloads.alignment.advantages import gae, whiten
 from workloads.alignment.critic import Critic
@@ -232,9 +233,9 @@ def main() -> None:
     dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
     found = {str(stage): learned(stage, directory / f"stage-{stage}") for stage in (0, 3)}
     found["lora"] = lora()
-    dist.destroy_process_group()
     found["plain"] = plain() if rank == 0 else {}
     torch.save(found, directory / f"{rank}.pt")
+    leave()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.numerics.ranks import leave
 from workloads.alignment.reward_model import RewardModel, pad_right
 from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.transformer import Transformer
@@ -82,7 +83,7 @@ def main() -> None:
     dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
     results = {"zero3": zero3(rank, ranks), "plain": plain() if rank == 0 else None}
     (directory / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

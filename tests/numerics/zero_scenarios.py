@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from escala.manifests import latest
+from tests.numerics.ranks import leave
 from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
@@ -129,7 +130,7 @@ def main() -> None:
         for source, target in ((3, 0), (1, 3), (0, 2)):
             results[f"elsewhere-{source}"] = elsewhere(target, "fp32", directory / f"2-{source}-fp32")
     (directory / f"{ranks}-{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

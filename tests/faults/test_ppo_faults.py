@@ -197,6 +197,7 @@ def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     wait_for(lambda: gone(undisturbed), 10, "the end of its service")
 
 
+@pytest.mark.docs  # four minutes: five starts
 def test_killed_in_every_part_it_ends_with_the_same_numbers(
     undisturbed: str, connected: None, config: dict[str, Any]
 ) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from escala import api
+from escala.cli.demo_rlhf import GOLD, PAIRS, PRETRAINING
 from escala.records import RunRecord
 from workloads.data import raters
 from workloads.data.dialogues import write_lines
@@ -35,9 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "gae": {"policy_loss": {"entropy_coefficient": BONUS}, "critic": {"learning_rate": 1e-2}},
 }
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:"]
-GOLD = "workloads.data.raters:held_out_score"
 COEFFICIENT, KL_RATIO = 0.2, 3.0
-PAIRS, FEW, POSITIVE = 20_000, 1_500, 1.0  # of the scale from -4 to 4
+FEW, POSITIVE = 1_500, 1.0  # of the scale from -4 to 4
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def control(directory: Path) -> bool:
         )
     lines = (directory / "train.jsonl").read_text().splitlines(keepends=True)
     (directory / "few.jsonl").write_text("".join(lines[:FEW]))
-    base = ended("pretrain", pretrain_spec(), "base").job_id
+    base = ended("pretrain", PRETRAINING, "base").job_id
     policy = ended("sft", tuned(base, directory, "good_train", "good_held_out", 600, 8), "policy").job_id
     reward = ended("reward", tuned(base, directory, "few", "other_raters", 60, 64), "reward").job_id
     free, held = (
@@ -138,15 +138,6 @@ def told(run: RunRecord) -> tuple[float, tuple[float, float]]:
         flush=True,
     )
     return found["kl_nats"][1], found["reward_held_out_score"]
-
-
-def pretrain_spec() -> dict[str, Any]:
-    """A small model of Python source."""
-    return {
-        "model": {"vocab_size": 2048, "n_layers": 3, "d_model": 128, "n_heads": 4, "max_context_tokens": 64},
-        "data": {"tokenizer": {"vocab_size": 2048}, "max_characters": 8_000_000},
-        "training": {"steps": 300, "batch_sequences": 32, "evaluation_tokens": 16_384},
-    }
 
 
 def tuned(base: str, directory: Path, train: str, held_out: str, steps: int, batch: int) -> dict[str, Any]:

@@ -287,6 +287,9 @@ def submit_run(
     return start(spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")}), report)
 
 
+# Checkpoints
+
+
 def export(name: str, to: Path, adapter: bool = False) -> Path:
     """Write the newest checkpoint of a run or a job into `to`, for transformers, vLLM, or (`adapter`) peft.
 

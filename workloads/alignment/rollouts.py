@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from escala.errors import DataError, StaleWeights, StateError
 from escala.records import write_json
-from workloads.alignment.scoring import FunctionReward
+from workloads.alignment.scoring import FunctionReward, weighted_sums
 from workloads.config import PpoConfig
 from workloads.config.rewards import FunctionRewardConfig
 from workloads.data.chat import ChatTokenizer
@@ -174,24 +173,18 @@ class Scoring:
 
     def __init__(self, config: PpoConfig) -> None:
         functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
-        self._weights = {one.function.partition(":")[2]: one.weight for one in functions}
-        self._here = [FunctionReward(one.function) for one in functions]
+        self._here = {one.function.partition(":")[2]: FunctionReward(one.function) for one in functions}
+        self._weights = {name: one.weight for name, one in zip(self._here, functions, strict=True)}
+        self._weights[SERVED] = 1.0  # the service has weighted what it sums
         self._served = bool(served_rewards(config))
 
     def score(self, service: Service, responses: Sequence[Response]) -> Scores:
         """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a service that is late."""
         prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
-        parts = {
-            name: reward.score(prompts, texts) for name, reward in zip(self._weights, self._here, strict=True)
-        }
-        weights = dict(self._weights)
+        parts = {name: reward.score(prompts, texts) for name, reward in self._here.items()}
         if self._served:
             parts[SERVED] = timely(lambda: service.score(prompts, texts), "rewards")
-            weights[SERVED] = 1.0  # the service has weighted them
-        sums = [
-            math.fsum(weights[name] * column[i] for name, column in parts.items()) for i in range(len(texts))
-        ]
-        return Scores(sums, parts)
+        return Scores(weighted_sums([(self._weights[name], column) for name, column in parts.items()]), parts)
 
 
 def served_rewards(config: PpoConfig) -> list[Any]:

@@ -94,10 +94,13 @@ class WeightedSum:
 
     def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
         """The sums."""
-        columns = [
-            [weight * reward for reward in term.score(prompts, responses)] for weight, term in self.terms
-        ]
-        return [math.fsum(row) for row in zip(*columns, strict=True)]
+        return weighted_sums([(weight, term.score(prompts, responses)) for weight, term in self.terms])
+
+
+def weighted_sums(columns: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
+    """Of each response: the sum of weight * reward over (weight, rewards of all responses)."""
+    rows = zip(*([weight * reward for reward in rewards] for weight, rewards in columns), strict=True)
+    return [math.fsum(row) for row in rows]
 
 
 class RewardModelScorer:

@@ -39,7 +39,9 @@ class JudgeModelConfig(Strict):
 
 
 class _Weighted(Strict):
-    weight: float = Field(1.0, allow_inf_nan=False, description="of this reward in the sum; 0: only measured")
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="of this reward in the sum; of a function, 0: only measured"
+    )
 
 
 class FunctionRewardConfig(_Weighted):

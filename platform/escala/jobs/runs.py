@@ -108,6 +108,3 @@ def compare(names: Sequence[str]) -> dict[str, list[Any]]:
     records = [asdict(run(name)) for name in names]
     rows = {key: [record[key] for record in records] for key in records[0]}
     return {key: values for key, values in rows.items() if key == "run_id" or len(set(map(str, values))) > 1}
-
-
-# Checkpoints

@@ -104,12 +104,12 @@ def up(
         cluster.up(settings, report)
     details = _details(settings)
     if details.get("applications"):  # Serve keeps what it was started with
-        if not _http(details):
+        http = _http(details)
+        if not http:
             raise StateError(
                 "Serve runs here for a `ppo` job, which started it without HTTP: nobody could ask this service",
                 "wait until `escala ps` shows no `ppo` job, then start it again",
             )
-        http = _http(details)
     check_exposure(http["host"], application["args"])
     others = {n: c for n, c in _configs(details).items() if n != name}
     payload = {

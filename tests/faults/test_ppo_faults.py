@@ -38,11 +38,6 @@ PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", 
 GAP = "engine_gap_nats"  # rounding, which depends on which requests meet in the engine's batches
 
 
-def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 where nothing but the letter e is said, which is the optimum."""
-    return [text.count("e") / max(1, len(text)) for text in responses]
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("ppo")
@@ -57,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tokenizer": str(tokenizer),
         "prompts": str(prompts),
         "rewards": [
-            {"kind": "function", "function": "tests.faults.test_ppo_faults:share_of_e"},
+            {"kind": "function", "function": "tests.numerics.ppo_run_scenarios:share_of_e"},
             {"kind": "model", "model": str(rated), "weight": 0.05},
         ],
         "sampling": {"max_response_tokens": 8},

@@ -35,7 +35,7 @@ calls = 0
 
 
 def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 where nothing but the letter e is said."""
+    """1 where nothing but the letter e is said, which is the optimum. tests/faults has it, too."""
     return [text.count("e") / max(1, len(text)) for text in responses]
 
 

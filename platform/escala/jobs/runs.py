@@ -91,7 +91,8 @@ def samples(record: RunRecord) -> list[dict[str, Any]]:
     """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished. Raises NotFoundError."""
     from escala.tracking.runs import read_table
 
-    return read_table(Settings().tracker, str(record.run_id), SAMPLES)
+    hint = "only `ppo` stores samples, and its first after an iteration"
+    return read_table(Settings().tracker, str(record.run_id), SAMPLES, hint)
 
 
 def run_url(record: RunRecord) -> str:

@@ -92,14 +92,14 @@ def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]
     return sorted((point.step, point.value) for point in points)
 
 
-def read_table(uri: str, run_id: str, path: str) -> list[dict[str, Any]]:
-    """The rows of a table that the run stored as the artifact `path`. Raises NotFoundError, ClusterError."""
+def read_table(uri: str, run_id: str, path: str, hint: str) -> list[dict[str, Any]]:
+    """The rows of a table that the run stored as the artifact `path`. Raises ClusterError, and NotFoundError with `hint`
+    where there is none.
+    """
     with _explained(uri), tempfile.TemporaryDirectory() as directory:
         client = open_client(uri)
         if path not in {found.path for found in client.list_artifacts(run_id)}:
-            raise NotFoundError(
-                f"run {run_id} has no {path}", "only `ppo` stores samples, and its first after an iteration"
-            )
+            raise NotFoundError(f"run {run_id} has no {path}", hint)
         table = json.loads(Path(client.download_artifacts(run_id, path, directory)).read_text("utf-8"))
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 

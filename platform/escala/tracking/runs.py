@@ -93,8 +93,8 @@ def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]
 
 
 def read_table(uri: str, run_id: str, path: str, hint: str) -> list[dict[str, Any]]:
-    """The rows of a table that the run stored as the artifact `path`. Raises ClusterError, and NotFoundError with `hint`
-    where there is none.
+    """The rows of a table that the run stored as the artifact `path`. Raises ClusterError, and NotFoundError with this
+    hint where there is none.
     """
     with _explained(uri), tempfile.TemporaryDirectory() as directory:
         client = open_client(uri)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import pytest
 import torch
 
 from escala import api
-from escala.managed import ray_command, ray_environment, ray_nodes_alive
+from escala.managed import ray_command, ray_directory, ray_environment, ray_nodes_alive
 from escala.processes import Processes
 from escala.rollouts import service
 from escala.settings import Settings
@@ -106,6 +107,7 @@ def cluster(tmp_path: Path) -> Iterator[None]:
             yield
         finally:
             processes.stop("ray")
+            shutil.rmtree(ray_directory(own).parent, ignore_errors=True)
 
 
 @pytest.fixture

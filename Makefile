@@ -26,7 +26,8 @@ test: setup
 test-fast: setup
 	$(BIN)/pytest -m "not gpu and not docs and not ray and not slow"
 
-# Long journeys: README's own commands and the demos, each as a newcomer would run it; a PPO run killed in every part.
+# Long journeys: README's own commands and the demos, each as a newcomer would run it; a PPO run killed in every part;
+# a cluster that grows for a burst.
 test-docs: setup
 	$(BIN)/pytest -m docs
 

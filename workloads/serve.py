@@ -29,6 +29,9 @@ from workloads.training.driver import HUGE_PAGES
 HEALTH_SECONDS = (
     2.0  # how soon a dead replica is replaced, and an owner's end noticed; Serve's own 10 is a long wait
 )
+ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+"""For what reserves nothing, and would start on any node: an autoscaler could not take that node away again (measured,
+Ray 2.60), and who ends it, a spot market say, ends it too. The store's copy of the weights lies on the head for it."""
 API_REQUESTS = 10_000  # that wait or run at the ingress, which only passes them on
 
 
@@ -49,7 +52,7 @@ def application(args: dict[str, Any]) -> Application:
         name="api",
         num_replicas=1,
         max_ongoing_requests=API_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=ON_HEAD,
         graceful_shutdown_timeout_s=config.shutdown_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,
@@ -69,7 +72,7 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
         name=STORE,
         actor_class=ray.remote(Store),
         init_kwargs={"key": secrets.token_hex(8)},
-        actor_options={"num_cpus": 0, "max_concurrency": 1000},
+        actor_options={**ON_HEAD, "max_concurrency": 1000},
     )
     return serve.deployment(
         Policy,

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from fastapi import Request
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
 from escala.errors import CheckpointError, SpecError
@@ -19,7 +20,9 @@ from escala.rollouts import service
 from escala.rollouts.policy import Rules
 from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.settings import RolloutsSettings, Settings
+from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import Completion, Output
+from workloads.serve import application, policy_deployment
 from workloads.serving.access import Unauthorized, authorise
 from workloads.serving.openai import (
     ChatRequest,
@@ -217,3 +220,12 @@ def test_a_judge_replica_prefers_the_same_response_in_either_place(tmp_path: Any
     one, other = asyncio.run(ask())
     assert all(0 < p < 1 and p != 0.5 for p in one)
     assert other == pytest.approx([1 - p for p in one])
+
+
+def test_what_reserves_nothing_stays_on_the_head_where_it_holds_no_node_that_could_go() -> None:
+    config = ServeConfig(model="somewhere", replica_cpus=2)
+    (store,) = policy_deployment(config)._deployment_config.deployment_actors
+    api = application(config.model_dump(mode="json"))._bound_deployment
+    for options in (store.actor_options, api.ray_actor_options):
+        assert (options["num_cpus"], options["resources"]) == (0, {HEAD_NODE_RESOURCE_NAME: 0.001})
+    assert policy_deployment(config).ray_actor_options["num_cpus"] == 2

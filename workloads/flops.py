@@ -107,6 +107,18 @@ def trained_parameters(config: TrainedConfig) -> int:
     return parameter_counts(config.model).n_total if lora is None else lora_parameters(config.model, lora)
 
 
+def shared_experts(config: TrainedConfig) -> tuple[int, int]:
+    """Parameters of the experts that workers share (`moe.expert_parallel`), and of these the trained ones: a worker
+    has its part of them, and ZeRO none.
+    """
+    moe = config.model.moe
+    if moe is None or not moe.expert_parallel or config.resources.workers == 1:
+        return 0, 0
+    expert = 3 * config.model.d_model * config.model.expert_size
+    n = mixture_layers(config.model) * moe.experts * expert
+    return n, 0 if isinstance(config, FineTuneConfig) and config.lora is not None else n
+
+
 def reference_parameters(config: TrainedConfig) -> int:
     """Of the frozen model that DPO and PPO keep beside the trained one; with LoRA that without its deltas serves."""
     separate = isinstance(config, DpoConfig | PpoConfig) and config.lora is None
@@ -199,6 +211,15 @@ def _saved_by_mixture(config: ModelConfig) -> float:
     return 2 * computed * size + 3 * moe.shared_experts * size + moe.experts + 7 * moe.trained_experts
 
 
+def exchanged_elements_per_token(config: ModelConfig) -> float:
+    """What a mixture keeps besides for its backward pass where workers share its experts: the rows that come, and the
+    answers that a token's choices get.
+    """
+    if config.moe is None:
+        return 0.0
+    return ((_computed_experts(config) or 0.0) + config.moe.trained_experts) * config.d_model
+
+
 def moved_bytes_per_step(config: TrainedConfig) -> float:
     """An estimate of the bytes that all devices together move in memory in an optimiser step: activations are
     written, read and their gradients likewise (4 passes), weights are read three times a micro-batch, and AdamW
@@ -209,5 +230,6 @@ def moved_bytes_per_step(config: TrainedConfig) -> float:
     n, ranks = parameter_counts(config.model).n_total, config.resources.workers
     micro_batches = config.training.batch_sequences // config.micro_batch_sequences
     activations = 4 * width * (saved.blocks + saved.head) * config.step_tokens
-    updates = 28 * trained_parameters(config) * (1 if config.training.zero_stage else ranks)
-    return activations + 3 * width * n * micro_batches + updates
+    experts, trained = shared_experts(config)
+    updated = (trained_parameters(config) - trained) * (1 if config.training.zero_stage else ranks) + trained
+    return activations + 3 * width * (n - experts + experts / ranks) * micro_batches + 28 * updated

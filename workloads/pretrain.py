@@ -22,6 +22,7 @@ from workloads.data.shards import prepare as prepare_tokens
 from workloads.model.transformer import Transformer
 from workloads.training.driver import WorkerInputs
 from workloads.training.evaluate import bits_per_byte, held_out_sums
+from workloads.training.experts import expert_group
 from workloads.training.loss import token_loss
 from workloads.training.run import Prepared, main
 from workloads.training.step import next_token_loss
@@ -64,7 +65,7 @@ class Pretraining:
 
     def build(self) -> Transformer:
         """See Task."""
-        model = Transformer(self.config.model)
+        model = Transformer(self.config.model, expert_group(self.config.model.moe))
         model.activation_checkpointing = self.config.training.activation_checkpointing
         return model
 

@@ -138,9 +138,9 @@ def to_delete(names: Iterable[str], keep: int) -> list[str]:
 
 def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_fingerprint: str) -> None:
     """Raise CheckpointError, naming the keys that differ, unless `checkpoint` is of this model and
-    tokenizer.
+    tokenizer. Whether workers share the experts is not the model's: checkpoints have them all.
     """
-    theirs = checkpoint.manifest["config"]["model"]
+    theirs, model = _whole(checkpoint.manifest["config"]["model"]), _whole(model)
     differing = sorted(k for k in theirs.keys() | model.keys() if theirs.get(k) != model.get(k))
     if differing:
         pairs = ", ".join(f"{k}: {theirs.get(k)} there, {model.get(k)} here" for k in differing)
@@ -155,6 +155,12 @@ def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_finge
             f"({stored[:12]}, not {tokenizer_fingerprint[:12]})",
             "give the tokenizer.json of that job as data.tokenizer.path, or start without the checkpoint",
         )
+
+
+def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model without how its experts lie on the workers."""
+    moe = model.get("moe")
+    return {**model, "moe": moe and {key: value for key, value in moe.items() if key != "expert_parallel"}}
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from escala.manifests import latest
 from tests.numerics.ranks import leave
-from workloads.config import ModelConfig, TrainingConfig
+from workloads.config import LoraConfig, ModelConfig, TrainingConfig
+from workloads.model.lora import add_lora
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
-from workloads.training.experts import Routers
+from workloads.training.experts import Routers, expert_group
 from workloads.training.step import accumulate, next_token_loss
 
 MODEL = ModelConfig(
@@ -39,12 +40,22 @@ def batch(step: int) -> torch.Tensor:
 def start(config: TrainingConfig, model: ModelConfig = MODEL) -> Any:
     torch.manual_seed(0)
     return zero.make_engine(
-        Transformer(model), config, BATCH // MICRO_STEPS // dist.get_world_size(), MICRO_STEPS
+        Transformer(model, expert_group(model.moe)),
+        config,
+        BATCH // MICRO_STEPS // dist.get_world_size(),
+        MICRO_STEPS,
     )
 
 
-def run(engine: Any, config: TrainingConfig, steps: range, with_balance: bool) -> list[float]:
-    """Mean loss of each step over all ranks."""
+def changed(**moe: Any) -> ModelConfig:
+    """MODEL with other experts."""
+    return ModelConfig(**{**MODEL.model_dump(), "moe": {**MODEL.model_dump()["moe"], **moe}})
+
+
+def run(
+    engine: Any, config: TrainingConfig, steps: range, with_balance: bool, norms: list[float] | None = None
+) -> list[float]:
+    """Mean loss of each step over all ranks; `norms` gets each step's gradient norm."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     routers, losses = Routers(engine.module, 100), []
     for step in steps:
@@ -53,11 +64,55 @@ def run(engine: Any, config: TrainingConfig, steps: range, with_balance: bool) -
         auxiliary = routers.loss if with_balance else None
         total = accumulate(engine, micro_batches, MICRO_STEPS, BATCH * CONTEXT, next_token_loss, auxiliary)
         zero.set_learning_rate(engine, 1e-2 / (1 + step))
-        zero.optimizer_step(engine, config)
+        norm = zero.optimizer_step(engine, config)
+        if norms is not None:
+            norms.append(norm)
         sums = total.double().reshape(1)
         dist.all_reduce(sums)
         losses.append(sums.item() / BATCH / CONTEXT)
     return losses
+
+
+def shared(directory: Path, results: dict[str, Any]) -> None:
+    """Two ranks with their experts shared and not, at each stage and precision, and with full experts; and resumed."""
+    for name, stage, precision, moe in (
+        ("alone", 0, "fp32", {}),
+        ("alone-bf16", 2, "bf16", {}),
+        ("full", 0, "fp32", {"capacity_factor": 0.75}),
+        ("full-shared", 0, "fp32", {"capacity_factor": 0.75, "expert_parallel": True}),
+        *((f"shared-{s}-{p}", s, p, {"expert_parallel": True}) for s in (0, 1, 2) for p in ("fp32", "bf16")),
+    ):
+        config = TrainingConfig(steps=50, zero_stage=stage, precision=precision, optimizer={"clip_norm": 0.5})
+        engine = start(config, changed(**moe))
+        norms = results[f"norms-{name}"] = []
+        results[name] = run(engine, config, range(6), True, norms)
+        results[f"held-{name}"] = zero.parameters_held(engine)
+        engine.eval()
+        with torch.no_grad():
+            results[f"evaluated-{name}"] = float(engine(batch(9)[:, :-1]).double().square().mean())
+    for name, is_shared in (
+        ("lora", False),
+        ("lora-shared", True),
+    ):  # frozen experts, of a model that had them all
+        config = TrainingConfig(steps=50, zero_stage=2, optimizer={"clip_norm": 0.5})
+        torch.manual_seed(0)
+        model = Transformer(changed(expert_parallel=is_shared))
+        add_lora(model, LoraConfig(rank=2))
+        Routers(model, 100)
+        engine = zero.make_engine(model, config, BATCH // MICRO_STEPS // 2, MICRO_STEPS)
+        results[name] = run(engine, config, range(4), with_balance=False)
+        results[f"held-{name}"] = zero.parameters_held(engine)
+    for precision in ("fp32", "bf16"):  # and resumed, without auxiliary losses, so that one rank can follow
+        config = TrainingConfig(steps=50, zero_stage=2, precision=precision, optimizer={"clip_norm": 0.5})
+        kept = directory / ("shared" if precision == "fp32" else "shared-bf16")
+        engine = start(config, changed(expert_parallel=True))
+        run(engine, config, range(3), with_balance=False)
+        found = checkpoint.save(engine, kept, 3, MANIFEST, keep=2)
+        results[f"straight-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
+        engine = start(config, changed(expert_parallel=True))
+        checkpoint.load(engine, found)
+        results[f"resumed-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
+    results["shapes"] = {n: list(w.shape) for n, w in checkpoint.load_weights(found).items()}
 
 
 def main() -> None:
@@ -78,27 +133,18 @@ def main() -> None:
         losses = run(engine, config, range(3), with_balance=True)
         checkpoint.save(engine, directory / f"{ranks}-{stage}", 3, MANIFEST, keep=2)
         results[f"balanced-{stage}"] = losses + run(engine, config, range(3, 6), with_balance=True)
-    if ranks == 2:  # the same with the experts' work shared, and at full experts
-        for name, stage, change in (
-            ("shared", 0, {"expert_parallel": True}),
-            ("shared-2", 2, {"expert_parallel": True}),
-            ("full", 0, {"capacity_factor": 0.75}),
-            ("full-shared", 0, {"capacity_factor": 0.75, "expert_parallel": True}),
-        ):
-            model = ModelConfig(**{**MODEL.model_dump(), "moe": {**MODEL.model_dump()["moe"], **change}})
-            config = TrainingConfig(steps=50, zero_stage=stage, optimizer={"clip_norm": 0.5})
-            engine = start(config, model)
-            results[name] = run(engine, config, range(6), with_balance=True)
-            engine.eval()
-            with torch.no_grad():
-                results[f"evaluated-{name}"] = float(engine(batch(9)[:, :-1]).double().square().mean())
-    if ranks == 1:  # resume at stage 0 what two ranks wrote at stage 3
+    if ranks == 2:
+        shared(directory, results)
+    if (
+        ranks == 1
+    ):  # resume at stage 0 what two ranks wrote at stage 3, and what they wrote with shared experts
         config = TrainingConfig(steps=50, zero_stage=0, optimizer={"clip_norm": 0.5})
-        found, _ = latest(directory / "2-3")
-        assert found is not None
-        engine = start(config)
-        checkpoint.load(engine, found)
-        results["elsewhere"] = run(engine, config, range(3, 6), with_balance=True)
+        for name, source, with_balance in (("elsewhere", "2-3", True), ("unshared", "shared", False)):
+            found, _ = latest(directory / source)
+            assert found is not None
+            engine = start(config)
+            checkpoint.load(engine, found)
+            results[name] = run(engine, config, range(3, 6), with_balance)
     (directory / f"{ranks}-{rank}.json").write_text(json.dumps(results))
     leave()
 

@@ -127,6 +127,17 @@ def test_another_model_or_tokenizer_is_refused_naming_the_keys(tmp_path: Path) -
         check_fits(checkpoint, {"d_model": 8, "n_layers": 2}, "bbb")
 
 
+def test_how_experts_lie_on_workers_is_not_the_model_s(tmp_path: Path) -> None:
+    model = {"d_model": 8, "moe": {"experts": 4, "expert_parallel": True}}
+    stored = {"config": {"model": model}, "fingerprints": {"tokenizer": "aaa"}}
+    checkpoint = read_checkpoint(make(tmp_path, 5, **stored))
+    check_fits(checkpoint, {**model, "moe": {"experts": 4, "expert_parallel": False}}, "aaa")
+    with pytest.raises(CheckpointError, match="another model"):
+        check_fits(checkpoint, {**model, "moe": {"experts": 8, "expert_parallel": True}}, "aaa")
+    with pytest.raises(CheckpointError, match="another model"):
+        check_fits(checkpoint, {**model, "moe": None}, "aaa")
+
+
 def test_the_control_plane_reads_checkpoints_without_torch() -> None:
     code = "import sys, escala.manifests; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

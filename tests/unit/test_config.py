@@ -64,7 +64,7 @@ def test_experts_that_contradict_themselves_are_refused(values: dict, message: s
 
 @pytest.mark.parametrize(
     ("workers", "stage", "message"),
-    [(1, 2, "8 experts, 1 workers"), (3, 2, "8 experts, 3 workers"), (2, 3, "stages 0 to 2"), (2, 2, None)],
+    [(3, 2, "8 experts, 3 workers"), (2, 3, "stages 0 to 2"), (2, 2, None), (1, 3, None)],
 )
 def test_experts_are_shared_by_workers_that_can(workers: int, stage: int, message: str | None) -> None:
     values = {

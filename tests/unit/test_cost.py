@@ -135,22 +135,48 @@ def test_a_mixture_holds_and_moves_all_its_experts() -> None:
     assert b.compute_seconds < 1.2 * a.compute_seconds
 
 
-def test_shared_experts_work_sends_each_choice_there_and_back_twice() -> None:
+def shared(expert_parallel: bool, workers: int = 2, stage: int = 2, **training: Any) -> PretrainConfig:
     model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096}
-    found = [
-        communication(
-            PretrainConfig.model_validate(
-                {
-                    **config(2, 2).model_dump(),
-                    "model": {**model, "moe": {"expert_parallel": shared, "every": 3}},
-                }
-            )
-        )
-        for shared in (False, True)
-    ]
+    moe = {"experts": 8, "d_ff": 864, "every": 3, "expert_parallel": expert_parallel}
+    asked = {**config(workers, stage, **training).model_dump(), "model": {**model, "moe": moe}}
+    return PretrainConfig.model_validate(asked)
+
+
+EXPERTS = 4 * 8 * 3 * 640 * 864  # four layers of eight
+
+
+def test_shared_experts_send_each_choice_there_and_back_twice_and_nothing_of_themselves() -> None:
+    plain, found = (communication(shared(is_shared)) for is_shared in (False, True))
     rows = 4 * 4 * 2 * 8 * 256 / 2  # exchanges, layers, choices, tokens of a rank
-    assert found[1].sent_bytes - found[0].sent_bytes == pytest.approx(rows * 640 * 4 / 2)
-    assert found[1].messages - found[0].messages == 5 * 4
+    saved = 3 * 4 * EXPERTS / 2  # an all-reduce in fp32 and a gather
+    assert found.sent_bytes - plain.sent_bytes == pytest.approx(rows * 640 * 4 / 2 - saved)
+    buckets = -(-parameter_counts(shared(True).model).n_total // 50_000_000) - 1
+    assert found.messages - plain.messages == 5 * 4 - 2 * buckets
+    again = communication(shared(True, activation_checkpointing=True))
+    assert again.sent_bytes - found.sent_bytes == pytest.approx(rows / 2 * 640 * 4 / 2)
+    assert communication(shared(True, workers=1)).sent_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "alone", "together"),  # bytes an expert's parameter
+    [
+        (0, "fp32", 16, 16 / 2),
+        (1, "fp32", 4 + 4 + 12 / 2, 16 / 2),
+        (2, "fp32", 4 + 16 / 2, 16 / 2),
+        (2, "bf16", 2 + 16 / 2, 18 / 2),
+    ],
+)
+def test_shared_experts_are_held_once(stage: int, precision: str, alone: float, together: float) -> None:
+    plain, found = (
+        memory_bytes(shared(is_shared, stage=stage, precision=precision), cluster().device)
+        for is_shared in (False, True)
+    )
+    held = [m.weights + m.gradients + m.optimizer for m in (plain, found)]
+    assert held[0] - held[1] == pytest.approx((alone - together) * EXPERTS)
+    assert found.buckets <= plain.buckets
+    assert found.activations > plain.activations
+    one = [memory_bytes(shared(s, workers=1, stage=stage), cluster().device) for s in (False, True)]
+    assert one[0] == one[1]
 
 
 def test_time_is_compute_and_what_is_not_hidden() -> None:

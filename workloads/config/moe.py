@@ -74,7 +74,7 @@ class MoEConfig(Strict):
 
     expert_parallel: bool = Field(
         False,
-        description="in training each worker computes its share of the experts, for all workers' tokens",
+        description="in training each worker holds and computes its share of the experts, for all workers' tokens",
     )
 
     @model_validator(mode="before")
@@ -120,10 +120,12 @@ class MoEConfig(Strict):
         return self
 
     def check_workers(self, workers: int, zero_stage: int) -> None:
-        """Raise ValueError where so many workers at that ZeRO stage cannot share the experts' work as asked."""
-        if not self.expert_parallel:
+        """Raise ValueError where so many workers at that ZeRO stage cannot share the experts as asked. One worker has
+        them all, at any stage.
+        """
+        if not self.expert_parallel or workers == 1:
             return
-        if workers == 1 or self.experts % workers:
+        if self.experts % workers:
             raise ValueError(
                 f"moe.expert_parallel gives each worker an equal share: {self.experts} experts, {workers} workers"
             )

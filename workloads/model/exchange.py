@@ -1,9 +1,9 @@
-"""Expert parallelism: each rank computes its share of the experts for the tokens of all ranks, sent there and back by
-all-to-all (Lepikhin et al. 2021, section 3.2).
+"""Expert parallelism: each rank has E/P of the experts and computes them for the tokens of all ranks, sent there and
+back by all-to-all (Lepikhin et al. 2021, section 3.2).
 
-What is split is the work, and its gradients' memory traffic, not the weights: every rank has the whole stacks, and its
-gradient of other ranks' experts is zero, so that the average over ranks is the same as without. ZeRO and checkpoints
-see no difference. Slots are filled on the rank that a token comes from: what is dropped is also the same.
+What is split is the work and the memory: an expert's weights, gradient and optimiser state are on one rank alone
+(training/own_experts.py). The gradients of all ranks' tokens come to it by the same way, so nothing is reduced.
+Slots are filled on the rank that a token comes from: what is dropped is the same as without.
 
 Dimensions: N tokens, D model width, E experts, K choices of a token, S slots sorted by expert, P ranks, R rows that
 a rank receives.
@@ -25,7 +25,7 @@ from workloads.model.gate import Dispatch, dispatch
 def compute_elsewhere(
     experts: Experts, x_ND: Tensor, weights_NK: Tensor, sent: Dispatch, group: dist.ProcessGroup
 ) -> Tensor:
-    """`experts(x_ND, weights_NK, sent)`, each expert's slots computed by its rank: E/P experts a rank, in order. A
+    """The answer of all E experts, each one's slots computed by its rank, whose `experts` are E/P, in order. A
     collective call: all ranks of `group` make equally many, also one without tokens.
     """
     ranks, count = dist.get_world_size(group), len(sent.sizes)
@@ -36,11 +36,8 @@ def compute_elsewhere(
     out_P, in_P = out_PE.sum(1).tolist(), in_PE.sum(1).tolist()
     x_SD = x_ND.index_select(0, sent.choice_S // weights_NK.shape[1])
     x_RD = _Exchange.apply(x_SD, in_P, out_P, group)
-    first = dist.get_rank(group) * mine
-    expert_R = (
-        torch.arange(first, first + mine, device=x_ND.device).repeat(ranks).repeat_interleave(in_PE.flatten())
-    )
-    here = dispatch(expert_R[:, None], 1, count, None)
+    expert_R = torch.arange(mine, device=x_ND.device).repeat(ranks).repeat_interleave(in_PE.flatten())
+    here = dispatch(expert_R[:, None], 1, mine, None)
     y_RD = experts(x_RD, weights_NK.new_ones(len(x_RD), 1), here)
     y_SD = _Exchange.apply(y_RD, out_P, in_P, group)
     padded = torch.cat([y_SD, y_SD.new_zeros(1, y_SD.shape[1])])

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from workloads.model.gate import Dispatch
 
+STACKS = ("gate", "up", "down")
+
 
 class Experts(nn.Module):
     """E feed-forwards down(silu(gate(x)) * up(x)), their weights stacked in three parameters.
@@ -28,15 +30,27 @@ class Experts(nn.Module):
     parameters, and an expert without tokens has a gradient of zeros; so there is nothing to mark by
     `deepspeed.utils.set_z3_leaf_modules`. Nor does a slice of a stack cost a gradient of the whole stack: the backward
     pass writes each expert's part in place.
+
+    Attributes:
+        is_share: these are a rank's E/P of the model's E (see `exchange`).
     """
 
     def __init__(self, experts: int, d_model: int, d_ff: int, output_gain: float) -> None:
         super().__init__()
+        self.is_share = False
         self.gate = nn.Parameter(torch.empty(experts, d_ff, d_model))
         self.up = nn.Parameter(torch.empty(experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(experts, d_model, d_ff))
         for weight, gain in ((self.gate, 1.0), (self.up, 1.0), (self.down, output_gain)):
             nn.init.normal_(weight, std=gain / math.sqrt(weight.shape[-1]))  # as layers.Linear
+
+    def keep_share(self, rank: int, ranks: int) -> None:
+        """Of the E experts keep the rank's E/P, in order, and free the rest."""
+        for stack in STACKS:
+            whole = getattr(self, stack)
+            mine = whole.detach().chunk(ranks)[rank].clone()
+            setattr(self, stack, nn.Parameter(mine, whole.requires_grad))
+        self.is_share = True
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, dispatch: Dispatch) -> Tensor:
         """sum_k weights_NK x expert(x_ND), (N, D); a dropped choice adds nothing."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -59,10 +60,16 @@ class MixtureOfExperts(nn.Module):
         tau: temperature of estimators gumbel and soft_to_hard in training; the training loop lowers it.
         evaluation_capacity_factor: capacity in evaluation and generation; None: nothing is dropped.
         routing: of the last forward pass in training; None before one.
-        expert_group: ranks that share the experts' work; None: this one does all (see `exchange`).
+        expert_group: ranks that share the experts; None: this one has all (see `exchange`).
     """
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, output_gain: float) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        output_gain: float,
+        expert_group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         self.moe = moe
         self.tau = 1.0 if moe.tau is None else moe.tau.start
@@ -76,6 +83,13 @@ class MixtureOfExperts(nn.Module):
         self.shared = (
             FeedForward(config.d_model, moe.shared_experts * size, gain) if moe.shared_experts else None
         )
+        if expert_group is not None:
+            self.share_experts(expert_group)
+
+    def share_experts(self, group: ProcessGroup) -> None:
+        """Keep this rank's share of the experts alone; the forward pass is then a collective call."""
+        self.experts.keep_share(dist.get_rank(group), dist.get_world_size(group))
+        self.expert_group = group
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D). A token that finds no slot keeps its residual stream as it is."""

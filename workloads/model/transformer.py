@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, is_grad_enabled, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from workloads.config import ModelConfig
@@ -56,14 +57,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward (or mixture of experts), each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0, expert_group: ProcessGroup | None = None) -> None:
         super().__init__()
         output_gain = 1 / math.sqrt(2 * config.n_layers)  # GPT-2: 2 residual additions a layer
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, output_gain)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         if config.moe is not None and config.has_experts(layer):
-            self.feed_forward: nn.Module = MixtureOfExperts(config, config.moe, output_gain)
+            self.feed_forward: nn.Module = MixtureOfExperts(config, config.moe, output_gain, expert_group)
         else:
             self.feed_forward = FeedForward(config.d_model, config.ff_size, output_gain)
 
@@ -92,16 +93,20 @@ def _pick(x_BTD: Tensor, at_N: Tensor | None) -> Tensor:
 class Transformer(nn.Module):
     """The model of `config`.
 
+    Args:
+        expert_group: ranks that share the experts of each mixture: a rank draws them all, layer by layer, and keeps
+            its own. None: this model has all.
+
     Attributes:
         activation_checkpointing: keep only each block's input and recompute the rest in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, expert_group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, expert_group) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
         self._rotary = RotaryTable(config.head_size, config.rope_base)

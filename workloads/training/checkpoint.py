@@ -106,11 +106,10 @@ def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None =
         manifest = checkpoint.manifest
         steps = manifest["adam_steps_beside"][prefix[:-1]] if prefix else manifest["adam_step"]
         zero.begin_restore(one, int(steps))
-        parameters = dict(one.module.named_parameters())
         for name in zero.parameter_shapes(one):
             for key in zero.STATE_KEYS:
                 tensor = f"{prefix}{key}/{name}"
-                zero.set_state(one, parameters[name], key, readers[stored[tensor][0]].get_tensor(tensor))
+                zero.set_state(one, name, key, readers[stored[tensor][0]].get_tensor(tensor))
         zero.end_restore(one)
 
 
@@ -150,11 +149,9 @@ def _gather_share(engine: Any, ranks: int) -> dict[str, Tensor]:
     owners = assign(zero.parameter_shapes(engine), ranks)
     zero.link_state(engine)
     share: dict[str, Tensor] = {}
-    for name, param in engine.module.named_parameters():
-        if name not in owners:
-            continue
+    for name, owner in owners.items():
         for key in zero.STATE_KEYS:
-            full = zero.gather_state(engine, param, key, owners[name])
+            full = zero.gather_state(engine, name, key, owner)
             if full is not None:
                 share[f"{key}/{name}"] = full.contiguous()
     return share

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from workloads.config import Annealing
+from workloads.config import Annealing, MoEConfig
 from workloads.model.balance import load_ratio, symmetric_kl
 from workloads.model.moe import Routing, mixtures
 from workloads.training.report import Reporter
@@ -23,9 +23,16 @@ def temperature(step: int, total_steps: int, tau: Annealing) -> float:
     return float(tau.start * (tau.end / tau.start) ** done)
 
 
+def expert_group(moe: MoEConfig | None) -> torch.distributed.ProcessGroup | None:
+    """The ranks that share the experts (`moe.expert_parallel`); None where each has all."""
+    asked = moe is not None and moe.expert_parallel and torch.distributed.get_world_size() > 1
+    return torch.distributed.group.WORLD if asked else None
+
+
 class Routers:
     """The mixtures of a model in training. Figures add up over the micro-batches since they were last read. Makes the
-    ranks share the experts' work where the model says so (`moe.expert_parallel`).
+    ranks share the experts where the model says so and was not drawn so (one that was read has them all), so make it
+    before the engine.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
@@ -33,8 +40,9 @@ class Routers:
         self.total_steps = total_steps
         self.has_collapsed = False
         for layer in self.layers:
-            if layer.moe.expert_parallel and torch.distributed.get_world_size() > 1:
-                layer.expert_group = torch.distributed.group.WORLD
+            group = expert_group(layer.moe)
+            if group is not None and layer.expert_group is None:
+                layer.share_experts(group)
         self._sums: list[Tensor] = []  # by layer: load_E, p_E x tokens, tokens, and 3 more, see _summed
 
     def begin_step(self, step: int) -> None:

@@ -3,7 +3,8 @@
 P ranks share the optimiser state (stage 1), the gradients too (2), and the parameters too (3): Rajbhandari et
 al. 2020. One backward contract for all stages: a rank calls `backward(sum of losses * P / tokens of the
 step)` for each micro-batch, DeepSpeed sums over micro-batches and averages over ranks, so that the gradient
-is that of the mean loss over all tokens of the step, however they are split.
+is that of the mean loss over all tokens of the step, however they are split. Experts that the ranks share by
+expert parallelism are not DeepSpeed's (see own_experts): here their clipping is joined to that of the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from workloads.config import TrainingConfig
+from workloads.training.own_experts import OwnExperts, empty_moments, take_shares
 
 os.environ.setdefault(
     "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,9 +61,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def deepspeed_config(
-    training: TrainingConfig, micro_batch: int, micro_steps: int, parameters: int
+    training: TrainingConfig, micro_batch: int, micro_steps: int, parameters: int, clips: bool = True
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for `training`; `parameters` bounds the buckets."""
+    """DeepSpeed's configuration for `training`; `parameters` bounds the buckets, `clips`: it clips gradients."""
     on_gpu = torch.cuda.is_available()
     bucket = min(MAX_BUCKET, parameters)
     zero: dict[str, Any] = {
@@ -75,11 +78,12 @@ def deepspeed_config(
             zero["stage3_param_persistence_threshold"] = training.zero_param_persistence_threshold
     if training.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    plain = training.zero_stage == 0 and training.precision == "fp32"  # then optimizer_step clips
+    plain = training.zero_stage == 0 and training.precision == "fp32"
+    clip_norm = training.optimizer.clip_norm if clips and not plain else None
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": 0.0 if plain else training.optimizer.clip_norm or 0.0,  # unset, it would be 1.0
+        "gradient_clipping": clip_norm or 0.0,  # unset, it would be 1.0
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also when offloaded: nothing to compile
         "communication_data_type": "fp32",
@@ -96,7 +100,8 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
     """A DeepSpeed engine around `model`, on an initialised torch.distributed process group.
 
     The optimiser is torch's fused AdamW; its learning rate is set by `set_learning_rate` before each step.
-    Rank 0's weights win: build the model under one seed everywhere, so that there is nothing to win.
+    Rank 0's weights win: build the model under one seed everywhere, so that there is nothing to win. Experts
+    of which `model` holds a share each rank keeps and optimises by itself.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile an all-reduce through shared memory (minutes of g++, no faster here), if a probe with
@@ -110,15 +115,17 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
         dist_init_required=False,
     )
     settings = training.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay),
+    adamw = partial(
+        torch.optim.AdamW,
         lr=0.0,  # set_learning_rate sets it; DeepSpeed's own first step (below) must not decay the weights
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=True,
     )
+    shares = take_shares(model)
+    optimizer = adamw(parameter_groups(model, settings.weight_decay))
     parameters = sum(p.numel() for p in model.parameters())
-    config = deepspeed_config(training, micro_batch, micro_steps, parameters)
+    config = deepspeed_config(training, micro_batch, micro_steps, parameters, clips=not shares)
     with contextlib.redirect_stdout(
         io.StringIO()
     ):  # its bf16 optimiser prints memory tables, whatever the log level
@@ -129,6 +136,7 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
         # It creates Adam's state by a step without gradients, which would decay the weights (hence the rate
         # of 0) and count as the first update in the bias correction (hence this).
         engine.basic_optimizer.state.clear()
+    engine.own_experts = OwnExperts(shares, engine.device, training, adamw) if shares else None
     if training.zero_stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # with one rank it only copies all gradients there and back
     return engine
@@ -136,7 +144,8 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
 
 def set_learning_rate(engine: Any, value: float) -> None:
     """Set the learning rate of every parameter group for the next step."""
-    for group in engine.optimizer.param_groups:
+    own = engine.own_experts.optimizer if engine.own_experts else None
+    for group in chain(engine.optimizer.param_groups, own.param_groups if own else ()):
         group["lr"] = value
 
 
@@ -146,36 +155,59 @@ def optimizer_step(engine: Any, training: TrainingConfig) -> float:
 
     A norm that is not finite is returned as infinity; what the weights hold then must not be saved.
     """
-    if not _is_plain(engine):
+    experts: OwnExperts | None = engine.own_experts
+    if experts is None and not _is_plain(engine):
         engine.step()
-        norm = float(engine.get_global_grad_norm())
-        return norm if math.isfinite(norm) and norm >= 0 else math.inf  # DeepSpeed says -1 for NaN
-    limit = training.optimizer.clip_norm or math.inf
-    # DeepSpeed does not report the norm at stage 0 in fp32, so clipping is done here and its own is off.
-    norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
-    if not math.isfinite(norm):
-        return math.inf
+        return _finite(engine.get_global_grad_norm())
+    # DeepSpeed knows no norm at stage 0 in fp32, and never the experts': its own clipping is off, and gradients are
+    # clipped as they reach its AdamW (a group at a time, at stages 1 and 2).
+    limit, norm = training.optimizer.clip_norm or math.inf, math.inf
+    elsewhere = 0.0 if experts is None else _finite(experts.finish_gradients())
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal norm
+        tensors = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if _is_plain(engine):
+            rest = float(nn.utils.get_total_norm([p.grad for p in tensors if p.grad is not None]))
+        else:
+            rest = engine.optimizer._global_grad_norm
+        norm = math.hypot(_finite(rest), elsewhere)
+        nn.utils.clip_grads_with_norm_(tensors, limit, torch.tensor(norm))
+
+    hook = engine.basic_optimizer.register_step_pre_hook(clip)
     engine.step()
+    hook.remove()
+    if experts is not None and math.isfinite(norm):
+        nn.utils.clip_grads_with_norm_(experts.masters.values(), limit, torch.tensor(norm))
+        experts.step()
     return norm
+
+
+def _finite(norm: Any) -> float:
+    """The norm; infinity for what is not finite, for which DeepSpeed says -1."""
+    found = float(norm)
+    return found if math.isfinite(found) and found >= 0 else math.inf
 
 
 def parameters_held(engine: Any) -> int:
     """Elements of the model's parameters that this rank keeps between steps (ZeRO-3's share and persistent
-    ones).
+    ones; its own experts).
     """
-    return sum(
+    own = engine.own_experts.numel if engine.own_experts else 0
+    return own + sum(
         p.ds_tensor.numel() if hasattr(p, "ds_id") and not getattr(p, "ds_persist", False) else _full_numel(p)
         for p in engine.module.parameters()
     )
 
 
 def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> full shape of every trained parameter, in the model's order; a tied one once."""
-    return {
+    """Name -> full shape of every trained parameter, in the model's order, shared experts last; a tied one once."""
+    shapes = {
         name: tuple(p.ds_shape) if hasattr(p, "ds_id") else tuple(p.shape)
         for name, p in engine.module.named_parameters()
         if p.requires_grad
     }
+    return shapes | (engine.own_experts.shapes() if engine.own_experts else {})
 
 
 def adam_step(engine: Any) -> int:
@@ -195,10 +227,13 @@ def link_state(engine: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def gather_state(engine: Any, param: nn.Parameter, key: str, owner: int) -> Tensor | None:
-    """The full fp32 state `key` of `param`, on rank `owner` as a CPU tensor; None on the others. A collective
-    call.
+def gather_state(engine: Any, name: str, key: str, owner: int) -> Tensor | None:
+    """The full fp32 state `key` of parameter `name`, on rank `owner` as a CPU tensor; None on the others. A
+    collective call.
     """
+    if _is_own(engine, name):
+        return engine.own_experts.gather(name, key, owner)  # type: ignore[no-any-return]
+    param = engine.module.get_parameter(name)
     rank = torch.distributed.get_rank()
     shape = param.ds_shape if hasattr(param, "ds_id") else param.shape
     if _is_replicated(engine):
@@ -219,18 +254,20 @@ def gather_state(engine: Any, param: nn.Parameter, key: str, owner: int) -> Tens
 def begin_restore(engine: Any, adam_step: int) -> None:
     """Give the optimiser empty moments, which it would otherwise create at its first step."""
     for tensor in _optimized_tensors(engine):
-        engine.basic_optimizer.state[tensor] = {
-            "step": torch.tensor(float(adam_step), dtype=torch.float32, device=tensor.device),
-            "exp_avg": torch.zeros_like(tensor),
-            "exp_avg_sq": torch.zeros_like(tensor),
-        }
+        engine.basic_optimizer.state[tensor] = empty_moments(tensor, adam_step)
     link_state(engine)
+    if engine.own_experts:
+        engine.own_experts.begin_restore(adam_step)
 
 
-def set_state(engine: Any, param: nn.Parameter, key: str, full: Tensor) -> None:
-    """Write this rank's part of the full fp32 tensor `full` into state `key` of `param`, and the weights it
-    computes with.
+def set_state(engine: Any, name: str, key: str, full: Tensor) -> None:
+    """Write this rank's part of the full fp32 tensor `full` into state `key` of parameter `name`, and the
+    weights it computes with.
     """
+    if _is_own(engine, name):
+        engine.own_experts.set(name, key, full)
+        return
+    param = engine.module.get_parameter(name)
     if _is_replicated(engine):
         _replica(engine, param, key).data.copy_(full)
     elif hasattr(param, "ds_id"):
@@ -256,6 +293,11 @@ def end_restore(engine: Any) -> None:
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _is_own(engine: Any, name: str) -> bool:
+    """Whether the parameter is of experts that the ranks share."""
+    return engine.own_experts is not None and name in engine.own_experts.masters
 
 
 def _is_plain(engine: Any) -> bool:

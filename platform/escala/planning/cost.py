@@ -12,12 +12,14 @@ from escala.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
 from workloads.config import ModelConfig, PpoConfig, TrainedConfig
 from workloads.flops import (
+    exchanged_elements_per_token,
     flops_per_token,
     mixture_layers,
     moved_bytes_per_step,
     parameter_counts,
     reference_parameters,
     saved_elements_per_token,
+    shared_experts,
     trained_parameters,
     training_flops_per_token,
 )
@@ -125,23 +127,32 @@ def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
 
     That moment is the reduction of a full bucket of gradients. Freed activations and gathered parameters still belong
     to the process then: glibc's heap keeps them (a CUDA device's cache does, too). With activation checkpointing
-    workers set their heap to give back, and what the backward pass has used is gone.
+    workers set their heap to give back, and what the backward pass has used is gone. Of experts that workers share each
+    has its part, with gradients and optimiser; they pass through no bucket.
     """
     training, stage = config.training, config.training.zero_stage
     ranks, n, width = config.resources.workers, parameter_counts(config.model).n_total, _width(config)
     is_mixed, trained = training.precision == "bf16", trained_parameters(config)
+    experts, trained_experts = shared_experts(config)
+    n, trained = n - experts, trained - trained_experts
     bucket = min(MAX_BUCKET, trained)
     gathered = n * width if stage == 3 else 0
     weights = n * width / (ranks if stage == 3 else 1) + gathered + reference_parameters(config) * width
     gradients = trained * (FP32 if stage else width) / (ranks if stage >= 2 else 1)
     masters = MASTER_AND_MOMENTS if stage or is_mixed else MASTER_AND_MOMENTS - FP32
-    optimizer = 0.0 if training.offload == "cpu" else trained * masters / (ranks if stage else 1)
+    optimizer = trained * masters / (ranks if stage else 1)
+    weights += experts / ranks * width
+    gradients += trained_experts / ranks * FP32
+    optimizer += trained_experts / ranks * (MASTER_AND_MOMENTS if is_mixed else MASTER_AND_MOMENTS - FP32)
+    optimizer = 0.0 if training.offload == "cpu" else optimizer
     buckets = bucket * _bucket_bytes(stage, width, ranks)
     saved = saved_elements_per_token(config.model, training.activation_checkpointing)
+    exchanged = exchanged_elements_per_token(config.model) if experts else 0.0
+    kept = 0.0 if training.activation_checkpointing else exchanged * mixture_layers(config.model)
     tokens = config.micro_batch_sequences * config.context_tokens
-    head, working = tokens * saved.head * FP32, tokens * saved.working * width
+    head, working = tokens * saved.head * FP32, tokens * (saved.working + exchanged) * width
     again = working if training.activation_checkpointing else 0.0
-    activations = tokens * saved.blocks * width + again + working + head
+    activations = tokens * (saved.blocks + kept) * width + again + working + head
     runtime = 0.0 if device.runtime_bytes is None else device.runtime_bytes.value
     fixed = weights + gradients + optimizer + runtime
     total = fixed + buckets + activations
@@ -175,12 +186,14 @@ def communication(config: TrainedConfig) -> Communication:
 
     Stage 3: per micro-batch two gathers of the parameters and one reduce-scatter of the gradients; checkpointing
     refetches nothing while all parameters fit among DeepSpeed's live ones. Stage 2 all-reduces (two passes) per
-    micro-batch, stages 0 and 1 once a step; 1 and 2 gather the updated parameters. Gradients travel in fp32.
+    micro-batch, stages 0 and 1 once a step; 1 and 2 gather the updated parameters. Gradients travel in fp32. Of experts
+    that workers share neither gradients nor weights travel, but tokens' states.
     """
     ranks, stage, model = config.resources.workers, config.training.zero_stage, config.model
     if ranks == 1:
         return Communication(0.0, 0)
-    n, width, trained = parameter_counts(model).n_total, _width(config), trained_parameters(config)
+    n, width = parameter_counts(model).n_total, _width(config)
+    trained = trained_parameters(config) - shared_experts(config)[1]
     micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
     buckets = -(-trained // min(MAX_BUCKET, trained))
     gather, reduce = (n if stage == 3 else trained) * width, trained * FP32
@@ -198,15 +211,18 @@ def communication(config: TrainedConfig) -> Communication:
 
 def _exchanged(config: TrainedConfig) -> tuple[float, int]:
     """Rows of a rank's states in an optimiser step's all-to-alls, and how many of these: with expert parallelism each
-    choice goes to its expert's rank and back, and so does its gradient; the sizes go first.
+    choice goes to its expert's rank and back, and so does its gradient; the sizes go first. Checkpointing makes the
+    forward pass's again.
     """
     moe = config.model.moe
-    if moe is None or not moe.expert_parallel:
+    if moe is None or not shared_experts(config)[0]:
         return 0.0, 0
     layers, ranks = mixture_layers(config.model), config.resources.workers
     choices = moe.trained_experts * min(1.0, moe.capacity_factor or 1.0)
     micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
-    return 4 * layers * choices * config.step_tokens / ranks, 5 * layers * micro_steps
+    forward = 2 if config.training.activation_checkpointing else 1
+    rows = (2 * forward + 2) * layers * choices * config.step_tokens / ranks
+    return rows, (3 * forward + 2) * layers * micro_steps
 
 
 def _matrices(model: ModelConfig) -> int:
@@ -222,7 +238,8 @@ def step_seconds(config: TrainedConfig, device: Device) -> tuple[float, float]:
     them on GPUs (`overlap_comm`), not on CPUs.
     """
     training, ranks = config.training, config.resources.workers
-    trained = trained_parameters(config)
+    trained_experts = shared_experts(config)[1]
+    trained = trained_parameters(config) - trained_experts
     per_token = flops_per_token(config.model, config.context_tokens)
     tokens = config.step_tokens / ranks
     blocks = (per_token.matmul + per_token.attention) * tokens
@@ -240,7 +257,7 @@ def step_seconds(config: TrainedConfig, device: Device) -> tuple[float, float]:
         work /= speed.alone if ranks == 1 else 1.0
         slowed = 1.0 if ranks == 1 else 1 / speed.efficiency_at(training.zero_stage)
     work *= training_flops_per_token(config) / per_token.total
-    mine = trained / ranks if training.zero_stage else trained
+    mine = (trained / ranks if training.zero_stage else trained) + trained_experts / ranks
     bandwidth = device.memory_bytes_per_second.value
     if device.optimizer_parameters_per_second is None:
         update = mine * OPTIMIZER_BYTES / bandwidth

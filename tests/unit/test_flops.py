@@ -9,6 +9,7 @@ import pytest
 
 from workloads.config import ModelConfig
 from workloads.flops import flops_per_token, mean_keys, parameter_counts
+from workloads.training.meter import prefer_medium
 
 GPT2_LIKE = ModelConfig(vocab_size=1000, n_layers=3, d_model=64, n_heads=4, d_ff=160, max_context_tokens=512)
 
@@ -78,3 +79,12 @@ def test_flops_of_a_mixture_are_of_the_slots_that_it_has() -> None:
 def test_neither_config_nor_flops_imports_torch() -> None:
     code = "import sys, workloads.flops; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "speed", "chosen"),
+    [(1.9, 2.0, True), (2.1, 2.0, False), (1.0, 0.84, False), (1.0, 1.1, False)],
+)
+def test_medium_precision_must_be_as_exact_and_far_faster(error: float, speed: float, chosen: bool) -> None:
+    errors = {"highest": 3e-6, "medium": error * 3e-6}
+    assert prefer_medium(errors, {"highest": 1e11, "medium": speed * 1e11}) is chosen

@@ -17,6 +17,7 @@ from torch import Tensor
 PEAK_SIZE = 1024  # square matrices: large enough for the peak, 2 GFLOP each
 PEAK_SECONDS = 0.5
 TRAINING_SHAPE = (2048, 512, 1408)  # rows = tokens of a micro-batch, d_model, d_ff
+MOST_ERROR, LEAST_GAIN = 2.0, 1.4  # of 'medium' over 'highest', see choose_matmul_precision
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class MatmulChoice:
 def choose_matmul_precision(setting: str, device: torch.device) -> MatmulChoice:
     """Choose between 'medium' and 'highest', once a process, and set what is to be used.
 
-    Raises RuntimeError without a process group.
+    'medium' is chosen where its largest error is at most MOST_ERROR times that of 'highest' and its speed at least
+    LEAST_GAIN times. Both gains that have been seen are far from that, 2 (a CPU on which MKL does without AVX-512) and
+    0.5 to 1 (one on which it does not; there 'medium' also keeps memory for each shape), so that every attempt of a run
+    decides alike. Raises RuntimeError without a process group.
     """
     choice = _compare_matmul_precisions(setting, device)
     torch.set_float32_matmul_precision(choice.precision)
@@ -50,26 +54,30 @@ def choose_matmul_precision(setting: str, device: torch.device) -> MatmulChoice:
 
 @cache
 def _compare_matmul_precisions(setting: str, device: torch.device) -> MatmulChoice:
-    """Measure 'medium' against 'highest' on fp32 matrices of a training's shape.
-
-    'medium' stays where its largest error against fp64 is at most twice that of 'highest'. Error decides,
-    never speed: a decision by the clock could differ from run to run, and with it the last bits of the loss.
-    All ranks take the more careful choice of any of them.
+    """Measure 'medium' against 'highest' on fp32 matrices of a training's shape, in turns. All ranks take the more
+    careful choice of any of them.
     """
     rows, inner, columns = TRAINING_SHAPE
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(rows, inner, generator=generator).to(device)
     b = torch.randn(inner, columns, generator=generator).to(device)
     exact = a.double() @ b.double()
-    errors, speeds = {}, {}
-    for precision in ("highest", "medium"):
+    errors, speeds = {}, {"highest": 0.0, "medium": 0.0}
+    for precision in ("highest", "medium") * 4:
         torch.set_float32_matmul_precision(precision)
         errors[precision] = float((a @ b - exact).abs().max() / exact.square().mean().sqrt())
-        speeds[precision] = _best_speed(a, b, repeats=4)
-    keep = torch.tensor(float(setting == "auto" and errors["medium"] <= 2 * errors["highest"]), device=device)
+        speeds[precision] = max(speeds[precision], _best_speed(a, b, repeats=2))
+    is_better = prefer_medium(errors, speeds)
+    keep = torch.tensor(float(setting == "auto" and is_better), device=device)
     torch.distributed.all_reduce(keep, op=torch.distributed.ReduceOp.MIN)
     chosen = "medium" if keep.item() else "highest"
     return MatmulChoice(chosen, errors["highest"], errors["medium"], speeds["highest"], speeds["medium"])
+
+
+def prefer_medium(errors: dict[str, float], speeds: dict[str, float]) -> bool:
+    """Whether 'medium' is as exact as it must be and worth it."""
+    exact = errors["medium"] <= MOST_ERROR * errors["highest"]
+    return exact and speeds["medium"] >= LEAST_GAIN * speeds["highest"]
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device) -> float:

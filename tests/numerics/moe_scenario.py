@@ -73,6 +73,16 @@ def run(
     return losses
 
 
+def one_pass(engine: Any) -> tuple[int, list[list[float]]]:
+    """Bytes that this rank sends in a forward pass, and the tokens that each layer's experts get from it."""
+    routers = Routers(engine.module, 100)
+    before = routers.sent_bytes
+    with torch.no_grad():
+        engine(batch(9).chunk(2)[dist.get_rank()])
+    loads = [mixture.routing.load_E.tolist() for mixture in mixtures(engine.module)]  # type: ignore[union-attr]
+    return routers.sent_bytes - before, loads
+
+
 def shared(directory: Path, results: dict[str, Any]) -> None:
     """Two ranks with their experts shared and not, at each stage and precision, and with full experts; and resumed."""
     for name, stage, precision, moe in (
@@ -87,6 +97,8 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
         norms = results[f"norms-{name}"] = []
         results[name] = run(engine, config, range(6), True, norms)
         results[f"held-{name}"] = zero.parameters_held(engine)
+        if name == "shared-2-fp32":
+            results["sent"], results["loads"] = one_pass(engine)
         engine.eval()
         with torch.no_grad():
             results[f"evaluated-{name}"] = float(engine(batch(9)[:, :-1]).double().square().mean())

@@ -96,6 +96,15 @@ def test_a_rank_holds_its_share_of_the_experts(results: dict[str, dict[str, Any]
             assert found[f"held-shared-{stage}-fp32"] == found["held-alone"] - experts // 2
 
 
+def test_what_is_sent_for_shared_experts_is_counted(results: dict[str, dict[str, Any]]) -> None:
+    """A row for each choice of another rank's expert, there and back; before it the numbers of rows."""
+    ranks = [results["2-0"], results["2-1"]]
+    elsewhere = [sum(load[2:]) for load in ranks[0]["loads"]] + [sum(load[:2]) for load in ranks[1]["loads"]]
+    numbers = 2 * MODEL.n_layers * 2 * 8
+    assert sum(rank["sent"] for rank in ranks) == 2 * sum(elsewhere) * MODEL.d_model * 4 + numbers
+    assert sum(elsewhere) > 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_shared_experts_resume_bit_by_bit(results: dict[str, dict[str, Any]], precision: str) -> None:
     assert results["2-0"][f"resumed-{precision}"] == results["2-0"][f"straight-{precision}"]

@@ -22,44 +22,56 @@ from workloads.model.experts import Experts
 from workloads.model.gate import Dispatch, dispatch
 
 
+class Exchange:
+    """The ranks that share a mixture's experts.
+
+    Attributes:
+        sent_bytes: what this rank has sent to the others.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.ranks, self.sent_bytes = dist.get_rank(group), dist.get_world_size(group), 0
+        self._group = group
+
+    def swap(self, rows: Tensor, in_P: list[int], out_P: list[int]) -> Tensor:
+        """Send the next `out_P` rows to each rank, and receive `in_P` of each. A collective call."""
+        received = rows.new_empty(sum(in_P), rows.shape[1])
+        dist.all_to_all_single(received, rows.contiguous(), in_P, out_P, group=self._group)
+        self.sent_bytes += (len(rows) - out_P[self.rank]) * rows.shape[1] * rows.element_size()
+        return received
+
+
 def compute_elsewhere(
-    experts: Experts, x_ND: Tensor, weights_NK: Tensor, sent: Dispatch, group: dist.ProcessGroup
+    experts: Experts, x_ND: Tensor, weights_NK: Tensor, sent: Dispatch, exchange: Exchange
 ) -> Tensor:
     """The answer of all E experts, each one's slots computed by its rank, whose `experts` are E/P, in order. A
-    collective call: all ranks of `group` make equally many, also one without tokens.
+    collective call: all ranks of `exchange` make equally many, also one without tokens.
     """
-    ranks, count = dist.get_world_size(group), len(sent.sizes)
-    mine = count // ranks
-    out_PE = torch.tensor(sent.sizes, device=x_ND.device).view(ranks, mine)
-    in_PE = torch.empty_like(out_PE)
-    dist.all_to_all_single(in_PE, out_PE, group=group)
+    mine, one_P = len(sent.sizes) // exchange.ranks, [1] * exchange.ranks
+    out_PE = torch.tensor(sent.sizes, device=x_ND.device).view(exchange.ranks, mine)
+    in_PE = exchange.swap(out_PE, one_P, one_P)
     out_P, in_P = out_PE.sum(1).tolist(), in_PE.sum(1).tolist()
     x_SD = x_ND.index_select(0, sent.choice_S // weights_NK.shape[1])
-    x_RD = _Exchange.apply(x_SD, in_P, out_P, group)
-    expert_R = torch.arange(mine, device=x_ND.device).repeat(ranks).repeat_interleave(in_PE.flatten())
+    x_RD = _Swap.apply(x_SD, in_P, out_P, exchange)
+    expert_R = (
+        torch.arange(mine, device=x_ND.device).repeat(exchange.ranks).repeat_interleave(in_PE.flatten())
+    )
     here = dispatch(expert_R[:, None], 1, mine, None)
     y_RD = experts(x_RD, weights_NK.new_ones(len(x_RD), 1), here)
-    y_SD = _Exchange.apply(y_RD, out_P, in_P, group)
+    y_SD = _Swap.apply(y_RD, out_P, in_P, exchange)
     padded = torch.cat([y_SD, y_SD.new_zeros(1, y_SD.shape[1])])
     return (padded[sent.slot_NK] * weights_NK.to(y_SD.dtype).unsqueeze(-1)).sum(dim=1)
 
 
-class _Exchange(torch.autograd.Function):
-    """Rows to and from each rank; the gradients go the way back."""
+class _Swap(torch.autograd.Function):
+    """`Exchange.swap`; the gradients go the way back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, in_P: list[int], out_P: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.splits, ctx.group = (in_P, out_P), group
-        received = rows.new_empty(sum(in_P), rows.shape[1])
-        dist.all_to_all_single(received, rows.contiguous(), in_P, out_P, group=group)
-        return received
+    def forward(ctx: Any, rows: Tensor, in_P: list[int], out_P: list[int], exchange: Exchange) -> Tensor:
+        ctx.way_back, ctx.exchange = (out_P, in_P), exchange
+        return exchange.swap(rows, in_P, out_P)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        in_P, out_P = ctx.splits
-        returned = grad.new_empty(sum(out_P), grad.shape[1])
-        dist.all_to_all_single(returned, grad.contiguous(), out_P, in_P, group=ctx.group)
-        return returned, None, None, None
+        return ctx.exchange.swap(grad, *ctx.way_back), None, None, None

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from workloads.config import ModelConfig, MoEConfig
 from workloads.model import balance
-from workloads.model.exchange import compute_elsewhere
+from workloads.model.exchange import Exchange, compute_elsewhere
 from workloads.model.experts import Experts
 from workloads.model.gate import Dispatch, capacity, choose, dispatch, top_k
 from workloads.model.layers import FeedForward, Linear
@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         tau: temperature of estimators gumbel and soft_to_hard in training; the training loop lowers it.
         evaluation_capacity_factor: capacity in evaluation and generation; None: nothing is dropped.
         routing: of the last forward pass in training; None before one.
-        expert_group: ranks that share the experts; None: this one has all (see `exchange`).
+        exchange: with the ranks that share the experts; None: this one has all.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MixtureOfExperts(nn.Module):
         self.tau = 1.0 if moe.tau is None else moe.tau.start
         self.evaluation_capacity_factor = moe.evaluation_capacity_factor
         self.routing: Routing | None = None
-        self.expert_group: ProcessGroup | None = None
+        self.exchange: Exchange | None = None
         size = config.expert_size
         gain = output_gain / math.sqrt(1 + moe.shared_experts) if moe.shared_experts else output_gain
         self.router = Router(config.d_model, moe.experts)
@@ -89,7 +89,7 @@ class MixtureOfExperts(nn.Module):
     def share_experts(self, group: ProcessGroup) -> None:
         """Keep this rank's share of the experts alone; the forward pass is then a collective call."""
         self.experts.keep_share(dist.get_rank(group), dist.get_world_size(group))
-        self.expert_group = group
+        self.exchange = Exchange(group)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D). A token that finds no slot keeps its residual stream as it is."""
@@ -106,10 +106,10 @@ class MixtureOfExperts(nn.Module):
         factor = moe.capacity_factor if self.training else self.evaluation_capacity_factor
         limit = capacity(factor, len(x_ND), moe.chosen, moe.experts)
         sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, limit)
-        if self.expert_group is None:
+        if self.exchange is None:
             out_ND = self.experts(x_ND, choice.weights_NK, sent)
         else:
-            out_ND = compute_elsewhere(self.experts, x_ND, choice.weights_NK, sent, self.expert_group)
+            out_ND = compute_elsewhere(self.experts, x_ND, choice.weights_NK, sent, self.exchange)
         if self.shared is not None:
             out_ND = out_ND + self.shared(x_ND)
         if self.training:

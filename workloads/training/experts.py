@@ -41,9 +41,14 @@ class Routers:
         self.has_collapsed = False
         for layer in self.layers:
             group = expert_group(layer.moe)
-            if group is not None and layer.expert_group is None:
+            if group is not None and layer.exchange is None:
                 layer.share_experts(group)
         self._sums: list[Tensor] = []  # by layer: load_E, p_E x tokens, tokens, and 3 more, see _summed
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank has sent to those that it shares experts with."""
+        return sum(layer.exchange.sent_bytes for layer in self.layers if layer.exchange is not None)
 
     def begin_step(self, step: int) -> None:
         """Set what depends on the step."""

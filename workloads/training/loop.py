@@ -179,10 +179,13 @@ class Trainer:
                 saved = step
         return None
 
+    def _sent_bytes(self) -> float:
+        return self.traffic.sent_bytes + self.routers.sent_bytes
+
     def _step(self) -> str | None:
         """One optimiser step; or, before its update, the reason not to make it."""
         step, config, count = self.count.step, self.config, self.count
-        sent_before = self.traffic.sent_bytes
+        sent_before = self._sent_bytes()
         self.throughput.begin_step()
         size = self.task.size(step)
         step_flops = self.flops * size.tokens
@@ -212,7 +215,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise self._diverged("the gradient norm is not finite")
         self.throughput.end_step(size.tokens)
-        self.step_traffic_bytes = self.traffic.sent_bytes - sent_before
+        self.step_traffic_bytes = self._sent_bytes() - sent_before
         count.step += 1
         count.last_loss = loss
         count.train_tokens += size.tokens

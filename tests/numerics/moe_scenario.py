@@ -120,6 +120,7 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
         engine = start(config, changed(expert_parallel=True))
         run(engine, config, range(3), with_balance=False)
         found = checkpoint.save(engine, kept, 3, MANIFEST, keep=2)
+        results["files"] = len(found.manifest["files"])
         results[f"straight-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
         engine = start(config, changed(expert_parallel=True))
         checkpoint.load(engine, found)
@@ -131,6 +132,7 @@ def main() -> None:
     rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    checkpoint.FILE_BYTES = 10_000  # several files a rank
     dist.init_process_group("gloo", f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
     for stage in (0, 3):

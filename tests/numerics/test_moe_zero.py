@@ -117,3 +117,4 @@ def test_one_rank_resumes_what_two_with_shared_experts_have_written(
     assert results["1-0"]["unshared"] == pytest.approx(results["2-0"]["straight-fp32"], rel=1e-6)
     whole = {name: list(weight.shape) for name, weight in Transformer(MODEL).named_parameters()}
     assert results["2-0"]["shapes"] == whole
+    assert results["2-0"]["files"] > 2

@@ -1,16 +1,16 @@
 """Checkpoints that do not know how many ranks or which ZeRO stage wrote them.
 
-One safetensors file a rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
-and a manifest. Engines beside the first one have their own name before theirs (`critic/master/NAME`). Safe
-loaders only: nothing here unpickles. What the control plane needs (names, hashes, retention) is in
-`escala.manifests`.
+Safetensors files of each rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
+and a manifest. A file is written as soon as its tensors are there: a rank holds no more than one file's.
+Engines beside the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
+nothing here unpickles. What the control plane needs (names, hashes, retention) is in `escala.manifests`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from escala.manifests import (
 )
 from escala.records import write_json
 from workloads.training import zero
+
+FILE_BYTES = 64 * 2**20
+"""A file with so much is written; its last tensor may be larger. safetensors copies all of it meanwhile."""
 
 
 def save(
@@ -61,10 +64,9 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    tensors = {f"{p}{name}": t for p, one in engines.items() for name, t in _gather_share(one, ranks).items()}
-    entry, failure = _write_share(partial / f"rank-{rank:05d}-of-{ranks:05d}.safetensors", tensors)
+    entries, failure = _write_share(partial / f"rank-{rank:05d}-of-{ranks:05d}", _share(engines, ranks))
     gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, (entry, failure))
+    torch.distributed.all_gather_object(gathered, (entries, failure))
     failures = [f for _, f in gathered if f]
     if failures:
         raise CheckpointError(
@@ -144,30 +146,47 @@ def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
     return owners
 
 
-def _gather_share(engine: Any, ranks: int) -> dict[str, Tensor]:
-    """The tensors that this rank writes, whole."""
-    owners = assign(zero.parameter_shapes(engine), ranks)
-    zero.link_state(engine)
-    share: dict[str, Tensor] = {}
-    for name, owner in owners.items():
-        for key in zero.STATE_KEYS:
-            full = zero.gather_state(engine, name, key, owner)
-            if full is not None:
-                share[f"{key}/{name}"] = full.contiguous()
-    return share
+def _share(engines: Mapping[str, Any], ranks: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that this rank writes, whole, by name. A collective call at each step: every rank takes all."""
+    for prefix, engine in engines.items():
+        zero.link_state(engine)
+        for name, owner in assign(zero.parameter_shapes(engine), ranks).items():
+            for key in zero.STATE_KEYS:
+                full = zero.gather_state(engine, name, key, owner)
+                if full is not None:
+                    yield f"{prefix}{key}/{name}", full.contiguous()
 
 
-def _write_share(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], str]:
-    """Write one file; returns its manifest entry, and what went wrong ("" if nothing)."""
+def _write_share(stem: Path, tensors: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Any], str]:
+    """Write files STEM-0.safetensors, ...; returns their manifest entries, and what went wrong ("" if nothing). All
+    tensors are taken even then, since the other ranks wait for it.
+    """
+    entries: dict[str, Any] = {}
+    waiting: dict[str, Tensor] = {}
+    failure = ""
+    for name, tensor in tensors:
+        if failure:
+            continue
+        waiting[name] = tensor
+        if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
+            failure = _write(stem, waiting, entries)
+    return entries, failure or _write(stem, waiting, entries)
+
+
+def _write(stem: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> str:
+    """Write the next file, empty `tensors`, add the file to `entries`; returns what went wrong."""
     if not tensors:
-        return {}, ""
+        return ""
+    path = stem.with_name(f"{stem.name}-{len(entries)}.safetensors")
     try:
         save_file(tensors, path)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        return {path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}}, ""
+        entries[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
-        return {}, f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
+    tensors.clear()
+    return ""
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -20,8 +20,10 @@ from escala.rollouts import service
 from escala.rollouts.policy import Rules
 from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.settings import RolloutsSettings, Settings
+from workloads.config import ModelConfig
 from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import Completion, Output
+from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
 from workloads.serving.access import Unauthorized, authorise
 from workloads.serving.openai import (
@@ -32,6 +34,7 @@ from workloads.serving.openai import (
     server_sent,
 )
 from workloads.serving.records import Generated, Piece
+from workloads.serving.start import initial_version
 from workloads.serving.weights import pack, unpack
 
 SHIPPED = directory() / "services" / "rollouts.yaml"
@@ -229,3 +232,11 @@ def test_what_reserves_nothing_stays_on_the_head_where_it_holds_no_node_that_cou
     for options in (store.actor_options, api.ray_actor_options):
         assert (options["num_cpus"], options["resources"]) == (0, {HEAD_NODE_RESOURCE_NAME: 0.001})
     assert policy_deployment(config).ray_actor_options["num_cpus"] == 2
+
+
+@pytest.mark.parametrize("factor", [None, 1.5])
+def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(factor: float | None) -> None:
+    moe = {"experts": 4, "chosen": 2, "evaluation_capacity_factor": factor}
+    model = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1, moe=moe))
+    version = initial_version(model, "bf16")
+    assert (version.precision, version.capacity_factor) == ("bf16", factor)

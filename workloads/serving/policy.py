@@ -18,13 +18,13 @@ from ray import serve
 from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own says another one
 
 from escala.errors import SpecError, StaleWeights, StateError, WeightsNotLoaded
-from escala.rollouts.weights import Receiver, Weights, WeightVersion, actor_of, digest_of
+from escala.rollouts.weights import Receiver, Weights, WeightVersion, actor_of
 from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, Piece, Prompt
 from workloads.serving.stepper import Stepper, join
-from workloads.serving.weights import pack, unpack
+from workloads.serving.weights import unpack
 
 STORE = "weights"
 """The deployment actor that keeps the weight versions."""
@@ -36,13 +36,13 @@ class Policy:
 
     async def __init__(self, config: dict[str, Any]) -> None:
         from workloads.model.start import load_model, load_tokenizer
-        from workloads.serving.start import build_engine
+        from workloads.serving.start import build_engine, initial_version
 
         self.config = ServeConfig.model_validate(config)
         path = Path(self.config.model)
         model = await asyncio.to_thread(load_model, path)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
-        initial = WeightVersion(0, digest_of(pack(model.state_dict())), self.config.precision)
+        initial = initial_version(model, self.config.precision)
         engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config)
         self.stepper = Stepper(engine)
         self._versions = {0: initial}

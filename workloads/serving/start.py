@@ -1,14 +1,15 @@
-"""What a replica starts with: its engine."""
+"""What a replica starts with: its engine, and the version of its weights."""
 
 from __future__ import annotations
 
 import torch
 
+from escala.rollouts.weights import WeightVersion, digest_of
 from workloads.config.serve import ServeConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.generation.engine import Engine
 from workloads.model.transformer import Transformer
-from workloads.serving.weights import PRECISIONS
+from workloads.serving.weights import PRECISIONS, pack
 
 
 def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:
@@ -23,3 +24,10 @@ def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConf
         block_tokens=limits.block_tokens,
         prefill_tokens=limits.prefill_tokens,
     )
+
+
+def initial_version(model: Transformer, precision: str) -> WeightVersion:
+    """Version 0. A mixture that drops tokens in generation, too, says so (SPEC.md B.5)."""
+    moe = model.config.moe
+    capacity = None if moe is None else moe.evaluation_capacity_factor
+    return WeightVersion(0, digest_of(pack(model.state_dict())), precision, capacity)

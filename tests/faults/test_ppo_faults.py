@@ -88,7 +88,7 @@ class Found:
 
 
 def found(job_id: str) -> Found:
-    wait_for(lambda: all(a.delivered for a in api.job(job_id).attempts), 60, "its runs in MLflow", every=0.5)
+    wait_for(lambda: all(a.delivered for a in api.job(job_id).attempts), 120, "its runs in MLflow", every=0.5)
     metrics: dict[str, dict[int, float]] = {}
     samples: dict[int, list[Any]] = {}
     for run in sorted(api.runs(job=job_id), key=lambda run: run.attempt):
@@ -189,7 +189,7 @@ def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     assert record.measures[GAP] < 1e-4
     checkpoints = JobFiles(Settings().home, undisturbed).checkpoints
     assert [c.step for c in list_checkpoints(checkpoints)] == [ITERATIONS - EVERY, ITERATIONS]
-    wait_for(lambda: gone(undisturbed), 10, "the end of its service")
+    wait_for(lambda: gone(undisturbed), 30, "the end of its service")
 
 
 @pytest.mark.docs  # four minutes: five starts
@@ -219,7 +219,7 @@ def test_killed_in_every_part_it_ends_with_the_same_numbers(
     details = ended(job)
     assert [a.outcome for a in details.attempts] == ["worker_lost", "driver_lost", "succeeded"]
     assert sum("resumed from" in line for line in api.logs(job)) == 2
-    wait_for(lambda: gone(job), 10, "the end of its service")
+    wait_for(lambda: gone(job), 30, "the end of its service")
     expected, result = found(undisturbed), found(job)
     assert result.metrics["reward"].keys() == set(range(1, ITERATIONS + 1))
     gaps = [one.metrics.pop(GAP) for one in (expected, result)]

@@ -34,8 +34,9 @@ from escala.manifests import (
 from escala.records import write_json
 from workloads.training import zero
 
-FILE_BYTES = 64 * 2**20
-"""A file with so much is written; its last tensor may be larger. safetensors copies all of it meanwhile."""
+FILE_BYTES, FILES = 64 * 2**20, 16
+"""A rank's files have so much, or are so many where that would be less, and a tensor more. safetensors copies all of a
+file while it writes."""
 
 
 def save(
@@ -64,7 +65,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    entries, failure = _write_share(partial / f"rank-{rank:05d}-of-{ranks:05d}", _share(engines, ranks))
+    stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, rank, ranks)
+    entries, failure = _write_share(stem, _share(engines, ranks), file_bytes)
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, (entries, failure))
     failures = [f for _, f in gathered if f]
@@ -146,6 +148,15 @@ def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
     return owners
 
 
+def _file_bytes(engines: Mapping[str, Any], rank: int, ranks: int) -> int:
+    """From what size on a file of this rank is written."""
+    shapes = [zero.parameter_shapes(engine) for engine in engines.values()]
+    mine = [
+        torch.Size(one[name]).numel() for one in shapes for name, o in assign(one, ranks).items() if o == rank
+    ]
+    return max(FILE_BYTES, len(zero.STATE_KEYS) * 4 * sum(mine) // FILES)
+
+
 def _share(engines: Mapping[str, Any], ranks: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors that this rank writes, whole, by name. A collective call at each step: every rank takes all."""
     for prefix, engine in engines.items():
@@ -157,7 +168,9 @@ def _share(engines: Mapping[str, Any], ranks: int) -> Iterator[tuple[str, Tensor
                     yield f"{prefix}{key}/{name}", full.contiguous()
 
 
-def _write_share(stem: Path, tensors: Iterator[tuple[str, Tensor]]) -> tuple[dict[str, Any], str]:
+def _write_share(
+    stem: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int
+) -> tuple[dict[str, Any], str]:
     """Write files STEM-0.safetensors, ...; returns their manifest entries, and what went wrong ("" if nothing). All
     tensors are taken even then, since the other ranks wait for it.
     """
@@ -168,7 +181,7 @@ def _write_share(stem: Path, tensors: Iterator[tuple[str, Tensor]]) -> tuple[dic
         if failure:
             continue
         waiting[name] = tensor
-        if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
+        if sum(t.nbytes for t in waiting.values()) >= file_bytes:
             failure = _write(stem, waiting, entries)
     return entries, failure or _write(stem, waiting, entries)
 

@@ -102,10 +102,8 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
         engine.eval()
         with torch.no_grad():
             results[f"evaluated-{name}"] = float(engine(batch(9)[:, :-1]).double().square().mean())
-    for name, is_shared in (
-        ("lora", False),
-        ("lora-shared", True),
-    ):  # frozen experts, of a model that had them all
+    for name, is_shared in (("lora", False), ("lora-shared", True)):
+        # frozen experts, of a model that had them all
         config = TrainingConfig(steps=50, zero_stage=2, optimizer={"clip_norm": 0.5})
         torch.manual_seed(0)
         model = Transformer(changed(expert_parallel=is_shared))
@@ -149,9 +147,8 @@ def main() -> None:
         results[f"balanced-{stage}"] = losses + run(engine, config, range(3, 6), with_balance=True)
     if ranks == 2:
         shared(directory, results)
-    if (
-        ranks == 1
-    ):  # resume at stage 0 what two ranks wrote at stage 3, and what they wrote with shared experts
+    if ranks == 1:
+        # resume at stage 0 what two ranks wrote at stage 3, and what they wrote with shared experts
         config = TrainingConfig(steps=50, zero_stage=0, optimizer={"clip_norm": 0.5})
         for name, source, with_balance in (("elsewhere", "2-3", True), ("unshared", "shared", False)):
             found, _ = latest(directory / source)

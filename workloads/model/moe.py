@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -88,8 +87,8 @@ class MixtureOfExperts(nn.Module):
 
     def share_experts(self, group: ProcessGroup) -> None:
         """Keep this rank's share of the experts alone; the forward pass is then a collective call."""
-        self.experts.keep_share(dist.get_rank(group), dist.get_world_size(group))
         self.exchange = Exchange(group)
+        self.experts.keep_share(self.exchange.rank, self.exchange.ranks)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D). A token that finds no slot keeps its residual stream as it is."""

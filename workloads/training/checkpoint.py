@@ -8,6 +8,7 @@ nothing here unpickles. What the control plane needs (names, hashes, retention) 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, rank, ranks)
+    stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, ranks)
     entries, failure = _write_share(stem, _share(engines, ranks), file_bytes)
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, (entries, failure))
@@ -148,13 +149,11 @@ def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
     return owners
 
 
-def _file_bytes(engines: Mapping[str, Any], rank: int, ranks: int) -> int:
-    """From what size on a file of this rank is written."""
-    shapes = [zero.parameter_shapes(engine) for engine in engines.values()]
-    mine = [
-        torch.Size(one[name]).numel() for one in shapes for name, o in assign(one, ranks).items() if o == rank
-    ]
-    return max(FILE_BYTES, len(zero.STATE_KEYS) * 4 * sum(mine) // FILES)
+def _file_bytes(engines: Mapping[str, Any], ranks: int) -> int:
+    """From what size on a file is written; the ranks' shares are about equal."""
+    shapes = [shape for engine in engines.values() for shape in zero.parameter_shapes(engine).values()]
+    elements = len(zero.STATE_KEYS) * sum(map(math.prod, shapes))
+    return max(FILE_BYTES, 4 * elements // ranks // FILES)
 
 
 def _share(engines: Mapping[str, Any], ranks: int) -> Iterator[tuple[str, Tensor]]:

@@ -63,12 +63,14 @@ def _compare_matmul_precisions(setting: str, device: torch.device) -> MatmulChoi
     b = torch.randn(inner, columns, generator=generator).to(device)
     exact = a.double() @ b.double()
     errors, speeds = {}, {"highest": 0.0, "medium": 0.0}
-    for precision in ("highest", "medium") * 4:
+    for precision in speeds:
         torch.set_float32_matmul_precision(precision)
         errors[precision] = float((a @ b - exact).abs().max() / exact.square().mean().sqrt())
+    for precision in (*speeds,) * 4:
+        torch.set_float32_matmul_precision(precision)
         speeds[precision] = max(speeds[precision], _best_speed(a, b, repeats=2))
-    is_better = prefer_medium(errors, speeds)
-    keep = torch.tensor(float(setting == "auto" and is_better), device=device)
+    is_better = setting == "auto" and prefer_medium(errors, speeds)
+    keep = torch.tensor(float(is_better), device=device)
     torch.distributed.all_reduce(keep, op=torch.distributed.ReduceOp.MIN)
     chosen = "medium" if keep.item() else "highest"
     return MatmulChoice(chosen, errors["highest"], errors["medium"], speeds["highest"], speeds["medium"])

@@ -139,11 +139,12 @@ def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
     gathered = n * width if stage == 3 else 0
     weights = n * width / (ranks if stage == 3 else 1) + gathered + reference_parameters(config) * width
     gradients = trained * (FP32 if stage else width) / (ranks if stage >= 2 else 1)
-    masters = MASTER_AND_MOMENTS if stage or is_mixed else MASTER_AND_MOMENTS - FP32
+    own_masters = MASTER_AND_MOMENTS if is_mixed else MASTER_AND_MOMENTS - FP32  # in fp32 the weights are
+    masters = MASTER_AND_MOMENTS if stage else own_masters
     optimizer = trained * masters / (ranks if stage else 1)
     weights += experts / ranks * width
     gradients += trained_experts / ranks * FP32
-    optimizer += trained_experts / ranks * (MASTER_AND_MOMENTS if is_mixed else MASTER_AND_MOMENTS - FP32)
+    optimizer += trained_experts / ranks * own_masters
     optimizer = 0.0 if training.offload == "cpu" else optimizer
     buckets = bucket * _bucket_bytes(stage, width, ranks)
     saved = saved_elements_per_token(config.model, training.activation_checkpointing)

@@ -46,7 +46,7 @@ def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
         base = config.start.path if config.start is not None else ""
         save_adapter(load_weights(found), lora, to, base)
-    elif found.manifest["workload"] == "reward":
+    elif found.part("workload", str) == "reward":
         save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
         return
     else:

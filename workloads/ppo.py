@@ -177,9 +177,10 @@ class Ppo(Trainer):
         self.saved_step = self.count.step
         if self.inputs.checkpoint is None:
             return
-        state = read_checkpoint(Path(self.inputs.checkpoint)).manifest["ppo"]
-        self.kl_coef, self.scores = state["kl_coef"], RunningMoments(**state["scores"])
-        self.measures = state["measures"]
+        found = read_checkpoint(Path(self.inputs.checkpoint))
+        self.kl_coef = found.part("ppo.kl_coef", float)
+        self.scores = RunningMoments(**found.part("ppo.scores", dict))
+        self.measures = found.part("ppo.measures", dict)
 
     def _step(self) -> str | None:
         """One iteration; or, before it, the reason not to make it."""

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from escala import handshake
 from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
 from escala.errors import CheckpointError, EscalaError, SpecError
-from escala.manifests import TOKENIZER, Checkpoint, check_fits, latest
+from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.tracker import Tracker, open_tracker
@@ -122,7 +122,7 @@ class Run:
         tags = {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()}
         self.tracker.tags(self.run_id, tags)
         self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
-        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints))
+        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints), self.resumed_from)
         source = str(self.resumed_from.path) if self.resumed_from else None
         return WorkerInputs(self.spec, prepared.path, source, self.run_id, self.fingerprints)
 
@@ -219,6 +219,15 @@ class Run:
         )
 
 
+# What the manifest of a checkpoint must say for a run to go on from it.
+RESUMABLE = {
+    "config.model": dict,
+    "fingerprints.tokenizer": str,
+    "adam_step": int,
+    "counters.train_tokens": int,
+    "counters.compute_flops": float,
+}
+
 STOP_MESSAGES = {
     "succeeded": "",
     "user": "stopped on request, with a checkpoint",
@@ -260,9 +269,17 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: Path) -> None:
-    """Copy the tokenizer's files beside the checkpoints, which can then be used alone."""
+def keep_tokenizer(source: Path, checkpoints: Path, resumed_from: Checkpoint | None) -> None:
+    """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
+    was written with stay: its manifest has their hashes.
+    """
     target = checkpoints / TOKENIZER
+    if resumed_from is not None and resumed_from.path.parent == checkpoints:
+        try:
+            return verify_tokenizer(resumed_from)
+        except CheckpointError as error:
+            print(f"{error.message}; they are copied again", file=sys.stderr, flush=True)
+            shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)
     files = [source] if source.is_file() else [f for f in source.iterdir() if f.name in TOKENIZER_FILES]
     for file in files:
@@ -276,7 +293,8 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     """The newest good checkpoint of the job, else of the job to resume from, else none; refused ones are
     printed.
 
-    Raises CheckpointError where it does not fit, or where the job to resume from has no good one.
+    Raises CheckpointError where it does not fit, where the job has checkpoints and none of them is good, or where the
+    job to resume from has no good one.
     """
     found = _newest(Path(spec.checkpoints))
     if found is None and spec.resume_from:
@@ -289,7 +307,7 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
 
 
 def _newest(directory: Path) -> Checkpoint | None:
-    found, refused = latest(directory)
+    found, refused = newest(directory, RESUMABLE)
     for error in refused:
         print(f"refused: {error}", file=sys.stderr, flush=True)
     return found

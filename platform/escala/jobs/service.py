@@ -94,7 +94,8 @@ def retry(name: str, report: Report = silent) -> Job:
 def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) -> Job:
     """A new job that starts from the last good checkpoint of another one, its spec overridden.
 
-    Raises NotFoundError where the job has no checkpoint, SpecError for a bad override.
+    Raises NotFoundError where the job has no checkpoint, CheckpointError where none of those that it has is good,
+    SpecError for a bad override.
     """
     with open_store() as store:
         old = store.get(name)
@@ -102,7 +103,7 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) ->
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
     checkpoints = JobFiles(Settings().home, old.id).checkpoints
-    if manifests.latest(checkpoints)[0] is None:
+    if manifests.newest(checkpoints)[0] is None:
         raise NotFoundError(
             f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
         )

@@ -26,7 +26,9 @@ from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_atte
 from escala.errors import CheckpointError, EscalaError, SpecError
 from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS, TrainedConfig
 from workloads.training.driver import WorkerInputs, fit
@@ -121,6 +123,7 @@ class Run:
         self.fingerprints = prepared.fingerprints
         tags = {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()}
         self.tracker.tags(self.run_id, tags)
+        self.tracker.dataset(self.run_id, dataset_of(self.spec.config, self.fingerprints))
         self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
         keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints), self.resumed_from)
         source = str(self.resumed_from.path) if self.resumed_from else None
@@ -137,9 +140,15 @@ class Run:
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
+            NOTE_TAG: run_note(spec),
         }
         key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
-        self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
+        name = (
+            spec.name
+            if spec.attempt == 1 or TRIAL_TAG in spec.tags
+            else f"{spec.name} (attempt {spec.attempt})"
+        )
+        self.run_id = tracker.start(key, spec.experiment, name, tags, flatten(resolved))
         tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
 
     def succeed(self) -> int:
@@ -172,17 +181,27 @@ class Run:
         facts = self._facts()
         record = self._record(outcome, facts)
         plain = asdict(record)
+        source = str(self.resumed_from.path) if self.resumed_from else None
+        checkpoint = facts.get("checkpoint", source)
         if self.tracker is not None and self.run_id is not None:
             self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
             known = {k: v for k, v in plain.items() if v is not None}
-            tags = {"escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True)}
+            tags = {
+                "escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True),
+                NOTE_TAG: run_note(self.spec, record, self._data_rows(), outcome.hint, checkpoint),
+            }
             if "parameters_held" in facts:
                 tags["escala.parameters_held"] = json.dumps(facts["parameters_held"])
             self.tracker.tags(self.run_id, tags)
             self.tracker.finish(self.run_id, status)
-        source = str(self.resumed_from.path) if self.resumed_from else None
-        checkpoint = facts.get("checkpoint", source)
         finish(self.spec, Outcome(outcome.kind, outcome.message, outcome.hint, checkpoint, plain))
+
+    def _data_rows(self) -> list[tuple[str, str]]:
+        """What the run's note says of its data."""
+        if not self.fingerprints:
+            return []
+        data = dataset_of(self.spec.config, self.fingerprints)
+        return [("data", f"{data.name} (`{data.digest[:12]}`)")]
 
     def _facts(self) -> dict[str, Any]:
         """What rank 0 left (training/report.py); empty where it did not get far enough."""

@@ -43,6 +43,7 @@ from escala.records import (
     read_record,
     write_json,
 )
+from escala.tracking.notes import command_tag
 
 log = logging.getLogger("escala.runner")
 P = ParamSpec("P")
@@ -222,7 +223,7 @@ class Reconciler:
             data=str(self._home / "data"),
             tracking_uri=f"spool:{files.spool}",
             experiment=job.experiment,
-            tags=job.tags,
+            tags={**job.tags, **command_tag(job.command)},
             resume_from=job.resume_from,
             remaining_flops=remaining(job.max_flops, job.compute_flops),
             remaining_seconds=remaining(job.max_seconds, job.wall_seconds),

@@ -29,7 +29,7 @@ class FamilyDelivery:
         self, delivery: Delivery, home: Path, ended: Callable[[Path], bool] = lambda directory: False
     ) -> None:
         self._delivery, self._home, self._ended = delivery, home, ended
-        self._settled: set[tuple[Path, Path]] = set()  # (sweep, trial) not to be looked at again
+        self._settled: set[tuple[Path, Path | bytes]] = set()  # (sweep, trial) not to be looked at again
 
     def deliver(self, directory: Path, lost: bool) -> bool:
         """As `Delivery.deliver`. `lost`: the attempt's driver was, so that nobody else closes the runs."""
@@ -49,9 +49,13 @@ class FamilyDelivery:
         if not planned.exists():
             return
         for line in planned.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
+            fingerprint = _fingerprint(line)
+            if fingerprint is None:
+                if line.endswith(b"\n") and (planned, line) not in self._settled:
+                    log.error("a line of %s is no trial, and left out: %.100r", planned, line)
+                    self._settled.add((planned, line))
                 continue
-            attempts = TrialFiles(self._home, json.loads(line)["fingerprint"]).attempts()
+            attempts = TrialFiles(self._home, fingerprint).attempts()
             for attempt in attempts:
                 if (files.directory, attempt.directory) not in self._settled:
                     yield attempt, attempt is attempts[-1]
@@ -86,3 +90,12 @@ class FamilyDelivery:
         except Exception:
             log.exception("%s was not compared with the laws", directory)
             return False
+
+
+def _fingerprint(line: bytes) -> str | None:
+    """The trial that a line of JobFiles.trials names; None for one that was cut, or is damaged."""
+    try:
+        fingerprint = json.loads(line)["fingerprint"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return fingerprint if isinstance(fingerprint, str) and fingerprint.isalnum() else None

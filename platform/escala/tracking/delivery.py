@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from escala.records import write_json
-from escala.tracking.tracker import Metric, Tracker, open_tracker
+from escala.tracking.tracker import Dataset, Metric, Tracker, open_tracker
 
 log = logging.getLogger("escala.delivery")
 BATCH = 1000  # metrics a call: MLflow's limit
@@ -120,6 +120,8 @@ def _send(tracker: Tracker, state: _State, events: list[dict[str, Any]]) -> None
             points += [Metric(*point) for point in event["points"]]
         elif event["event"] == "tags":
             _take(event, partial(tracker.tags, run_id, event["tags"]))
+        elif event["event"] == "dataset":
+            _take(event, partial(tracker.dataset, run_id, Dataset(**event["dataset"])))
         elif event["event"] == "text":
             _take(event, partial(tracker.text, run_id, event["path"], event["content"]))
         elif event["event"] == "finish":

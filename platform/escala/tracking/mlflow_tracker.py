@@ -4,6 +4,7 @@ process.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,17 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
-from escala.tracking.tracker import Metric
+from escala.tracking.tracker import Dataset, Metric
 
 KEY_TAG = "escala.key"
+EXPERIMENT_TAGS = {
+    # MLflow's pages begin with the table of runs, not with an empty one of traces.
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "Runs of escala: each is one attempt of a job (`escala ps`); trials stand under their "
+    "sweep. Each run's own page has a note: what ran, what came of it, how to go on.",
+}
+DIGEST_CHARACTERS = 36  # MLflow's limit of a data set's digest
+CONTEXT_TAG = "mlflow.data.context"
 KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 METRICS, PARAMS, TAGS = 1000, 100, 100  # MLflow's limits of one log_batch call
 PARAM_CHARACTERS, TAG_CHARACTERS, KEY_CHARACTERS = 6000, 8000, 250
@@ -93,6 +102,21 @@ class MlflowTracker:
         while batch := list(islice(flat, TAGS)):
             self._client.log_batch(run_id, tags=batch)
 
+    def dataset(self, run_id: str, dataset: Dataset) -> None:
+        """See Tracker."""
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        entity = Entity(
+            name=dataset.name[:KEY_CHARACTERS],
+            digest=dataset.digest[:DIGEST_CHARACTERS],
+            source_type="escala",
+            source=json.dumps(dataset.source, sort_keys=True),
+            profile=json.dumps(dataset.profile, sort_keys=True),
+        )
+        given = DatasetInput(entity, [InputTag(CONTEXT_TAG, dataset.context)])
+        self._client.log_inputs(run_id, datasets=[given])
+
     def text(self, run_id: str, path: str, content: str) -> None:
         """See Tracker."""
         self._client.log_text(run_id, content, path)
@@ -118,13 +142,16 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name))
+                return str(self._client.create_experiment(name, tags=EXPERIMENT_TAGS))
             except MlflowException:  # another process has made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
+        for key, value in EXPERIMENT_TAGS.items():
+            if key not in found.tags:  # one that somebody else has made
+                self._client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
 
 

@@ -13,10 +13,11 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from escala.tracking.tracker import Metric
+from escala.tracking.tracker import Dataset, Metric
 
 DROPPED_TAG = "escala.metrics_dropped"
 LIMIT_BYTES = 64 * 2**20
@@ -64,6 +65,10 @@ class SpoolTracker:
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """See Tracker."""
         self._append({"event": "tags", "tags": dict(tags)})
+
+    def dataset(self, run_id: str, dataset: Dataset) -> None:
+        """See Tracker."""
+        self._append({"event": "dataset", "dataset": asdict(dataset)})
 
     def text(self, run_id: str, path: str, content: str) -> None:
         """See Tracker."""

@@ -8,8 +8,8 @@ when the server is back (`spool.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,17 @@ class Metric:
     value: float
     step: int
     time_ms: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data of a run, for the tracker's column of data sets."""
+
+    name: str
+    digest: str  # a fingerprint: equal data have equal ones; MLflow takes 36 characters
+    context: str = "training"  # what it was used for
+    source: dict[str, Any] = field(default_factory=dict)  # where it comes from
+    profile: dict[str, Any] = field(default_factory=dict)  # numbers and fingerprints
 
 
 class Tracker(Protocol):
@@ -40,6 +51,10 @@ class Tracker(Protocol):
 
     def tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags (and overwrite earlier ones of the same name)."""
+        ...
+
+    def dataset(self, run_id: str, dataset: Dataset) -> None:
+        """Say what data the run reads; the same again counts once."""
         ...
 
     def text(self, run_id: str, path: str, content: str) -> None:

@@ -67,5 +67,6 @@ def main(
     known = {k: v for k, v in asdict(record).items() if v is not None}
     tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
     tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
+    tracker.drain()
     finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
     return code

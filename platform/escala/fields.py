@@ -70,6 +70,13 @@ def _make_checks(kind: type[Any]) -> dict[str, tuple[bool, frozenset[type], Chec
     return found
 
 
+def _is_float(value: object) -> bool:
+    """A whole number too, where it is not beyond all floats."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value.bit_length() <= 1023
+    return isinstance(value, float)
+
+
 def _quick(hint: Any) -> set[type]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -86,7 +93,7 @@ def _check(hint: Any) -> Check:
     if hint is Any:
         return lambda value: True
     if hint is float:
-        return lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+        return _is_float
     if hint is int:
         return lambda value: isinstance(value, int) and not isinstance(value, bool) and value in INT64
     if origin is Literal:

@@ -6,17 +6,24 @@ Standard library only.
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 log = logging.getLogger("escala.files")
 NO_ROOM = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 )  # a full disk, a spent quota, a file-size limit
+_WORDS = ("database or disk is full", "No space left on device", "Disk quota exceeded")  # SQLite's, others'
 DAMAGED = ".damaged"  # at the end of the name of a file that was set aside
 
 
@@ -26,7 +33,7 @@ def no_room(error: BaseException | None) -> bool:
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return True
-        if "database or disk is full" in str(error):  # SQLite's words
+        if any(words in str(error) for words in _WORDS):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -100,3 +107,51 @@ def private_directory(path: Path) -> None:
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077 and not any(path.iterdir()):
         path.chmod(0o700)
+
+
+def insist(act: Callable[[], T], what: str, every: float = 1.0) -> T:
+    """`act()`, repeated every so many seconds until there is room on the disk for it; says so on stderr, once.
+    What else it raises passes.
+    """
+    said = False
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            if not no_room(error):
+                raise
+            if not said:
+                with suppress(OSError):
+                    why = f"no room on the disk for {what} ({error.strerror})"
+                    print(f"escala: {why}: waiting until there is", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(every)
+
+
+class _ForgivingFile(io.FileIO):
+    """A file whose words are lost while the disk is full, rather than its writer."""
+
+    def write(self, data: Any) -> int:
+        """As FileIO.write."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if not no_room(error):
+                raise
+            return memoryview(data).nbytes
+
+
+def forgiving_log(file: Path | int) -> TextIO:
+    """A log to append to (a path or an open descriptor, which stays open). A full disk costs it lines and the
+    program nothing.
+    """
+    raw = _ForgivingFile(file, "a", closefd=not isinstance(file, int))
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+    )
+
+
+def forgive_full_log() -> None:
+    """Make this process outlive a full disk under its stdout and stderr, unless somebody captures them."""
+    if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:
+        sys.stdout, sys.stderr = forgiving_log(1), forgiving_log(2)

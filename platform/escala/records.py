@@ -246,8 +246,8 @@ class TrialFiles:
 
     def attempts(self) -> list[AttemptFiles]:
         """Every attempt that there is, oldest first."""
-        numbers = (int(p.name.removeprefix("attempt-")) for p in self.directory.glob("attempt-*"))
-        return [self.attempt(number) for number in sorted(numbers)]
+        numbers = (p.name.removeprefix("attempt-") for p in self.directory.glob("attempt-*"))
+        return [self.attempt(number) for number in sorted(int(n) for n in numbers if n.isdecimal())]
 
 
 class AttemptFiles:

@@ -10,8 +10,6 @@ Everything is written under another name and renamed, so two at once do the work
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 import tokenizers
 
 from escala.errors import DataError
+from escala.files import write_whole
 from escala.records import write_json
 from escala.tracking.lineage import fingerprint
 from workloads.config import Corpus, DataConfig
@@ -129,9 +128,7 @@ def _tokenizer(
 
 def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)
 
 
 def _sample(config: DataConfig, scans: list[Scan]) -> Iterator[str]:

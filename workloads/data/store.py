@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from escala.errors import DataError
+from escala.files import rename_whole
 from escala.records import write_json
 
 SPLITS = ("train", "held_out")
@@ -130,7 +131,7 @@ def new_directory(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            os.rename(temporary, final)
+            rename_whole(temporary, final)
         except OSError:
             if not final.exists():
                 raise

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from escala.errors import CheckpointError
+from escala.files import sync
 from escala.manifests import (
     FORMAT_VERSION,
     MANIFEST,
@@ -206,10 +207,8 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_json(partial / MANIFEST, manifest)
     if final.exists():  # a refused one of the same step, which this attempt has just trained past
         shutil.rmtree(final)
-    os.rename(partial, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    os.rename(partial, final)  # its files and itself are on the disk: each was synced as it was written
+    sync(final.parent)
 
 
 def _index(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:

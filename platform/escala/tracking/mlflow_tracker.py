@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
-from escala.tracking.tracker import Metric
+from escala.tracking.tracker import Lifecycle, Metric
 
 KEY_TAG = "escala.key"
 KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -100,6 +100,21 @@ class MlflowTracker:
     def finish(self, run_id: str, status: str) -> None:
         """See Tracker."""
         self._client.set_terminated(run_id, status=status)
+
+    def drain(self) -> None:
+        """See Tracker. MLflow has all when a call returns."""
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """See Tracker."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return "absent"
+        return "active" if stage == "active" else "deleted"
 
     def _params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Parameters cannot be changed; the same ones again are no error. Longer ones end in an ellipsis."""

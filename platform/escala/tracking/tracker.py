@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+Lifecycle = Literal["active", "deleted", "absent"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Tracker(Protocol):
 
     def finish(self, run_id: str, status: str) -> None:
         """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words)."""
+        ...
+
+    def drain(self) -> None:
+        """Return once nothing of what was said can be lost any more; waits for room on a full disk."""
+        ...
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """Whether the run is there to be written: a person may have deleted it."""
         ...
 
 

@@ -108,6 +108,10 @@ class Processes:
                     return psutil.Process(record.pid).environ().get(CLUSTER_ID)
         return None
 
+    def wanted(self) -> bool:
+        """Whether they shall run: between `escala up` and `escala down`."""
+        return (self.run / "wanted").exists()
+
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
         """Hold HOME/run/lock. Yields False, at once, where another holds it and `wait` is False."""
@@ -165,8 +169,13 @@ class Processes:
             return None
         try:
             process = psutil.Process(record.pid)
-            same = _same(record, process)
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            if not _same(record, process):
+                return None
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return process
+            with suppress(ChildProcessError):
+                os.waitpid(record.pid, os.WNOHANG)  # it was a child of ours
+            return None
         except (psutil.NoSuchProcess, ValueError, OverflowError):  # a pid that no process can have
             return None
 

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.files import rename_whole
 from escala.manifests import Checkpoint
 from workloads.alignment.reward_model import load_reward_model, save_reward_model
 from workloads.config import FineTuneConfig
@@ -32,7 +33,7 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
     partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
     try:
         _write(found, partial, adapter)
-        partial.rename(to)
+        rename_whole(partial, to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

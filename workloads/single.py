@@ -73,5 +73,6 @@ def main(
     note = run_note(spec, record, hint=outcome.hint)
     tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True), NOTE_TAG: note})
     tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
+    tracker.drain()
     finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
     return code

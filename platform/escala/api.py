@@ -140,6 +140,13 @@ def status() -> ClusterStatus:
     return cluster.status(Settings())
 
 
+def trouble() -> str | None:
+    """Why no job moves on now, and what to do; None where nothing stands in the way. Milliseconds."""
+    from escala import cluster
+
+    return cluster.trouble(Settings())
+
+
 # Rollouts
 
 

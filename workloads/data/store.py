@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from escala.errors import DataError
+from escala.files import rename_whole
 from escala.manifests import file_entry
 from escala.records import write_json
 from escala.sealed import check_entries, check_file, read_sealed, seal
@@ -168,7 +169,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         entries = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / CONTENTS, seal({"files": entries}))
         try:
-            os.rename(temporary, final)
+            rename_whole(temporary, final)
         except OSError:
             if not is_stored(final):
                 _replace(temporary, final)

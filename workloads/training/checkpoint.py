@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from escala.errors import CheckpointError
+from escala.files import sync
 from escala.manifests import (
     DAMAGED,
     FORMAT_VERSION,
@@ -216,7 +217,7 @@ def _write(stem: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> s
     path = stem.with_name(f"{stem.name}-{len(entries)}.safetensors")
     try:
         save_file(tensors, path)
-        _sync(path)
+        sync(path)
         entries[path.name] = file_entry(path)
     except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
         return f"{type(error).__name__}: {error}"
@@ -232,13 +233,11 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
     aside = final.with_name(f"{final.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
     try:
         write_json(partial / MANIFEST, seal(manifest | {"tokenizer": tokenizer_entries(final.parent)}))
-        _sync(partial / MANIFEST)
-        _sync(partial)
         is_good = _is_good(final)
         if final.exists():
             os.rename(final, aside)
-        os.rename(partial, final)
-        _sync(final.parent)
+        os.rename(partial, final)  # its files and itself are on the disk: each was synced as it was written
+        sync(final.parent)
     except OSError as error:
         return [f"{type(error).__name__}: {error}"]
     if is_good:
@@ -254,14 +253,6 @@ def _is_good(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

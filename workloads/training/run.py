@@ -7,12 +7,10 @@ outcome. It retries nothing: a retry is a new attempt, which the control plane m
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
 import traceback
-import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -24,8 +22,9 @@ from pydantic import ValidationError
 from escala import handshake
 from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
 from escala.errors import CheckpointError, EscalaError, SpecError
+from escala.files import replacing, set_aside
 from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
-from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_json, read_record
 from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note
@@ -194,6 +193,7 @@ class Run:
                 tags["escala.parameters_held"] = json.dumps(facts["parameters_held"])
             self.tracker.tags(self.run_id, tags)
             self.tracker.finish(self.run_id, status)
+            self.tracker.drain()
         finish(self.spec, Outcome(outcome.kind, outcome.message, outcome.hint, checkpoint, plain))
 
     def _data_rows(self) -> list[tuple[str, str]]:
@@ -206,8 +206,11 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         """What rank 0 left (training/report.py); empty where it did not get far enough."""
         try:
-            facts: dict[str, Any] = json.loads(self.files.facts.read_text())
+            facts: dict[str, Any] = read_json(self.files.facts)
         except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            set_aside(self.files.facts, str(error))
             return {}
         return facts
 
@@ -303,9 +306,8 @@ def keep_tokenizer(source: Path, checkpoints: Path, resumed_from: Checkpoint | N
     files = [source] if source.is_file() else [f for f in source.iterdir() if f.name in TOKENIZER_FILES]
     for file in files:
         name = "tokenizer.json" if file == source else file.name
-        temporary = target / f".{name}.{uuid.uuid4().hex[:8]}"
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, target / name)
+        with replacing(target / name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) -> Checkpoint | None:

@@ -62,6 +62,8 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
+    for text in status.notes:
+        note(text)
 
 
 def submitted(view: Job, json: bool) -> None:

@@ -245,7 +245,8 @@ class open_store:
     def __enter__(self) -> JobStore:
         from escala.jobs.store import JobStore
 
-        self._open = JobStore(Settings().database_url)
+        settings = Settings()
+        self._open = JobStore(settings.database_url, home=settings.home)
         return self._open
 
     def __exit__(self, *_: object) -> None:

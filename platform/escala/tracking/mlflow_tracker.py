@@ -12,12 +12,10 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
-from escala.tracking.tracker import Dataset, Metric
+from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 KEY_TAG = "escala.key"
 EXPERIMENT_TAGS = {
-    # MLflow's pages begin with the table of runs, not with an empty one of traces.
-    "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": "Runs of escala: each is one attempt of a job (`escala ps`); trials stand under their "
     "sweep. Each run's own page has a note: what ran, what came of it, how to go on.",
 }
@@ -68,7 +66,13 @@ class MlflowTracker:
         self._client = open_client(uri)
 
     def start(
-        self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
+        self,
+        key: str,
+        experiment: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        time_ms: int | None = None,
     ) -> str:
         """See Tracker. One writer per key: two processes that start one key at once could open it twice."""
         experiment_id = self._experiment(experiment)
@@ -79,9 +83,10 @@ class MlflowTracker:
             run_id = str(found[0].info.run_id)
         else:
             # The key goes in with the run, so that a kill after this call leaves a run that is found again.
-            run_id = str(
-                self._client.create_run(experiment_id, tags={KEY_TAG: key}, run_name=name).info.run_id
+            created = self._client.create_run(
+                experiment_id, start_time=time_ms, tags={KEY_TAG: key}, run_name=name
             )
+            run_id = str(created.info.run_id)
         self._params(run_id, params)
         self.tags(run_id, tags)
         return run_id
@@ -121,9 +126,24 @@ class MlflowTracker:
         """See Tracker."""
         self._client.log_text(run_id, content, path)
 
-    def finish(self, run_id: str, status: str) -> None:
+    def finish(self, run_id: str, status: str, time_ms: int | None = None) -> None:
         """See Tracker."""
-        self._client.set_terminated(run_id, status=status)
+        self._client.set_terminated(run_id, status=status, end_time=time_ms)
+
+    def drain(self) -> None:
+        """See Tracker. MLflow has all when a call returns."""
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """See Tracker."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return "absent"
+        return "active" if stage == "active" else "deleted"
 
     def _params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Parameters cannot be changed; the same ones again are no error. Longer ones end in an ellipsis."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Lifecycle = Literal["active", "deleted", "absent"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,18 @@ class Tracker(Protocol):
     """
 
     def start(
-        self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
+        self,
+        key: str,
+        experiment: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        time_ms: int | None = None,
     ) -> str:
-        """Open the run, or find the one that the same key opened before. Returns its id for other calls."""
+        """Open the run, or find the one that the same key opened before. Returns its id for other calls.
+
+        `time_ms`: when it began, in Unix milliseconds; None: now.
+        """
         ...
 
     def metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
@@ -61,8 +72,16 @@ class Tracker(Protocol):
         """Store `content` as the artifact `path`."""
         ...
 
-    def finish(self, run_id: str, status: str) -> None:
-        """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words)."""
+    def finish(self, run_id: str, status: str, time_ms: int | None = None) -> None:
+        """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words). `time_ms` as in `start`."""
+        ...
+
+    def drain(self) -> None:
+        """Return once nothing of what was said can be lost any more; waits for room on a full disk."""
+        ...
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """Whether the run is there to be written: a person may have deleted it."""
         ...
 
 

@@ -273,13 +273,18 @@ class Engine:
         """What is wrong and how to fix it; the cheap checks first, so that a long prompt is not read in vain."""
         params, prompt = request.params, request.prompt_token_ids
         total = len(prompt) + params.max_tokens
-        room = self._scheduler.pool.total * self._scheduler.block_tokens + 1  # the last token's keys go nowhere
+        room = (
+            self._scheduler.pool.total * self._scheduler.block_tokens + 1
+        )  # the last token's keys go nowhere
         if request.id in {*self._sequences, *(output.request_id for output in self._cancelled)}:
             yield "its id is in use", "Give every unfinished request an id of its own."
         if not prompt:
             yield "its prompt is empty", "Send one token at least, the end of text for instance."
         if len(prompt) > self.max_context_tokens:
-            yield f"its prompt has {len(prompt)} tokens, the context holds {self.max_context_tokens}", "Shorten it."
+            yield (
+                f"its prompt has {len(prompt)} tokens, the context holds {self.max_context_tokens}",
+                "Shorten it.",
+            )
         vocabulary = self._network.config.vocab_size
         for token in (*prompt, *params.stop_token_ids):
             if not isinstance(token, Integral) or not 0 <= token < vocabulary:

@@ -52,8 +52,8 @@ class SamplingParams:
             negative (Keskar et al. 2019).
         stop_token_ids: end after one of these, STOP_TOKENS at most; it is part of the response's tokens, not of its
             text.
-        stop: STOP_STRINGS of STOP_CHARACTERS at most: end before one of these strings, wherever token borders fall; the text ends before the string, the
-            tokens with the one that completed it.
+        stop: end before one of these strings, STOP_STRINGS of STOP_CHARACTERS at most, wherever token borders fall;
+            the text ends before the string, the tokens with the one that completed it.
         seed: of this request's own random numbers, 0 to 2^63 - 1: a client that wants different samples of one
             prompt gives different seeds.
         ignore_eos: go on after the tokenizer's end of text.

@@ -36,7 +36,7 @@ async def patient(call: Callable[[], Awaitable[T]]) -> T:
 
 
 async def again_or_raise(error: Exception, attempt: int) -> None:
-    """Returns, after a pause, where another replica may be asked after a failed attempt (0, 1, ...); raises the cause."""
+    """After a failed attempt (0, 1, ...): return, after a pause, where another replica may be asked; else raise why."""
     cause = cause_of(error) if isinstance(error, RayTaskError) else error
     if isinstance(cause, RayActorError):
         cause = lost(cause)

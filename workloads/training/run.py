@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +25,7 @@ from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_atte
 from escala.errors import CheckpointError, EscalaError, SpecError
 from escala.manifests import TOKENIZER, Checkpoint, check_fits, latest
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.redaction import hide_in, print_exception
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS, TrainedConfig
@@ -140,7 +140,7 @@ class Run:
         }
         key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
         self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
-        tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
+        tracker.text(self.run_id, "config.json", json.dumps(hide_in(resolved), indent=1, sort_keys=True))
 
     def succeed(self) -> int:
         """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""
@@ -158,7 +158,7 @@ class Run:
         failure = classify(error, self.nodes)
         if failure.kind in ("internal", "worker_lost", "node_lost"):
             # The others say themselves what is to be done.
-            traceback.print_exception(error)
+            print_exception(error)
         outcome = Outcome(failure.kind, failure.message, failure.hint)
         if failure.kind == "superseded":
             # In this attempt's own directory; its tracker run is the control plane's now.

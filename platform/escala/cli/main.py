@@ -8,6 +8,7 @@ import typer
 
 from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
 from escala.errors import EscalaError
+from escala.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",
@@ -28,6 +29,7 @@ demo.register(app)
 
 def main() -> None:
     """Run one command; an EscalaError prints what, why and the mend, and sets the exit code."""
+    hide_in_tracebacks()
     try:
         app()
     except EscalaError as error:

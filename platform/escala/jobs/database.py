@@ -38,7 +38,7 @@ def open_engine(url: str) -> Engine:
             _upgrade(engine)
     except (DatabaseError, sqlite3.Error) as error:
         engine.dispose()
-        shown = address.render_as_string(hide_password=True)
+        shown = address.render_as_string(hide_password=True)  # and EscalaError hides what a query holds
         raise ClusterError(
             f"the job database {shown} cannot be used: {str(error).splitlines()[0]}",
             "check ESCALA_DATABASE_URL, and that the database is up and writable",
@@ -55,16 +55,23 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 def _parse(url: str) -> URL:
     hint = "use sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE"
-    try:
-        address = make_url(url)
-    except ArgumentError:
-        # the address may hold a password: it is not shown
-        raise SpecError("the job database's address is not a URL", hint) from None
+    if url.startswith("sqlite:///"):  # a path, whatever is in it: ?, # and % mean nothing there
+        address = URL.create("sqlite", database=url.removeprefix("sqlite:///"))
+    else:
+        address = _network(url, hint)
     if address.get_backend_name() not in ("sqlite", "postgresql"):
         raise SpecError(f"the job database cannot be {address.get_backend_name()}", hint)
     if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
         raise SpecError("the job database must be a file: several processes share it", hint)
     return address
+
+
+def _network(url: str, hint: str) -> URL:
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        # the address may hold a password: it is not shown
+        raise SpecError("the job database's address is not a URL", hint) from None
 
 
 def _sqlite(address: URL) -> Engine:

@@ -19,6 +19,7 @@ from escala.errors import ClusterError, EscalaError
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
+from escala.redaction import hide_in_logs
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -85,6 +86,7 @@ def main() -> int:
 
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    hide_in_logs()
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())

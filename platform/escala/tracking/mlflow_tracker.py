@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
+from escala.redaction import hide, hide_in
 from escala.tracking.tracker import Metric
 
 KEY_TAG = "escala.key"
@@ -89,7 +90,7 @@ class MlflowTracker:
         """See Tracker. A value over MLflow's limit goes in parts (`joined_tag` puts them together again)."""
         from mlflow.entities import RunTag
 
-        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, value))
+        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, hide(value)))
         while batch := list(islice(flat, TAGS)):
             self._client.log_batch(run_id, tags=batch)
 
@@ -107,7 +108,7 @@ class MlflowTracker:
 
         flat = (
             Param(k[:KEY_CHARACTERS], v if len(v) <= PARAM_CHARACTERS else v[: PARAM_CHARACTERS - 1] + "…")
-            for k, v in params.items()
+            for k, v in ((key, _hidden(key, value)) for key, value in params.items())
         )
         while batch := list(islice(flat, PARAMS)):
             self._client.log_batch(run_id, params=batch)
@@ -148,6 +149,10 @@ def joined_tag(tags: Mapping[str, str], key: str) -> str | None:
         value += tags[f"{key}.{number}"]
         number += 1
     return value
+
+
+def _hidden(key: str, value: str) -> str:
+    return str(hide_in({key.rpartition(".")[2]: value}).popitem()[1])
 
 
 def _quoted(text: str) -> str:

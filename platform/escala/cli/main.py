@@ -11,6 +11,7 @@ import typer
 from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
 from escala.errors import ClusterError, EscalaError
 from escala.files import no_room
+from escala.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",
@@ -31,6 +32,7 @@ demo.register(app)
 
 def main() -> None:
     """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
+    hide_in_tracebacks()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")

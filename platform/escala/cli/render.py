@@ -18,6 +18,7 @@ from rich.table import Table
 
 from escala.errors import EscalaError
 from escala.records import Progress, RunRecord
+from escala.redaction import hide, hide_in
 
 if TYPE_CHECKING:
     from escala.api import Garbage, JobDetails, Watched
@@ -38,7 +39,7 @@ def error(failure: EscalaError) -> None:
 
 def note(text: str) -> None:
     """A line about what is going on; on stderr, so that stdout stays the answer."""
-    _err.print(f"[dim]{escape(text)}[/]")
+    _err.print(f"[dim]{escape(hide(text))}[/]")
 
 
 def quiet(text: str) -> None:
@@ -47,12 +48,12 @@ def quiet(text: str) -> None:
 
 def raw(text: str) -> None:
     """A line as it is."""
-    _out.print(text, markup=False)
+    _out.print(hide(text), markup=False)
 
 
 def as_json(value: Any) -> None:
     """One JSON document."""
-    print(jsonlib.dumps(value, indent=1, default=str))
+    print(jsonlib.dumps(hide_in(value), indent=1, default=lambda other: hide(str(other))))
 
 
 def cluster(status: ClusterStatus, json: bool) -> None:
@@ -213,13 +214,13 @@ def follow(states: Iterable[Watched]) -> Job:
                 description=last.job.state,
                 completed=progress.step if progress else 0,
                 total=progress.total_steps if progress else 1,
-                facts=_facts(progress) if progress else last.doing,
+                facts=_facts(progress) if progress else hide(last.doing),
             )
     if last is None:
         raise EscalaError("the job vanished while it was followed", "escala ps --all")
     submitted(last.job, False)
     if last.job.state == "failed" and last.job.message:
-        _err.print(f"[bold red]failed:[/] {escape(last.job.message)}")
+        _err.print(f"[bold red]failed:[/] {escape(hide(last.job.message))}")
     return last.job
 
 
@@ -245,7 +246,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        grid.add_row(*("" if cell is None else escape(hide(str(cell))) for cell in row))
     _out.print(grid)
 
 

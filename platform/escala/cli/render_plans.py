@@ -24,14 +24,14 @@ GB = 1e9
 
 def resolved(answer: Resolved, found: Cost, cluster: Cluster, json: bool) -> None:
     """The spec in full, what was derived, what it costs."""
-    import yaml
+    from escala import documents
 
     options = answer.spec.options.model_dump(mode="json")
     spec = {"workload": answer.spec.workload, "job": options, **answer.spec.plain()}
     if json:
         as_json({"spec": spec, "derived": answer.derived, "cost": _plain(found)})
         return
-    raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
+    raw(documents.dump(spec).rstrip())
     raw("\nderived")
     pairs(answer.derived)
     raw("\ncost")

@@ -20,6 +20,7 @@ from escala.files import no_room
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
+from escala.redaction import hide_in_logs
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -89,6 +90,7 @@ def main() -> int:
 
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    hide_in_logs()
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())

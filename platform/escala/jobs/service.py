@@ -19,6 +19,7 @@ from escala.errors import NotFoundError, SpecError, StateError
 from escala.hardware import load_cluster
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
+from escala.redaction import hide_arguments
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ def enqueue(new: NewJob, report: Report) -> Job:
     """
     rates = json.dumps(asdict(load_cluster(Settings().cluster).rates()), sort_keys=True)
     with open_store() as store:
-        queued = store.submit(replace(new, tags={**new.tags, RATES_TAG: rates}))
+        shown = hide_arguments(new.command)
+        queued = store.submit(replace(new, command=shown, tags={**new.tags, RATES_TAG: rates}))
     _up(report)
     return queued
 

@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from escala import documents
 from escala.errors import LawError, SpecError, StateError
 from escala.jobs import service as jobs
 from escala.jobs.service import Report, silent
@@ -222,7 +221,7 @@ def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) 
     cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
     path = _path(state.name).with_name(f"{state.name}-round.yaml")
-    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    path.write_text(documents.dump(space))
     return path
 
 

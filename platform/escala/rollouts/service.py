@@ -201,7 +201,8 @@ def read(files: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any
     """
     document = spec.written(files, ())
     applications = document.get("applications") or [{"import_path": IMPORT_PATH}]
-    if len(applications) != 1 or applications[0].get("import_path") != IMPORT_PATH:
+    ours = isinstance(applications, list) and len(applications) == 1 and isinstance(applications[0], dict)
+    if not ours or applications[0].get("import_path") != IMPORT_PATH:
         raise SpecError(
             "the file does not hold one application, of the rollout service",
             f"write `applications:` with one item, whose import_path is {IMPORT_PATH}",

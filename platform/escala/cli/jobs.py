@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render, render_plans
+from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
 
 JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
@@ -72,11 +72,11 @@ def submit(
         answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
         render_plans.resolved(answer, *api.cost(answer), json)
         return
-    report = render.quiet if json else render.note
-    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
+    with progress.reporting("submitting", json) as report:
+        job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
     render.submitted(job, json)
     if follow:
-        follow_job(job.id)
+        follow_job(job.id, json)
 
 
 def ps(
@@ -144,7 +144,8 @@ def retry(job: JobName, follow: Follow = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
     from escala import api
 
-    again = api.retry(job, report=render.note)
+    with progress.reporting("submitting", False) as report:
+        again = api.retry(job, report=report)
     render.submitted(again, False)
     if follow:
         follow_job(again.id)
@@ -154,16 +155,17 @@ def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, js
     """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
     from escala import api
 
-    new = api.resume(job, overrides or (), report=render.quiet if json else render.note)
+    with progress.reporting("submitting", json) as report:
+        new = api.resume(job, overrides or (), report=report)
     render.submitted(new, json)
     if follow:
-        follow_job(new.id)
+        follow_job(new.id, json)
 
 
-def follow_job(job_id: str) -> None:
-    """Progress until the job ends; exit 1 unless it succeeded or stopped as asked."""
+def follow_job(job_id: str, json: bool = False) -> None:
+    """Progress until the job ends; exit 1 unless it succeeded."""
     from escala import api
 
-    ended = render.follow(api.watch(job_id))
+    ended = progress.follow(api.watch(job_id), json)
     if ended.state != "succeeded":
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render, render_sweeps
+from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
 from escala.cli.jobs import DryRun, Follow, Overrides
 
@@ -48,11 +48,11 @@ def sweep(
     if dry_run:
         render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)
         return
-    report = render.quiet if json else render.note
-    job = api.sweep(space, overrides or (), options, resume, report)
+    with progress.reporting("submitting", json) as report:
+        job = api.sweep(space, overrides or (), options, resume, report)
     render.submitted(job, json)
     if follow:
-        ended = render.follow(api.watch(job.id))
+        ended = progress.follow(api.watch(job.id), json)
         render_sweeps.points(api.sweep_points(job.id), job.id, json)
         if ended.state != "succeeded":
             raise typer.Exit(1)

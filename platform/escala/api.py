@@ -227,7 +227,8 @@ def submit(
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
 
-    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
+    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
     return start(_load(workload, files, overrides, options, compute_flops, law, base), report)
 

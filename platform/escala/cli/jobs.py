@@ -20,6 +20,14 @@ Files = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved spec and its cost; start nothing.")
 ]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--idempotency-key",
+        help="Any text of yours: the same key again is the same job, not a second one.",
+        metavar="KEY",
+    ),
+]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the progress.")]
 
 nouns = typer.Typer(help="One job: its history, another try, a continuation.", no_args_is_help=True)
@@ -53,6 +61,7 @@ def submit(
     ] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    idempotency_key: Key = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -67,6 +76,7 @@ def submit(
         "after": after,
         "max_flops": max_flops,
         "max_seconds": max_seconds,
+        "idempotency_key": idempotency_key,
     }
     if dry_run:
         answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
@@ -151,12 +161,18 @@ def retry(job: JobName, follow: Follow = False) -> None:
         follow_job(again.id)
 
 
-def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, json: Json = False) -> None:
+def resume(
+    job: JobName,
+    overrides: Overrides = None,
+    idempotency_key: Key = None,
+    follow: Follow = False,
+    json: Json = False,
+) -> None:
     """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
     from escala import api
 
     with progress.reporting("submitting", json) as report:
-        new = api.resume(job, overrides or (), report=report)
+        new = api.resume(job, overrides or (), report, idempotency_key)
     render.submitted(new, json)
     if follow:
         follow_job(new.id, json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -26,8 +27,18 @@ rollouts.register(app)
 demo.register(app)
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, as the CLI's own lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        render.warning(self.format(record))
+
+
 def main() -> None:
-    """Run one command; an EscalaError prints what, why and the mend, and sets the exit code."""
+    """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
+    warnings = logging.getLogger("escala")
+    warnings.addHandler(_Warnings(logging.WARNING))
+    warnings.propagate = False
     try:
         app()
     except EscalaError as error:

@@ -123,7 +123,9 @@ def job(details: JobDetails, json: bool) -> None:
     if json:
         as_json(asdict(details))
         return
-    pairs({k: v for k, v in asdict(details.job).items() if k != "config" and v not in (None, "", {}, [])})
+    hidden = {"config", "spec_hash"} | ({"idempotency_key"} if details.job.has_own_key else set())
+    shown = {k: v for k, v in asdict(details.job).items() if k not in hidden}
+    pairs({k: v for k, v in shown.items() if v not in (None, "", {}, [])})
     raw("\ntotals over the attempts")
     pairs(asdict(details.totals))
     raw("")

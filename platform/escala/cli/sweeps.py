@@ -8,7 +8,7 @@ import typer
 
 from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
-from escala.cli.jobs import DryRun, Follow, Overrides
+from escala.cli.jobs import DryRun, Follow, Key, Overrides
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +27,7 @@ def sweep(
     after: Annotated[str | None, typer.Option(help="A job that must succeed first.", metavar="JOB")] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    idempotency_key: Key = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
@@ -44,6 +45,7 @@ def sweep(
         "after": after,
         "max_flops": max_flops,
         "max_seconds": max_seconds,
+        "idempotency_key": idempotency_key,
     }
     if dry_run:
         render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError, Progr
 
 from escala.errors import ClusterError, SpecError, VersionError
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision that this program reads and writes (the last file in migrations/versions)."""
 
 BUSY_SECONDS = 30  # a writer waits this long for another one; transactions here take milliseconds

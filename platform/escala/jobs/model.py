@@ -9,6 +9,8 @@ from typing import Any
 from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
+OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
+
 
 @dataclass(frozen=True)
 class NewJob:
@@ -28,6 +30,9 @@ class NewJob:
     parent: str | None = None  # the job that this one retries or resumes
     experiment: str = "escala"
     tags: dict[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = (
+        None  # the same key again is the same job; None: one for this submission alone
+    )
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,19 @@ class Job:
     compute_flops: float | None
     wall_seconds: float | None
     energy_joules: float | None
+    idempotency_key: str | None = None
+    spec_hash: str | None = None
 
     @property
     def view(self) -> JobView:
         """What the state machine reads."""
         stop = self.reason if self.state == "stopping" else None
         return JobView(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether nobody gave its idempotency key."""
+        return self.idempotency_key is None or self.idempotency_key.startswith(OWN_KEY)
 
     @property
     def place(self) -> Queued:

@@ -20,10 +20,12 @@ from escala import manifests, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
+    MOST_ROWS,
     SWEEP,
     JobDetails,
     Report,
     Watched,
+    check_limit,
     job,
     jobs,
     logs,
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINAL",
+    "MOST_ROWS",
     "Garbage",
     "JobDetails",
     "NotFoundError",
     "RunRecord",
     "SpecError",
     "Watched",
+    "check_limit",
     "collect_garbage",
     "compare",
     "cost",

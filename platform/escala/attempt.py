@@ -16,9 +16,7 @@ from types import FrameType
 from typing import Any
 
 from escala.errors import SpecError, Superseded
-from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
-
-STOP_REASONS = ("user", "budget", "preempted")
+from escala.records import STOP_REASONS, AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
 
 
 def read_attempt(arguments: list[str]) -> AttemptSpec:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 TRIALS = "trials.jsonl"
+STOP_REASONS = ("user", "budget", "preempted")  # Control.stop, and the outcomes of those that obey
 
 SAMPLES = "samples.json"  # the table of what a policy said, an artifact of its run
 

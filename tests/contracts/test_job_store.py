@@ -295,17 +295,21 @@ class TestJobStore:
             row["state"] = "succeeded"
         with writing(open_engine(database_url)) as connection:
             connection.execute(insert(tables.job), rows)
-        timings = {"list": 9.0, "queue": 9.0}
+        timings = {"list": 9.0, "queue": 9.0, "waiting": 9.0}
         for _ in range(3):
             began = time.process_time()
             assert len(store.list(["queued"])) == 1001
             timings["list"] = min(timings["list"], time.process_time() - began)
+            began = time.process_time()
+            assert [job.priority for job in store.waiting(20)] == [99] * 10 + [98] * 10
+            timings["waiting"] = min(timings["waiting"], time.process_time() - began)
             began = time.process_time()
             assert [job.priority for job in store.queue(20)] == [99] * 10 + [98] * 10
             timings["queue"] = min(timings["queue"], time.process_time() - began)
         print(timings)
         assert timings["list"] < 0.2
         assert timings["queue"] < 0.1
+        assert timings["waiting"] < 0.02
 
 
 def test_the_stated_head_is_the_last_migration():

@@ -157,3 +157,34 @@ def test_a_job_that_has_ended_starts_no_cluster(no_cluster: None, caplog: pytest
     assert not caplog.records
     with pytest.raises(StateError):
         api.stop(job.id)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1_000_001, 10**30])
+def test_a_limit_that_is_none_is_an_error(own_home: Path, limit: int) -> None:
+    for ask in (lambda: api.jobs(limit=limit), lambda: api.jobs(True, limit), lambda: api.runs(limit=limit)):
+        with pytest.raises(api.SpecError, match=f"--limit is {limit}"):
+            ask()
+    if limit == 0:
+        done = escala("ps", "--limit", "0")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+
+
+def test_a_page_holds_what_runs_then_what_waits_in_order_then_says_that_there_is_more(
+    own_home: Path, no_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from escala.cli.jobs import ps
+
+    for name, priority in (("low", 1), ("high", 90), ("middle", 50)):
+        api.submit("pretrain", overrides=SMALL, options={"name": name, "priority": priority})
+    store = JobStore(Settings().database_url)
+    store.claim_start(store.get("low"))
+    store.close()
+    assert [job.name for job in api.jobs(limit=2)] == ["low", "high"]
+    assert [job.name for job in api.jobs(everything=True, limit=2)] == ["middle", "high"]
+    ps(limit=2)
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 3
+    assert "the first 2; --limit shows more" in said.err
+    ps(limit=3)
+    assert "more" not in capsys.readouterr().err

@@ -97,10 +97,15 @@ def ps(
     """List the jobs that wait or run."""
     from escala import api
 
-    found = api.jobs(everything=everything, limit=limit)
-    render.jobs(found, json)
-    if len(found) == limit:
-        render.note(f"the first {limit}; --limit shows more")
+    api.check_limit(limit)
+    found = api.jobs(everything=everything, limit=min(limit + 1, api.MOST_ROWS))
+    render.jobs(found[:limit], json)
+    if len(found) > limit:
+        render.note(f"the first {limit:,}; --limit shows more")
+    elif not found:
+        render.note(
+            "there are no jobs" if everything else "no jobs wait or run; `escala ps --all` shows others"
+        )
 
 
 def logs(job: JobName, follow: Follow = False) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("escala.jobs")
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
+MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
 RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 SWEEP = "sweep"  # the workload of a sweep's job
 
@@ -58,13 +59,21 @@ class Watched:
 
 
 def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
-    """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first."""
+    """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first.
+
+    At most `limit` of them, and no more is read. Raises SpecError for a limit that is none.
+    """
+    check_limit(limit)
     with open_store() as store:
         if everything:
             return store.list(limit=limit)[::-1]
-        waiting = sorted(store.list(("queued",)), key=lambda job: (-job.priority, job.order))
-        found = [*store.active(), *waiting]
-        return found[:limit] if limit is not None else found
+        return [*store.active(), *store.waiting(limit)][:limit]
+
+
+def check_limit(limit: int | None, name: str = "--limit") -> None:
+    """Raise SpecError for a number of rows that cannot be listed; None is all of them."""
+    if limit is not None and not 1 <= limit <= MOST_ROWS:
+        raise SpecError(f"{name} is {limit}", f"give a number from 1 to {MOST_ROWS:,}")
 
 
 def job(name: str) -> JobDetails:

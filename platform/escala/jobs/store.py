@@ -256,6 +256,12 @@ class JobStore:
         """Jobs with an attempt that may be at work."""
         return self.list(ACTIVE)
 
+    def waiting(self, limit: int | None = None) -> Sequence[Job]:
+        """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
+        job = tables.job.c
+        query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
+        return self._jobs(query.limit(limit))
+
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""
         query = select(tables.job).order_by(tables.job.c.order.desc())

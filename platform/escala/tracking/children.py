@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from escala.records import TRIALS, AttemptFiles, AttemptSpec, TrialFiles, read_record
+from escala.records import STOP_REASONS, TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
 from escala.tracking.delivery import Delivery
 from escala.tracking.spool import close_spool
 
@@ -34,13 +34,17 @@ class FamilyDelivery:
     def deliver(self, directory: Path, lost: bool) -> bool:
         """As `Delivery.deliver`. `lost`: the attempt's driver was, so that nobody else closes the runs."""
         files = AttemptFiles(directory)
-        if lost:
-            close_spool(files.spool, "FAILED")
+        closed_as = _closed_as(files, lost)
+        if closed_as is not None:
+            close_spool(files.spool, closed_as)
         over = lost or files.outcome.exists()
         done = self._delivery.deliver(files.spool)
         if done and over and self._look_back(directory):
             done = self._delivery.deliver(files.spool)
-        children = [self._child(files, trial, last, over) for trial, last in self._children(files)]
+        children = [
+            self._child(files, trial, last, over, closed_as or "FAILED")
+            for trial, last in self._children(files)
+        ]
         return done and all(children)
 
     def _children(self, files: AttemptFiles) -> Iterator[tuple[AttemptFiles, bool]]:
@@ -56,7 +60,9 @@ class FamilyDelivery:
                 if (files.directory, attempt.directory) not in self._settled:
                     yield attempt, attempt is attempts[-1]
 
-    def _child(self, sweep: AttemptFiles, trial: AttemptFiles, last: bool, over: bool) -> bool:
+    def _child(
+        self, sweep: AttemptFiles, trial: AttemptFiles, last: bool, over: bool, closed_as: str
+    ) -> bool:
         key = (sweep.directory, trial.directory)
         spec = read_record(AttemptSpec, trial.spec)
         mine = f"{sweep.directory.parent.name}-{sweep.directory.name.removeprefix('attempt-')}"
@@ -69,7 +75,7 @@ class FamilyDelivery:
             return False
         ended = trial.outcome.exists()
         if not ended and (over or not last):
-            close_spool(trial.spool, "FAILED")
+            close_spool(trial.spool, closed_as)
             ended = True
         if not self._delivery.deliver(trial.spool, {PARENT_TAG: parent.read_text().strip()}):
             return False
@@ -86,3 +92,15 @@ class FamilyDelivery:
         except Exception:
             log.exception("%s was not compared with the laws", directory)
             return False
+
+
+def _closed_as(files: AttemptFiles, lost: bool) -> str | None:
+    """How the runs of an attempt are closed whose driver was killed; None where it closed them itself.
+
+    A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
+    """
+    if lost:
+        return "FAILED"
+    outcome = read_record(Outcome, files.outcome)
+    stopped = outcome is not None and outcome.kind in STOP_REASONS and outcome.record is None
+    return "KILLED" if stopped else None

@@ -39,6 +39,34 @@ def test_durations(seconds: float, shown: str) -> None:
     assert render.duration(seconds) == shown
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1_234_567, "1,234,567"),
+        (0.0, "0"),
+        (2.29841, "2.2984"),
+        (0.34234, "0.3423"),
+        (0.0012345, "0.001234"),
+        (5e-5, "5e-05"),
+        (22.8431, "22.843"),
+        (1536.8949, "1,536.9"),
+        (44_450.3697, "44,450"),
+        (357_312.0, "357,310"),
+        (999_994.0, "999,990"),
+        (999_996.0, "1e+06"),
+        (-1536.8949, "-1,536.9"),
+        (6.17e10, "6.17e+10"),
+        (100.0, "100"),
+        (float("nan"), "nan"),
+        (None, "-"),
+        (True, "True"),
+        ("text", "text"),
+    ],
+)
+def test_numbers(value: object, shown: str) -> None:
+    assert render.number(value) == shown
+
+
 def test_a_time_is_a_time_where_we_are() -> None:
     shown = render.value("submitted_at", 1.796e9)
     assert datetime.strptime(shown, "%Y-%m-%d %H:%M:%S %z").timestamp() == 1.796e9

@@ -64,7 +64,7 @@ class FunctionReward:
             number = math.nan
         if not math.isfinite(number):
             raise SpecError(
-                f"The reward function {self.name} returned {value!r} for response {index}.",
+                f"The reward function {self.name} returned {value!r} for response {index + 1}.",
                 "Return a finite number for each response.",
             )
         return number

@@ -58,7 +58,7 @@ def run() -> None:
 
     budget = AHEAD * float(points.points["compute_flops"].max())
     law = fitted.stored.reference
-    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {budget:.3g} FLOPs")
+    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {render.number(budget)} FLOPs")
     try:
         render_plans.plan(api.plan_law(law, Limits(compute_flops=budget)), False)
     except LawError as refusal:

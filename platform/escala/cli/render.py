@@ -256,13 +256,20 @@ def value(name: str, given: Any) -> str:
 
 
 def number(value: Any) -> str:
-    """A number for people, everywhere the same: four digits or so, with separators, powers of ten where it is large."""
+    """A number for people, everywhere the same: floats to four digits below one and five above, thousands separated,
+    a power of ten from a million on and below a thousandth; counts whole.
+    """
     if value is None:
         return "-"
     if isinstance(value, float):
-        if abs(value) >= 1e5 or 0 < abs(value) < 1e-3:
+        if value == 0 or not math.isfinite(value):
+            return f"{value:g}"
+        if not 1e-3 <= abs(value) < 999_995:
             return f"{value:.4g}"
-        return f"{value:,.4f}".rstrip("0").rstrip(".")
+        digits = 5 if abs(value) >= 1 else 4
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{float(f'{value:.{digits}g}'):,.{decimals}f}"
+        return text.rstrip("0").rstrip(".") if decimals else text
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -297,5 +297,7 @@ def width_at(reference: str, target_flops: float) -> float:
     }
     found = law.predict_mean(0.9, **point)
     if found.low_nats is None or found.high_nats is None:
-        raise LawError(f"{reference} has no bootstrap.", "Fit it with bootstrap=1000.")
+        raise LawError(
+            f"{reference} has no bootstrap.", "fit it again with `escala laws fit --bootstrap 1000`"
+        )
     return (found.high_nats - found.low_nats) / found.loss_nats

@@ -20,10 +20,12 @@ from escala import manifests, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
+    MOST_ROWS,
     SWEEP,
     JobDetails,
     Report,
     Watched,
+    check_limit,
     job,
     jobs,
     logs,
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINAL",
+    "MOST_ROWS",
     "Garbage",
     "JobDetails",
     "NotFoundError",
     "RunRecord",
     "SpecError",
     "Watched",
+    "check_limit",
     "collect_garbage",
     "compare",
     "cost",
@@ -234,7 +238,8 @@ def submit(
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
 
-    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
+    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
     return start(_load(workload, files, overrides, options, compute_flops, law, base), report)
 

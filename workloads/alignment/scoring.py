@@ -65,7 +65,7 @@ class FunctionReward:
             number = math.nan
         if not abs(number) <= FP32_MAX:
             raise SpecError(
-                f"The reward function {self.name} returned {shown(value)} for response {index}.",
+                f"The reward function {self.name} returned {shown(value)} for response {index + 1}.",
                 "Return a number for each response that is finite in fp32.",
             )
         return number

@@ -7,6 +7,7 @@ next version of the law is fitted. What was expected and what was obtained stay 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,6 +34,9 @@ class Round:
 
     law: str  # that proposed
     proposals: list[dict[str, Any]]
+    key: str | None = (
+        None  # under which its sweep is submitted: once, also where this process is killed in between
+    )
     job_id: str | None = None  # the sweep's
     spent_flops: float | None = None  # by all its trials, refused ones too
     points: int | None = None
@@ -132,9 +136,7 @@ def _next(state: Exploration, report: Report) -> Round | None:
     if law is None:
         return None
     if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
-        raise StateError(
-            f"the last {GIVE_UP} rounds gave no point", f"escala sweep points; {_path(state.name)}"
-        )
+        raise StateError(f"the last {GIVE_UP} rounds gave no point", f"the rounds are in {_path(state.name)}")
     left = state.budget_flops - state.spent_flops
     smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]
     now = width_at(law, state.target_flops)
@@ -156,7 +158,7 @@ def _next(state: Exploration, report: Report) -> Round | None:
     except LawError as error:
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
         return None
-    return Round(law, [asdict(p) for p in chosen]) if chosen else None
+    return Round(law, [asdict(p) for p in chosen], key=f"explore-{uuid.uuid4().hex}") if chosen else None
 
 
 def fitting(
@@ -203,7 +205,7 @@ def _finish(state: Exploration, current: Round, report: Report) -> Round:
     if current.job_id is None:
         space = _write_space(state, current.law, current.proposals)
         left = state.budget_flops - state.spent_flops
-        options = {"name": f"explore-{state.name}", "max_flops": left}
+        options = {"name": f"explore-{state.name}", "max_flops": left, "idempotency_key": current.key}
         current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
         _save(replace(state, rounds=[*state.rounds[:-1], current]))
     *_, last = jobs.watch(str(current.job_id))
@@ -294,5 +296,7 @@ def width_at(reference: str, target_flops: float) -> float:
     }
     found = law.predict_mean(0.9, **point)
     if found.low_nats is None or found.high_nats is None:
-        raise LawError(f"{reference} has no bootstrap.", "Fit it with bootstrap=1000.")
+        raise LawError(
+            f"{reference} has no bootstrap.", "fit it again with `escala laws fit --bootstrap 1000`"
+        )
     return (found.high_nats - found.low_nats) / found.loss_nats

@@ -46,7 +46,8 @@ def sweep(
     """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
 
     Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
-    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
+    `jobs.service.enqueue`.
     """
     from escala.jobs.model import NewJob
 
@@ -56,6 +57,11 @@ def sweep(
     plan = _plan(name, loaded)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
+        if given.get("idempotency_key"):
+            raise SpecError(
+                "--idempotency-key is for a new sweep, and --resume queues an old one again",
+                "leave one of the two out",
+            )
         return retry(_interrupted(name, config).id, report)
     checked: spec.JobOptions = spec.validate(spec.JobOptions, {"name": name, **given}, "job")
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")

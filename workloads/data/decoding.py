@@ -111,9 +111,9 @@ def _anchors(tokenizer: Tokenizer, specials: Mapping[int, str]) -> Iterator[tupl
             continue
         word = decoded(ids)
         twice = decoded([*ids, *ids])
-        if word.strip() == word != "" and twice.startswith(word) and twice.rstrip().endswith(word):
-            if len(twice) >= 2 * len(word) and REPLACEMENT not in twice:
-                yield tuple(ids)
+        is_word = word.strip() == word != "" and REPLACEMENT not in twice
+        if is_word and twice.startswith(word) and twice[len(word) :].strip() == word:
+            yield tuple(ids)
 
 
 def _is_byte(tokenizer: Tokenizer, token: int) -> bool:

@@ -168,10 +168,14 @@ def _content(inside: str, content: object) -> str:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text":
             told = f"a part of the type {kind!r}" if kind is not None else "no text as content"
-            raise DataError(f"{inside}: `content` has {told}; only text is read.", "Write `content` as a text.")
+            raise DataError(
+                f"{inside}: `content` has {told}; only text is read.", "Write `content` as a text."
+            )
         others = [key for key in part.keys() - {"type", "text"} if not is_neutral(part[key])]
         if others:
-            raise DataError(f"{inside}: the key `{others[0]}` of a part of `content` is not used.", "Remove it.")
+            raise DataError(
+                f"{inside}: the key `{others[0]}` of a part of `content` is not used.", "Remove it."
+            )
     if len(content) != 1:
         raise DataError(
             f"{inside}: `content` has {len(content)} parts, and how they are joined is not said.",

@@ -34,8 +34,13 @@ def load_model(path: Path) -> Transformer:
 
 def load_tokenizer(path: Path) -> ChatTokenizer:
     """The tokenizer that stands with the model at `path`. Raises DataError."""
+    return load_chat_tokenizer(beside(path))
+
+
+def beside(path: Path) -> Path:
+    """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
     found = find_checkpoint(path)
-    return load_chat_tokenizer(path if found is None else found.path.parent / TOKENIZER)
+    return path if found is None else found.path.parent / TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:

@@ -139,7 +139,7 @@ def text_at(inside: str, key: str, value: object, kinds: str = "a text") -> str:
     return value
 
 
-_FIX = "Correct or remove the line."
+_FIX = "Give a text; with none, an empty one or no message."
 
 
 def _plain(message: object, inside: str, weighted: bool) -> Message:

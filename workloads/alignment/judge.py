@@ -180,22 +180,22 @@ class LanguageModelJudge:
 
 def _answers(tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The tokens between a question and its answer (a template's empty thoughts), and those of the answers A and B: as
-    the one function writes them that makes sequences of prompt and answer, so with SentencePiece's blank.
+    the function writes them that makes a sequence of prompt and answer, so with SentencePiece's blank. Where these are
+    not one token for each letter, the bare letters, with nothing before them.
 
-    Raises DataError where an answer is not one token, another for each letter.
+    Raises DataError where these are not single tokens either.
     """
     question = [{"role": "user", "content": "?"}]
     prompt = tokenizer.prompt(question)
     first, second = (tokenizer.sequence(question, letter)[0] for letter in "AB")
-    if first[: len(prompt)] == prompt:
+    if first[: len(prompt)] == second[: len(prompt)] == prompt:
         at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
         if at >= len(prompt) and first[at + 1 :] == second[at + 1 :]:
             return first[len(prompt) : at], [first[at], second[at]]
-    else:  # the template writes the beginning of an answer otherwise than the generation prompt
-        letters = [tokenizer.encode(letter) for letter in "AB"]
-        if all(len(ids) == 1 for ids in letters) and letters[0] != letters[1]:
-            return [], [ids[0] for ids in letters]
-    raise DataError("The judge's tokenizer has no token for the letter A, or none for B.")
+    letters = [tokenizer.encode(letter) for letter in "AB"]
+    if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
+        raise DataError("The judge's tokenizer has no token for the letter A, or none for B.")
+    return [], [ids[0] for ids in letters]
 
 
 def _plain(prompt: Prompt) -> str:

@@ -100,16 +100,19 @@ class ChatTokenizer:
         """A prompt with its answer, as token ids and which of them are the answer's, its end included.
 
         The one way to put the two together, for SFT, preferences, reward models and judges: `prompt`'s tokens, then
-        what a policy draws to give the text `answer`. A text goes on without a blank of its own, and ends with EOS; a
-        chat's answer goes through the template, where a blank that the template or the tokenizer writes before every
-        answer, and that a policy's text has already, is not written twice. Raises DataError.
+        what a policy draws to give the text `answer`, and nothing after its end. A text goes on without a blank of its
+        own, and ends with EOS; a chat's answer goes through the template, where a blank that the template or the
+        tokenizer writes before every answer, and that a policy's text has already, is not written twice. Raises
+        DataError.
         """
         if isinstance(prompt, str):
             before, after = self.prompt(prompt), [*self._continuation(answer), self.end_of_text]
             return [*before, *after], [False] * len(before) + [True] * len(after)
         content = answer.removeprefix(self._lead)
         history = [number for number, each in enumerate(prompt) if each.get("role") == ASSISTANT]
-        return self.conversation([*prompt, {"role": ASSISTANT, "content": content}], history)
+        ids, answers = self.conversation([*prompt, {"role": ASSISTANT, "content": content}], history)
+        end = max((i for i, is_answer in enumerate(answers, start=1) if is_answer), default=len(ids))
+        return ids[:end], answers[:end]
 
     def conversation(
         self, messages: Sequence[Mapping[str, Any]], untrained: Collection[int] = ()
@@ -207,10 +210,13 @@ class ChatTokenizer:
     def _rendered(self, messages: list[Message], prompt: bool = False) -> str:
         """The template's text of whole messages. Raises DataError where it leaves a tool's message out."""
         text = self._render(messages, prompt)
-        for number, message in enumerate(messages, start=1):
-            if message["role"] == "tool" and message["content"].strip() not in text:
+        for number, message in enumerate(messages):
+            if message["role"] != "tool":
+                continue
+            other = [*messages[:number], {**message, "content": PLACEHOLDER}, *messages[number + 1 :]]
+            if PLACEHOLDER not in self._render(other, prompt):
                 raise DataError(
-                    f"message {number}: the chat template does not write messages of the role 'tool'.",
+                    f"message {number + 1}: the chat template does not write messages of the role 'tool'.",
                     "Remove the conversation, or use a tokenizer whose template knows tools.",
                 )
         return text

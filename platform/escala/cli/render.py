@@ -5,6 +5,7 @@ stderr.
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from escala.cli.progress import Waiting
 from escala.errors import EscalaError
 from escala.records import Progress, RunRecord
 
@@ -45,14 +47,27 @@ def quiet(text: str) -> None:
     """A reporter that says nothing, for --json."""
 
 
+def waiting() -> Waiting:
+    """A context whose `report` is shown on stderr once the command takes long."""
+    return Waiting(lambda text: _err.out(text, end=""))
+
+
 def raw(text: str) -> None:
     """A line as it is."""
     _out.print(text, markup=False)
 
 
 def as_json(value: Any) -> None:
-    """One JSON document."""
-    print(jsonlib.dumps(value, indent=1, default=str))
+    """One JSON document; a number that JSON has no text for (NaN, an infinity) is null."""
+    print(jsonlib.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def cluster(status: ClusterStatus, json: bool) -> None:
@@ -263,6 +278,11 @@ def number(value: Any) -> str:
             else f"{value:,.4f}".rstrip("0").rstrip(".")
         )
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def figure(value: float | None) -> str:
+    """A number of a law or a plan: five significant digits, whatever its size."""
+    return "-" if value is None else f"{value:.5g}"
 
 
 def duration(seconds: float) -> str:

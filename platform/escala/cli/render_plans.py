@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.cli.render import as_json, duration, number, pairs, raw, table
+from escala.cli.render import as_json, duration, figure, number, pairs, raw, table
 from escala.cli.render_laws import caveats, interval
 from escala.errors import SpecError
 
@@ -111,11 +111,11 @@ def target(planned: Planned, found: Target, json: bool) -> None:
         return
     _split(planned.plan)
     ends = interval(found.compute_low_flops, found.compute_high_flops, "90 % interval")
-    raw(f"compute         {planned.plan.compute_flops:.4g} FLOPs  ({ends})")
+    raw(f"compute         {figure(planned.plan.compute_flops)} FLOPs  ({ends})")
     joules = _joules(planned, found)
     if joules is not None:
         low, value, high = joules
-        raw(f"energy          {number(value)} J  ({interval(low, high, '90 % interval of the tokens')})")
+        raw(f"energy          {figure(value)} J  ({interval(low, high, '90 % interval of the tokens')})")
     if found.reached is not None and found.reached < 1:
         raw(f"note            {1 - found.reached:.0%} of the law's replicates never reach this loss")
     _caveats(planned)
@@ -134,13 +134,13 @@ def _joules(planned: Planned, found: Target) -> tuple[float | None, float, float
 def _split(best: Plan) -> None:
     size = interval(best.n_active_low, best.n_active_high, "90 % interval")
     loss = interval(best.low_nats, best.high_nats, "90 % predictive interval")
-    raw(f"N active        {best.n_active:.4g}  ({size})")
+    raw(f"N active        {figure(best.n_active)}  ({size})")
     if best.n_total != best.n_active:
-        raw(f"N total         {best.n_total:.4g}")
-    raw(f"tokens          {best.tokens:.4g}  ({best.tokens_per_parameter:.3g} per active parameter)")
+        raw(f"N total         {figure(best.n_total)}")
+    raw(f"tokens          {figure(best.tokens)}  ({best.tokens_per_parameter:.3g} per active parameter)")
     if best.context_tokens is not None:
         raw(f"context         {best.context_tokens:.4g} tokens")
-    raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
+    raw(f"loss            {figure(best.loss_nats)} nats per token  ({loss})")
 
 
 def _caveats(planned: Planned) -> None:
@@ -158,10 +158,10 @@ def front(plans: Sequence[Plan], path: Path, json: bool) -> None:
     columns = ("FLOPs", "N", "tokens", "loss", "90 % from", "to", "hours", "USD", "kWh")
     rows = [
         (
-            f"{p.compute_flops + p.inference_flops:.3g}",
-            f"{p.n_active:.3g}",
-            f"{p.tokens:.3g}",
-            *(number(x) for x in (p.loss_nats, p.low_nats, p.high_nats)),
+            figure(p.compute_flops + p.inference_flops),
+            figure(p.n_active),
+            figure(p.tokens),
+            *(figure(x) for x in (p.loss_nats, p.low_nats, p.high_nats)),
             *("" if x is None else f"{x:.3g}" for x in (p.hours, p.usd, p.kwh)),
         )
         for p in plans
@@ -195,14 +195,14 @@ def proposals(found: Proposed, json: bool) -> None:
     )
     rows = [
         (
-            f"{p.n_active:.4g}",
-            f"{p.tokens:.4g}",
-            f"{p.compute_flops:.3g}",
+            figure(p.n_active),
+            figure(p.tokens),
+            figure(p.compute_flops),
             f"{p.cost:.3g} {p.unit}",
             f"{p.information_nats:.3g} nats",
             f"{p.width_now:.2%}",
             f"{p.width_expected:.2%}",
-            *(number(x) for x in (p.predicted_loss_nats, p.low_nats, p.high_nats)),
+            *(figure(x) for x in (p.predicted_loss_nats, p.low_nats, p.high_nats)),
         )
         for p in found.proposals
     ]
@@ -216,16 +216,18 @@ def round_(state: Exploration) -> None:
     """The round that has just ended: what was expected, what was obtained."""
     last = state.rounds[-1]
     for each in last.obtained or ():
-        inside = "inside" if each["low"] <= each["obtained"] <= each["high"] else "OUTSIDE"
+        low, high = each["low"], each["high"]
+        inside = "no interval" if low is None else "inside" if low <= each["obtained"] <= high else "OUTSIDE"
         raw(
             f"round {len(state.rounds)}: N {each['n_active']:.4g}, tokens {each['tokens']:.4g}: expected "
-            f"{number(each['predicted'])} ({number(each['low'])} to {number(each['high'])}), "
-            f"obtained {number(each['obtained'])}, {inside}"
+            f"{figure(each['predicted'])} ({figure(each['low'])} to {figure(each['high'])}), "
+            f"obtained {figure(each['obtained'])}, {inside}"
         )
     for each in last.refused or ():
         raw(f"round {len(state.rounds)}: {each['name']}: {each['reason']}")
     expected = last.proposals[-1]["width_expected"]
-    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {last.width_obtained:.2%}")
+    obtained = "none" if last.width_obtained is None else f"{last.width_obtained:.2%}"
+    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {obtained}")
 
 
 def exploration(state: Exploration | None, json: bool) -> None:

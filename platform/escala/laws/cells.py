@@ -30,7 +30,9 @@ def is_missing(cell: Any) -> bool:
     """Whether a cell holds nothing."""
     if isinstance(cell, str):
         return cell.strip().lower() in MISSING
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    if isinstance(cell, float):
+        return math.isnan(cell)
+    return cell is None or type(cell).__name__ in ("NAType", "NaTType")  # of pandas, which is not imported for it
 
 
 def to_float(cell: Any) -> float | None:

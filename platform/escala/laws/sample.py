@@ -98,10 +98,10 @@ def by_curve(sample: Sample, columns: Mapping[str, Floats], residual_N: Floats) 
 
 def _checked(sample: Sample) -> Sample:
     """The sample with what is wrong with its size."""
-    if sample.resamplable or (sample.by is None and sample.rows < FEWEST_UNITS):  # few rows: health.py says so
+    if sample.resamplable:
         return sample
     n, effective = sample.units, _effective(sample.unit_N)
-    unit = "independent row" if sample.by is None else "group"
+    unit = "row" if sample.by is None else "group"
     many = f"{n} {unit}{'s' if n > 1 else ''}" + (
         f" of very unequal size (as good as {effective:.1f})" if n >= FEWEST_UNITS else ""
     )
@@ -162,9 +162,15 @@ def _run_column(points: pd.DataFrame, columns: Mapping[str, Floats]) -> str | No
         repeats = len(np.unique(codes)) < len(codes)
         if name == "run_id" or (sure and not repeats):
             return name if repeats else None
-        if repeats and _one_size_each(codes, columns):
+        if repeats and _one_size_each(codes, columns) and (sure or not _labels_size(codes, columns)):
             return name
     return None
+
+
+def _labels_size(codes: Ints, columns: Mapping[str, Floats]) -> bool:
+    """Whether the names say no more than N (and T, ...) do, as 125M does: rows of one name may be separate runs."""
+    fixed = [values for name, values in columns.items() if name != "tokens"]
+    return not fixed or len(np.unique(codes)) == len(np.unique(np.stack(fixed, axis=1), axis=0))
 
 
 def _one_size_each(codes: Ints, columns: Mapping[str, Floats]) -> bool:

@@ -258,8 +258,16 @@ def _fit(state: Exploration, current: Round) -> Round:
         obtained=obtained,
         refused=refused,
         fitted=fitted,
-        width_obtained=width_at(fitted, state.target_flops),
+        width_obtained=_width(fitted, state.target_flops),
     )
+
+
+def _width(law: str, target_flops: float) -> float | None:
+    """`width_at`; None where the law has no interval or no optimum there."""
+    try:
+        return width_at(law, target_flops)
+    except LawError:
+        return None
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:
@@ -295,5 +303,8 @@ def width_at(reference: str, target_flops: float) -> float:
     }
     found = law.predict_mean(0.9, **point)
     if found.low_nats is None or found.high_nats is None:
-        raise LawError(f"{reference} has no bootstrap.", "Fit it with bootstrap=1000.")
+        raise LawError(
+            f"{reference} has no intervals, so there is no width to narrow.",
+            f"`escala laws show {reference}` says why; fit it with --bootstrap 1000 to more runs.",
+        )
     return (found.high_nats - found.low_nats) / found.loss_nats

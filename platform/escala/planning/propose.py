@@ -123,7 +123,7 @@ def candidates(
     if not kept_K.any():
         raise LawError(
             f"No run of {min_flops:g} to {max_flops:g} FLOPs has N within {reach:g}x of the law's.",
-            "Widen reach= or the FLOPs.",
+            "Raise --max-flops.",
         )
     return {name: column_K[kept_K] for name, column_K in columns.items()}
 
@@ -170,7 +170,10 @@ def propose(
     draws_BK = np.log(law._evaluate(law.replicates_BP[kept_B], columns))
     covariance = winsorised_covariance(np.column_stack([draws_B, draws_BK]))
     if not covariance[0, 0] > 0:
-        raise LawError("All replicates agree on the target: there is nothing to learn.", "Fit fewer fixed=.")
+        raise LawError(
+            "All replicates agree on the target: there is nothing to learn.",
+            "Fit the law with fewer parameters held fixed, or propose for another target.",
+        )
     noise = noise_variance(law)
     wanted = min(width or width_now / 2, NEAREST_GOAL * width_now)
     goal = covariance[0, 0] * (wanted / width_now) ** 2
@@ -249,7 +252,7 @@ def _check(law: Law, aim: str, count: int, width: float | None, runs: int) -> No
     if len(law.replicates_BP) < 20:
         raise LawError(
             f"A proposal needs a bootstrap; this law has {len(law.replicates_BP)} replicates.",
-            "Fit it with bootstrap=1000.",
+            "Fit it with --bootstrap 1000; the law's findings say where more runs are needed for intervals.",
         )
     if aim not in ("loss", "n_active"):
         raise LawError(f"There is no aim '{aim}'.", "Choose loss or n_active.")

@@ -61,7 +61,9 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the bootstrap; the fit depends on none.")] = 0,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show what was understood, what is refused, and the law; store nothing."),
+        typer.Option(
+            "--dry-run", help="Show what was understood, what is refused, and the law; store nothing."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

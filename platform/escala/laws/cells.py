@@ -1,7 +1,7 @@
 """What a cell of a table says: a number, nothing, a word, or something that only looks like a number.
 
-A cell such as `7B`, `45 %`, `1.234,5` or `0x1F` is an error that names its place and the fix: taken as it stands, or left
-out, it would make a law of other numbers than the table's author meant. A word (`diverged`) refuses its row.
+A cell such as `7B`, `45 %`, `1.234,5` or `0x1F` is an error that names its place and the fix: taken as it stands, or
+left out, it would make a law of other numbers than the table's author meant. A word (`diverged`) refuses its row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def is_missing(cell: Any) -> bool:
         return cell.strip().lower() in MISSING
     if isinstance(cell, float):
         return math.isnan(cell)
-    return cell is None or type(cell).__name__ in ("NAType", "NaTType")  # of pandas, which is not imported for it
+    return cell is None or type(cell).__name__ in (
+        "NAType",
+        "NaTType",
+    )  # of pandas, which is not imported for it
 
 
 def to_float(cell: Any) -> float | None:
@@ -116,7 +119,9 @@ def plain(cells: Sequence[Any]) -> list[Any]:
     values = [to_float(cell) for cell in cells]
     if any(value is None for value in values) or all(is_missing(cell) for cell in cells):
         return texts(cells)
-    if all(isinstance(cell, int) or (isinstance(cell, str) and WHOLE.fullmatch(cell.strip())) for cell in cells):
+    if all(
+        isinstance(cell, int) or (isinstance(cell, str) and WHOLE.fullmatch(cell.strip())) for cell in cells
+    ):
         return [int(cell) for cell in cells]
     return values
 

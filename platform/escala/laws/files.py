@@ -1,8 +1,8 @@
 """A file of measured runs as a table: CSV with any common separator, or a JSON list of records.
 
-The file's shape is checked, not trusted: a row of another length than the header, two columns of one name or a cell that
-only looks like a number is an error with its line (counted from 1) and the fix. The index of the table is the line of the
-file (of JSON: the number of the record), so that whatever is said of a row later names it as an editor shows it.
+The file's shape is checked, not trusted: a row of another length than the header, two columns of one name or a cell
+that only looks like a number is an error with its line (counted from 1) and the fix. The index of the table is the
+line of the file (of JSON: the number of the record), so that whatever is said of a row names it as an editor shows it.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class _Raw:
     comments: tuple[int, ...] = ()
 
 
-def read_points_file(
-    file: str | Path, rename: Mapping[str, str], names: Collection[str] = ()
-) -> PointsFile:
+def read_points_file(file: str | Path, rename: Mapping[str, str], names: Collection[str] = ()) -> PointsFile:
     """The table in `file`, its columns renamed.
 
     Args:
@@ -271,7 +269,9 @@ def _json_cells(text: str, path: Path) -> _Raw:
     rows = [{key.strip(): value for key, value in record} for record in records]
     names = names or []
     columns = [[row[name] for row in rows] for name in names]
-    return _Raw(names, columns, list(range(1, len(rows) + 1)), "record", {"format": "json", "separator": None})
+    return _Raw(
+        names, columns, list(range(1, len(rows) + 1)), "record", {"format": "json", "separator": None}
+    )
 
 
 def _points_of_runs(raw: _Raw) -> _Raw:
@@ -320,7 +320,8 @@ def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
             raise LawError(f"{both} cannot all be {new}.", "Map one column to it, and leave the others.")
         if new in names and new not in rename:
             raise LawError(
-                f"The file has a column '{new}' already.", f"Take that column out, or leave out --map {old}={new}."
+                f"The file has a column '{new}' already.",
+                f"Take that column out, or leave out --map {old}={new}.",
             )
     return [rename.get(name, name) for name in names]
 

@@ -88,7 +88,9 @@ def fit_law(
         "seed": seed,
     }
     wrong = (*sample.problems, *missing, *contradictions(table.points))
-    return _assemble(problem, replace(table, sample=sample), theta_P, replicates_BP, wrong, settings, size, rng)
+    return _assemble(
+        problem, replace(table, sample=sample), theta_P, replicates_BP, wrong, settings, size, rng
+    )
 
 
 def _replicates(
@@ -183,6 +185,10 @@ def _assemble(
     form, features = problem.form, problem.features
     natural_P = to_natural(form, theta_P[None], features)[0]
     natural_BP = to_natural(form, replicates_BP, features)
+    if not np.isfinite(natural_P).all():
+        raise LawError(
+            "The law's coefficients are beyond what a number can hold.", "Check the units of the inputs."
+        )
     residual_N = residuals(problem, losses(form, theta_P[None], features))[0]
     free_P = problem.low_P < problem.high_P
     count = len(replicates_BP)

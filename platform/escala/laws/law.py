@@ -121,7 +121,9 @@ class Law:
     @property
     def refusals(self) -> list[tuple[Any, str]]:
         """(row, reason) of each refused point; a file's rows are its lines, counted from 1."""
-        reasons = next((c["values"] for c in self.refused_table["columns"] if c["name"] == "reason"), [])
+        reasons: list[str] = next(
+            (c["values"] for c in self.refused_table["columns"] if c["name"] == "reason"), []
+        )
         return list(zip(self.refused_table["index"], reasons, strict=True))
 
     @property
@@ -158,8 +160,8 @@ class Law:
         """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit
         and residual.
 
-        Raises LawError for an input that is missing, unknown or not positive, and for a level that the replicates are too
-        few for.
+        Raises LawError for an input that is missing, unknown or not positive, and for a level that takes more
+        replicates.
         """
         return self._answer(level, point, residual=True)
 

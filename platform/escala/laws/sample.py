@@ -19,12 +19,19 @@ from escala.laws.forms import Floats
 Ints = NDArray[np.intp]
 
 FEWEST_UNITS = 8  # with fewer, percentile intervals of a bootstrap are far too narrow, whatever the level
-FEWEST_EFFECTIVE = 4.0  # (sum of rows)^2 / sum of squared rows over the units: one group may hold nearly all of them
+FEWEST_EFFECTIVE = (
+    4.0  # (sum of rows)^2 / sum of squared rows over the units: one group may hold nearly all of them
+)
 DIGITS = 4  # significant digits of inputs and loss that make a row a copy: what %.4g writes
 UNEVEN = 0.5  # of the units count: below that the copies are spread unevenly, and the fit leans on a few rows
-RUN_WORDS = frozenset({"run", "runs", "runid", "runname", "trial", "trialid", "experiment", "exp", "wandb", "uid"})
+RUN_WORDS = frozenset(
+    {"run", "runs", "runid", "runname", "trial", "trialid", "experiment", "exp", "wandb", "uid"}
+)
 RUN_WORDS_ALONE = frozenset({"name", "id", "job_id", "jobid", "uuid"})
-FOLLOWING, FOLLOWING_SIGMAS = 0.5, 2.6  # correlation of neighbours' residuals along D that tells rows of one run
+FOLLOWING, FOLLOWING_SIGMAS = (
+    0.5,
+    2.6,
+)  # correlation of neighbours' residuals along D that tells rows of one run
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ def by_curve(sample: Sample, columns: Mapping[str, Floats], residual_N: Floats) 
     if following <= FOLLOWING or following * np.sqrt(len(a)) <= FOLLOWING_SIGMAS:
         return sample
     said = (
-        f"residuals of rows that differ only in tokens go together (correlation {following:.2f}): they look like points "
-        "of one run, so they were resampled together; name the runs in a column and give it as --group"
+        f"residuals of rows that differ only in tokens go together (correlation {following:.2f}): they look like "
+        "points of one run, so they were resampled together; name the runs in a column and give it as --group"
     )
     unit_N = _together(curve_N, sample.unit_N)
     return _checked(replace(sample, unit_N=unit_N, by="curve", problems=(*sample.problems, said)))
@@ -115,8 +122,7 @@ def _effective(unit_N: Ints) -> float:
 
 
 def _copies(points: pd.DataFrame, columns: Mapping[str, Floats], loss_N: Floats) -> Ints:
-    """A number for each row; copies (inputs and loss equal to DIGITS digits, and the seed, where there is one) share it.
-    """
+    """A number for each row; copies (inputs and loss equal to DIGITS digits, and the seed, if there is one) share it."""
     values = np.stack([*columns.values(), loss_N], axis=1)
     scale = 10.0 ** (np.floor(np.log10(values)) - (DIGITS - 1))
     key = np.round(values / scale) * scale
@@ -152,7 +158,7 @@ def _together(group_N: Ints, copy_N: Ints) -> Ints:
 
 
 def _run_column(points: pd.DataFrame, columns: Mapping[str, Floats]) -> str | None:
-    """The column that names runs and has repeats: the first that looks like one; None where each row has its own run."""
+    """The first column that names runs and has repeats; None where there is none, or each row has its own run."""
     for name in sorted((str(c) for c in points.columns), key=lambda c: c != "run_id"):
         words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
         sure, alone = bool(words & RUN_WORDS), name.lower() in RUN_WORDS_ALONE

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 
+
 @dataclass(frozen=True)
 class Fitted:
     """A law just stored, and which version of its name is champion now (None: no healthy one yet)."""
@@ -236,7 +237,10 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
 
 def laws(name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
-    return _registry(Settings()).versions(name)
+    settings = Settings()
+    registry = _registry(settings)
+    registry.close_abandoned(law_experiment(settings))
+    return registry.versions(name)
 
 
 def law(reference: str, refresh: bool = False) -> Stored:

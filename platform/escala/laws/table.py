@@ -145,8 +145,8 @@ def _compute(used: pd.DataFrame) -> Floats | None:
 def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> np.ndarray:
     """Why each row cannot be used; empty where it can. The first reason found stands."""
     stated = frame[REFUSAL] if REFUSAL in frame else pd.Series(None, index=frame.index, dtype=object)
-    said = ("" if cells.is_missing(value) else str(value) for value in stated.tolist())
-    reasons_N = np.array(list(said), dtype=object)  # refused by whoever made the table
+    texts = ["" if cells.is_missing(value) else str(value) for value in stated.tolist()]
+    reasons_N = np.array(texts, dtype=object)  # refused by whoever made the table
 
     def refuse(bad_N: np.ndarray, reason: str) -> None:
         reasons_N[bad_N & (reasons_N == "")] = reason

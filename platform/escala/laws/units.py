@@ -1,4 +1,4 @@
-"""Units that contradict one another: N in billions, tokens in millions, perplexity for a loss, compute in petaFLOP-days.
+"""Units that contradict one another: N in billions, tokens in millions, perplexity for a loss, FLOPs in petaFLOP days.
 
 Inside a fit nothing depends on units (forms.py), so a law of such a table looks as good as any; every prediction and
 plan that is asked in parameters, tokens and FLOPs would be far off.
@@ -19,8 +19,13 @@ SMALLEST = {  # no table of language models has less; Kaplan et al. (2020) begin
     "context_tokens": 1.0,
     "compute_flops": 6e6,  # 6 N D of the two smallest
 }
-COMPUTE_FACTOR = 30.0  # of compute_flops over 6 N D, either way, in the median row: attention and experts explain less
-TOKENS_PER_PARAMETER = (1e-4, 1e6)  # in the median row: from a short fine-tuning to 20 times what anybody has trained
+COMPUTE_FACTOR = (
+    30.0  # of compute_flops over 6 N D, either way, in the median row: attention and experts explain less
+)
+TOKENS_PER_PARAMETER = (
+    1e-4,
+    1e6,
+)  # in the median row: from a short fine-tuning to 20 times what anybody has trained
 LARGEST_LOSS = 15.0  # nats, in the median row; a uniform guess among 3 million tokens has 14.9
 ORDER = (("n_total", "n_active"), ("n_total", "n_non_embedding"))  # the first is at least the second
 

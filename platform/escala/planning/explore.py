@@ -134,7 +134,8 @@ def _next(state: Exploration, report: Report) -> Round | None:
         return None
     if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
         raise StateError(
-            f"the last {GIVE_UP} rounds gave no point", f"escala sweep points; {_path(state.name)}"
+            f"the last {GIVE_UP} rounds gave no point",
+            f"`escala logs {state.rounds[-1].job_id}` and {_path(state.name)} say why",
         )
     left = state.budget_flops - state.spent_flops
     smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]

@@ -95,7 +95,10 @@ def candidates(
     if law.form_name == "moe_cf":
         raise LawError("Runs are not proposed for form moe_cf.", "Fit form moe at one capacity factor.")
     if law.form_name == "ndt" and not len(context_tokens):
-        raise LawError("This law depends on the context T.", "Give context_tokens, e.g. [512, 2048].")
+        raise LawError(
+            "This law depends on the context T.",
+            "Fit a law of runs that share one context; in Python candidates(context_tokens=[512, 2048]).",
+        )
     if min_flops is None:
         min_flops = min(law.ranges.get("compute_flops", (max_flops / 1000,))[0], max_flops / 10)
     bounds = (min_flops, max_flops, *tokens_per_parameter, reach, n_total_over_active, *context_tokens)

@@ -169,6 +169,8 @@ def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[s
             raise LawError(
                 f"the trials of {name} have no held-out loss", "a law is fitted to pretraining runs"
             )
-    points = pd.concat([part for each in found for part in (each.points, each.refused)]).drop_duplicates("trial")
+    points = pd.concat([part for each in found for part in (each.points, each.refused)]).drop_duplicates(
+        "trial"
+    )
     points.index = pd.RangeIndex(1, len(points) + 1)
     return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])

@@ -21,7 +21,13 @@ from escala.laws.forms import (
     to_natural,
 )
 from escala.laws.health import Evidence, problems, remarks
-from escala.laws.intervals import FEWEST_REPLICATES, SMALLEST_SHARE, bootstrap_weights, residual_draws
+from escala.laws.intervals import (
+    FEWEST_HEALTHY,
+    FEWEST_REPLICATES,
+    SMALLEST_SHARE,
+    bootstrap_weights,
+    residual_draws,
+)
 from escala.laws.law import Law, plain_frame
 from escala.laws.sample import Sample, by_curve
 from escala.laws.search import best_fit, replicate_fits
@@ -113,6 +119,9 @@ def _replicates(
     finite_B = np.isfinite(replicates_BP).all(axis=1)
     if finite_B.mean() < SMALLEST_SHARE:
         return none, (f"no intervals: {1 - finite_B.mean():.0%} of the bootstrap replicates have no fit",)
+    if finite_B.sum() < FEWEST_HEALTHY:
+        said = f"few bootstrap replicates ({finite_B.sum()}): the ends of the intervals are left to chance; use 1000"
+        return replicates_BP[finite_B], (said,)
     return replicates_BP[finite_B], ()
 
 

@@ -7,7 +7,7 @@ together; where too few units are left, no interval is better than one that is t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from escala.laws.forms import Floats
 
 Ints = NDArray[np.intp]
 
+SIZES = ("n_active", "n_total", "n_non_embedding")
 FEWEST_UNITS = 8  # with fewer, percentile intervals of a bootstrap are far too narrow, whatever the level
 FEWEST_EFFECTIVE = (
     4.0  # (sum of rows)^2 / sum of squared rows over the units: one group may hold nearly all of them
@@ -62,7 +63,7 @@ def effective_sample(
     copy_N = _copies(points, columns, loss_N)
     rows = int(copy_N.max()) + 1
     problems, notes = list[str](), list[str]()
-    found = group or _run_column(points, columns)
+    found = group or _run_column(points, columns, copy_N)
     if group is None and found is not None:
         problems.append(
             f"rows share a value of {found}: they look like points of one run, which are not independent; they were "
@@ -122,7 +123,7 @@ def _effective(unit_N: Ints) -> float:
 
 
 def _copies(points: pd.DataFrame, columns: Mapping[str, Floats], loss_N: Floats) -> Ints:
-    """A number for each row; copies (inputs and loss equal to DIGITS digits, and the seed, if there is one) share it."""
+    """A number for each row; copies (inputs and loss equal to DIGITS digits, and any seed) share it."""
     values = np.stack([*columns.values(), loss_N], axis=1)
     scale = 10.0 ** (np.floor(np.log10(values)) - (DIGITS - 1))
     key = np.round(values / scale) * scale
@@ -157,33 +158,45 @@ def _together(group_N: Ints, copy_N: Ints) -> Ints:
     return np.asarray(pd.factorize(connected_components(graph, directed=False)[1][group_N])[0])
 
 
-def _run_column(points: pd.DataFrame, columns: Mapping[str, Floats]) -> str | None:
-    """The first column that names runs and has repeats; None where there is none, or each row has its own run."""
+def _run_column(points: pd.DataFrame, columns: Mapping[str, Floats], copy_N: Ints) -> str | None:
+    """The first column that names runs and has repeats (copies apart); None where there is none, or each row has its
+    own run.
+    """
+    first = np.sort(np.unique(copy_N, return_index=True)[1])
+    inputs = columns if "tokens" in columns else {n: points[n].to_numpy() for n in SIZES if n in points}
+    fixed = [values[first] for name, values in inputs.items() if name != "tokens"]
     for name in sorted((str(c) for c in points.columns), key=lambda c: c != "run_id"):
         words = set(re.split(r"[^a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
         sure, alone = bool(words & RUN_WORDS), name.lower() in RUN_WORDS_ALONE
-        if not (sure or alone) or points[name].isna().all():
+        if not (sure or alone) or name in columns or points[name].isna().all():
             continue
-        codes = _codes(points, name)
+        codes = _codes(points.iloc[first], name)
         repeats = len(np.unique(codes)) < len(codes)
         if name == "run_id" or (sure and not repeats):
             return name if repeats else None
-        if repeats and _one_size_each(codes, columns) and (sure or not _labels_size(codes, columns)):
+        if (
+            repeats
+            and codes.any()
+            and _same_in_each(codes, fixed)
+            and (sure or _curves(codes, fixed, columns, first))
+        ):
             return name
     return None
 
 
-def _labels_size(codes: Ints, columns: Mapping[str, Floats]) -> bool:
-    """Whether the names say no more than N (and T, ...) do, as 125M does: rows of one name may be separate runs."""
-    fixed = [values for name, values in columns.items() if name != "tokens"]
-    return not fixed or len(np.unique(codes)) == len(np.unique(np.stack(fixed, axis=1), axis=0))
-
-
-def _one_size_each(codes: Ints, columns: Mapping[str, Floats]) -> bool:
+def _same_in_each(codes: Ints, fixed: Sequence[Floats]) -> bool:
     """Whether rows of one value have one N (and T, ...) throughout, as points of one run have."""
-    fixed = [values for name, values in columns.items() if name != "tokens"]
-    if "tokens" not in columns:  # of a law of compute alone nothing stays the same along a run
-        return len(np.unique(codes)) > 1
     order = np.argsort(codes, kind="stable")
     same = codes[order][1:] == codes[order][:-1]
     return all(np.allclose(v[order][1:][same], v[order][:-1][same], rtol=1e-3) for v in fixed)
+
+
+def _curves(codes: Ints, fixed: Sequence[Floats], columns: Mapping[str, Floats], first: Ints) -> bool:
+    """Whether a column that may name anything names runs: each value has its points at several D, and it says more than
+    N (and T, ...) do, as 125M does not: rows of such a name may be separate runs.
+    """
+    if "tokens" not in columns:
+        return False
+    labels = len(np.unique(codes)) == len(np.unique(np.stack(fixed, axis=1), axis=0)) if fixed else True
+    pairs = np.stack([codes.astype(np.float64), columns["tokens"][first]], axis=1)
+    return not labels and len(np.unique(pairs, axis=0)) == len(codes)

@@ -13,9 +13,8 @@ from escala.errors import LawError
 from escala.laws import cells
 from escala.laws.files import QUANTITIES, REFUSAL
 from escala.laws.forms import Floats, Form
-from escala.laws.sample import Sample, effective_sample
+from escala.laws.sample import SIZES, Sample, effective_sample
 
-SIZES = ("n_active", "n_total", "n_non_embedding")
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
 KAPPA = 6.0  # FLOPs per parameter and token (SPEC.md D.2), where a table has no compute_flops
 

@@ -46,8 +46,8 @@ def objective(record: Mapping[str, Any]) -> float | None:
 @dataclass(frozen=True)
 class SweepPoints:
     """`points` and `refused` (with `reason`; in the column REFUSAL, too, for `fit_law` of both), a row a trial: the
-    columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`: pooled relative standard deviation of the loss
-    between seeds; None without repeats.
+    columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`:
+    pooled relative standard deviation of the loss between seeds; None without repeats.
     `configuration`: dotted keys that have one value in all points.
     """
 

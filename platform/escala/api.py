@@ -42,7 +42,7 @@ from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
-from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
+from escala.sweeps.service import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
@@ -73,6 +73,7 @@ __all__ = [
     "jobs",
     "logs",
     "plan_sweep",
+    "preview_sweeps",
     "resolve",
     "resume",
     "retry",
@@ -103,6 +104,7 @@ LATER = {
         "law",
         "laws",
         "plot_law",
+        "preview_file",
         "predict_law",
         "promote_law",
     ),

@@ -64,8 +64,17 @@ def raw(text: str) -> None:
 
 
 def as_json(value: Any) -> None:
-    """One JSON document."""
-    print(jsonlib.dumps(hide_in(value), indent=1, default=lambda other: hide(str(other))))
+    """One JSON document; a number that JSON has no text for (NaN, an infinity) is null."""
+    shown = _finite(hide_in(value))
+    print(jsonlib.dumps(shown, indent=1, default=lambda other: hide(str(other)), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def cluster(status: ClusterStatus, json: bool) -> None:

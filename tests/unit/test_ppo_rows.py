@@ -153,7 +153,7 @@ def test_functions_score_here_and_models_at_the_service() -> None:
         [12.0] * 16, {"count_a": [1.0] * 16, "served": [10.0] * 16}
     )
     assert Scoring(config(rewards=[here])).score(Service(1), responses).sums == [2.0] * 16
-    with pytest.raises(SpecError, match="finite number"):
+    with pytest.raises(SpecError, match="finite in fp32"):
         Scoring(config(rewards=[{**here, "function": f"{__name__}:nothing"}])).score(Service(1), responses)
 
 

@@ -466,11 +466,11 @@ def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
 
     reward = FunctionReward("builtins:len")
     reward._function = lambda prompts, responses: [0.5, value]
-    with pytest.raises(SpecError, match="response 1"):
+    with pytest.raises(SpecError, match="response 2"):
         reward.score(["a", "b"], ["c", "d"])
-    with pytest.raises(DataError, match="response 1"):
+    with pytest.raises(DataError, match="response 2"):
         weighted_sums([(1.0, [0.5, value]), (2.0, [1.0, 1.0])])
-    with pytest.raises(DataError, match="response 0"):
+    with pytest.raises(DataError, match="response 1"):
         weighted_sums([(1e30, [3e38])])
 
 

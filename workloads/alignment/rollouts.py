@@ -67,8 +67,9 @@ def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list
     """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, and how many is
     printed: cut, it would be another prompt. Raises DataError where none is left.
     """
-    found = [prompt_of(where, record) for where, record in read_lines(path)]
-    tokenised = [PromptTokens(prompt, tokenizer.prompt(prompt)) for prompt in found]
+    tokenised = [
+        _prompt_tokens(where, prompt_of(where, record), tokenizer) for where, record in read_lines(path)
+    ]
     fitting = [one for one in tokenised if 0 < len(one.tokens) <= most_tokens]
     print(
         f"{len(fitting)} prompts, {len(tokenised) - len(fitting)} empty or longer than {most_tokens} tokens left out",
@@ -80,6 +81,13 @@ def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list
             "Raise training.context_tokens, or lower sampling.max_response_tokens.",
         )
     return fitting
+
+
+def _prompt_tokens(where: str, prompt: Prompt, tokenizer: ChatTokenizer) -> PromptTokens:
+    try:
+        return PromptTokens(prompt, tokenizer.prompt(prompt))
+    except DataError as error:  # the chat template refuses it
+        raise DataError(f"{where}: {error.message}", error.hint) from error
 
 
 def save_prompts(prompts: Sequence[PromptTokens], directory: Path) -> None:

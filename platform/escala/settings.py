@@ -76,7 +76,10 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        try:
+            return value.expanduser().absolute()
+        except (RuntimeError, OSError) as error:  # no HOME in the environment, and no such user
+            raise ValueError(f"{value} cannot be found: {error}; set it to a directory") from error
 
     @field_validator("ray_address")
     @classmethod

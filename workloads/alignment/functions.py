@@ -31,6 +31,7 @@ from escala.redaction import print_exception
 CODE = "ESCALA_CODE"  # the directory of the user's modules (escala.user_code)
 IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 ALARM_SECONDS = 10.0  # after its limit a process that nobody ended (its worker was killed) ends by itself
+FP32_MAX = (2 - 2.0**-23) * 2.0**127
 HINT = "Submit from the directory that holds the module, or give it by --code."
 
 
@@ -213,10 +214,10 @@ def _number(name: str, index: int, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= FP32_MAX:
         raise SpecError(
             f"The reward function {name} returned {repr(value)[:100]} for response {index}.",
-            "Return a finite number for each response.",
+            "Return a number for each response that is finite in fp32.",
         )
     return number
 

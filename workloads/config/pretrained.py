@@ -264,10 +264,32 @@ def model_config_of(path: str | Path) -> ModelConfig:
     path = Path(path)
     if path.suffix == ".gguf":
         return _explain(path, lambda: model_config_of_gguf(path))
-    manifests = [path / "manifest.json", *sorted(path.glob("step-*[0-9]/manifest.json"), reverse=True)]
+    manifests = [
+        path / "manifest.json",
+        *sorted(path.glob("step-*[0-9]/manifest.json"), key=_step, reverse=True),
+    ]
     if found := [manifest for manifest in manifests if manifest.is_file()]:
-        return _explain(path, lambda: ModelConfig(**json.loads(found[0].read_text())["config"]["model"]))
+        return _explain(path, lambda: _model_of_newest(found))
     return _explain(path, lambda: from_hugging_face(read_config_json(path)))
+
+
+def _step(manifest: Path) -> tuple[int, str]:
+    """Sorts the directories of checkpoints as their steps, not as their letters."""
+    return len(manifest.parent.name), manifest.parent.name
+
+
+def _model_of_newest(manifests: list[Path]) -> ModelConfig:
+    """The model in the first of these manifests of one job that can be read. Raises ValueError with the first reason.
+
+    Whether a manifest is what was written, whoever loads its weights checks (escala.manifests).
+    """
+    reasons = []
+    for manifest in manifests:
+        try:
+            return ModelConfig(**json.loads(manifest.read_text(encoding="utf-8"))["config"]["model"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            reasons.append(f"{manifest.parent.name} has no usable manifest: {type(error).__name__}: {error}")
+    raise ValueError(reasons[0])
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from escala.errors import CheckpointError, NotFoundError
+from escala.files import replacing
 from escala.records import write_json
 from workloads.config import ModelConfig
 from workloads.config.pretrained import (
@@ -104,9 +103,8 @@ def save_pretrained(model: Transformer, path: str | Path, end_of_text: int | Non
     }
     directory.mkdir(parents=True, exist_ok=True)
     # By another name first: the model may hold this very file's pages, if it was loaded from here.
-    temporary = directory / f".{WEIGHTS}.{uuid.uuid4().hex[:8]}"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(directory / "config.json", settings)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from workloads.config.serve import ServeConfig
+from workloads.serving.loopback import keep_serve_on_loopback
 
 
 class ScoreRequest(BaseModel):
@@ -51,6 +52,7 @@ class RewardReplica:
 
         from workloads.alignment.scoring import build_reward
 
+        keep_serve_on_loopback()
         sections = ServeConfig.model_validate(config).reward
         self._reward = build_reward(sections, _device(torch))
         self._turn = asyncio.Lock()  # a forward pass at a time: more threads than cores cost up to 10x
@@ -69,6 +71,7 @@ class JudgeReplica:
 
         from workloads.alignment.judge import load_judge_model
 
+        keep_serve_on_loopback()
         section = ServeConfig.model_validate(config).judge
         if section is None:
             raise ValueError("a judge was deployed without a judge section")
@@ -78,11 +81,12 @@ class JudgeReplica:
     async def compare(self, prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
         """The probability that each first response is the better one, mean of both orders. Raises DataError."""
         from workloads.alignment.judge import compare
+        from workloads.alignment.scoring import finite
 
         questions = list(zip(prompts, first, second, strict=True))
         async with self._turn:
             verdicts = await asyncio.to_thread(compare, self._first_wins, questions)
-        return [verdict.win for verdict in verdicts]
+        return finite([verdict.win for verdict in verdicts], "verdict")
 
 
 def _device(torch: Any) -> Any:

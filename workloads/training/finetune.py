@@ -29,7 +29,7 @@ from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.data.dialogues import Message, Prompt, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences
-from workloads.data.store import new_directory
+from workloads.data.store import check_directory, is_stored, new_directory
 from workloads.model.lora import add_lora
 from workloads.model.start import load_tokenizer, new_model
 from workloads.model.transformer import Transformer
@@ -71,7 +71,7 @@ def prepare(
     files = [Path(data.train), *([Path(data.held_out)] if data.held_out else [])]
     key = [spec.workload, [_sha256(f) for f in files], data.held_out_fraction, config.context_tokens]
     directory = root / "examples" / fingerprint([*key, tokenizer.fingerprint])
-    if not directory.exists():
+    if not is_stored(directory):
         train, held_out = list(read(files[0])), list(read(files[1])) if data.held_out else None
         if held_out is None:
             train, held_out = split(train, data.held_out_fraction)
@@ -80,10 +80,8 @@ def prepare(
                 fitting = _fitting(name, examples, config.context_tokens, lambda x: tokenise(tokenizer, x))
                 Sequences.of([s for _, found in fitting for s in found]).save(new / f"{name}.safetensors")
                 write_json(new / f"{name}_margins.json", [margin(example) for example, _ in fitting])
-    kept = root / "tokenizers" / tokenizer.fingerprint
-    if not kept.exists():
-        with new_directory(kept) as new:
-            tokenizer.save(new)
+    check_directory(directory)
+    kept = keep_chat_tokenizer(tokenizer, root)
     held_out_hash = file_sha256(directory / "held_out.safetensors")
     fingerprints = {
         "corpus": file_sha256(directory / "train.safetensors"),
@@ -122,6 +120,16 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
     if config.start is None or config.start.path is None:
         raise DataError("There is no tokenizer.", "Set tokenizer, or start from a model that has one.")
     return load_tokenizer(Path(config.start.path))
+
+
+def keep_chat_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
+    """The tokenizer's directory in the store, written where it is not there. Raises DataError where it is damaged."""
+    kept = root / "tokenizers" / tokenizer.fingerprint
+    if not is_stored(kept):
+        with new_directory(kept) as new:
+            tokenizer.save(new)
+    check_directory(kept)
+    return kept
 
 
 def answered(tokenizer: ChatTokenizer, prompt: Prompt, answer: str) -> Tokenised:
@@ -192,6 +200,7 @@ class PairBatches:
         self.config = inputs.config
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         directory = Path(inputs.prepared)
+        check_directory(directory)
         self.train, self.held_out = Pairs.load(directory, "train"), Pairs.load(directory, "held_out")
         training = self.config.training
         self.draws = Draws(len(self.train), training.batch_sequences, training.seed)

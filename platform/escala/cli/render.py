@@ -63,6 +63,8 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
+    for text in status.notes:
+        note(text)
 
 
 def submitted(view: Job, json: bool) -> None:
@@ -188,6 +190,8 @@ def garbage(found: Garbage, deleted: bool, json: bool) -> None:
     table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
     total = sum(size for _, size in found.checkpoints) / 1e6
     raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
+    for reason in found.damaged:
+        note(f"left alone: {reason}; delete it yourself when you do not need it")
 
 
 def follow(states: Iterable[Watched]) -> Job:

@@ -95,7 +95,8 @@ def retry(name: str, report: Report = silent) -> Job:
 def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) -> Job:
     """A new job that starts from the last good checkpoint of another one, its spec overridden.
 
-    Raises NotFoundError where the job has no checkpoint, SpecError for a bad override.
+    Raises NotFoundError where the job has no checkpoint, CheckpointError where none of those that it has is good,
+    SpecError for a bad override.
     """
     with open_store() as store:
         old = store.get(name)
@@ -103,7 +104,7 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) ->
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
     checkpoints = JobFiles(Settings().home, old.id).checkpoints
-    if manifests.latest(checkpoints)[0] is None:
+    if manifests.newest(checkpoints)[0] is None:
         raise NotFoundError(
             f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
         )
@@ -246,7 +247,8 @@ class open_store:
     def __enter__(self) -> JobStore:
         from escala.jobs.store import JobStore
 
-        self._open = JobStore(Settings().database_url)
+        settings = Settings()
+        self._open = JobStore(settings.database_url, home=settings.home)
         return self._open
 
     def __exit__(self, *_: object) -> None:

@@ -28,6 +28,49 @@ def functions(config: Mapping[str, Any]) -> list[str]:
     return [r["function"] for r in rewards if isinstance(r, Mapping) and isinstance(r.get("function"), str)]
 
 
+def ready(
+    workload: str,
+    config: Mapping[str, Any],
+    home: Path,
+    code: str | Path | None = None,
+    waits: bool = False,
+    keep: bool = True,
+) -> str | None:
+    """Check a job, and copy the user's modules into the home; the copy's digest, None where it needs none.
+
+    Args:
+        code: the directory of the user's modules; None: this one, where a function is in it.
+        keep: False: leave no copy behind.
+
+    Raises as `check` and `user_code.snapshot`.
+    """
+    source = _source(functions(config), code)
+    if source is None and not functions(config) and not _reads_files(workload, config):
+        return None
+    with tempfile.TemporaryDirectory(prefix="escala-code-") as elsewhere:
+        place = home if keep else Path(elsewhere)
+        digest = None if source is None else user_code.snapshot(source, place)
+        check(workload, config, None if digest is None else user_code.directory(place, digest), waits)
+        return digest
+
+
+def _source(names: list[str], code: str | Path | None) -> Path | None:
+    if code is not None:
+        return Path(code).expanduser().absolute()
+    roots = {name.partition(":")[0].partition(".")[0] for name in names} - {*user_code.OURS}
+    if not roots:
+        return None
+    here = Path(os.getcwd())
+    return here if any((here / root).is_dir() or (here / f"{root}.py").is_file() for root in roots) else None
+
+
+def _reads_files(workload: str, config: Mapping[str, Any]) -> bool:
+    corpora = (config.get("data") or {}).get("corpora") or []
+    return workload in ("sft", "reward", "dpo", "ppo", "judge", "rollouts") or any(
+        corpus["kind"] in ("files", "jsonl") for corpus in corpora
+    )
+
+
 def check(
     workload: str,
     config: Mapping[str, Any],

@@ -191,12 +191,21 @@ def _check_origin(name: str, module: Any, code: str | None) -> None:
     root = name.partition(":")[0].partition(".")[0]
     mine = code and ((Path(code) / root).is_dir() or (Path(code) / f"{root}.py").is_file())
     file = getattr(module, "__file__", None)
-    if mine and not (file and Path(file).resolve().is_relative_to(Path(str(code)).resolve())):
+    if mine and not (file and _is_copy(Path(file).resolve(), module.__name__, Path(str(code)).resolve())):
         raise SpecError(
             f"The reward function {name} is in your {root}, but {file or 'Python itself'} has the same name and goes "
             "first.",
             f"Rename your {root}.",
         )
+
+
+def _is_copy(file: Path, module_name: str, code: Path) -> bool:
+    """Whether a module's file is in the user's copy, or is what was copied (a project installed in editable mode)."""
+    if file.is_relative_to(code):
+        return True
+    place = code.joinpath(*module_name.split("."))
+    copies = (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+    return any(path.read_bytes() == file.read_bytes() for path in copies)
 
 
 def numbers(name: str, found: list[Any], count: int) -> list[float]:

@@ -14,7 +14,12 @@ from escala.cli.cluster import Json
 if TYPE_CHECKING:
     from escala.api import Watched
 
-JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
+JobName = Annotated[
+    str,
+    typer.Argument(
+        help="A job's id, the start of one, or its name: the newest of it that succeeded or runs."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: a.b=value.", metavar="A.B=C")
 ]
@@ -23,6 +28,13 @@ Files = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved spec and its cost; start nothing.")
+]
+Code = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where your modules (reward functions) are; they are copied. [default: this directory]",
+        metavar="DIR",
+    ),
 ]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the progress.")]
 
@@ -57,6 +69,7 @@ def submit(
     ] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    code: Code = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -73,11 +86,11 @@ def submit(
         "max_seconds": max_seconds,
     }
     if dry_run:
-        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
+        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
         render_plans.resolved(answer, *api.cost(answer), json)
         return
     report = render.quiet if json else render.note
-    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
+    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law, code=code)
     render.submitted(job, json)
     if follow:
         follow_job(job.id)

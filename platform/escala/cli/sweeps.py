@@ -8,7 +8,7 @@ import typer
 
 from escala.cli import render, render_sweeps
 from escala.cli.cluster import Json
-from escala.cli.jobs import DryRun, Follow, Overrides
+from escala.cli.jobs import Code, DryRun, Follow, Overrides
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +30,7 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
+    code: Code = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -46,10 +47,10 @@ def sweep(
         "max_seconds": max_seconds,
     }
     if dry_run:
-        render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)
+        render_sweeps.plan(api.plan_sweep(space, overrides or (), code), json)
         return
     report = render.quiet if json else render.note
-    job = api.sweep(space, overrides or (), options, resume, report)
+    job = api.sweep(space, overrides or (), options, resume, report, code)
     render.submitted(job, json)
     if follow:
         ended = render.follow(api.watch(job.id))

@@ -14,7 +14,7 @@ MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, jo
 
 @dataclass(frozen=True)
 class NewJob:
-    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+    """What somebody asks for. `after` and `parent` name jobs, as JobStore.get takes them."""
 
     workload: str
     entry_point: str

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escala import manifests, spec
+from escala import manifests, spec, user_code
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.hardware import load_cluster
 from escala.jobs.state import FINAL
@@ -110,7 +110,7 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) ->
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    return start(job, report, resume_from=str(checkpoints), parent=old.id)
+    return start(job, report, resume_from=str(checkpoints), parent=old.id, code=old.tags.get(user_code.TAG))
 
 
 def logs(name: str, follow: bool = False) -> Iterator[str]:
@@ -158,9 +158,17 @@ def _check_room(job: spec.JobSpec) -> None:
 
 
 def start(
-    job: spec.JobSpec, report: Report, resume_from: str | None = None, parent: str | None = None
+    job: spec.JobSpec,
+    report: Report,
+    resume_from: str | None = None,
+    parent: str | None = None,
+    code: str | None = None,
 ) -> Job:
-    """Queue a checked job. Raises SpecError for one that the embedded head can never hold, ClusterError."""
+    """Queue a checked job. Raises SpecError for one that the embedded head can never hold, ClusterError.
+
+    Args:
+        code: the digest of the copy of the user's modules (escala.user_code).
+    """
     from escala.jobs.model import NewJob
 
     _check_room(job)
@@ -179,6 +187,7 @@ def start(
         resume_from=resume_from,
         parent=parent,
         experiment=Settings().experiment,
+        tags={user_code.TAG: code} if code else {},
     )
     return enqueue(new, report)
 

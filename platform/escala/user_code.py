@@ -71,18 +71,22 @@ def _candidates(source: Path) -> Iterator[Path]:
             continue
         if entry.suffix == ".py" and entry.is_file():
             yield entry
-        elif entry.is_dir() and entry.name.isidentifier() and any(entry.glob("*.py")):
+        elif entry.is_dir() and entry.name.isidentifier() and any(entry.glob("*.py")) and not _is_venv(entry):
             yield from _inside(entry)
 
 
 def _inside(package: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(package):
         kept = [f for f in folders if not f.startswith(".") and f not in SKIPPED]
-        folders[:] = sorted(f for f in kept if not (Path(folder) / f / "pyvenv.cfg").exists())
+        folders[:] = sorted(f for f in kept if not _is_venv(Path(folder) / f))
         for name in sorted(files):
             path = Path(folder) / name
             if path.suffix != ".pyc" and not name.startswith(".") and path.is_file():
                 yield path
+
+
+def _is_venv(folder: Path) -> bool:
+    return (folder / "pyvenv.cfg").exists()
 
 
 def _read(path: Path) -> bytes:

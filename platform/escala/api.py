@@ -20,10 +20,12 @@ from escala import manifests, preflight, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
+    MOST_ROWS,
     SWEEP,
     JobDetails,
     Report,
     Watched,
+    check_limit,
     job,
     jobs,
     logs,
@@ -40,7 +42,7 @@ from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
-from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
+from escala.sweeps.service import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINAL",
+    "MOST_ROWS",
     "Garbage",
     "JobDetails",
     "NotFoundError",
     "RunRecord",
     "SpecError",
     "Watched",
+    "check_limit",
     "collect_garbage",
     "compare",
     "cost",
@@ -69,6 +73,7 @@ __all__ = [
     "jobs",
     "logs",
     "plan_sweep",
+    "preview_sweeps",
     "resolve",
     "resume",
     "retry",
@@ -99,6 +104,7 @@ LATER = {
         "law",
         "laws",
         "plot_law",
+        "preview_file",
         "predict_law",
         "promote_law",
     ),
@@ -241,7 +247,8 @@ def submit(
         code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
             are copied into the home.
 
-    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
+    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
     loaded = _load(workload, files, overrides, options, compute_flops, law, base)
     return start(loaded, report, code=_ready(loaded, code))

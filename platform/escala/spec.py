@@ -35,6 +35,9 @@ class JobOptions(Strict):
     after: str | None = Field(None, description="a job that must succeed first")
     max_flops: float | None = Field(None, gt=0)
     max_seconds: float | None = Field(None, gt=0)
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="again: the same job"
+    )
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("three", SpecError, "can't be called as function(prompts, responses)"),
         ("waits", SpecError, "is a coroutine"),
         ("none", SpecError, "raised TypeError"),
-        ("huge", SpecError, "for response 0"),
+        ("huge", SpecError, "for response 1"),
         ("absent", SpecError, "can't be imported: AttributeError"),
     ],
 )

@@ -65,8 +65,8 @@ def test_a_function_rewards(module: None) -> None:
         ("rewards_of_mine:constant", "is no function but int"),
         ("rewards_of_mine:fails", "raised ZeroDivisionError: division by zero"),
         ("rewards_of_mine:short", "returned 1 rewards for 2 responses"),
-        ("rewards_of_mine:words", "returned 'good' for response 0"),
-        ("rewards_of_mine:infinite", "returned inf for response 1"),
+        ("rewards_of_mine:words", "returned 'good' for response 1"),
+        ("rewards_of_mine:infinite", "returned inf for response 2"),
     ],
 )
 def test_a_function_that_fails_is_named(module: None, name: str, words: str) -> None:

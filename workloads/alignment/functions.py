@@ -225,7 +225,7 @@ def _number(name: str, index: int, value: Any) -> float:
         number = math.nan
     if not abs(number) <= FP32_MAX:
         raise SpecError(
-            f"The reward function {name} returned {repr(value)[:100]} for response {index}.",
+            f"The reward function {name} returned {repr(value)[:100]} for response {index + 1}.",
             "Return a number for each response that is finite in fp32.",
         )
     return number

@@ -237,5 +237,5 @@ def timely(ask: Any, what: str) -> Any:
     except TimeoutError as error:
         raise StateError(
             f"The rollout service did not give its {what} in time.",
-            "Raise rollouts.timeout_seconds, or give it more replicas; then `escala retry`.",
+            "Raise rollouts.timeout_seconds, or give it more replicas; then `escala jobs retry`.",
         ) from error

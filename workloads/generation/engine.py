@@ -74,6 +74,7 @@ class Engine:
             torch.set_num_threads(threads)
         self._network, config = Network(model), model.config
         self._tokenizer = tokenizer
+        self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
         item = self._network.like.element_size()
         block_bytes = 2 * config.n_layers * config.kv_heads * config.head_size * block_tokens * item
         if cache_tokens is None:
@@ -117,7 +118,7 @@ class Engine:
         self._check(request)
         text = None
         if self._tokenizer is not None:
-            text = TextStream(self._tokenizer.tokenizer, request.params.stop)
+            text = TextStream(self._tokenizer.tokenizer, request.params.stop, continues=True)
         self._sequences[request.id] = self._scheduler.add(request, text)
 
     def cancel(self, request_id: str) -> bool:
@@ -245,8 +246,8 @@ class Engine:
         self._generated += 1
         params, text, stream = sequence.request.params, "", sequence.text
         reason: FinishReason | None = None
-        end_of_text = None if self._tokenizer is None or params.ignore_eos else self._tokenizer.end_of_text
-        if token == end_of_text or token in params.stop_token_ids:
+        is_end = token in self._ends and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
             reason = "stop"
         elif stream is not None:
             text = stream.push(token)

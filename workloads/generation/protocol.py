@@ -53,10 +53,11 @@ class SamplingParams:
         stop_token_ids: end after one of these, STOP_TOKENS at most; it is part of the response's tokens, not of its
             text.
         stop: end before one of these strings, STOP_STRINGS of STOP_CHARACTERS at most, wherever token borders fall;
-            the text ends before the string, the tokens with the one that completed it.
+            the text ends before the string, the tokens with the one that completed it. One that spells a special
+            token ends at the token.
         seed: of this request's own random numbers, 0 to 2^63 - 1: a client that wants different samples of one
             prompt gives different seeds.
-        ignore_eos: go on after the tokenizer's end of text.
+        ignore_eos: go on after every token that ends an answer by the model's files and template.
 
     Raises SpecError where a value is out of range, or of another type.
     """

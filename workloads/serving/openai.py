@@ -14,12 +14,21 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from escala.errors import SpecError
+from workloads.data.messages import plain_messages
 from workloads.generation.protocol import INT64_MAX, STOP_STRINGS, STOP_TOKENS, SamplingParams
 from workloads.serving.records import Generated, Piece, Prompt
 
@@ -167,7 +176,7 @@ class CompletionRequest(_Asked):
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, str]] = Field(min_length=1)
+    messages: Annotated[list[dict[str, Any]], AfterValidator(plain_messages)]
     max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, description="None: what the service gives at most")
     logprobs: bool = False

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from workloads.config.serve import ServeConfig
+from workloads.data.messages import plain_messages
 from workloads.serving.loopback import keep_serve_on_loopback
+
+Chat = Annotated[list[dict[str, Any]], AfterValidator(plain_messages)]
 
 
 class ScoreRequest(BaseModel):
@@ -16,7 +19,7 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     responses: list[str]
 
     @model_validator(mode="after")
@@ -31,7 +34,7 @@ class CompareRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     first: list[str]
     second: list[str]
 

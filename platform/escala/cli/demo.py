@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import demo_rlhf, render, render_laws, render_plans, render_sweeps
+from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -45,8 +45,9 @@ def run() -> None:
     from escala.planning.limits import Limits
 
     render.step(f"1. the sweep {SPACE}")
-    sweep = api.sweep(SPACE, report=render.note)
-    if render.follow(api.watch(sweep.id)).state != "succeeded":
+    with progress.reporting("submitting", False) as report:
+        sweep = api.sweep(SPACE, report=report)
+    if progress.follow(api.watch(sweep.id)).state != "succeeded":
         raise typer.Exit(1)
     points = api.sweep_points(sweep.id)
     render_sweeps.points(points, sweep.id, False)
@@ -57,7 +58,7 @@ def run() -> None:
 
     budget = AHEAD * float(points.points["compute_flops"].max())
     law = fitted.stored.reference
-    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {budget:.3g} FLOPs")
+    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {render.number(budget)} FLOPs")
     try:
         render_plans.plan(api.plan_law(law, Limits(compute_flops=budget)), False)
     except LawError as refusal:
@@ -74,7 +75,7 @@ def run() -> None:
         law=law,
         base=api.space_base(SPACE),
     )
-    if render.follow(api.watch(job.id)).state != "succeeded":
+    if progress.follow(api.watch(job.id)).state != "succeeded":
         raise typer.Exit(1)
     record = api.finished_run(job.id)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from escala.cli import render, render_plans
+from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ Code = Annotated[
     typer.Option(
         help="Where your modules (reward functions) are; they are copied. [default: this directory]",
         metavar="DIR",
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--idempotency-key",
+        help="Any text of yours: the same key again is the same job, not a second one.",
+        metavar="KEY",
     ),
 ]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the progress.")]
@@ -70,6 +78,7 @@ def submit(
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     code: Code = None,
+    idempotency_key: Key = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -84,16 +93,19 @@ def submit(
         "after": after,
         "max_flops": max_flops,
         "max_seconds": max_seconds,
+        "idempotency_key": idempotency_key,
     }
     if dry_run:
         answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
         render_plans.resolved(answer, *api.cost(answer), json)
         return
-    report = render.quiet if json else render.note
-    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law, code=code)
+    with progress.reporting("submitting", json) as report:
+        job = api.submit(
+            workload, files or (), overrides or (), options, report, compute_flops, law, code=code
+        )
     render.submitted(job, json)
     if follow:
-        follow_job(job.id)
+        follow_job(job.id, json)
 
 
 def ps(
@@ -104,10 +116,15 @@ def ps(
     """List the jobs that wait or run."""
     from escala import api
 
-    found = api.jobs(everything=everything, limit=limit)
-    render.jobs(found, json)
-    if len(found) == limit:
-        render.note(f"the first {limit}; --limit shows more")
+    api.check_limit(limit)
+    found = api.jobs(everything=everything, limit=min(limit + 1, api.MOST_ROWS))
+    render.jobs(found[:limit], json)
+    if len(found) > limit:
+        render.note(f"the first {limit:,}; --limit shows more")
+    elif not found:
+        render.note(
+            "there are no jobs" if everything else "no jobs wait or run; `escala ps --all` shows others"
+        )
     if any(job.state not in api.FINAL for job in found) and (why := api.trouble()):
         render.note(why)
 
@@ -163,27 +180,35 @@ def retry(job: JobName, follow: Follow = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
     from escala import api
 
-    again = api.retry(job, report=render.note)
+    with progress.reporting("submitting", False) as report:
+        again = api.retry(job, report=report)
     render.submitted(again, False)
     if follow:
         follow_job(again.id)
 
 
-def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, json: Json = False) -> None:
+def resume(
+    job: JobName,
+    overrides: Overrides = None,
+    idempotency_key: Key = None,
+    follow: Follow = False,
+    json: Json = False,
+) -> None:
     """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
     from escala import api
 
-    new = api.resume(job, overrides or (), report=render.quiet if json else render.note)
+    with progress.reporting("submitting", json) as report:
+        new = api.resume(job, overrides or (), report, idempotency_key)
     render.submitted(new, json)
     if follow:
-        follow_job(new.id)
+        follow_job(new.id, json)
 
 
-def follow_job(job_id: str) -> None:
-    """Progress until the job ends; exit 1 unless it succeeded or stopped as asked."""
+def follow_job(job_id: str, json: bool = False) -> None:
+    """Progress until the job ends; exit 1 unless it succeeded."""
     from escala import api
 
-    ended = render.follow(_with_trouble(api.watch(job_id)))
+    ended = progress.follow(_with_trouble(api.watch(job_id)), json)
     if ended.state != "succeeded":
         raise typer.Exit(1)
 

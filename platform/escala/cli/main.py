@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 
@@ -30,12 +31,23 @@ rollouts.register(app)
 demo.register(app)
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, as the CLI's own lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        render.warning(self.format(record))
+
+
 def main() -> None:
     """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
+    hide_in_tracebacks()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
     hide_in_tracebacks()
+    warnings = logging.getLogger("escala")
+    warnings.addHandler(_Warnings(logging.WARNING))
+    warnings.propagate = False
     try:
         app()
     except EscalaError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import laws, render, render_plans
+from escala.cli import laws, progress, render, render_plans
 from escala.cli.cluster import Json
 from escala.cli.jobs import Follow, Overrides, follow_job
 from escala.cli.laws import Name, Refresh
@@ -61,8 +61,9 @@ def device(
     """Measure one worker's speed, memory and link while all work, and write the cluster's file."""
     from escala import api
 
-    job = api.bench_device(workers, gpus_per_worker, report=render.quiet if json else render.note)
-    follow_job(job.id)
+    with progress.reporting("submitting", json) as report:
+        job = api.bench_device(workers, gpus_per_worker, report=report)
+    follow_job(job.id, json)
     render_plans.device(api.write_cluster(job.id, to), to, json)
 
 
@@ -132,8 +133,11 @@ def plan(
     if submit:
         from escala import api
 
-        best, report = planned.plan, render.quiet if json else render.note
-        job = api.submit_run(planned.law.reference, best.n_active, best.n_total, best.tokens, report=report)
+        best = planned.plan
+        with progress.reporting("submitting", json) as report:
+            job = api.submit_run(
+                planned.law.reference, best.n_active, best.n_total, best.tokens, report=report
+            )
         render.submitted(job, json)
 
 
@@ -173,15 +177,15 @@ def propose(
     if submit:
         from escala import api
 
-        report = render.quiet if json else render.note
-        started = [
-            api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
-            for p in found.proposals
-        ]
+        with progress.reporting("submitting", json) as report:
+            started = [
+                api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
+                for p in found.proposals
+            ]
         for job in started:
             render.submitted(job, json)
         for job in started if follow else ():
-            follow_job(job.id)
+            follow_job(job.id, json)
 
 
 def explore(
@@ -198,11 +202,11 @@ def explore(
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
     from escala import api
 
-    report = render.quiet if json else render.note
     last = None
-    for last in api.explore(
-        law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
-    ):
-        if not json:
-            render_plans.round_(last)
+    with progress.reporting("exploring", json) as report:
+        for last in api.explore(
+            law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
+        ):
+            if not json:
+                render_plans.round_(last)
     render_plans.exploration(last, json)

@@ -29,7 +29,7 @@ from escala.jobs import tables
 from escala.jobs.rows import dump_json, load_json
 
 log = logging.getLogger("escala.database")
-HEAD = "0001"
+HEAD = "0002"
 """The revision that this program reads and writes (the last file in migrations/versions)."""
 
 BUSY_SECONDS = 30.0  # a writer waits this long for another one; transactions here take milliseconds

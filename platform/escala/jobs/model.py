@@ -10,6 +10,7 @@ from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class NewJob:
     parent: str | None = None  # the job that this one retries or resumes
     experiment: str = "escala"
     tags: dict[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = (
+        None  # the same key again is the same job; None: one for this submission alone
+    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,19 @@ class Job:
     compute_flops: float | None
     wall_seconds: float | None
     energy_joules: float | None
+    idempotency_key: str | None = None
+    spec_hash: str | None = None
 
     @property
     def view(self) -> JobView:
         """What the state machine reads."""
         stop = self.reason if self.state == "stopping" else None
         return JobView(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether nobody gave its idempotency key."""
+        return self.idempotency_key is None or self.idempotency_key.startswith(OWN_KEY)
 
     @property
     def place(self) -> Queued:

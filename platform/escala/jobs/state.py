@@ -10,7 +10,7 @@
 5. A starting job whose driver is seen at work is `running`.
 6. A stop that a user asks for ends a queued job at once: `stopped`, reason "user". A starting or running
    job becomes `stopping`: the attempt is asked to write a checkpoint and end; after a grace its driver is
-   killed.
+   killed. One that has not made a step yet has nothing to write: its driver is killed at once.
 7. A starting or running job that overruns its budget of seconds becomes `stopping` in the same way, reason
    "budget".
 8. An attempt ends with an outcome, or is found lost (outcome "driver_lost"). From starting, running or

@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, or_, select, update
 from sqlalchemy.sql import Select
 
-from escala.errors import NotFoundError, StateError
+from escala.errors import ClusterError, NotFoundError, StateError
 from escala.jobs import tables
 from escala.jobs.database import open_engine, reading, writing
+from escala.jobs.identity import check_same, own_key, spec_hash
 from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
 from escala.jobs.rows import Rows
 from escala.jobs.state import (
@@ -38,6 +39,7 @@ from escala.jobs.state import (
 from escala.records import Outcome, Progress
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
+SUBMIT_WAITS = (0.1, 0.5)  # seconds between the tries of a submission whose connection is lost
 USER_TRIES = 10  # a user's word must not lose a race against a progress of the job
 
 
@@ -74,7 +76,11 @@ class JobStore:
     # What a user does
 
     def submit(self, new: NewJob) -> Job:
-        """Queue a job. Raises NotFoundError where `after` or `parent` names no job."""
+        """Queue a job; or find the one that its idempotency key has queued before, whatever has become of it.
+
+        So it may be repeated: one whose answer was lost with the connection is found, not doubled.
+        Raises NotFoundError where `after` or `parent` names no job, SpecError where the key has another spec.
+        """
         now = self._clock()
         values = asdict(new) | {
             "name": new.name or new.workload,
@@ -84,12 +90,27 @@ class JobStore:
         }
         values |= {"submitted_at": now, "changed_at": now, "state": "queued", "message": "", "hint": ""}
         values |= {"revision": 0, "attempts": 0, "retries_used": 0, "stop_requested": False}
+        values |= {"idempotency_key": new.idempotency_key or own_key(), "spec_hash": spec_hash(values)}
+        for wait in SUBMIT_WAITS:
+            try:
+                return self._queue_once(values)
+            except ClusterError:  # the connection was lost, or another process used the key first
+                time.sleep(wait)
+        return self._queue_once(values)
+
+    def _queue_once(self, values: dict[str, Any]) -> Job:
+        """One try of `submit`."""
+        job, key = tables.job, values["idempotency_key"]
         with writing(self._engine) as connection:
+            found = connection.execute(select(job).where(job.c.idempotency_key == key)).mappings().first()
+            if found is not None:
+                check_same(dict(found), values)
+                return self._rows.one(Job, found)
             job_id = new_id()
-            while connection.execute(select(tables.job.c.id).where(tables.job.c.id == job_id)).first():
+            while connection.execute(select(job.c.id).where(job.c.id == job_id)).first():
                 job_id = new_id()
-            connection.execute(insert(tables.job).values(**values, id=job_id))
-            _note(connection, job_id, 0, Decision("queued", at=now))
+            connection.execute(insert(job).values(**values, id=job_id))
+            _note(connection, job_id, 0, Decision("queued", at=values["submitted_at"]))
             return self._job(connection, job_id)
 
     def get(self, name: str, wanted: Sequence[State] = ALIVE) -> Job:
@@ -251,6 +272,12 @@ class JobStore:
     def active(self) -> Sequence[Job]:
         """Jobs with an attempt that may be at work."""
         return self.list(ACTIVE)
+
+    def waiting(self, limit: int | None = None) -> Sequence[Job]:
+        """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
+        job = tables.job.c
+        query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
+        return self._jobs(query.limit(limit))
 
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""

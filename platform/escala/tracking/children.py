@@ -9,7 +9,7 @@ from typing import Any
 
 from escala import lines
 from escala.files import no_room
-from escala.records import TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
+from escala.records import STOP_REASONS, TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
 from escala.tracking.delivery import Delivery
 from escala.tracking.spool import close_spool
 
@@ -74,7 +74,8 @@ class FamilyDelivery:
         ended = trial.outcome.exists()
         ended = ended or over or not last
         if ended:
-            self._close(trial)
+            killed = over and _status(read_record(Outcome, sweep.outcome), "FAILED") == "KILLED"
+            self._close(trial, "KILLED" if killed else "FAILED")
         if not self._delivery.deliver(trial.spool, {PARENT_TAG: parent.read_text().strip()}):
             return False
         if ended and self._look_back(trial.directory) and not self._delivery.deliver(trial.spool):
@@ -83,7 +84,7 @@ class FamilyDelivery:
             self._settled.add(key)
         return ended
 
-    def _close(self, files: AttemptFiles) -> None:
+    def _close(self, files: AttemptFiles, without: str = "FAILED") -> None:
         """Complete the spool of an attempt that has ended: a killed driver could not, and what it wrote may be
         damaged. Trouble is logged, and tried again.
         """
@@ -91,7 +92,7 @@ class FamilyDelivery:
             return
         try:
             spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-            close_spool(files.spool, _status(outcome), None if spec is None else _start(spec))
+            close_spool(files.spool, _status(outcome, without), None if spec is None else _start(spec))
             self._closed.add(files.directory)
         except OSError as error:
             if not no_room(error):  # else the delivery says so
@@ -106,10 +107,16 @@ class FamilyDelivery:
             return False
 
 
-def _status(outcome: Outcome | None) -> str:
-    """MLflow's word for an attempt that did not close its run by itself."""
-    words = {"succeeded": "FINISHED", "budget": "FINISHED", "user": "KILLED", "preempted": "KILLED"}
-    return words.get(outcome.kind, "FAILED") if outcome is not None else "FAILED"
+def _status(outcome: Outcome | None, without: str) -> str:
+    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that.
+
+    A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
+    """
+    if outcome is None:
+        return without
+    if outcome.kind in STOP_REASONS:
+        return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
+    return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
 
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class TestJobStore:
         assert replace(found, idempotency_key=old.idempotency_key, spec_hash=old.spec_hash) == old
         assert (found.idempotency_key, found.spec_hash) == (None, None)
 
-    def test_get_takes_id_unique_name_and_unique_prefix(self, store):
+    def test_get_takes_id_name_and_unique_prefix(self, store):
         one, two = store.submit(replace(NEW, name="a")), store.submit(replace(NEW, name="b"))
         assert store.get("a") == one
         assert store.get(two.id[:7]) == two
@@ -164,6 +164,29 @@ class TestJobStore:
             store.get("c%")
         with pytest.raises(NotFoundError):
             store.submit(replace(NEW, after="nothing"))
+
+    def test_a_name_means_its_newest_job_that_succeeded_or_runs(self, store):
+        def ended(outcome):
+            job = store.submit(replace(NEW, name="first", retries=0))
+            if outcome is not None:
+                store.claim_start(job)
+                store.finish(store.get(job.id), Outcome(outcome), Usage())
+            return job.id
+
+        failed = ended("user_error")
+        assert store.get("first").id == failed  # the newest, where none is better
+        good = ended("succeeded")
+        worse = ended("user_error")
+        assert store.get("first").id == good
+        assert store.submit(replace(NEW, after="first", parent="first")).after == good
+        with pytest.raises(StateError):
+            store.request_stop("first")
+        waiting = ended(None)
+        assert store.get("first").id == waiting
+        assert store.request_stop("first").id == waiting
+        assert store.get("first").id == good
+        assert store.request_retry("first").id == waiting  # it was stopped last
+        assert store.get(worse).id == worse
 
     def test_an_attempt_from_claim_to_end(self, store):
         job = store.submit(NEW)

@@ -15,7 +15,7 @@ OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for ea
 
 @dataclass(frozen=True)
 class NewJob:
-    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+    """What somebody asks for. `after` and `parent` name jobs, as JobStore.get takes them."""
 
     workload: str
     entry_point: str

@@ -139,6 +139,27 @@ class TestJobStore:
         assert [j.id for j in store.list()] == [job.id]
         assert job.has_own_key == (key is None)
 
+    def test_an_answer_to_a_stop_or_a_retry_that_is_lost_is_no_error(self, store, monkeypatch):
+        @contextmanager
+        def lost(engine):
+            with writing(engine) as connection:
+                yield connection
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+        @contextmanager
+        def failing(engine):
+            raise OperationalError("BEGIN", {}, Exception("no connection"))
+            yield
+
+        job = store.submit(NEW)
+        monkeypatch.setattr("escala.jobs.store.writing", lost)
+        assert store.request_stop(job.id).state == "stopped"
+        assert store.request_retry(job.id).state == "queued"
+        monkeypatch.setattr("escala.jobs.store.writing", failing)
+        with pytest.raises((OperationalError, ClusterError)):
+            store.request_stop(job.id)
+        assert store.get(job.id).state == "queued"
+
     def test_a_database_from_before_the_keys_is_brought_up_to_date(self, store, database_url):
         from alembic import command
         from alembic.config import Config

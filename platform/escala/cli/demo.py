@@ -53,7 +53,8 @@ def run() -> None:
     render_sweeps.points(points, sweep.id, False)
 
     render.step("2. the law")
-    fitted = api.fit_sweeps([sweep.id], LAW)
+    with progress.working("fitting the law"):
+        fitted = api.fit_sweeps([sweep.id], LAW)
     render_laws.fitted(fitted, False)
 
     budget = AHEAD * float(points.points["compute_flops"].max())
@@ -66,18 +67,20 @@ def run() -> None:
         return
 
     render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
-    job = api.submit(
-        "pretrain",
-        overrides=[f"resources.workers={WORKERS}"],
-        options={"name": LAW},
-        report=render.note,
-        compute_flops=budget,
-        law=law,
-        base=api.space_base(SPACE),
-    )
+    with progress.reporting("submitting", False) as report:
+        job = api.submit(
+            "pretrain",
+            overrides=[f"resources.workers={WORKERS}"],
+            options={"name": LAW},
+            report=report,
+            compute_flops=budget,
+            law=law,
+            base=api.space_base(SPACE),
+        )
     if progress.follow(api.watch(job.id)).state != "succeeded":
         raise typer.Exit(1)
-    record = api.finished_run(job.id)
+    with progress.working("waiting for the run's record in MLflow"):
+        record = api.finished_run(job.id)
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)

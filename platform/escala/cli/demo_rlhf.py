@@ -92,7 +92,8 @@ def _ended(job: str) -> RunRecord:
 
     if progress.follow(api.watch(job)).state != "succeeded":
         raise typer.Exit(1)
-    return api.finished_run(job)
+    with progress.working("waiting for the run's record in MLflow"):
+        return api.finished_run(job)
 
 
 def _compare(learned: RunRecord) -> None:

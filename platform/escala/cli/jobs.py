@@ -116,11 +116,11 @@ def logs(job: JobName, follow: Follow = False) -> None:
         render.raw(line)
 
 
-def stop(job: JobName) -> None:
-    """Ask a job to write a checkpoint and stop."""
+def stop(job: JobName, json: Json = False) -> None:
+    """Ask a job to write a checkpoint and stop; one that has not made a step stops at once."""
     from escala import api
 
-    render.submitted(api.stop(job), False)
+    render.submitted(api.stop(job), json)
 
 
 def gc(
@@ -145,7 +145,9 @@ def export(
     """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
     from escala import api
 
-    render.exported(api.export(run, to, adapter), adapter)
+    with progress.working("exporting"):
+        written = api.export(run, to, adapter)
+    render.exported(written, adapter)
 
 
 def show(job: JobName, json: Json = False) -> None:
@@ -155,15 +157,15 @@ def show(job: JobName, json: Json = False) -> None:
     render.job(api.job(job), json)
 
 
-def retry(job: JobName, follow: Follow = False) -> None:
+def retry(job: JobName, follow: Follow = False, json: Json = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
     from escala import api
 
-    with progress.reporting("submitting", False) as report:
+    with progress.reporting("submitting", json) as report:
         again = api.retry(job, report=report)
-    render.submitted(again, False)
+    render.submitted(again, json)
     if follow:
-        follow_job(again.id)
+        follow_job(again.id, json)
 
 
 def resume(

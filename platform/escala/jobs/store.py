@@ -133,10 +133,16 @@ class JobStore:
 
     def _insist(self, name: str, event: Event) -> Job:
         for _ in range(USER_TRIES):
+            job = self.get(name)
             try:
-                return self.apply(self.get(name), event)
+                return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
+            except (DBAPIError, ClusterError):
+                now = self.get(name)
+                if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
+                    return now  # the answer alone was lost
+                raise
         raise LostRace(f"job {name} changes too fast", "try again")
 
     # What the reconcile loop does

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
-from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
+from escala.sweeps.service import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
@@ -73,6 +73,7 @@ __all__ = [
     "jobs",
     "logs",
     "plan_sweep",
+    "preview_sweeps",
     "resolve",
     "resume",
     "retry",
@@ -103,6 +104,7 @@ LATER = {
         "law",
         "laws",
         "plot_law",
+        "preview_file",
         "predict_law",
         "promote_law",
     ),
@@ -142,6 +144,13 @@ def status() -> ClusterStatus:
     from escala import cluster
 
     return cluster.status(Settings())
+
+
+def trouble() -> str | None:
+    """Why no job moves on now, and what to do; None where nothing stands in the way. Milliseconds."""
+    from escala import cluster
+
+    return cluster.trouble(Settings())
 
 
 # Rollouts
@@ -329,9 +338,12 @@ def export(name: str, to: Path, adapter: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Checkpoints that the retention rule gives up: (path, bytes)."""
+    """Checkpoints that the retention rule gives up: (path, bytes); and why others cannot be used, which nobody but you
+    deletes.
+    """
 
     checkpoints: list[tuple[str, int]]
+    damaged: list[str] = field(default_factory=list)
 
 
 def collect_garbage(name: str | None = None, keep: int | None = None, delete: bool = False) -> Garbage:
@@ -343,18 +355,19 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
         raise SpecError("--keep must be at least 1", "a job without a checkpoint cannot be resumed")
     with open_store() as store:
         ended = [store.get(name)] if name else store.list(FINAL)
-    home, found = Settings().home, list[tuple[str, int]]()
+    home, found, damaged = Settings().home, list[tuple[str, int]](), list[str]()
     for each in ended:
         if each.state not in FINAL:
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
         directory = JobFiles(home, each.id).checkpoints
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-        found += [_size(directory / n) for n in manifests.to_delete(names, rule)]
+        retention = manifests.retention(directory, rule)
+        found += [_size(directory / name) for name in retention.delete]
+        damaged += [error.message for error in retention.damaged]
     if delete:
         for path, _ in found:
             shutil.rmtree(path)
-    return Garbage(found)
+    return Garbage(found, damaged)
 
 
 def _size(directory: Path) -> tuple[str, int]:

@@ -17,6 +17,7 @@ from workloads.alignment.judge import Judge, load_judge_model, read_references
 from workloads.alignment.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 from workloads.config.rewards import FunctionRewardConfig, ModelRewardConfig, RewardConfig
 from workloads.data.dialogues import Prompt
+from workloads.generation.protocol import FP32_MAX, shown
 
 if TYPE_CHECKING:
     from workloads.data.chat import ChatTokenizer
@@ -60,12 +61,12 @@ class FunctionReward:
     def _number(self, index: int, value: Any) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= FP32_MAX:
             raise SpecError(
-                f"The reward function {self.name} returned {value!r} for response {index + 1}.",
-                "Return a finite number for each response.",
+                f"The reward function {self.name} returned {shown(value)} for response {index + 1}.",
+                "Return a number for each response that is finite in fp32.",
             )
         return number
 
@@ -98,9 +99,29 @@ class WeightedSum:
 
 
 def weighted_sums(columns: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
-    """Of each response: the sum of weight * reward over (weight, rewards of all responses)."""
+    """Of each response: the sum of weight * reward over (weight, rewards of all responses). Raises DataError for one
+    that is not finite in fp32, in which it is learnt from.
+    """
     rows = zip(*([weight * reward for reward in rewards] for weight, rewards in columns), strict=True)
-    return [math.fsum(row) for row in rows]
+    return finite([_sum(row) for row in rows], "reward")
+
+
+def _sum(row: Sequence[float]) -> float:
+    try:
+        return math.fsum(row)
+    except (OverflowError, ValueError):  # beyond fp64, or infinities of both signs
+        return math.nan
+
+
+def finite(values: list[float], what: str) -> list[float]:
+    """`values`, each a finite number in fp32. Raises DataError, which names the first that is not."""
+    for index, value in enumerate(values):
+        if not abs(value) <= FP32_MAX:
+            raise DataError(
+                f"The {what} of response {index} is {value:g}: not a finite number in fp32.",
+                "Check the models and functions that give it, and the rewards' weights.",
+            )
+    return values
 
 
 class RewardModelScorer:

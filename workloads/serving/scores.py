@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from workloads.config.serve import ServeConfig
+from workloads.data.messages import plain_messages
+from workloads.serving.loopback import keep_serve_on_loopback
+
+Chat = Annotated[list[dict[str, Any]], AfterValidator(plain_messages)]
 
 
 class ScoreRequest(BaseModel):
@@ -15,7 +19,7 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     responses: list[str]
 
     @model_validator(mode="after")
@@ -30,7 +34,7 @@ class CompareRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     first: list[str]
     second: list[str]
 
@@ -51,6 +55,7 @@ class RewardReplica:
 
         from workloads.alignment.scoring import build_reward
 
+        keep_serve_on_loopback()
         sections = ServeConfig.model_validate(config).reward
         self._reward = build_reward(sections, _device(torch))
         self._turn = asyncio.Lock()  # a forward pass at a time: more threads than cores cost up to 10x
@@ -69,6 +74,7 @@ class JudgeReplica:
 
         from workloads.alignment.judge import load_judge_model
 
+        keep_serve_on_loopback()
         section = ServeConfig.model_validate(config).judge
         if section is None:
             raise ValueError("a judge was deployed without a judge section")
@@ -78,11 +84,12 @@ class JudgeReplica:
     async def compare(self, prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
         """The probability that each first response is the better one, mean of both orders. Raises DataError."""
         from workloads.alignment.judge import compare
+        from workloads.alignment.scoring import finite
 
         questions = list(zip(prompts, first, second, strict=True))
         async with self._turn:
             verdicts = await asyncio.to_thread(compare, self._first_wins, questions)
-        return [verdict.win for verdict in verdicts]
+        return finite([verdict.win for verdict in verdicts], "verdict")
 
 
 def _device(torch: Any) -> Any:

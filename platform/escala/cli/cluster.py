@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def up(json: Json = False) -> None:
-    """Start what is missing: Ray head, MLflow server, reconcile loop. Safe to repeat."""
+    """Start what is missing: Ray head, MLflow server, reconcile loop, its watchdog. Safe to repeat."""
     from escala import api
 
     with progress.reporting("starting the cluster", json) as report:

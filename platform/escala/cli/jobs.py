@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
+
+if TYPE_CHECKING:
+    from escala.api import Watched
 
 JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
 Overrides = Annotated[
@@ -106,6 +110,8 @@ def ps(
         render.note(
             "there are no jobs" if everything else "no jobs wait or run; `escala ps --all` shows others"
         )
+    if any(job.state not in api.FINAL for job in found) and (why := api.trouble()):
+        render.note(why)
 
 
 def logs(job: JobName, follow: Follow = False) -> None:
@@ -189,6 +195,19 @@ def follow_job(job_id: str, json: bool = False) -> None:
     """Progress until the job ends; exit 1 unless it succeeded."""
     from escala import api
 
-    ended = progress.follow(api.watch(job_id), json)
+    ended = progress.follow(_with_trouble(api.watch(job_id)), json)
     if ended.state != "succeeded":
         raise typer.Exit(1)
+
+
+def _with_trouble(states: Iterator[Watched]) -> Iterator[Watched]:
+    """The states as they come; whatever keeps the job from moving on is said when it begins and when it ends."""
+    from escala import api
+
+    said: str | None = None
+    for state in states:
+        why = None if state.job.state in api.FINAL else api.trouble()
+        if why != said:
+            render.note(why or "it goes on")
+        said = why
+        yield state

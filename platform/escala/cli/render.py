@@ -20,6 +20,7 @@ from rich.table import Table
 
 from escala.errors import EscalaError
 from escala.records import RunRecord
+from escala.redaction import hide, hide_in
 
 if TYPE_CHECKING:
     from escala.api import Garbage, JobDetails
@@ -45,12 +46,12 @@ def error(failure: EscalaError) -> None:
 
 def note(text: str) -> None:
     """A line about what is going on; on stderr, so that stdout stays the answer."""
-    err_console.print(f"[dim]{escape(text)}[/]")
+    err_console.print(f"[dim]{escape(hide(text))}[/]")
 
 
 def warning(text: str) -> None:
     """What went wrong beside the answer, which stands; on stderr, with `--json` too."""
-    err_console.print(f"[bold yellow]warning:[/] {escape(text)}")
+    err_console.print(f"[bold yellow]warning:[/] {escape(hide(text))}")
 
 
 def quiet(text: str) -> None:
@@ -59,12 +60,21 @@ def quiet(text: str) -> None:
 
 def raw(text: str) -> None:
     """A line as it is."""
-    _out.print(text, markup=False)
+    _out.print(hide(text), markup=False)
 
 
 def as_json(value: Any) -> None:
-    """One JSON document."""
-    print(jsonlib.dumps(value, indent=1, default=str))
+    """One JSON document; a number that JSON has no text for (NaN, an infinity) is null."""
+    shown = _finite(hide_in(value))
+    print(jsonlib.dumps(shown, indent=1, default=lambda other: hide(str(other)), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def cluster(status: ClusterStatus, json: bool) -> None:
@@ -74,6 +84,8 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
+    for text in status.notes:
+        note(text)
 
 
 def submitted(view: Job, json: bool) -> None:
@@ -226,6 +238,8 @@ def garbage(found: Garbage, deleted: bool, json: bool) -> None:
     table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
     total = sum(size for _, size in found.checkpoints) / 1e6
     raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
+    for reason in found.damaged:
+        note(f"left alone: {reason}; delete it yourself when you do not need it")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -234,7 +248,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        grid.add_row(*("" if cell is None else escape(hide(str(cell))) for cell in row))
     _out.print(grid)
 
 

@@ -24,14 +24,14 @@ GB = 1e9
 
 def resolved(answer: Resolved, found: Cost, cluster: Cluster, json: bool) -> None:
     """The spec in full, what was derived, what it costs."""
-    import yaml
+    from escala import documents
 
     options = answer.spec.options.model_dump(mode="json")
     spec = {"workload": answer.spec.workload, "job": options, **answer.spec.plain()}
     if json:
         as_json({"spec": spec, "derived": answer.derived, "cost": _plain(found)})
         return
-    raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
+    raw(documents.dump(spec).rstrip())
     raw("\nderived")
     pairs(answer.derived)
     raw("\ncost")
@@ -220,7 +220,8 @@ def round_(state: Exploration) -> None:
     """The round that has just ended: what was expected, what was obtained."""
     last = state.rounds[-1]
     for each in last.obtained or ():
-        inside = "inside" if each["low"] <= each["obtained"] <= each["high"] else "OUTSIDE"
+        low, high = each["low"], each["high"]
+        inside = "no interval" if low is None else "inside" if low <= each["obtained"] <= high else "OUTSIDE"
         raw(
             f"round {len(state.rounds)}: N {number(each['n_active'])}, tokens {number(each['tokens'])}: expected "
             f"{number(each['predicted'])} ({number(each['low'])} to {number(each['high'])}), "
@@ -229,7 +230,8 @@ def round_(state: Exploration) -> None:
     for each in last.refused or ():
         raw(f"round {len(state.rounds)}: {each['name']}: {each['reason']}")
     expected = last.proposals[-1]["width_expected"]
-    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {last.width_obtained:.2%}")
+    obtained = "none" if last.width_obtained is None else f"{last.width_obtained:.2%}"
+    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {obtained}")
 
 
 def exploration(state: Exploration | None, json: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from escala.cli.render import as_json, duration, note, number, raw, table
+from escala.laws.files import REFUSAL
 
 if TYPE_CHECKING:
     from escala.sweeps.plan import Plan
@@ -57,7 +58,9 @@ def points(found: SweepPoints, job: str, json: bool) -> None:
         as_json(
             {
                 "points": jsonlib.loads(found.points.to_json(orient="records")),
-                "refused": jsonlib.loads(found.refused.to_json(orient="records")),
+                "refused": jsonlib.loads(
+                    found.refused.drop(columns=REFUSAL, errors="ignore").to_json(orient="records")
+                ),
                 "noise": found.noise,
             }
         )

@@ -21,6 +21,7 @@ from escala.errors import ClusterError, EscalaError, NotFoundError, SpecError, S
 from escala.hardware import load_cluster
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
+from escala.redaction import hide_arguments
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def resume(
 ) -> Job:
     """A new job that starts from the last good checkpoint of another one, its spec overridden.
 
-    Raises NotFoundError where the job has no checkpoint, SpecError for a bad override. A repeated key: see `enqueue`.
+    Raises NotFoundError where the job has no checkpoint, CheckpointError where none of those that it has is good,
+    SpecError for a bad override. A repeated key: see `enqueue`.
     """
     with open_store() as store:
         old = store.get(name)
@@ -118,7 +120,7 @@ def resume(
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
     checkpoints = JobFiles(Settings().home, old.id).checkpoints
-    if manifests.latest(checkpoints)[0] is None:
+    if manifests.newest(checkpoints)[0] is None:
         raise NotFoundError(
             f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
         )
@@ -216,7 +218,8 @@ def enqueue(new: NewJob, report: Report) -> Job:
     """
     rates = json.dumps(asdict(load_cluster(Settings().cluster).rates()), sort_keys=True)
     with open_store() as store:
-        queued = store.submit(replace(new, tags={**new.tags, RATES_TAG: rates}))
+        shown = hide_arguments(new.command)
+        queued = store.submit(replace(new, command=shown, tags={**new.tags, RATES_TAG: rates}))
     _up_for(queued, report)
     return queued
 
@@ -300,7 +303,8 @@ class open_store:
     def __enter__(self) -> JobStore:
         from escala.jobs.store import JobStore
 
-        self._open = JobStore(Settings().database_url)
+        settings = Settings()
+        self._open = JobStore(settings.database_url, home=settings.home)
         return self._open
 
     def __exit__(self, *_: object) -> None:

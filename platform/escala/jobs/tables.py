@@ -6,6 +6,8 @@ Times are Unix seconds. `revision` counts a job's writes: every change is a comp
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -22,6 +24,7 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+JOB_ID = re.compile("[0-9a-z]{1,16}")  # also the name of a directory: no separators
 _Counter = BigInteger().with_variant(Integer(), "sqlite")  # SQLite counts only an INTEGER key by itself
 
 job = Table(

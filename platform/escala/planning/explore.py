@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from escala import documents
 from escala.errors import LawError, SpecError, StateError
 from escala.jobs import service as jobs
 from escala.jobs.service import Report, silent
@@ -137,7 +136,10 @@ def _next(state: Exploration, report: Report) -> Round | None:
     if law is None:
         return None
     if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
-        raise StateError(f"the last {GIVE_UP} rounds gave no point", f"the rounds are in {_path(state.name)}")
+        raise StateError(
+            f"the last {GIVE_UP} rounds gave no point",
+            f"`escala logs {state.rounds[-1].job_id}` and {_path(state.name)} say why",
+        )
     left = state.budget_flops - state.spent_flops
     smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]
     now = width_at(law, state.target_flops)
@@ -224,7 +226,7 @@ def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) 
     cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
     path = _path(state.name).with_name(f"{state.name}-round.yaml")
-    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    path.write_text(documents.dump(space))
     return path
 
 
@@ -260,8 +262,16 @@ def _fit(state: Exploration, current: Round) -> Round:
         obtained=obtained,
         refused=refused,
         fitted=fitted,
-        width_obtained=width_at(fitted, state.target_flops),
+        width_obtained=_width(fitted, state.target_flops),
     )
+
+
+def _width(law: str, target_flops: float) -> float | None:
+    """`width_at`; None where the law has no interval or no optimum there."""
+    try:
+        return width_at(law, target_flops)
+    except LawError:
+        return None
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:
@@ -298,6 +308,7 @@ def width_at(reference: str, target_flops: float) -> float:
     found = law.predict_mean(0.9, **point)
     if found.low_nats is None or found.high_nats is None:
         raise LawError(
-            f"{reference} has no bootstrap.", "fit it again with `escala laws fit --bootstrap 1000`"
+            f"{reference} has no intervals, so there is no width to narrow.",
+            f"`escala laws show {reference}` says why; fit it with `escala laws fit --bootstrap 1000` to more runs.",
         )
     return (found.high_nats - found.low_nats) / found.loss_nats

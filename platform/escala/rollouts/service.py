@@ -30,6 +30,7 @@ IMPORT_PATH = "workloads.serve:application"
 POLICY = "policy"
 START_SECONDS = 600.0
 POLL_SECONDS = 0.5
+TELL_SECONDS = 15.0  # what takes long says at least so often that it goes on
 ANSWER_SECONDS = 60.0  # Serve's first start happens within one request
 Report = Callable[[str], None]
 WEIGHTS_SECONDS = 5.0
@@ -117,6 +118,7 @@ def up(
         "http_options": http,
         "applications": [*others.values(), application],
     }
+    report(f"{name}: asking Ray Serve for it")
     _call(settings, "PUT", payload)
     return _wait(settings, name, wait_seconds, report)
 
@@ -199,7 +201,8 @@ def read(files: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any
     """
     document = spec.written(files, ())
     applications = document.get("applications") or [{"import_path": IMPORT_PATH}]
-    if len(applications) != 1 or applications[0].get("import_path") != IMPORT_PATH:
+    ours = isinstance(applications, list) and len(applications) == 1 and isinstance(applications[0], dict)
+    if not ours or applications[0].get("import_path") != IMPORT_PATH:
         raise SpecError(
             "the file does not hold one application, of the rollout service",
             f"write `applications:` with one item, whose import_path is {IMPORT_PATH}",
@@ -259,13 +262,14 @@ def _wait(
     settings: Settings, name: str, seconds: float, report: Report, scaling: dict[str, Any] | None = None
 ) -> RolloutsStatus:
     """Until the service runs (None), or has the bounds of `scaling`, or has failed."""
-    deadline, last = time.monotonic() + seconds, ""
+    started = time.monotonic()
+    deadline, last, told = started + seconds, "", started
     while True:
-        found = _status(_details(settings), name)
+        found, now = _status(_details(settings), name), time.monotonic()
         line = f"{found.status}" + "".join(f", {d.name} {d.status}" for d in found.deployments)
-        if line != last:
-            report(f"{name}: {line}")
-            last = line
+        if line != last or now - told >= TELL_SECONDS:
+            report(f"{name}: {line}" + (f" ({now - started:.0f} s)" if line == last else ""))
+            last, told = line, now
         if found.status == "RUNNING" if scaling is None else _has_bounds(found, scaling):
             return found
         if found.status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.attempt import flatten
+from escala.laws.files import REFUSAL
 from escala.records import Outcome, TrialFiles, read_record
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import Planned, read_planned
@@ -44,9 +45,9 @@ def objective(record: Mapping[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """`points` and `refused` (with `reason`), a row a trial: the columns of `fit_law`, the trial, and what was
-    varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`: pooled relative standard deviation of the loss
-    between seeds; None without repeats.
+    """`points` and `refused` (with `reason`; in the column REFUSAL, too, for `fit_law` of both), a row a trial: the
+    columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`:
+    pooled relative standard deviation of the loss between seeds; None without repeats.
     `configuration`: dotted keys that have one value in all points.
     """
 
@@ -54,6 +55,18 @@ class SweepPoints:
     refused: pd.DataFrame
     noise: float | None
     configuration: dict[str, str]
+
+    def summary(self) -> list[tuple[str, str]]:
+        """How many points there are, the best of them, and why the first trial was refused: for people."""
+        rows = [("points", f"{len(self.points)}, and {len(self.refused)} refused")]
+        aim = next((key for key in ("reward", "loss_nats") if key in self.points), None)
+        if aim is not None and len(found := self.points.dropna(subset=[aim])):
+            best = found.sort_values(aim, ascending=aim == "loss_nats").iloc[0]
+            rows.append(("best", f"{aim} {best[aim]:.4g} (`{best['name']}`)"))
+        if len(self.refused):
+            first = self.refused.iloc[0]
+            rows.append(("refused, for example", f"`{first['name']}`: {first['reason'][:300]}"))
+        return rows
 
 
 def read_points(home: Path, job_id: str) -> SweepPoints:
@@ -65,7 +78,7 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     table = pd.DataFrame([row for row in rows if row["reason"] is None]).drop(
         columns="reason", errors="ignore"
     )
-    refused = pd.DataFrame([row for row in rows if row["reason"] is not None])
+    refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
     return SweepPoints(table, refused, _noise(table, planned), in_common([flatten(c) for c in used]))
 

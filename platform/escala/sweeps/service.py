@@ -13,9 +13,11 @@ from escala.jobs.starts import resolve_jobs
 from escala.settings import Settings
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from escala.jobs.model import Job
     from escala.jobs.store import JobStore
-    from escala.laws.service import Fitted
+    from escala.laws.service import Fitted, Preview
     from escala.sweeps.plan import Plan
     from escala.sweeps.points import SweepPoints
     from escala.sweeps.space import Space
@@ -142,14 +144,29 @@ def sweep_points(name: str) -> SweepPoints:
 def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
     """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
 
-    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed): see
+    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed, report): see
     `laws.service.fit_points`.
     Raises NotFoundError, LawError, ClusterError.
     """
+    from escala.laws import service
+
+    points, sources, shared = _put_together(names)
+    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)
+
+
+def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
+    """The law of `fit_sweeps`, not stored. Args and errors as there."""
+    from escala.laws import service
+
+    points, sources, shared = _put_together(names)
+    return service.preview_points(points, sources=sources, configuration=shared, **settings)
+
+
+def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+    """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.errors import LawError
-    from escala.laws import service
     from escala.sweeps.points import in_common
 
     found = [sweep_points(name) for name in names]
@@ -158,8 +175,8 @@ def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
             raise LawError(
                 f"the trials of {name} have no held-out loss", "a law is fitted to pretraining runs"
             )
-    points = pd.concat([part for each in found for part in (each.points, each.refused)])
-    points = points.drop_duplicates("trial").reset_index(drop=True)
-    shared = in_common([each.configuration for each in found])
-    sources = [f"sweep {name}" for name in names]
-    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)
+    points = pd.concat([part for each in found for part in (each.points, each.refused)]).drop_duplicates(
+        "trial"
+    )
+    points.index = pd.RangeIndex(1, len(points) + 1)
+    return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from escala import lines
+from escala.files import no_room
 from escala.records import STOP_REASONS, TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
 from escala.tracking.delivery import Delivery
 from escala.tracking.spool import close_spool
@@ -30,21 +32,18 @@ class FamilyDelivery:
     ) -> None:
         self._delivery, self._home, self._ended = delivery, home, ended
         self._settled: set[tuple[Path, Path]] = set()  # (sweep, trial) not to be looked at again
+        self._closed: set[Path] = set()  # attempts that have ended, and whose spools tell so
 
     def deliver(self, directory: Path, lost: bool) -> bool:
         """As `Delivery.deliver`. `lost`: the attempt's driver was, so that nobody else closes the runs."""
         files = AttemptFiles(directory)
-        closed_as = _closed_as(files, lost)
-        if closed_as is not None:
-            close_spool(files.spool, closed_as)
         over = lost or files.outcome.exists()
+        if over:
+            self._close(files)
         done = self._delivery.deliver(files.spool)
         if done and over and self._look_back(directory):
             done = self._delivery.deliver(files.spool)
-        children = [
-            self._child(files, trial, last, over, closed_as or "FAILED")
-            for trial, last in self._children(files)
-        ]
+        children = [self._child(files, trial, last, over) for trial, last in self._children(files)]
         return done and all(children)
 
     def _children(self, files: AttemptFiles) -> Iterator[tuple[AttemptFiles, bool]]:
@@ -52,17 +51,16 @@ class FamilyDelivery:
         planned = files.directory.parent / TRIALS
         if not planned.exists():
             return
-        for line in planned.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                continue
-            attempts = TrialFiles(self._home, json.loads(line)["fingerprint"]).attempts()
+        for row in lines.objects(planned):
+            fingerprint = row.get("fingerprint")
+            if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+                continue  # not a trial's directory
+            attempts = TrialFiles(self._home, fingerprint).attempts()
             for attempt in attempts:
                 if (files.directory, attempt.directory) not in self._settled:
                     yield attempt, attempt is attempts[-1]
 
-    def _child(
-        self, sweep: AttemptFiles, trial: AttemptFiles, last: bool, over: bool, closed_as: str
-    ) -> bool:
+    def _child(self, sweep: AttemptFiles, trial: AttemptFiles, last: bool, over: bool) -> bool:
         key = (sweep.directory, trial.directory)
         spec = read_record(AttemptSpec, trial.spec)
         mine = f"{sweep.directory.parent.name}-{sweep.directory.name.removeprefix('attempt-')}"
@@ -74,9 +72,10 @@ class FamilyDelivery:
         if not parent.exists():
             return False
         ended = trial.outcome.exists()
-        if not ended and (over or not last):
-            close_spool(trial.spool, closed_as)
-            ended = True
+        ended = ended or over or not last
+        if ended:
+            killed = over and _status(read_record(Outcome, sweep.outcome), "FAILED") == "KILLED"
+            self._close(trial, "KILLED" if killed else "FAILED")
         if not self._delivery.deliver(trial.spool, {PARENT_TAG: parent.read_text().strip()}):
             return False
         if ended and self._look_back(trial.directory) and not self._delivery.deliver(trial.spool):
@@ -84,6 +83,20 @@ class FamilyDelivery:
         if ended:
             self._settled.add(key)
         return ended
+
+    def _close(self, files: AttemptFiles, without: str = "FAILED") -> None:
+        """Complete the spool of an attempt that has ended: a killed driver could not, and what it wrote may be
+        damaged. Trouble is logged, and tried again.
+        """
+        if files.directory in self._closed:
+            return
+        try:
+            spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
+            close_spool(files.spool, _status(outcome, without), None if spec is None else _start(spec))
+            self._closed.add(files.directory)
+        except OSError as error:
+            if not no_room(error):  # else the delivery says so
+                log.warning("%s cannot be closed now: %s", files.spool, error)
 
     def _look_back(self, directory: Path) -> bool:
         """Tell `ended`; its trouble is logged, and holds no delivery up."""
@@ -94,13 +107,30 @@ class FamilyDelivery:
             return False
 
 
-def _closed_as(files: AttemptFiles, lost: bool) -> str | None:
-    """How the runs of an attempt are closed whose driver was killed; None where it closed them itself.
+def _status(outcome: Outcome | None, without: str) -> str:
+    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that.
 
     A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
     """
-    if lost:
-        return "FAILED"
-    outcome = read_record(Outcome, files.outcome)
-    stopped = outcome is not None and outcome.kind in STOP_REASONS and outcome.record is None
-    return "KILLED" if stopped else None
+    if outcome is None:
+        return without
+    if outcome.kind in STOP_REASONS:
+        return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
+    return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
+
+
+def _start(spec: AttemptSpec) -> dict[str, Any]:
+    """What opens the attempt's run, as far as its spec tells."""
+    known = {
+        "job_id": spec.job_id,
+        "attempt": str(spec.attempt),
+        "workload": spec.workload,
+        "name": spec.name,
+    }
+    return {
+        "key": spec.run_key or f"{spec.job_id}-{spec.attempt}",
+        "experiment": spec.experiment,
+        "name": spec.name,
+        "tags": {**spec.tags, **{f"escala.{name}": value for name, value in known.items()}},
+        "params": {},
+    }

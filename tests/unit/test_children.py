@@ -27,7 +27,7 @@ class Runs:
     def tags(self, *_: object) -> None: ...
     def text(self, *_: object) -> None: ...
 
-    def finish(self, run_id: str, status: str) -> None:
+    def finish(self, run_id: str, status: str, *_: object) -> None:
         self.ended[run_id] = status
 
 
@@ -72,9 +72,8 @@ def test_a_driver_that_stopped_as_asked_closes_its_run_itself(tmp_path: Path) ->
     files = JobFiles(tmp_path, "j1").attempt(1)
     files.directory.mkdir(parents=True)
     tracker = begin(files.spool, "j1-1")
-    write_json(files.outcome, Outcome("user", record={"run_id": "j1-1"}))
+    tracker.finish("j1-1", "FINISHED")
+    write_json(files.outcome, Outcome("budget", record={"run_id": "j1-1"}))
     runs = Runs()
-    family = FamilyDelivery(Delivery(lambda: runs), tmp_path)
-    assert not family.deliver(files.directory, False)
-    tracker.finish("j1-1", "KILLED")
-    assert family.deliver(files.directory, False)
+    assert FamilyDelivery(Delivery(lambda: runs), tmp_path).deliver(files.directory, False)
+    assert runs.ended == {"j1-1": "FINISHED"}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
+from escala.cli.jobs import follow_job
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -47,8 +48,7 @@ def run() -> None:
     render.step(f"1. the sweep {SPACE}")
     with progress.reporting("submitting", False) as report:
         sweep = api.sweep(SPACE, report=report)
-    if progress.follow(api.watch(sweep.id)).state != "succeeded":
-        raise typer.Exit(1)
+    follow_job(sweep.id)
     points = api.sweep_points(sweep.id)
     render_sweeps.points(points, sweep.id, False)
 
@@ -77,8 +77,7 @@ def run() -> None:
             law=law,
             base=api.space_base(SPACE),
         )
-    if progress.follow(api.watch(job.id)).state != "succeeded":
-        raise typer.Exit(1)
+    follow_job(job.id)
     with progress.working("waiting for the run's record in MLflow"):
         record = api.finished_run(job.id)
 

@@ -13,6 +13,7 @@ from escala.cli.cluster import Json
 
 if TYPE_CHECKING:
     from escala.api import Watched
+    from escala.jobs.model import Job
 
 JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
 Overrides = Annotated[
@@ -193,11 +194,15 @@ def resume(
 
 def follow_job(job_id: str, json: bool = False) -> None:
     """Progress until the job ends; exit 1 unless it succeeded."""
+    if followed(job_id, json).state != "succeeded":
+        raise typer.Exit(1)
+
+
+def followed(job_id: str, json: bool = False) -> Job:
+    """Progress until the job ends, and whatever keeps it from moving on meanwhile; the job as it ended."""
     from escala import api
 
-    ended = progress.follow(_with_trouble(api.watch(job_id)), json)
-    if ended.state != "succeeded":
-        raise typer.Exit(1)
+    return progress.follow(_with_trouble(api.watch(job_id)), json)
 
 
 def _with_trouble(states: Iterator[Watched]) -> Iterator[Watched]:

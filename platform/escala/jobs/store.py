@@ -140,7 +140,7 @@ class JobStore:
                 return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
-            except (DBAPIError, ClusterError):
+            except ClusterError:
                 now = self.get(name)
                 if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
                     return now  # the answer alone was lost
@@ -270,7 +270,7 @@ class JobStore:
         """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
         job = tables.job.c
         query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
-        return self._jobs(query.limit(limit))
+        return self._jobs(query, limit)
 
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""

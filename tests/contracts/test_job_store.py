@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, text
-from sqlalchemy.exc import OperationalError
 
 from escala.errors import ClusterError, NotFoundError, SpecError, StateError, VersionError
 from escala.jobs import database, tables
@@ -134,7 +133,7 @@ class TestJobStore:
                 yield connection
             if not failures:
                 failures.append(True)
-                raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+                raise ClusterError("server closed the connection unexpectedly")
 
         failures = []
         monkeypatch.setattr("escala.jobs.store.writing", lost)
@@ -143,6 +142,27 @@ class TestJobStore:
         assert failures
         assert [j.id for j in store.list()] == [job.id]
         assert job.has_own_key == (key is None)
+
+    def test_an_answer_to_a_stop_or_a_retry_that_is_lost_is_no_error(self, store, monkeypatch):
+        @contextmanager
+        def lost(engine):
+            with writing(engine) as connection:
+                yield connection
+            raise ClusterError("server closed the connection unexpectedly")
+
+        @contextmanager
+        def failing(engine):
+            raise ClusterError("no connection")
+            yield
+
+        job = store.submit(NEW)
+        monkeypatch.setattr("escala.jobs.store.writing", lost)
+        assert store.request_stop(job.id).state == "stopped"
+        assert store.request_retry(job.id).state == "queued"
+        monkeypatch.setattr("escala.jobs.store.writing", failing)
+        with pytest.raises(ClusterError):
+            store.request_stop(job.id)
+        assert store.get(job.id).state == "queued"
 
     def test_a_database_from_before_the_keys_is_brought_up_to_date(self, store, database_url):
         from alembic import command

@@ -38,9 +38,9 @@ THEIRS = {
     "--untracked-files",
     "--no-deps",
     "--error-unmatch",
+    "--password",
     "--porcelain",
     "--block",
-    "--password",
 }  # git's, pip's, Ray's
 MODULES = {"--to", "--pairs", "--adapter", "--seed"}  # of `python -m workloads...`
 SECTIONS = (

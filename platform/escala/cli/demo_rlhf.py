@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from escala.cli import progress, render
+from escala.cli.jobs import follow_job
 
 if TYPE_CHECKING:
     from escala.records import RunRecord
@@ -90,9 +91,9 @@ def _ended(job: str) -> RunRecord:
     """The run of a job that is followed to its end. Exits with 1 where it fails."""
     from escala import api
 
-    if progress.follow(api.watch(job)).state != "succeeded":
-        raise typer.Exit(1)
-    return api.finished_run(job)
+    follow_job(job)
+    with progress.working("waiting for the run's record in MLflow"):
+        return api.finished_run(job)
 
 
 def _compare(learned: RunRecord) -> None:

@@ -27,7 +27,7 @@ from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_t
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_json, read_record
 from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note
+from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS, TrainedConfig
 from workloads.training.driver import WorkerInputs, fit
@@ -139,7 +139,7 @@ class Run:
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
-            NOTE_TAG: run_note(spec),
+            **start_tags(spec),
         }
         key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
         name = (

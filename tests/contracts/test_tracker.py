@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from escala.errors import ClusterError, NotFoundError, SpecError
-from escala.records import AttemptSpec, JobFiles, Outcome, RunRecord, write_json
+from escala.records import AttemptFiles, AttemptSpec, JobFiles, Outcome, RunRecord, TrialFiles, write_json
 from escala.tracking import spool as spool_module
-from escala.tracking.children import FamilyDelivery
+from escala.tracking.children import PARENT_TAG, SWEEP_ATTEMPT_TAG, FamilyDelivery
 from escala.tracking.delivery import Delivery
 from escala.tracking.lineage import canonical_json, code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import MlflowTracker, joined_tag, split_tag
 from escala.tracking.runs import get_run, list_runs, run_url
 from escala.tracking.spool import DROPPED_TAG, SpoolTracker, close_spool
-from escala.tracking.tracker import Metric, Tracker, open_tracker
+from escala.tracking.tracker import Dataset, Metric, Tracker, open_tracker
 from tests.small_disk import Disk
 
 
@@ -68,15 +68,27 @@ def points(key: str, count: int, first: int = 0) -> list[Metric]:
 
 def test_a_whole_run(opened: Any, client: Any, experiment: str) -> None:
     tracker, arrive = opened
-    run_id = tracker.start("job-1", experiment, "first", {"a": "1"}, {"lr": "0.1"})
+    run_id = tracker.start("job-1", experiment, "first", {"a": "1"}, {"lr": "0.1"}, time_ms=1_700_000_000_000)
     tracker.metrics(run_id, points("loss", 2500))
+    data = Dataset("corpus", "0123456789abcdef" * 4, source={"root": "x"}, profile={"tokens": 5})
+    tracker.dataset(run_id, data)
+    tracker.dataset(run_id, data)
     tracker.tags(run_id, {"a": "2", "b": "x"})
     tracker.text(run_id, "folder/note.json", '{"é": 1}')
-    tracker.finish(run_id, "FINISHED")
+    tracker.finish(run_id, "FINISHED", time_ms=1_700_000_007_500)
     arrive()
     run = only_run(client, experiment)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "first"
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_007_500)
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("corpus", "0123456789abcdef")
+    assert (json.loads(given.dataset.source), json.loads(given.dataset.profile)) == (
+        {"root": "x"},
+        {"tokens": 5},
+    )
+    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
+    assert "Runs of escala" in client.get_experiment(run.info.experiment_id).tags["mlflow.note.content"]
     assert run.data.params == {"lr": "0.1"}
     assert {"a": "2", "b": "x"}.items() <= run.data.tags.items()
     history = client.get_metric_history(run.info.run_id, "loss")
@@ -507,3 +519,42 @@ def test_fingerprints() -> None:
         with pytest.raises(SpecError, match=name):
             fingerprint(value)
     assert len(code_fingerprint().fingerprint) == 64
+
+
+def test_trials_stand_under_their_sweep(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:
+    """Each through a spool of its own, the trials' first: MLflow's pages nest them by the parent's tag."""
+
+    def attempt(files: AttemptFiles, key: str, tags: dict[str, str]) -> None:
+        files.directory.mkdir(parents=True)
+        given = {
+            "name": key,
+            "workload": "pretrain",
+            "entry_point": "x",
+            "config": {},
+            "checkpoints": "",
+            "data": "",
+        }
+        place = {"directory": str(files.directory), "tracking_uri": f"spool:{files.spool}"}
+        write_json(files.spec, AttemptSpec("job", 1, **given, **place, experiment=experiment, tags=tags))
+        spool = SpoolTracker(files.spool)
+        spool.start(key, experiment, key, tags, {})
+        spool.finish("", "FINISHED")
+        write_json(files.outcome, Outcome("succeeded"))
+
+    sweep = JobFiles(tmp_path, "job").attempt(1)
+    attempt(sweep, "sweep", {})
+    for name in ("aa", "bb"):
+        attempt(TrialFiles(tmp_path, name).attempt(1), f"trial-{name}", {SWEEP_ATTEMPT_TAG: "job-1"})
+    attempt(TrialFiles(tmp_path, "cc").attempt(1), "trial-cc", {SWEEP_ATTEMPT_TAG: "other-1"})
+    lines = [
+        *(json.dumps({"fingerprint": name}) for name in ("aa", "bb", "cc", "../../etc")),
+        '{"cut',
+        "[]",
+        "{}",
+    ]
+    JobFiles(tmp_path, "job").trials.write_text("\n".join(lines) + "\n")
+    assert FamilyDelivery(Delivery(uri), tmp_path).deliver(sweep.directory, lost=False)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    parents = {run.info.run_name: run.data.tags.get(PARENT_TAG) for run in found}
+    sweep_id = next(run.info.run_id for run in found if run.info.run_name == "sweep")
+    assert parents == {"sweep": None, "trial-aa": sweep_id, "trial-bb": sweep_id}

@@ -112,7 +112,7 @@ def _compare(learned: RunRecord) -> None:
     found = api.samples(learned)
     for when, some in (("before", found[:SHOWN]), ("after", found[-SHOWN:])):
         render.raw(f"{when:<8}{'  '.join(repr(row['response']) for row in some)}")
-    render.raw(f"in MLflow       {api.run_url(learned)}")
+    render.page(api.run_url(learned))
     render.raw(
         f"next            escala runs samples {learned.job_id}; escala export {learned.job_id} --to DIR"
     )

@@ -75,8 +75,9 @@ def decoding_of(tokenizer: Tokenizer) -> Decoding:
     )
 
 
-def _state(decoder: Any) -> dict[str, Any] | None:
-    return None if decoder is None else dict(json.loads(decoder.__getstate__()))
+def _state(part: Any) -> dict[str, Any] | None:
+    """A part of a tokenizer as it is in tokenizer.json."""
+    return None if part is None else dict(json.loads(part.__getstate__()))
 
 
 def _parts(state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -132,13 +133,14 @@ def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, or a copy where it writes a blank before every text (SentencePiece's dummy prefix): the copy encodes
     what continues a text. It treats special tokens that are spelled out as text, as `tokenizer` does.
     """
-    whole = json.loads(tokenizer.to_str())
-    changed = json.dumps([whole["normalizer"], whole["pre_tokenizer"]])
-    whole["normalizer"] = _plain_normalizer(whole["normalizer"])
-    whole["pre_tokenizer"] = _plain_pre_tokenizer(whole["pre_tokenizer"])
-    if json.dumps([whole["normalizer"], whole["pre_tokenizer"]]) == changed:
+    normalizer, pre_tokenizer = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
+    plain = {
+        "normalizer": _plain_normalizer(normalizer),
+        "pre_tokenizer": _plain_pre_tokenizer(pre_tokenizer),
+    }
+    if plain == {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}:
         return tokenizer
-    copy = Tokenizer.from_str(json.dumps(whole))
+    copy = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | plain))
     copy.encode_special_tokens = tokenizer.encode_special_tokens
     return copy
 

@@ -27,7 +27,13 @@ from workloads.config.serve import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for room in ("platform/escala", "workloads", "tune_spaces") for p in (ROOT / room).rglob("*.py")]
-OURS = {"ESCALA_CLUSTER_ID", "ESCALA_PROCESS", "ESCALA_ROLLOUTS_", "ESCALA_X"}  # of processes; parts of names
+OURS = {
+    "ESCALA_CODE",
+    "ESCALA_CLUSTER_ID",
+    "ESCALA_PROCESS",
+    "ESCALA_ROLLOUTS_",
+    "ESCALA_X",
+}  # of processes; parts of names
 THEIRS = {
     "--untracked-files",
     "--no-deps",

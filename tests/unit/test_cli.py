@@ -70,18 +70,3 @@ def test_a_mistake_exits_with_its_code_and_says_how_to_mend() -> None:
     assert done.returncode == 2
     assert "unknown key model.n_layer" in done.stderr
     assert "did you mean n_layers?" in done.stderr
-
-
-def test_an_exported_reward_model_says_how_it_opens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from escala.cli import render
-    from workloads.alignment.reward_model import HEAD_FILE
-
-    render.exported(tmp_path, False)
-    assert "AutoModelForCausalLM" in capsys.readouterr().err
-    (tmp_path / HEAD_FILE).touch()
-    render.exported(tmp_path, False)
-    said = capsys.readouterr().err
-    assert "load_reward_model" in said
-    assert "AutoModelForCausalLM" not in said

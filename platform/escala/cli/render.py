@@ -231,9 +231,7 @@ def exported(directory: Path, adapter: bool) -> None:
         note(
             f"a reward model: workloads.alignment.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
         )
-        note(
-            f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk and tokenizer alone"
-        )
+        note(f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk alone")
         return
     opens = f"peft.PeftModel.from_pretrained(base, {name})"
     note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")

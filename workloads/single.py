@@ -16,7 +16,7 @@ from escala.attempt import finish, flatten, read_attempt
 from escala.errors import EscalaError
 from escala.records import AttemptSpec, Outcome, RunRecord
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, run_note
+from escala.tracking.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 
 Found = TypeVar("Found")
@@ -38,11 +38,8 @@ def main(
         return error.exit_code
     started_at = time.time()
     tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
-    tags = spec.tags | {
-        "escala.job_id": spec.job_id,
-        "escala.workload": spec.workload,
-        NOTE_TAG: run_note(spec),
-    }
+    own = {"escala.job_id": spec.job_id, "escala.workload": spec.workload, **start_tags(spec)}
+    tags = spec.tags | own
     run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
     try:
         keep(tracker, run_id, work(spec))

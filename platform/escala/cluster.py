@@ -34,6 +34,7 @@ from escala.managed import (
 )
 from escala.processes import Command, Processes
 from escala.settings import Settings
+from escala.tracking.pages import find_runs_page
 
 log = logging.getLogger("escala.cluster")
 POLL_SECONDS = 0.1
@@ -62,6 +63,7 @@ class ClusterStatus:
 
     processes: tuple[ProcessStatus, ...]
     notes: tuple[str, ...] = ()
+    runs_page: str | None = None  # in MLflow, once there are runs
 
     @property
     def running(self) -> bool:
@@ -165,7 +167,9 @@ def status(settings: Settings) -> ClusterStatus:
         pid = record.pid if record and state in ("running", "suspended") else None
         found.append(ProcessStatus(name, state, pid, address, record.log if record else None))
     why = trouble(settings)
-    return ClusterStatus(tuple(found), () if why is None or not processes.wanted() else (why,))
+    answers = any(p.name == "mlflow" and p.state in ("running", "external") for p in found)
+    runs_page = find_runs_page(settings.tracker, settings.experiment) if answers else None
+    return ClusterStatus(tuple(found), () if why is None or not processes.wanted() else (why,), runs_page)
 
 
 def trouble(settings: Settings) -> str | None:

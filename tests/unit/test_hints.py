@@ -28,9 +28,10 @@ from workloads.config.serve import ServeConfig
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for room in ("platform/escala", "workloads", "tune_spaces") for p in (ROOT / room).rglob("*.py")]
 OURS = {
-    "ESCALA_CODE",
     "ESCALA_CLUSTER_ID",
+    "ESCALA_CODE",
     "ESCALA_PROCESS",
+    "ESCALA_PROCESS_KEY",
     "ESCALA_ROLLOUTS_",
     "ESCALA_X",
 }  # of processes; parts of names
@@ -38,6 +39,7 @@ THEIRS = {
     "--untracked-files",
     "--no-deps",
     "--error-unmatch",
+    "--password",
     "--porcelain",
     "--block",
 }  # git's, pip's, Ray's

@@ -188,3 +188,34 @@ def test_a_page_holds_what_runs_then_what_waits_in_order_then_says_that_there_is
     assert "the first 2; --limit shows more" in said.err
     ps(limit=3)
     assert "more" not in capsys.readouterr().err
+
+
+def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from escala.planning import explore
+    from escala.planning.explore import Exploration, Round
+
+    keys: list[str] = []
+
+    def sweep(space: str, overrides: tuple[str, ...], options: dict[str, str], report: object) -> None:
+        keys.append(options["idempotency_key"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explore, "_write_space", lambda *_: Path("space.yaml"))
+    monkeypatch.setattr(explore.sweeps, "sweep", sweep)
+    state = Exploration("x", "x@1", 1e21, 1e18, 1e19, 0.02, 2, [Round("x@1", [], key="explore-k")])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            explore._finish(state, state.rounds[-1], print)
+    assert keys == ["explore-k", "explore-k"]
+
+
+def test_what_a_job_does_is_the_last_line_that_says_something(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from escala.jobs.service import _doing
+    from escala.records import AttemptFiles
+
+    files, job = AttemptFiles(tmp_path), SimpleNamespace(state="running", after=None)
+    assert _doing(job, files) == "starts"
+    files.log.write_text("first\n\x1b[36m(pid=1)\x1b[0m building the \x1b[1mtokenizer\n\n  \n")
+    assert _doing(job, files) == "(pid=1) building the tokenizer"

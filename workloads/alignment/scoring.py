@@ -81,7 +81,7 @@ def finite(values: list[float], what: str) -> list[float]:
     for index, value in enumerate(values):
         if not abs(value) <= FP32_MAX:
             raise DataError(
-                f"The {what} of response {index} is {value:g}: not a finite number in fp32.",
+                f"The {what} of response {index + 1} is {value:g}: not a finite number in fp32.",
                 "Check the models and functions that give it, and the rewards' weights.",
             )
     return values

@@ -27,7 +27,7 @@ from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunReco
 from escala.redaction import hide_in, print_exception
 from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note
+from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS, TrainedConfig
 from workloads.training.driver import WorkerInputs, fit
@@ -140,7 +140,7 @@ class Run:
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
-            NOTE_TAG: run_note(spec),
+            **start_tags(spec),
         }
         key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
         name = (

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
+from escala.cli.jobs import follow_job
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -47,13 +48,13 @@ def run() -> None:
     render.step(f"1. the sweep {SPACE}")
     with progress.reporting("submitting", False) as report:
         sweep = api.sweep(SPACE, report=report)
-    if progress.follow(api.watch(sweep.id)).state != "succeeded":
-        raise typer.Exit(1)
+    follow_job(sweep.id)
     points = api.sweep_points(sweep.id)
     render_sweeps.points(points, sweep.id, False)
 
     render.step("2. the law")
-    fitted = api.fit_sweeps([sweep.id], LAW)
+    with progress.working("fitting the law"):
+        fitted = api.fit_sweeps([sweep.id], LAW)
     render_laws.fitted(fitted, False)
 
     budget = AHEAD * float(points.points["compute_flops"].max())
@@ -66,18 +67,19 @@ def run() -> None:
         return
 
     render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
-    job = api.submit(
-        "pretrain",
-        overrides=[f"resources.workers={WORKERS}"],
-        options={"name": LAW},
-        report=render.note,
-        compute_flops=budget,
-        law=law,
-        base=api.space_base(SPACE),
-    )
-    if progress.follow(api.watch(job.id)).state != "succeeded":
-        raise typer.Exit(1)
-    record = api.finished_run(job.id)
+    with progress.reporting("submitting", False) as report:
+        job = api.submit(
+            "pretrain",
+            overrides=[f"resources.workers={WORKERS}"],
+            options={"name": LAW},
+            report=report,
+            compute_flops=budget,
+            law=law,
+            base=api.space_base(SPACE),
+        )
+    follow_job(job.id)
+    with progress.working("waiting for the run's record in MLflow"):
+        record = api.finished_run(job.id)
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)

@@ -13,6 +13,7 @@ from escala.cli.cluster import Json
 
 if TYPE_CHECKING:
     from escala.api import Watched
+    from escala.jobs.model import Job
 
 JobName = Annotated[
     str,
@@ -137,11 +138,11 @@ def logs(job: JobName, follow: Follow = False) -> None:
         render.raw(line)
 
 
-def stop(job: JobName) -> None:
-    """Ask a job to write a checkpoint and stop."""
+def stop(job: JobName, json: Json = False) -> None:
+    """Ask a job to write a checkpoint and stop; one that has not made a step stops at once."""
     from escala import api
 
-    render.submitted(api.stop(job), False)
+    render.submitted(api.stop(job), json)
 
 
 def gc(
@@ -166,7 +167,9 @@ def export(
     """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
     from escala import api
 
-    render.exported(api.export(run, to, adapter), adapter)
+    with progress.working("exporting"):
+        written = api.export(run, to, adapter)
+    render.exported(written, adapter)
 
 
 def show(job: JobName, json: Json = False) -> None:
@@ -176,15 +179,15 @@ def show(job: JobName, json: Json = False) -> None:
     render.job(api.job(job), json)
 
 
-def retry(job: JobName, follow: Follow = False) -> None:
+def retry(job: JobName, follow: Follow = False, json: Json = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
     from escala import api
 
-    with progress.reporting("submitting", False) as report:
+    with progress.reporting("submitting", json) as report:
         again = api.retry(job, report=report)
-    render.submitted(again, False)
+    render.submitted(again, json)
     if follow:
-        follow_job(again.id)
+        follow_job(again.id, json)
 
 
 def resume(
@@ -206,11 +209,15 @@ def resume(
 
 def follow_job(job_id: str, json: bool = False) -> None:
     """Progress until the job ends; exit 1 unless it succeeded."""
+    if followed(job_id, json).state != "succeeded":
+        raise typer.Exit(1)
+
+
+def followed(job_id: str, json: bool = False) -> Job:
+    """Progress until the job ends, and whatever keeps it from moving on meanwhile; the job as it ended."""
     from escala import api
 
-    ended = progress.follow(_with_trouble(api.watch(job_id)), json)
-    if ended.state != "succeeded":
-        raise typer.Exit(1)
+    return progress.follow(_with_trouble(api.watch(job_id)), json)
 
 
 def _with_trouble(states: Iterator[Watched]) -> Iterator[Watched]:

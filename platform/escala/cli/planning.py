@@ -127,7 +127,8 @@ def plan(
         if front is not None:
             from escala.planning.plots import plot_front
 
-            plans = [each.plan for each in service.plan_front(law, limits, question)]
+            with progress.working("planning smaller budgets", quiet=json):
+                plans = [each.plan for each in service.plan_front(law, limits, question)]
             plot_front(plans, front, planned.law.reference)
             render_plans.front(plans, front, json)
     if submit:
@@ -161,18 +162,19 @@ def propose(
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
     from escala.planning import service
 
-    found = service.propose_runs(
-        law,
-        target_flops,
-        max_flops,
-        aim=aim,
-        count=count,
-        unit=unit,
-        cluster=cluster,
-        precision=render_plans.precision(precision),
-        width=width,
-        refresh=refresh,
-    )
+    with progress.working("weighing the candidates", quiet=json):
+        found = service.propose_runs(
+            law,
+            target_flops,
+            max_flops,
+            aim=aim,
+            count=count,
+            unit=unit,
+            cluster=cluster,
+            precision=render_plans.precision(precision),
+            width=width,
+            refresh=refresh,
+        )
     render_plans.proposals(found, json)
     if submit:
         from escala import api

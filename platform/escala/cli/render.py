@@ -21,6 +21,7 @@ from rich.table import Table
 from escala.errors import EscalaError
 from escala.records import RunRecord
 from escala.redaction import hide, hide_in
+from escala.tracking.pages import table_beside
 
 if TYPE_CHECKING:
     from escala.api import Garbage, JobDetails
@@ -85,6 +86,8 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
+    if status.runs_page:
+        raw(f"runs: {status.runs_page}")
     for text in status.notes:
         note(text)
 
@@ -198,7 +201,13 @@ def run(record: RunRecord, url: str, json: bool) -> None:
         as_json({**asdict(record), "url": url})
         return
     pairs({k: v for k, v in asdict(record).items() if v is not None})
-    raw(f"\n{url}")
+    page(url, "\n")
+
+
+def page(url: str, before: str = "in MLflow       ") -> None:
+    """A run's page, and the table in which it stands."""
+    raw(f"{before}{url}")
+    raw(f"{'all runs':<{len(before)}}{table_beside(url)}" if before.strip() else table_beside(url))
 
 
 def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.cli.render import ago, as_json, note, number, pairs, raw, table
+from escala.cli.render import ago, as_json, note, number, page, pairs, raw, table
 from escala.errors import LawError
 from escala.records import RunRecord
 
@@ -165,7 +165,7 @@ def verdict(answer: Answer, record: RunRecord, url: str) -> None:
     raw(f"extrapolation   {_distance(answer.extrapolation)}")
     size, tokens, flops = record.n_total, record.train_tokens, record.compute_flops
     raw(f"run             {number(size)} parameters, {number(tokens)} tokens, {number(flops)} FLOPs")
-    raw(f"in MLflow       {url}")
+    page(url)
     raw(f"next            escala laws show {answer.law.reference}; escala laws calibration")
 
 

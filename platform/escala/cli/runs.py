@@ -70,5 +70,5 @@ def open_(run: Run) -> None:
     from escala import api
 
     url = api.run_url(api.run(run))
-    render.raw(url)
+    render.page(url, "")
     typer.launch(url)

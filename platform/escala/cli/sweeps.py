@@ -8,7 +8,7 @@ import typer
 
 from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
-from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides
+from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides, followed
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +55,7 @@ def sweep(
         job = api.sweep(space, overrides or (), options, resume, report, code)
     render.submitted(job, json)
     if follow:
-        ended = progress.follow(api.watch(job.id), json)
+        ended = followed(job.id, json)
         render_sweeps.points(api.sweep_points(job.id), job.id, json)
         if ended.state != "succeeded":
             raise typer.Exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
 RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
 SWEEP = "sweep"  # the workload of a sweep's job
 
 
@@ -266,15 +268,16 @@ def _check_served(job: Job) -> None:
 
 
 def _doing(job: Job, files: AttemptFiles) -> str:
-    """What a job without progress does, from the last line of its log."""
+    """What a job without progress does, from the last line of its log that says something."""
     if job.state == "queued":
         return "waits for a free slot" if not job.after else f"waits for a free slot, or for {job.after}"
     if not files.log.exists():
         return "starts"
     with files.log.open("rb") as stream:
         stream.seek(max(0, files.log.stat().st_size - 2000))
-        lines = stream.read().decode(errors="replace").splitlines()
-    return lines[-1][:100] if lines else "starts"
+        lines = _COLOURS.sub("", stream.read().decode(errors="replace")).splitlines()
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return said[:100] or "starts"
 
 
 def _at_work(store: JobStore, job_id: str, number: int) -> bool:

@@ -148,10 +148,16 @@ class JobStore:
 
     def _insist(self, name: str, event: Event, wanted: Sequence[State]) -> Job:
         for _ in range(USER_TRIES):
+            job = self.get(name, wanted)
             try:
-                return self.apply(self.get(name, wanted), event)
+                return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
+            except ClusterError:
+                now = self.get(job.id)
+                if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
+                    return now  # the answer alone was lost
+                raise
         raise LostRace(f"job {name} changes too fast", "try again")
 
     # What the reconcile loop does
@@ -277,7 +283,7 @@ class JobStore:
         """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
         job = tables.job.c
         query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
-        return self._jobs(query.limit(limit))
+        return self._jobs(query, limit)
 
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""

@@ -233,6 +233,7 @@ def prepare(
         args.setdefault(
             "token_sha256", hashlib.sha256(rollouts.token.get_secret_value().encode()).hexdigest()
         )
+    args.setdefault("hold_places", settings.ray_address is None)
     config = spec.load_rollouts(args)
     overrides = [d for d in application.get("deployments") or [] if d.get("name") != POLICY]
     plain = config.model_dump(mode="json")

@@ -39,7 +39,7 @@ from escala.sweeps.space import Range, Space
 from escala.sweeps.trials import Planned
 from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, run_note
+from escala.tracking.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS
 
@@ -121,7 +121,7 @@ class Sweep:
             "escala.name": attempt.name,
             "escala.config_fingerprint": fingerprint(attempt.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
-            NOTE_TAG: run_note(attempt),
+            **start_tags(attempt),
         }
         key = f"{attempt.job_id}-{attempt.attempt}"
         params = flatten(space.model_dump(mode="json"))

@@ -36,7 +36,9 @@ def run_note(
         checkpoint: the last good one.
     """
     status = "running" if record is None else record.status
-    title = f"**{_text(spec.workload)} {_code(spec.name)}**: {_text(status.replace('_', ' '))}"
+    loss = None if record is None else record.held_out_loss_nats
+    ended = _join(_text(status.replace("_", " ")), _number(loss, "nats per token on held-out text"))
+    title = f"**{_text(spec.workload)} {_code(spec.name)}**: {ended}"
     reason = record.reason if record is not None else None
     said = [f"> {_text(reason)}" if reason else "", f"> {_text(hint)}" if hint else ""]
     facts = [*_about(spec), *rows, *(_came_of(record) if record is not None else ())]
@@ -51,6 +53,12 @@ def run_note(
         "How to go on\n\n" + fenced("\n".join(next_commands(spec, status, checkpoint))),
     ]
     return "\n\n".join(part for part in parts if part)[:NOTE_CHARACTERS]
+
+
+def start_tags(spec: AttemptSpec) -> dict[str, str]:
+    """What MLflow's pages show of a run from its start: the note, and what is run."""
+    verb = "escala sweep" if spec.workload == "sweep" else f"escala submit {spec.workload}"
+    return {NOTE_TAG: run_note(spec), "mlflow.source.type": "LOCAL", "mlflow.source.name": verb}
 
 
 def command_tag(command: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ class Dataset:
     """The data of a run, for the tracker's column of data sets."""
 
     name: str
-    digest: str  # a fingerprint: equal data have equal ones; MLflow takes 36 characters
+    digest: str  # a fingerprint: equal data have equal ones
     context: str = "training"  # what it was used for
     source: dict[str, Any] = field(default_factory=dict)  # where it comes from
     profile: dict[str, Any] = field(default_factory=dict)  # numbers and fingerprints

@@ -2,7 +2,7 @@
 edge. Standard library only; what is hidden twice stays as it is.
 
 Two rules. By form: whatever part of a URL holds one (user:password@, ?password=, a token in the path), `password=...`
-of a connection string, `--password ...` and `"password": "..."`, tokens of known issuers. By value: what the secret
+of a connection string, an option's and `"password": "..."`, tokens of known issuers. By value: what the secret
 variables of this process's environment hold, in whatever form a library repeats it.
 """
 
@@ -84,7 +84,7 @@ def hide_in(value: Any) -> Any:
 
 
 def hide_arguments(arguments: Iterable[str]) -> tuple[str, ...]:
-    """A command line, word by word; the word after `--password` and the like too."""
+    """A command line, word by word; the word after an option of such a name too."""
     hidden, after = list[str](), False
     for word in arguments:
         hidden.append(HIDDEN if after else hide(word))

@@ -184,3 +184,17 @@ def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(CheckpointError, match="can't be read as a reward model's head"):
         scoring.load_reward_model(tmp_path)
+
+
+def test_an_exported_reward_model_says_how_it_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from escala.cli import render
+
+    render.exported(tmp_path, False)
+    assert "AutoModelForCausalLM" in capsys.readouterr().err
+    (tmp_path / HEAD_FILE).touch()
+    render.exported(tmp_path, False)
+    said = capsys.readouterr().err
+    assert "load_reward_model" in said
+    assert "AutoModelForCausalLM" not in said

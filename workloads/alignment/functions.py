@@ -103,7 +103,7 @@ class _Process:
         except TimeoutError:
             self.end()
             raise StateError(
-                f"The reward function {self._name} {late} within {seconds:g} s.",
+                f"The reward function {self._name} {late} within {seconds:.3g} s.",
                 "Make it faster, or raise rollouts.timeout_seconds, then submit it again."
                 if late == "did not return"
                 else "Let the module do less when it is imported.",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.jobs.model import Attempt, HistoryEvent, Job
 
+REWARD_HEAD = "reward_head.safetensors"  # beside an exported reward model's trunk
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -235,6 +236,12 @@ def exported(directory: Path, adapter: bool) -> None:
     """Where an export lies, and how it is opened."""
     raw(f"{directory}")
     name = repr(str(directory))
+    if (directory / REWARD_HEAD).is_file():
+        note(
+            f"a reward model: workloads.alignment.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
+        )
+        note(f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk alone")
+        return
     opens = f"peft.PeftModel.from_pretrained(base, {name})"
     note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")
 

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import manifests, spec
+from escala import manifests, preflight, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
@@ -37,7 +37,7 @@ from escala.jobs.service import (
     stop,
     watch,
 )
-from escala.jobs.starts import resolve_jobs
+from escala.jobs.starts import resolve_jobs, resolve_rollouts
 from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
@@ -161,11 +161,12 @@ def rollouts_up(
     overrides: Iterable[str] = (),
     name: str = "escala",
     report: Report = silent,
+    code: str | Path | None = None,
 ) -> RolloutsStatus:
     """Start the rollout service and wait for it. Args and errors as `escala.rollouts.service.up`."""
     from escala.rollouts import service
 
-    return service.up(files, overrides, name, report)
+    return service.up(files, overrides, name, report, code=code, resolve=resolve_rollouts)
 
 
 def rollouts_status(name: str = "escala") -> RolloutsStatus:
@@ -204,9 +205,12 @@ def resolve(
     options: Mapping[str, Any] | None = None,
     compute_flops: float | None = None,
     law: str | None = None,
+    code: str | Path | None = None,
 ) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Args and errors as `submit`."""
-    return spec.resolve(_load(workload, files, overrides, options, compute_flops, law))
+    loaded = _load(workload, files, overrides, options, compute_flops, law)
+    _ready(loaded, code, keep=False)
+    return spec.resolve(loaded)
 
 
 def cost(answer: spec.Resolved, cluster: str | Path | None = None) -> tuple[Cost, Cluster]:
@@ -230,6 +234,7 @@ def submit(
     compute_flops: float | None = None,
     law: str | None = None,
     base: Mapping[str, Any] | None = None,
+    code: str | Path | None = None,
 ) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
@@ -239,11 +244,20 @@ def submit(
             overrides do not fix them.
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
+        code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
+            are copied into the home.
 
     Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
     queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
-    return start(_load(workload, files, overrides, options, compute_flops, law, base), report)
+    loaded = _load(workload, files, overrides, options, compute_flops, law, base)
+    return start(loaded, report, code=_ready(loaded, code))
+
+
+def _ready(job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
+    """What can be known before it is queued, checked; the digest of the user's modules."""
+    waits = job.options.after is not None
+    return preflight.ready(job.workload, job.plain(), Settings().home, code, waits, keep)
 
 
 def _load(

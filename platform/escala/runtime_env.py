@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from escala import user_code
 from escala.redaction import hide
 
 PACKAGES = ("escala", "workloads", "tune_spaces")
@@ -23,6 +24,7 @@ def runtime_env(
     gpus: bool = False,
     tracking_uri: str | None = None,
     environ: Mapping[str, str] = os.environ,
+    code: Path | None = None,
 ) -> dict[str, Any]:
     """A runtime_env for a job.
 
@@ -33,6 +35,7 @@ def runtime_env(
         gpus: whether the job's workers have GPUs.
         tracking_uri: passed on when it is a server's address without a password: Ray's dashboard shows a runtime_env.
         environ: what the fixed list PASSED_ON is read from.
+        code: the copy of the user's modules (escala.user_code).
     """
     variables = {
         "RAY_ADDRESS": ray_address,
@@ -52,6 +55,8 @@ def runtime_env(
         and hide(tracking_uri) == tracking_uri
     ):
         variables["MLFLOW_TRACKING_URI"] = tracking_uri
+    if code is not None:
+        variables[user_code.VARIABLE] = str(code)
     variables |= {name: environ[name] for name in PASSED_ON if name in environ}
     return {"env_vars": variables}
 

@@ -27,7 +27,10 @@ class Runs:
     def tags(self, *_: object) -> None: ...
     def text(self, *_: object) -> None: ...
 
-    def finish(self, run_id: str, status: str, *_: object) -> None:
+    def lifecycle(self, run_id: str) -> str:
+        return "active"
+
+    def finish(self, run_id: str, status: str, time_ms: int | None = None) -> None:
         self.ended[run_id] = status
 
 
@@ -68,7 +71,7 @@ def test_a_sweep_and_its_trials_are_closed_the_same(
     assert runs.ended == {"j1-1": status, "trial": status}
 
 
-def test_a_driver_that_stopped_as_asked_closes_its_run_itself(tmp_path: Path) -> None:
+def test_a_driver_that_stopped_as_asked_may_be_killed_before_it_closes_its_run(tmp_path: Path) -> None:
     files = JobFiles(tmp_path, "j1").attempt(1)
     files.directory.mkdir(parents=True)
     tracker = begin(files.spool, "j1-1")

@@ -18,7 +18,7 @@ from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, Progress
 from escala.tracking.delivery import _State
 from escala.tracking.spool import SpoolTracker, close_spool, read_events
 from escala.tracking.tracker import Metric
-from tests.unit.small_disk import Disk
+from tests.small_disk import Disk
 
 GOOD = Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0)
 

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [p for room in ("platform/escala", "workloads", "tune_spaces") for p in (ROOT / room).rglob("*.py")]
 OURS = {
     "ESCALA_CLUSTER_ID",
+    "ESCALA_CODE",
     "ESCALA_PROCESS",
     "ESCALA_PROCESS_KEY",
     "ESCALA_ROLLOUTS_",

@@ -206,7 +206,7 @@ UNITS = {
     ),
     "D in billions": (lambda t: t.assign(tokens=t.tokens / 1e9), "tokens is below 1,000"),
     "D in steps": (lambda t: t.assign(tokens=t.tokens / 1e7), "tokens is below 1,000"),
-    "N in thousands": (lambda t: t.assign(n_active=t.n_active / 1e3 * 1e-2), "n_active is below 1,000"),
+    "N in millions": (lambda t: t.assign(n_active=t.n_active / 1e6), "n_active is below 1,000"),
     "exchanged N": (
         lambda t: t.assign(n_total=t.n_active * 0.8),
         "n_total is less than n_active in 24 of 24 rows",
@@ -234,6 +234,12 @@ def test_units_that_contradict_each_other_are_a_problem(kind: str) -> None:
     law = fit_law(change(sweep()), bootstrap=40)
     assert not law.healthy
     assert any(f.startswith("units: ") and said in f for f in law.findings), law.findings
+
+
+def test_an_empty_cell_hides_no_contradiction() -> None:
+    table = sweep().assign(compute_flops=lambda t: 6e-15 * t.n_active * t.tokens)
+    table.loc[3, "compute_flops"] = np.nan
+    assert any("compute_flops is 1e-15 times" in f for f in fit_law(table, bootstrap=0).findings)
 
 
 def test_units_that_agree_are_none() -> None:

@@ -466,11 +466,11 @@ def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
 
     reward = FunctionReward("builtins:len")
     reward._function = lambda prompts, responses: [0.5, value]
-    with pytest.raises(SpecError, match="response 1"):
+    with pytest.raises(SpecError, match="response 2"):
         reward.score(["a", "b"], ["c", "d"])
-    with pytest.raises(DataError, match="response 1"):
+    with pytest.raises(DataError, match="response 2"):
         weighted_sums([(1.0, [0.5, value]), (2.0, [1.0, 1.0])])
-    with pytest.raises(DataError, match="response 0"):
+    with pytest.raises(DataError, match="response 1"):
         weighted_sums([(1e30, [3e38])])
 
 
@@ -511,3 +511,40 @@ def test_loads_that_are_cancelled_hold_nothing_up(tokenizer: Any) -> None:
         assert (await ask(COMPLETIONS, GOOD)).json()["choices"] == alone
 
     served(tokenizer, test)
+
+
+def test_a_dead_replica_s_place_is_its_successor_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.util
+
+    from workloads.serving import places as places_module
+
+    made: list[Any] = []
+    removed: list[Any] = []
+    alive = {"a", "b"}
+
+    def group(bundles: list[dict[str, float]]) -> Any:
+        made.append(SimpleNamespace(bundles=bundles, wait=lambda seconds: True))
+        return made[-1]
+
+    monkeypatch.setattr(ray.util, "placement_group", group)
+    monkeypatch.setattr(ray.util, "remove_placement_group", removed.append)
+    monkeypatch.setattr(places_module, "actor_of", lambda name: name if name in alive else None)
+    monkeypatch.setattr(places_module, "TIDY_SECONDS", 0.01)
+
+    async def main() -> None:
+        places = places_module.Places(2.0)
+        await asyncio.gather(places.take("a"), places.take("a"), places.take("b"))
+        assert [g.bundles for g in made] == [[{"CPU": 2.0}]] * 2
+        alive.symmetric_difference_update({"a", "c", "d"})  # a was killed
+        await asyncio.gather(places.take("c"), places.take("d"))
+        assert (len(made), removed) == (3, [])  # one of them has a's, which nobody else could have taken
+        await places.leave("b")
+        await places.leave("b")
+        assert removed == [made[1]]
+        alive.discard("c")  # nobody comes after it
+        async with asyncio.timeout(20):
+            while len(removed) < 2:
+                await asyncio.sleep(0.001)
+        assert set(places._groups) == {"d"}
+
+    asyncio.run(main())

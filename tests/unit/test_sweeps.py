@@ -373,3 +373,21 @@ def test_a_space_is_read_as_strictly_as_a_spec(tmp_path: Path, text: str, says: 
     with pytest.raises(SpecError) as caught:
         load_space(str(tmp_path / "s.yaml"))
     assert says in caught.value.message
+
+
+def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A trial that was cut off has a loss, and is no point: its row says so in a column that no table of a user has."""
+    from escala.sweeps import service
+
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    made = [planned(tmp_path, 20_000 * n, 0, n) for n in range(1, 11)]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made[:-1]:
+        end(tmp_path, one, "succeeded", 2 + 3e2 * one.trial.train_tokens**-0.5)
+    end(tmp_path, made[-1], "cut_off", 9.0)
+    monkeypatch.setattr(service, "sweep_points", lambda _: read_points(tmp_path, "j"))
+    found = service.preview_sweeps(["one", "two"], form="c", bootstrap=0)
+    assert found.law.refusals == [(10, "cut_off: why")]
+    assert len(found.law.points) == 9
+    assert "reason" not in found.law.points
+    assert found.understood["sources"] == ["sweep one", "sweep two"]

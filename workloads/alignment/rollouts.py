@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,15 +202,24 @@ class Scoring:
 
     def __init__(self, config: PpoConfig) -> None:
         functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
-        self._here = {one.function.partition(":")[2]: FunctionReward(one.function) for one in functions}
+        self._seconds = config.rollouts.timeout_seconds
+        self._here = {
+            one.function.partition(":")[2]: FunctionReward(one.function, self._seconds) for one in functions
+        }
         self._weights = {name: one.weight for name, one in zip(self._here, functions, strict=True)}
         self._weights[SERVED] = 1.0  # the service has weighted what it sums
         self._served = bool(served_rewards(config))
 
     def score(self, service: Service, responses: Sequence[Response]) -> Scores:
-        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a service that is late."""
+        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a function or a service
+        that is late.
+        """
+        deadline = time.monotonic() + self._seconds  # of all functions together
         prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
-        parts = {name: reward.score(prompts, texts) for name, reward in self._here.items()}
+        parts = {
+            name: reward.score(prompts, texts, max(0.0, deadline - time.monotonic()))
+            for name, reward in self._here.items()
+        }
         if self._served:
             parts[SERVED] = timely(lambda: service.score(prompts, texts), "rewards")
         return Scores(weighted_sums([(self._weights[name], column) for name, column in parts.items()]), parts)

@@ -4,20 +4,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from escala.errors import DataError, SpecError
+from workloads.alignment.functions import UserFunction
 from workloads.alignment.judge import Judge, load_judge_model, read_references
 from workloads.alignment.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 from workloads.config.rewards import FunctionRewardConfig, ModelRewardConfig, RewardConfig
 from workloads.data.dialogues import Prompt
-from workloads.generation.protocol import FP32_MAX, shown
+from workloads.generation.protocol import FP32_MAX
 
 if TYPE_CHECKING:
     from workloads.data.chat import ChatTokenizer
@@ -32,57 +32,20 @@ class Reward(Protocol):
 
 
 class FunctionReward:
-    """The user's function `package.module:function`, called as `function(prompts, responses)`.
+    """The user's function `package.module:function`, called as `function(prompts, responses)` in a process of its own.
 
-    Raises SpecError, which names the function, where it can't be imported, raises, or does not return a finite
-    number for each response.
+    Raises as `UserFunction`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, timeout_seconds: float = 600.0) -> None:
         self.name = name
-        self._function = _import_function(name)
+        self._function = UserFunction(name, timeout_seconds)
 
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        """What the function returns, as floats."""
-        try:
-            found = list(self._function(prompts, responses))
-        except Exception as error:
-            raise SpecError(
-                f"The reward function {self.name} raised {type(error).__name__}: {error}",
-                "Mend the function; the log has the traceback.",
-            ) from error
-        if len(found) != len(responses):
-            raise SpecError(
-                f"The reward function {self.name} returned {len(found)} rewards for {len(responses)} responses.",
-                "Return one number for each response.",
-            )
-        return [self._number(index, value) for index, value in enumerate(found)]
-
-    def _number(self, index: int, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not abs(number) <= FP32_MAX:
-            raise SpecError(
-                f"The reward function {self.name} returned {shown(value)} for response {index + 1}.",
-                "Return a number for each response that is finite in fp32.",
-            )
-        return number
-
-
-def _import_function(name: str) -> Callable[[list[Prompt], list[str]], Sequence[float]]:
-    module_name, _, attribute = name.partition(":")
-    hint = "Name it as package.module:function, importable where the job runs."
-    try:
-        function: Any = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise SpecError(
-            f"The reward function {name} can't be imported: {type(error).__name__}: {error}", hint
-        ) from error
-    if not callable(function):
-        raise SpecError(f"The reward function {name} is no function but {type(function).__name__}.", hint)
-    return function  # type: ignore[no-any-return]
+    def score(
+        self, prompts: list[Prompt], responses: list[str], timeout_seconds: float | None = None
+    ) -> list[float]:
+        """What the function returns, as floats, within `timeout_seconds` (None: the constructor's)."""
+        return self._function(prompts, responses, timeout_seconds)
 
 
 class WeightedSum:
@@ -118,7 +81,7 @@ def finite(values: list[float], what: str) -> list[float]:
     for index, value in enumerate(values):
         if not abs(value) <= FP32_MAX:
             raise DataError(
-                f"The {what} of response {index} is {value:g}: not a finite number in fp32.",
+                f"The {what} of response {index + 1} is {value:g}: not a finite number in fp32.",
                 "Check the models and functions that give it, and the rewards' weights.",
             )
     return values

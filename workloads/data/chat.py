@@ -142,26 +142,26 @@ class ChatTokenizer:
 
     def ends_of_turn(self) -> list[int]:
         """The added tokens that the template writes right after an answer, the last and an earlier one. One that also
-        opens a user's turn is not taken for an end. Empty where the template writes none.
+        opens a user's turn is not taken for the end of an earlier one. Empty where the template writes none, or takes
+        no such conversation.
         """
-        added = {
-            t.content: n for n, t in self.tokenizer.get_added_tokens_decoder().items() if t.content.strip()
-        }
-        first: list[Message] = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": PLACEHOLDER}]
-        found = []
-        for messages in (
-            first,
-            [*first, {"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}],
-        ):
-            try:
-                text = self._render(messages)
-            except DataError:
-                continue
-            before, _, after = text.partition(PLACEHOLDER)
-            ending = _pattern(added).match(after.lstrip())
-            if ending and (len(messages) == len(first) or ending.group() not in before):
-                found.append(added[ending.group()])
-        return found
+        decoder = self.tokenizer.get_added_tokens_decoder()
+        added = {token.content: number for number, token in decoder.items() if token.content.strip()}
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        first: list[Message] = [*asked, {"role": ASSISTANT, "content": PLACEHOLDER}]
+        more: list[Message] = [*first, *asked, {"role": ASSISTANT, "content": "b"}]
+        try:
+            opening = self._render([{"role": "user", "content": PLACEHOLDER}]).partition(PLACEHOLDER)[0]
+            last, earlier = (self._render(messages).partition(PLACEHOLDER)[2] for messages in (first, more))
+        except DataError:
+            return []
+        found = [_pattern(added).match(text.lstrip()) for text in (last, earlier)]
+        ends = [
+            ending.group()
+            for ending in found
+            if ending and (ending is found[0] or ending.group() not in opening)
+        ]
+        return [added[text] for text in ends]
 
     @cached_property
     def identity(self) -> str:

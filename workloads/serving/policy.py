@@ -14,17 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own says another one
 
-from escala.errors import SpecError, StaleWeights, StateError, WeightsNotLoaded
-from escala.rollouts.weights import Receiver, Weights, WeightVersion, actor_of
+from escala.errors import SpecError, StaleWeights, WeightsNotLoaded
+from escala.rollouts.weights import Receiver, Weights, WeightVersion
 from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams, shown
-from workloads.serving.loopback import keep_serve_on_loopback
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, Piece, Prompt
+from workloads.serving.replica import begin, end, own_name
 from workloads.serving.stepper import Stepper, join
 from workloads.serving.tokenising import Tokenising
 from workloads.serving.weights import unpack
@@ -41,8 +39,8 @@ class Policy:
         from workloads.model.start import load_model, load_tokenizer
         from workloads.serving.start import build_engine, initial_version
 
-        keep_serve_on_loopback()
         self.config = ServeConfig.model_validate(config)
+        await begin(self.config)
         path = Path(self.config.model)
         model = await asyncio.to_thread(load_model, path)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
@@ -51,7 +49,7 @@ class Policy:
         self.stepper = Stepper(engine)
         self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
-        self.receiver = Receiver(self._store, _own_name(), self._apply, self.config.sync_seconds)
+        self.receiver = Receiver(self._store, own_name(), self._apply, self.config.sync_seconds)
         await self.receiver.start(initial)
         self._report = asyncio.create_task(self._report_forever(Metrics()))
 
@@ -151,6 +149,7 @@ class Policy:
             await self.receiver.stop()
             await self.stepper.close()
             self.prompts.close()
+        await end(self.config)
 
     async def _apply(self, version: WeightVersion, weights: Weights) -> None:
         mine = self._versions[0]
@@ -180,16 +179,3 @@ class Policy:
                 -1 if failed else self.receiver.current.version,
             )
             await asyncio.sleep(REPORT_SECONDS)
-
-
-def _own_name() -> str:
-    """NAMESPACE/NAME of this replica's actor, by which `publish` finds out that it lives.
-
-    Raises StateError where it is not found by it: it would be taken for dead, and its weights for nobody's concern.
-    """
-    name = f"{SERVE_NAMESPACE}/{ray.get_runtime_context().get_actor_name()}"
-    if actor_of(name) is None:
-        raise StateError(
-            f"This replica is not found as {name}.", "Ray Serve names its actors in another way now."
-        )
-    return name

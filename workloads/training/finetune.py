@@ -73,11 +73,14 @@ def prepare(
     directory = root / "examples" / fingerprint([*key, tokenizer.identity])
     if not is_stored(directory):
         train, held_out = list(read(files[0])), list(read(files[1])) if data.held_out else None
+        places = _places(files, [train, held_out or []])
         if held_out is None:
             train, held_out = split(train, data.held_out_fraction)
         with new_directory(directory) as new:
             for name, examples in (("train", train), ("held_out", held_out)):
-                fitting = _fitting(name, examples, config.context_tokens, lambda x: tokenise(tokenizer, x))
+                fitting = _fitting(
+                    name, examples, config.context_tokens, lambda x: _at(places, x, tokenise, tokenizer)
+                )
                 Sequences.of([s for _, found in fitting for s in found]).save(new / f"{name}.safetensors")
                 write_json(new / f"{name}_margins.json", [margin(example) for example, _ in fitting])
     check_directory(directory)
@@ -98,6 +101,27 @@ def _sha256(file: Path) -> str:
         raise DataError(
             f"{file} can't be read: {error.strerror}.", "Check data.train and data.held_out."
         ) from error
+
+
+def _places(files: Sequence[Path], examples: Sequence[Sequence[Any]]) -> dict[int, str]:
+    """Where each example is from, by its `id`, counted from 1."""
+    pairs = zip(files, examples, strict=False)
+    return {
+        id(x): f"{file}, example {number}" for file, some in pairs for number, x in enumerate(some, start=1)
+    }
+
+
+def _at(
+    places: dict[int, str],
+    example: X,
+    tokenise: Callable[[ChatTokenizer, X], list[Tokenised]],
+    tokenizer: ChatTokenizer,
+) -> list[Tokenised]:
+    """`tokenise`, its errors with the example's place."""
+    try:
+        return tokenise(tokenizer, example)
+    except DataError as error:
+        raise DataError(f"{places[id(example)]}: {error.message}", error.hint) from error
 
 
 def _fitting(

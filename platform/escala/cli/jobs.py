@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from escala.api import Watched
     from escala.jobs.model import Job
 
-JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
+JobName = Annotated[
+    str,
+    typer.Argument(
+        help="A job's id, the start of one, or its name: the newest of it that succeeded or runs."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: a.b=value.", metavar="A.B=C")
 ]
@@ -24,6 +29,13 @@ Files = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved spec and its cost; start nothing.")
+]
+Code = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where your modules (reward functions) are; they are copied. [default: this directory]",
+        metavar="DIR",
+    ),
 ]
 Key = Annotated[
     str | None,
@@ -66,6 +78,7 @@ def submit(
     ] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    code: Code = None,
     idempotency_key: Key = None,
     follow: Follow = False,
     dry_run: DryRun = False,
@@ -84,11 +97,13 @@ def submit(
         "idempotency_key": idempotency_key,
     }
     if dry_run:
-        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
+        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
         render_plans.resolved(answer, *api.cost(answer), json)
         return
     with progress.reporting("submitting", json) as report:
-        job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
+        job = api.submit(
+            workload, files or (), overrides or (), options, report, compute_flops, law, code=code
+        )
     render.submitted(job, json)
     if follow:
         follow_job(job.id, json)

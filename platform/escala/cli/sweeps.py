@@ -8,7 +8,7 @@ import typer
 
 from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
-from escala.cli.jobs import DryRun, Follow, Key, Overrides, followed
+from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides, followed
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +31,7 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
+    code: Code = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -48,10 +49,10 @@ def sweep(
         "idempotency_key": idempotency_key,
     }
     if dry_run:
-        render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)
+        render_sweeps.plan(api.plan_sweep(space, overrides or (), code), json)
         return
     with progress.reporting("submitting", json) as report:
-        job = api.sweep(space, overrides or (), options, resume, report)
+        job = api.sweep(space, overrides or (), options, resume, report, code)
     render.submitted(job, json)
     if follow:
         ended = followed(job.id, json)

@@ -10,12 +10,13 @@ from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+    """What somebody asks for. `after` and `parent` name jobs, as JobStore.get takes them."""
 
     workload: str
     entry_point: str

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala import user_code
 from escala.errors import ClusterError, EscalaError
 from escala.files import no_room
 from escala.jobs.model import Job
@@ -132,7 +133,9 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
             "resources", {}
         )  # or a sweep's
         threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
-        return runtime_env(ray_address, threads, gpus, tracking_uri)
+        digest = job.tags.get(user_code.TAG)
+        code = user_code.directory(settings.home, digest) if digest else None
+        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code)
 
     return Reconciler(
         store,

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escala import manifests, spec
+from escala import manifests, spec, user_code
 from escala.errors import ClusterError, EscalaError, NotFoundError, SpecError, StateError
 from escala.hardware import load_cluster
+from escala.jobs.model import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.redaction import hide_arguments
@@ -32,7 +33,6 @@ log = logging.getLogger("escala.jobs")
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
-RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
 SWEEP = "sweep"  # the workload of a sweep's job
 
@@ -127,7 +127,7 @@ def resume(
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    return start(job, report, resume_from=str(checkpoints), parent=old.id)
+    return start(job, report, resume_from=str(checkpoints), parent=old.id, code=old.tags.get(user_code.TAG))
 
 
 def logs(name: str, follow: bool = False) -> Iterator[str]:
@@ -181,9 +181,17 @@ def _check_room(job: spec.JobSpec) -> None:
 
 
 def start(
-    job: spec.JobSpec, report: Report, resume_from: str | None = None, parent: str | None = None
+    job: spec.JobSpec,
+    report: Report,
+    resume_from: str | None = None,
+    parent: str | None = None,
+    code: str | None = None,
 ) -> Job:
-    """Queue a checked job. Raises SpecError for one that the embedded head can never hold; and as `enqueue`."""
+    """Queue a checked job. Raises SpecError for one that the embedded head can never hold; and as `enqueue`.
+
+    Args:
+        code: the digest of the copy of the user's modules (escala.user_code).
+    """
     from escala.jobs.model import NewJob
 
     _check_room(job)
@@ -202,6 +210,7 @@ def start(
         resume_from=resume_from,
         parent=parent,
         experiment=Settings().experiment,
+        tags={user_code.TAG: code} if code else {},
         idempotency_key=options.idempotency_key,
     )
     return enqueue(new, report)

@@ -40,6 +40,11 @@ State = Literal["queued", "starting", "running", "stopping", "succeeded", "faile
 
 STATES: tuple[State, ...] = ("queued", "starting", "running", "stopping", "succeeded", "failed", "stopped")
 ACTIVE: tuple[State, ...] = ("starting", "running", "stopping")  # an attempt may be at work
+ALIVE: tuple[State, ...] = (
+    "queued",
+    *ACTIVE,
+    "succeeded",
+)  # what a name means: a failed namesake does not count
 FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
 LOST = frozenset({"worker_lost", "node_lost", "driver_lost"})  # retried while retries are left
 ATTEMPTS_CAP = 100  # preemptions use up no retry; this bounds them

@@ -24,6 +24,7 @@ from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
 from escala.jobs.rows import Rows
 from escala.jobs.state import (
     ACTIVE,
+    ALIVE,
     STATES,
     AttemptEnded,
     Claimed,
@@ -112,12 +113,20 @@ class JobStore:
             _note(connection, job_id, 0, Decision("queued", at=values["submitted_at"]))
             return self._job(connection, job_id)
 
-    def get(self, name: str) -> Job:
-        """The job with this id, else unique name, else unique prefix of an id. Raises NotFoundError."""
+    def get(self, name: str, wanted: Sequence[State] = ALIVE) -> Job:
+        """The job with this id; else the newest of this name that is in one of these states, or, where none is, the
+        newest of this name; else the one whose id begins so. Raises NotFoundError.
+        """
         job = tables.job.c
-        for matches in (job.id == name, job.name == name, job.id.startswith(name, autoescape=True)):
+        newest = (job.state.in_(wanted).desc(), job.order.desc())
+        for matches, most in (
+            (job.id == name, 1),
+            (job.name == name, 1),
+            (job.id.startswith(name, autoescape=True), 6),
+        ):
+            query = select(tables.job).where(matches).order_by(*newest).limit(most)
             with reading(self._engine) as connection:
-                found = connection.execute(select(tables.job).where(matches).limit(6)).mappings().all()
+                found = connection.execute(query).mappings().all()
             if len(found) == 1:
                 return self._rows.one(Job, found[0])
             if found:
@@ -126,22 +135,26 @@ class JobStore:
         raise NotFoundError(f"there is no job {name!r}", "`escala ps --all` lists the jobs")
 
     def request_stop(self, name: str) -> Job:
-        """Stop a job: at once if queued, else it becomes `stopping`. Raises StateError if it has ended."""
-        return self._insist(name, StopRequested())
+        """Stop a job: at once if queued, else it becomes `stopping`. Of several of this name, the newest that has not
+        ended. Raises StateError if it has.
+        """
+        return self._insist(name, StopRequested(), ("queued", *ACTIVE))
 
     def request_retry(self, name: str) -> Job:
-        """Queue a failed or stopped job again, its retries renewed. Raises StateError for any other."""
-        return self._insist(name, RetryRequested())
+        """Queue a failed or stopped job again, its retries renewed. Of several of this name, the newest that failed or
+        was stopped. Raises StateError for any other.
+        """
+        return self._insist(name, RetryRequested(), ("failed", "stopped"))
 
-    def _insist(self, name: str, event: Event) -> Job:
+    def _insist(self, name: str, event: Event, wanted: Sequence[State]) -> Job:
         for _ in range(USER_TRIES):
-            job = self.get(name)
+            job = self.get(name, wanted)
             try:
                 return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
             except ClusterError:
-                now = self.get(name)
+                now = self.get(job.id)
                 if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
                     return now  # the answer alone was lost
                 raise

@@ -10,6 +10,8 @@ the moment between). The first healthy version becomes champion by itself; after
 from __future__ import annotations
 
 import json
+import os
+import socket
 import tempfile
 import time
 import uuid
@@ -18,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from escala.errors import LawError, NotFoundError
 from escala.laws import note
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from escala.tracking.tracker import Tracker
 
 ALIAS = "champion"
-KEY = "law-"  # how the keys of laws' runs begin
+KEY = "law"  # a law's run has the key law:HOST:PID:RANDOM, of the client that writes it
 ABANDONED_SECONDS = 60.0  # a law's run is RUNNING for a moment; one that is so for longer has lost its client
 KIND, OUR_KIND = "escala.kind", "law"
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
@@ -94,7 +98,7 @@ class Registry:
             tracker = MlflowTracker(self._uri)
             tags = {KIND: OUR_KIND, "escala.law": name, **_tags(law, provenance)}
             _close_abandoned(client, experiment)
-            key, title = f"{KEY}{uuid.uuid4().hex}", f"law {name}"
+            key, title = f"{KEY}:{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}", f"law {name}"
             run_id = tracker.start(key, experiment, title, {}, {})
             tracker.finish(run_id, "KILLED")  # until all of it is there
             provenance["law_run_id"] = run_id
@@ -178,7 +182,7 @@ class Registry:
         if version is None:
             raise NotFoundError(
                 f"the law {name} has no champion: none of its versions is healthy",
-                f"`escala laws list` shows why; ask a version, e.g. {name}@1, or promote one with --force",
+                f"`escala laws show {name}@1` says why; ask a version by its number, or promote one with --force",
             )
         return version
 
@@ -234,10 +238,17 @@ def _close_abandoned(client: Any, experiment: str) -> None:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return
-    wanted = f"attributes.status = 'RUNNING' and tags.`{KEY_TAG}` LIKE '{KEY}%'"
+    wanted = f"attributes.status = 'RUNNING' and tags.`{KEY_TAG}` LIKE '{KEY}:%'"
     for run in client.search_runs([found.experiment_id], wanted, max_results=1000):
-        if time.time() - run.info.start_time / 1000 > ABANDONED_SECONDS:
+        old = time.time() - run.info.start_time / 1000 > ABANDONED_SECONDS
+        if old or _client_is_gone(run.data.tags[KEY_TAG]):
             client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _client_is_gone(key: str) -> bool:
+    """Whether the process that began the run was on this machine and has ended."""
+    _, host, pid, _ = key.split(":")
+    return host == socket.gethostname() and not psutil.pid_exists(int(pid))
 
 
 def _name(client: Any, run_id: str, law: Law, reference: str, provenance: dict[str, Any]) -> None:

@@ -80,8 +80,8 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
             f"No usable point among {len(frame)} rows: {_told(refused)}.",
             "Correct the rows, or name their columns with --map.",
         )
-    columns = {name: _floats(used[size if name == "size" else name]) for name in form.columns}
-    loss_N = _floats(used["loss_nats"])
+    columns = {name: floats(used[size if name == "size" else name]) for name in form.columns}
+    loss_N = floats(used["loss_nats"])
     sample = effective_sample(used, columns, loss_N, group)
     notes = (*notes, *sample.notes)
     return Table(_plain_types(used), refused, columns, loss_N, _compute(used), sample, notes)
@@ -100,7 +100,7 @@ def _told(refused: pd.DataFrame) -> str:
     return "; ".join(said[:3]) + (f"; and {len(said) - 3} other reasons" if len(said) > 3 else "")
 
 
-def _floats(series: pd.Series) -> Floats:
+def floats(series: pd.Series) -> Floats:
     """Numbers; NaN for what is none (a word, a boolean, a date)."""
     if series.dtype.kind in "iuf":
         return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
@@ -114,7 +114,7 @@ def _plain_types(used: pd.DataFrame) -> pd.DataFrame:
     """The usable rows with numbers as numbers: a column that a refused row's word made one of texts, too."""
     changed = {}
     for name in (name for name in QUANTITIES if name in used and used[name].dtype.kind == "O"):
-        values_N = _floats(used[name])
+        values_N = floats(used[name])
         if not np.isnan(values_N).any():
             changed[name] = values_N
     return used.assign(**changed) if changed else used
@@ -124,19 +124,19 @@ def _with_compute(points: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, tuple
     """Form c needs compute_flops; a table that has none gets 6 N_active D, and a note says so."""
     if form.name != "c" or "compute_flops" in points or not {"n_active", "tokens"} <= set(points.columns):
         return points, ()
-    derived = KAPPA * _floats(points["n_active"]) * _floats(points["tokens"])
+    derived = KAPPA * floats(points["n_active"]) * floats(points["tokens"])
     return points.assign(compute_flops=derived), ("The table has no compute_flops: 6 N_active D was used.",)
 
 
 def _compute(used: pd.DataFrame) -> Floats | None:
     """FLOPs of each point where the table can tell them (for extrapolation and cross-validation)."""
     if "compute_flops" in used:
-        compute = _floats(used["compute_flops"])
+        compute = floats(used["compute_flops"])
         if np.isfinite(compute).all() and (compute > 0).all():
             return compute
     for size in SIZES:
         if size in used and "tokens" in used:
-            compute = KAPPA * _floats(used[size]) * _floats(used["tokens"])
+            compute = KAPPA * floats(used[size]) * floats(used["tokens"])
             return compute if np.isfinite(compute).all() and (compute > 0).all() else None
     return None
 
@@ -151,7 +151,7 @@ def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> n
         reasons_N[bad_N & (reasons_N == "")] = reason
 
     for name in ["loss_nats", *_needed(form, size)]:
-        values_N = _floats(frame[name])
+        values_N = floats(frame[name])
         for i in np.flatnonzero(np.isnan(values_N) & (reasons_N == "")):
             value = frame[name].iloc[i]
             said = "missing or" if cells.is_missing(value) else f"'{value}',"
@@ -160,7 +160,7 @@ def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> n
         refuse(values_N <= 0, f"{name} is not positive")
     if form.mixed:
         refuse(
-            _floats(frame["n_total"]) < _floats(frame["n_active"]) * (1 - 1e-9),
+            floats(frame["n_total"]) < floats(frame["n_active"]) * (1 - 1e-9),
             "n_total is less than n_active",
         )
     if group is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from escala.laws.forms import Floats
+from escala.laws.table import floats
 
 SMALLEST = {  # no table of language models has less; Kaplan et al. (2020) begin at 768 non-embedding parameters
     "n_active": 1e3,
@@ -26,16 +27,16 @@ TOKENS_PER_PARAMETER = (
     1e-4,
     1e6,
 )  # in the median row: from a short fine-tuning to 20 times what anybody has trained
-LARGEST_LOSS = 15.0  # nats, in the median row; a uniform guess among 3 million tokens has 14.9
+LARGEST_LOSS = 9.0  # nats, in the median row; a uniform guess among 8,000 tokens has as much
 ORDER = (("n_total", "n_active"), ("n_total", "n_non_embedding"))  # the first is at least the second
 
 
 def contradictions(points: pd.DataFrame) -> list[str]:
     """What contradicts itself, in plain words; empty where nothing does."""
     known = {
-        name: np.asarray(points[name], dtype=np.float64)
+        name: values_N
         for name in (*SMALLEST, "loss_nats")
-        if name in points and points[name].dtype.kind in "iuf" and points[name].notna().all()
+        if name in points and not np.isnan(values_N := floats(points[name])).all()  # a cell may be empty
     }
     return [*_too_small(known), *_out_of_order(known), *_compute(known), *_ratio(known), *_loss(known)]
 
@@ -43,7 +44,7 @@ def contradictions(points: pd.DataFrame) -> list[str]:
 def _too_small(known: dict[str, Floats]) -> list[str]:
     return [
         f"units: {name} is below {least:,.0f} in {int((known[name] < least).sum())} of {len(known[name])} rows "
-        f"(the smallest is {known[name].min():.4g}): give plain counts, not thousands, millions or billions"
+        f"(the smallest is {np.nanmin(known[name]):.4g}): give plain counts, not thousands, millions or billions"
         for name, least in SMALLEST.items()
         if name in known and (known[name] < least).any()
     ]
@@ -63,7 +64,7 @@ def _compute(known: dict[str, Floats]) -> list[str]:
     size = next((name for name in ("n_active", "n_total") if name in known), None)
     if size is None or not {"compute_flops", "tokens"} <= set(known):
         return []
-    factor = float(np.median(known["compute_flops"] / (6 * known[size] * known["tokens"])))
+    factor = float(np.nanmedian(known["compute_flops"] / (6 * known[size] * known["tokens"])))
     if 1 / COMPUTE_FACTOR <= factor <= COMPUTE_FACTOR:
         return []
     return [
@@ -76,17 +77,17 @@ def _ratio(known: dict[str, Floats]) -> list[str]:
     size = next((name for name in ("n_active", "n_total") if name in known), None)
     if size is None or "tokens" not in known:
         return []
-    ratio, (low, high) = float(np.median(known["tokens"] / known[size])), TOKENS_PER_PARAMETER
+    ratio, (low, high) = float(np.nanmedian(known["tokens"] / known[size])), TOKENS_PER_PARAMETER
     if low <= ratio <= high:
         return []
     return [f"units: {ratio:.3g} tokens per parameter in the median row: {size} or tokens is in another unit"]
 
 
 def _loss(known: dict[str, Floats]) -> list[str]:
-    middle = float(np.median(known["loss_nats"])) if "loss_nats" in known else 0.0
+    middle = float(np.nanmedian(known["loss_nats"])) if "loss_nats" in known else 0.0
     if middle <= LARGEST_LOSS:
         return []
     return [
-        f"units: loss_nats is {middle:.4g} in the median row, more than a guess among millions of tokens has: "
+        f"units: loss_nats is {middle:.4g} in the median row, as much as a guess among thousands of tokens: "
         "a perplexity (take its logarithm), or a sum over tokens?"
     ]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from escala import spec
+from escala import preflight, spec, user_code
 from escala.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
 from escala.runtime_env import runtime_env
@@ -83,12 +83,16 @@ def up(
     name: str = APPLICATION,
     report: Report = lambda line: None,
     wait_seconds: float = START_SECONDS,
+    code: str | Path | None = None,
+    resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RolloutsStatus:
     """Start the service, or bring it to this configuration, and wait until it answers.
 
     Args:
         files: Serve configuration files with one application, ours; later ones override earlier ones.
         overrides: `a.b=value` of the application's arguments (`workloads.config.serve.ServeConfig`).
+        code: the directory of the user's modules (see `preflight.ready`).
+        resolve: arguments that name jobs -> arguments with their checkpoints.
 
     Raises SpecError for what does not validate, and for an address beyond loopback without a token; StateError where
     Serve runs without HTTP; ClusterError where the cluster or the service does not come up in time, with Serve's own
@@ -98,7 +102,9 @@ def up(
     document = read(files, overrides)
     http: dict[str, Any] = {"host": rollouts.host, "port": rollouts.port}
     http |= document.get("http_options") or {}
-    application = prepare(document["applications"][0], name, settings, rollouts)
+    written = document["applications"][0]
+    written = {**written, "args": resolve(written["args"])}
+    application = prepare(written, name, settings, rollouts, code)
     if settings.ray_address is None:
         from escala import cluster
 
@@ -215,7 +221,11 @@ def read(files: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any
 
 
 def prepare(
-    application: dict[str, Any], name: str, settings: Settings, rollouts: RolloutsSettings
+    application: dict[str, Any],
+    name: str,
+    settings: Settings,
+    rollouts: RolloutsSettings,
+    code: str | Path | None = None,
 ) -> dict[str, Any]:
     """The application as it is sent: arguments checked and complete, environment, bounds. Raises SpecError."""
     args = dict(application["args"])
@@ -223,14 +233,20 @@ def prepare(
         args.setdefault(
             "token_sha256", hashlib.sha256(rollouts.token.get_secret_value().encode()).hexdigest()
         )
+    args.setdefault("hold_places", settings.ray_address is None)
     config = spec.load_rollouts(args)
     overrides = [d for d in application.get("deployments") or [] if d.get("name") != POLICY]
-    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0)
+    plain = config.model_dump(mode="json")
+    digest = None
+    if plain["reward"]:
+        digest = preflight.ready("rollouts", plain, settings.home, code)
+    copy = user_code.directory(settings.home, digest) if digest else None
+    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
     return {
         "route_prefix": "/",
         **application,
         "name": name,
-        "args": config.model_dump(mode="json"),
+        "args": plain,
         "runtime_env": application.get("runtime_env") or environment,
         "deployments": [*overrides, {"name": POLICY, "autoscaling_config": config.autoscaling()}],
     }

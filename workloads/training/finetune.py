@@ -150,8 +150,9 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
 
 
 def store_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
-    """The directory in the store `root` that holds `tokenizer`, written where it is not there. Raises DataError where it
-    is damaged.
+    """The directory in the store `root` that holds `tokenizer`, written where it is not there.
+
+    Raises DataError where it is damaged.
     """
     kept = root / "tokenizers" / tokenizer.identity
     if not is_stored(kept):

@@ -144,7 +144,7 @@ def _explain(error: Exception, shown: str, file: Path | None) -> ClusterError | 
 def _owner_hint(file: Path | None) -> str:
     if file is None:
         return "check ESCALA_DATABASE_URL"
-    if file.is_dir():
+    if os.path.isdir(file):  # of a path that we may not see, no error but False
         return f"{file} is a directory: set ESCALA_DATABASE_URL to a file"
     return f"make {file} and its directory writable for this user, or set ESCALA_HOME to a home of your own"
 

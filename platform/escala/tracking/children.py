@@ -9,8 +9,9 @@ from typing import Any
 
 from escala import lines
 from escala.files import no_room
-from escala.records import TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
+from escala.records import TRIALS, AttemptFiles, AttemptSpec, Outcome, RunRecord, TrialFiles, read_record
 from escala.tracking.delivery import Delivery
+from escala.tracking.notes import NOTE_TAG, run_note
 from escala.tracking.spool import close_spool
 
 log = logging.getLogger("escala.delivery")
@@ -91,7 +92,8 @@ class FamilyDelivery:
             return
         try:
             spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-            close_spool(files.spool, _status(outcome), None if spec is None else _start(spec))
+            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome))
+            close_spool(files.spool, _status(outcome), start, tags)
             self._closed.add(files.directory)
         except OSError as error:
             if not no_room(error):  # else the delivery says so
@@ -110,6 +112,24 @@ def _status(outcome: Outcome | None) -> str:
     """MLflow's word for an attempt that did not close its run by itself."""
     words = {"succeeded": "FINISHED", "budget": "FINISHED", "user": "KILLED", "preempted": "KILLED"}
     return words.get(outcome.kind, "FAILED") if outcome is not None else "FAILED"
+
+
+def _note(spec: AttemptSpec, outcome: Outcome | None) -> dict[str, str]:
+    """The note of an attempt that could not write its own."""
+    kind, message = (
+        (outcome.kind, outcome.message) if outcome is not None else ("driver_lost", "its driver was killed")
+    )
+    record = RunRecord(
+        None,
+        spec.job_id,
+        spec.attempt,
+        spec.name,
+        spec.workload,
+        kind,
+        started_at=0.0,
+        reason=message or None,
+    )
+    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint if outcome is not None else "")}
 
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:

@@ -157,24 +157,24 @@ class Delivery:
         now, said, away = self._clock(), type(error).__name__, is_away(error)
         before = self._waits.get(spool, _Wait())
         what = f"{said}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-        if away:
-            if self._all.said != said:
+        if away and (self._found_away not in (None, spool) or self._tracker is None):
+            if not self._all.said:
                 log.warning("the tracker does not take runs now; they stay in their spools: %s", what)
-            self._all = replace(self._all, said=said)
-            if self._found_away not in (None, spool) or self._tracker is None:
-                self._all = self._all.again(now)
-            self._found_away = spool
+            self._all = replace(self._all, said=said).again(now)
         elif before.said != said and no_room(error):
             log.warning("%s waits until there is room on the disk: %s", spool, what)
         elif before.said != said:
             log.warning("%s cannot be delivered now, and stays where it is; others go on: %s", spool, what)
+        if away:
+            self._found_away = spool
         self._waits[spool] = replace(before, away=away, said=said).again(now)
 
     def _is_back(self) -> None:
-        """The tracker answers: those that found it away need not wait."""
-        if self._found_away is not None or self._all.said:
-            self._found_away, self._all = None, _Wait()
+        """The tracker answers: where it was away, those that found it so need not wait."""
+        if self._all.said:
+            self._all = _Wait()
             self._waits = {spool: wait for spool, wait in self._waits.items() if not wait.away}
+        self._found_away = None
 
 
 class _Teller:

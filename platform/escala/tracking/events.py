@@ -13,6 +13,7 @@ from typing import Any, Literal
 from escala import fields
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # MLflow's words
+_PATH = re.compile(r"(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+(/(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+)*")
 _SURROGATE = re.compile(rb"\\u(0000|[dD][89a-fA-F])")  # in a line of ASCII: no tracker takes these
 
 
@@ -92,6 +93,8 @@ def parse_event(line: bytes) -> dict[str, Any]:
         raise ValueError(f"it is no event that is known: {kind!r:.80}")
     if problem := fields.misfit(_KINDS[kind], event):
         raise ValueError(f"{kind}: {problem}")
+    if kind == "text" and not _PATH.fullmatch(event["path"]):
+        raise ValueError(f"text: {event['path']!r:.80} is no path inside a run's artifacts")
     if kind == "metrics":
         event["points"] = [point for point in event["points"] if _is_point(point)]
     return _clean(event) if _SURROGATE.search(line) else dict(event)

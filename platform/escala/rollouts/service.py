@@ -22,6 +22,7 @@ from typing import Any
 from escala import spec
 from escala.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
+from escala.manifests import check_readable
 from escala.runtime_env import runtime_env
 from escala.settings import RolloutsSettings, Settings
 
@@ -89,15 +90,17 @@ def up(
         files: Serve configuration files with one application, ours; later ones override earlier ones.
         overrides: `a.b=value` of the application's arguments (`workloads.config.serve.ServeConfig`).
 
-    Raises SpecError for what does not validate, and for an address beyond loopback without a token; StateError where
-    Serve runs without HTTP; ClusterError where the cluster or the service does not come up in time, with Serve's own
-    message.
+    Raises SpecError for what does not validate, and for an address beyond loopback without a token; CheckpointError for
+    a job's checkpoints that are all refused; StateError where Serve runs without HTTP; ClusterError where the cluster
+    or the service does not come up in time, with Serve's own message.
     """
     settings, rollouts = Settings(), RolloutsSettings()
     document = read(files, overrides)
     http: dict[str, Any] = {"host": rollouts.host, "port": rollouts.port}
     http |= document.get("http_options") or {}
     application = prepare(document["applications"][0], name, settings, rollouts)
+    if (model := Path(str(application["args"]["model"]))).is_dir():
+        check_readable(model)
     if settings.ray_address is None:
         from escala import cluster
 

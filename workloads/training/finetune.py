@@ -149,7 +149,7 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
 
 
 def answered(tokenizer: ChatTokenizer, prompt: Prompt, answer: str) -> Tokenised:
-    """A prompt with its answer, as SFT and DPO learn it: token ids, and which of them are the answer's, end included."""
+    """A prompt with its answer, as SFT and DPO learn it: token ids, and which are the answer's, its end included."""
     return tokenizer.sequence(prompt, answer)
 
 

@@ -17,7 +17,6 @@ from workloads.alignment.calibration import accuracy
 from workloads.alignment.losses import dpo_loss
 from workloads.config import DpoConfig
 from workloads.data.batches import Batch
-from workloads.data.chat import ChatTokenizer
 from workloads.model.lora import without_lora
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
@@ -30,7 +29,7 @@ from workloads.training.task import Evaluation, on_device
 
 def prepare(spec: AttemptSpec, config: DpoConfig) -> Prepared:
     """Pairs, tokenised. Raises DataError."""
-    return finetune.prepare_pairs(spec, config, ChatTokenizer.sequence)
+    return finetune.prepare_pairs(spec, config, finetune.answered)
 
 
 def make_task(inputs: WorkerInputs) -> DirectPreference:

@@ -218,15 +218,12 @@ class ChatTokenizer:
 
     def _marked(self, messages: list[Message]) -> list[Span]:
         """The spans that the template itself marks with {% generation %}."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
-        _, spans = render_jinja_template(  # type: ignore[misc]
-            [messages],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self._transformers.special_tokens_map,
-        )
-        return [(begin, end) for begin, end in spans[0]]
+        render: Any = chat_template_utils.render_jinja_template  # its annotation leaves the spans out
+        names = self._transformers.special_tokens_map
+        _, spans = render([messages], chat_template=self.template, return_assistant_tokens_mask=True, **names)
+        return [(int(begin), int(end)) for begin, end in spans[0]]
 
     @cached_property
     def _finder(self) -> SpanFinder:

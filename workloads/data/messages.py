@@ -76,7 +76,7 @@ def refuse_line_keys(where: str, record: Mapping[str, Any]) -> None:
         value = record.get(key)
         if is_neutral(value) or (key == "weight" and not isinstance(value, bool) and value == 1):
             continue
-        raise DataError(f"{where}: the key `{key}` is not used here: {reason}.", "Remove the key.")
+        raise DataError(f"{where}: the key `{key}` is not used here: {reason}.", _LINE_FIX)
 
 
 def plain_messages(
@@ -140,6 +140,7 @@ def text_at(inside: str, key: str, value: object, kinds: str = "a text") -> str:
 
 
 _FIX = "Give a text; with none, an empty one or no message."
+_LINE_FIX = "Write what it says into the messages, or remove the key or the line."
 
 
 def _plain(message: object, inside: str, weighted: bool) -> Message:

@@ -149,6 +149,11 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
     return load_tokenizer(start)
 
 
+def answered(tokenizer: ChatTokenizer, prompt: Prompt, answer: str) -> Tokenised:
+    """A prompt with its answer, as SFT and DPO learn it: token ids, and which are the answer's, its end included."""
+    return tokenizer.sequence(prompt, answer)
+
+
 def store_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
     """The directory in the store `root` that holds `tokenizer`, written where it is not there.
 

@@ -66,7 +66,7 @@ class FunctionReward:
         if not abs(number) <= FP32_MAX:
             raise SpecError(
                 f"The reward function {self.name} returned {shown(value)} for response {index}.",
-                "Return a number for each response that is finite in fp32.",
+                "Return a finite number for each response, in fp32's range.",
             )
         return number
 

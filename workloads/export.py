@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.files import rename_whole
 from escala.manifests import Checkpoint
 from workloads.alignment.reward_model import load_reward_model, save_reward_model
 from workloads.config import FineTuneConfig
@@ -32,7 +33,7 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
     partial = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
     try:
         _write(found, partial, adapter)
-        partial.rename(to)
+        rename_whole(partial, to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -46,7 +47,7 @@ def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
         base = config.start.path if config.start is not None else ""
         save_adapter(load_weights(found), lora, to, base)
-    elif found.manifest["workload"] == "reward":
+    elif found.part("workload", str) == "reward":
         save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
         return
     else:

@@ -48,7 +48,7 @@ from workloads.alignment.rollouts import (
     save_prompts,
 )
 from workloads.config import PpoConfig
-from workloads.data.store import new_directory
+from workloads.data.store import check_directory, is_stored, new_directory
 from workloads.flops import ppo_flops_per_token
 from workloads.model.start import load_tokenizer
 from workloads.training import finetune, zero
@@ -72,14 +72,11 @@ def prepare(spec: AttemptSpec, config: PpoConfig) -> Prepared:
     _check_critic(config, tokenizer.fingerprint)
     most = config.context_tokens - config.sampling.max_response_tokens
     prompts = read_prompts(file, tokenizer, most)
-    directory = root / "prompts" / fingerprint([file_sha256(file), most, tokenizer.fingerprint])
-    if not directory.exists():
+    directory = root / "prompts" / fingerprint([file_sha256(file), most, tokenizer.identity])
+    if not is_stored(directory):
         with new_directory(directory) as new:
             save_prompts(prompts, new)
-    kept = root / "tokenizers" / tokenizer.fingerprint
-    if not kept.exists():
-        with new_directory(kept) as new:
-            tokenizer.save(new)
+    kept = finetune.keep_tokenizer(tokenizer, root)
     rewards = [section.model_dump(mode="json") for section in config.rewards]
     fingerprints = {
         "corpus": fingerprint([prompt.tokens for prompt in prompts]),
@@ -159,6 +156,7 @@ class Ppo(Trainer):
             zero.begin_restore(engine, 0)
         self.learner = Learner(config, self.engine, self.critic, reference)
         self._count_parameters()
+        check_directory(Path(self.inputs.prepared))
         prompts = load_prompts(Path(self.inputs.prepared))
         self.drawing = Drawing(config, prompts, self.rank, self.ranks)
         self.scoring = Scoring(config)
@@ -177,9 +175,10 @@ class Ppo(Trainer):
         self.saved_step = self.count.step
         if self.inputs.checkpoint is None:
             return
-        state = read_checkpoint(Path(self.inputs.checkpoint)).manifest["ppo"]
-        self.kl_coef, self.scores = state["kl_coef"], RunningMoments(**state["scores"])
-        self.measures = state["measures"]
+        found = read_checkpoint(Path(self.inputs.checkpoint))
+        self.kl_coef = found.part("ppo.kl_coef", float)
+        self.scores = RunningMoments(**found.part("ppo.scores", dict))
+        self.measures = found.part("ppo.measures", dict)
 
     def _step(self) -> str | None:
         """One iteration; or, before it, the reason not to make it."""

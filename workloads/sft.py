@@ -21,6 +21,7 @@ from workloads.data.batches import Batch
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Chat, Dialogue, read_dialogues
 from workloads.data.examples import Draws, Sequences, pack, row_batch
+from workloads.data.store import check_directory
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
 from workloads.training.driver import WorkerInputs
@@ -35,8 +36,8 @@ def prepare(spec: AttemptSpec, config: SftConfig) -> Prepared:
 
     def tokenise(tokenizer: ChatTokenizer, one: Dialogue) -> list[finetune.Tokenised]:
         if isinstance(one, Chat):
-            return [tokenizer.conversation(one.messages)]
-        return [finetune.answered(tokenizer, one.prompt, one.completion)]
+            return [tokenizer.conversation(one.messages, one.untrained)]
+        return [tokenizer.sequence(one.prompt, one.completion)]
 
     return finetune.prepare(spec, config, read_dialogues, tokenise)
 
@@ -44,6 +45,7 @@ def prepare(spec: AttemptSpec, config: SftConfig) -> Prepared:
 def make_task(inputs: WorkerInputs) -> FineTuning:
     """The task of one worker."""
     directory = Path(inputs.prepared)
+    check_directory(directory)
     train, held_out = (Sequences.load(directory / f"{split}.safetensors") for split in ("train", "held_out"))
     return FineTuning(inputs.config, train, held_out)
 

@@ -16,6 +16,7 @@ from escala.attempt import finish, flatten, read_attempt
 from escala.errors import EscalaError
 from escala.records import AttemptSpec, Outcome, RunRecord
 from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 
 Found = TypeVar("Found")
@@ -37,7 +38,8 @@ def main(
         return error.exit_code
     started_at = time.time()
     tracker, key = open_tracker(spec.tracking_uri), spec.run_key or f"{spec.job_id}-{spec.attempt}"
-    tags = spec.tags | {"escala.job_id": spec.job_id, "escala.workload": spec.workload}
+    own = {"escala.job_id": spec.job_id, "escala.workload": spec.workload, **start_tags(spec)}
+    tags = spec.tags | own
     run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(spec.config))
     try:
         keep(tracker, run_id, work(spec))
@@ -65,7 +67,9 @@ def main(
         reason=outcome.message or None,
     )
     known = {k: v for k, v in asdict(record).items() if v is not None}
-    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True)})
+    note = run_note(spec, record, hint=outcome.hint)
+    tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True), NOTE_TAG: note})
     tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
+    tracker.drain()
     finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
     return code

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from escala.files import forgiving_log
 from escala.records import AttemptSpec, Outcome, read_record
 from workloads.training.driver import WorkerInputs, fit
 from workloads.training.run import Prepared, Run, beside, entry, parse_config
@@ -32,7 +33,7 @@ def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | Non
     `on_evaluation` is called after each evaluation of a one-worker trial.
     """
     this = Run(spec)
-    with this.files.log.open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+    with forgiving_log(this.files.log) as log, contextlib.redirect_stdout(log):
         with contextlib.redirect_stderr(log):
             try:
                 _train(this, prepared, on_evaluation)

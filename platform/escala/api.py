@@ -11,19 +11,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import manifests, spec
+from escala import manifests, preflight, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
+    MOST_ROWS,
     SWEEP,
     JobDetails,
     Report,
     Watched,
+    check_limit,
     job,
     jobs,
     logs,
@@ -35,7 +37,7 @@ from escala.jobs.service import (
     stop,
     watch,
 )
-from escala.jobs.starts import resolve_jobs
+from escala.jobs.starts import resolve_jobs, resolve_rollouts
 from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINAL",
+    "MOST_ROWS",
     "Garbage",
     "JobDetails",
     "NotFoundError",
     "RunRecord",
     "SpecError",
     "Watched",
+    "check_limit",
     "collect_garbage",
     "compare",
     "cost",
@@ -142,6 +146,13 @@ def status() -> ClusterStatus:
     return cluster.status(Settings())
 
 
+def trouble() -> str | None:
+    """Why no job moves on now, and what to do; None where nothing stands in the way. Milliseconds."""
+    from escala import cluster
+
+    return cluster.trouble(Settings())
+
+
 # Rollouts
 
 
@@ -150,11 +161,12 @@ def rollouts_up(
     overrides: Iterable[str] = (),
     name: str = "escala",
     report: Report = silent,
+    code: str | Path | None = None,
 ) -> RolloutsStatus:
     """Start the rollout service and wait for it. Args and errors as `escala.rollouts.service.up`."""
     from escala.rollouts import service
 
-    return service.up(files, overrides, name, report)
+    return service.up(files, overrides, name, report, code=code, resolve=resolve_rollouts)
 
 
 def rollouts_status(name: str = "escala") -> RolloutsStatus:
@@ -193,9 +205,12 @@ def resolve(
     options: Mapping[str, Any] | None = None,
     compute_flops: float | None = None,
     law: str | None = None,
+    code: str | Path | None = None,
 ) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Args and errors as `submit`."""
-    return spec.resolve(_load(workload, files, overrides, options, compute_flops, law))
+    loaded = _load(workload, files, overrides, options, compute_flops, law)
+    _ready(loaded, code, keep=False)
+    return spec.resolve(loaded)
 
 
 def cost(answer: spec.Resolved, cluster: str | Path | None = None) -> tuple[Cost, Cluster]:
@@ -219,6 +234,7 @@ def submit(
     compute_flops: float | None = None,
     law: str | None = None,
     base: Mapping[str, Any] | None = None,
+    code: str | Path | None = None,
 ) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
@@ -228,10 +244,20 @@ def submit(
             overrides do not fix them.
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
+        code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
+            are copied into the home.
 
-    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
+    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
-    return start(_load(workload, files, overrides, options, compute_flops, law, base), report)
+    loaded = _load(workload, files, overrides, options, compute_flops, law, base)
+    return start(loaded, report, code=_ready(loaded, code))
+
+
+def _ready(job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
+    """What can be known before it is queued, checked; the digest of the user's modules."""
+    waits = job.options.after is not None
+    return preflight.ready(job.workload, job.plain(), Settings().home, code, waits, keep)
 
 
 def _load(
@@ -326,9 +352,12 @@ def export(name: str, to: Path, adapter: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Checkpoints that the retention rule gives up: (path, bytes)."""
+    """Checkpoints that the retention rule gives up: (path, bytes); and why others cannot be used, which nobody but you
+    deletes.
+    """
 
     checkpoints: list[tuple[str, int]]
+    damaged: list[str] = field(default_factory=list)
 
 
 def collect_garbage(name: str | None = None, keep: int | None = None, delete: bool = False) -> Garbage:
@@ -340,18 +369,19 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
         raise SpecError("--keep must be at least 1", "a job without a checkpoint cannot be resumed")
     with open_store() as store:
         ended = [store.get(name)] if name else store.list(FINAL)
-    home, found = Settings().home, list[tuple[str, int]]()
+    home, found, damaged = Settings().home, list[tuple[str, int]](), list[str]()
     for each in ended:
         if each.state not in FINAL:
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
         directory = JobFiles(home, each.id).checkpoints
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-        found += [_size(directory / n) for n in manifests.to_delete(names, rule)]
+        retention = manifests.retention(directory, rule)
+        found += [_size(directory / name) for name in retention.delete]
+        damaged += [error.message for error in retention.damaged]
     if delete:
         for path, _ in found:
             shutil.rmtree(path)
-    return Garbage(found)
+    return Garbage(found, damaged)
 
 
 def _size(directory: Path) -> tuple[str, int]:

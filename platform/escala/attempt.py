@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,24 +17,35 @@ from types import FrameType
 from typing import Any
 
 from escala.errors import SpecError, Superseded
-from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, read_record, write_json
-
-STOP_REASONS = ("user", "budget", "preempted")
+from escala.files import forgive_full_log, insist
+from escala.records import (
+    STOP_REASONS,
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    Outcome,
+    load_record,
+    read_record,
+    write_json,
+)
 
 
 def read_attempt(arguments: list[str]) -> AttemptSpec:
-    """The spec at the path that is the only command-line argument. Raises SpecError."""
+    """The spec at the path that is the only command-line argument. Raises SpecError.
+
+    From here on a full disk takes lines of this process's log, and not the process.
+    """
+    forgive_full_log()
     if len(arguments) != 1:
         raise SpecError(f"expected one argument, the path of attempt.json; got {len(arguments)}")
     try:
-        spec = read_record(AttemptSpec, Path(arguments[0]))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise SpecError(f"{arguments[0]} is not an attempt's spec: {error}") from error
-    if spec is None:
+        return load_record(AttemptSpec, Path(arguments[0]))
+    except FileNotFoundError as error:
         raise SpecError(
             f"{arguments[0]} does not exist", "start workloads by `escala submit`, which writes it"
-        )
-    return spec
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{arguments[0]} is not an attempt's spec: {error}") from error
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -48,14 +60,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def check_fence(files: AttemptFiles, attempt: int) -> None:
-    """Raise Superseded where another attempt than `attempt` may write now. A missing fence forbids
-    nothing.
+    """Raise Superseded where another attempt than `attempt` may write now. A fence that is missing, or damaged
+    and names no attempt, forbids nothing; the reconcile loop writes it again.
     """
     try:
-        current = files.current.read_text().strip()
-    except FileNotFoundError:
+        current = files.current.read_text(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return
-    if current != str(attempt):
+    if current.isdecimal() and current != str(attempt):
         raise Superseded(f"attempt {attempt} was declared lost; attempt {current} has the job now")
 
 
@@ -70,8 +82,11 @@ def stop_on_sigterm(files: AttemptFiles) -> None:
     handler.
     """
 
+    def ask() -> None:
+        insist(lambda: request_stop(files, "preempted"), "the request to stop")
+
     def handler(_signal: int, _frame: FrameType | None) -> None:
-        request_stop(files, "preempted")
+        threading.Thread(target=ask, name="stop", daemon=True).start()  # a full disk may keep it waiting
         print("SIGTERM: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGTERM, handler)
@@ -104,9 +119,9 @@ class Watch:
 
 
 def finish(spec: AttemptSpec, outcome: Outcome) -> None:
-    """Write the outcome, the last thing that an attempt does; not where another attempt has taken over."""
+    """Write the outcome, the last thing that an attempt does; waits for room on a full disk."""
     files = AttemptFiles(spec.directory)
-    write_json(files.outcome, outcome)
+    insist(lambda: write_json(files.outcome, outcome), "the attempt's outcome")
     print(f"escala: attempt {spec.attempt} of {spec.job_id}: {outcome.kind}", flush=True)
     if outcome.message:
         print(

@@ -1,7 +1,8 @@
-"""The embedded cluster of a home, Ray head, MLflow server and reconcile loop, or the existing ones that are
-configured.
+"""The embedded cluster of a home, Ray head, MLflow server, reconcile loop and its watchdog, or the existing ones
+that are configured.
 
-`up` starts what is missing, `down` stops it, `ensure` restarts what died (the reconcile loop calls it).
+`up` starts what is missing, `down` stops it, `ensure` restarts what died (the reconcile loop calls it; the loop
+itself is restarted by the watchdog, `watchdog.py`).
 HOME/run/wanted says that the cluster shall run: `up` writes it, `down` removes it first, so that nothing
 restarts what is being stopped. Everything listens on loopback only. What each process is started with stands
 in `managed.py`.
@@ -9,12 +10,16 @@ in `managed.py`.
 
 from __future__ import annotations
 
+import logging
+import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+import psutil
 
 from escala.errors import ClusterError
 from escala.managed import (
@@ -25,19 +30,24 @@ from escala.managed import (
     ray_environment,
     ray_token,
     runner_command,
+    watchdog_command,
 )
 from escala.processes import Command, Processes
 from escala.settings import Settings
+from escala.tracking.pages import find_runs_page
 
+log = logging.getLogger("escala.cluster")
 POLL_SECONDS = 0.1
-NAMES = ("ray", "mlflow", "runner")
+NAMES = ("ray", "mlflow", "runner", "watchdog")
+STOPPING_ORDER = ("watchdog", "runner", "ray", "mlflow")
+TIGHT_BYTES = 64 * 2**20  # free on the home's disk: with less, anything may fail
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ProcessStatus:
     """One process of the cluster. `state`: running, dead (was started, and is gone or does not answer),
-    absent, external.
+    suspended (by SIGSTOP), absent, external, unknown (what there is of it cannot be read).
     """
 
     name: str
@@ -49,9 +59,11 @@ class ProcessStatus:
 
 @dataclass(frozen=True)
 class ClusterStatus:
-    """All processes of the cluster."""
+    """All processes of the cluster. `notes`: what keeps jobs from moving on, and what to do."""
 
     processes: tuple[ProcessStatus, ...]
+    notes: tuple[str, ...] = ()
+    runs_page: str | None = None  # in MLflow, once there are runs
 
     @property
     def running(self) -> bool:
@@ -86,8 +98,9 @@ def up(settings: Settings, report: Report = lambda line: None) -> ClusterStatus:
     processes.make_directories()
     _check_external(settings)
     with processes.lock():
-        (processes.run / "wanted").touch()
-        first, then = [c for c in _commands(settings) if c.name != "runner"], [runner_command(settings)]
+        _want(processes)
+        first = [c for c in _commands(settings) if c.name not in ("runner", "watchdog")]
+        then = [runner_command(settings), watchdog_command(settings)]
         for together in (first, then):  # Ray and MLflow start side by side; the runner needs both
             _start(processes, together, settings.start_seconds, report)
     return status(settings)
@@ -101,12 +114,18 @@ def down(settings: Settings, report: Report = lambda line: None) -> None:
     if not processes.run.exists():
         return
     (processes.run / "wanted").unlink(missing_ok=True)
+    left: list[str] = []
     with processes.lock():
-        for name in ("runner", "ray", "mlflow"):
-            if processes.stop(name):
-                report(f"{name}: stopped")
+        for name in STOPPING_ORDER:
+            try:
+                if processes.stop(name):
+                    report(f"{name}: stopped")
+            except (ClusterError, OSError) as error:  # the others are stopped all the same
+                left.append(f"{name}: {getattr(error, 'message', error)}")
         if not settings.ray_address:
             prune_sessions(settings)
+    if left:
+        raise ClusterError("not all could be stopped: " + "; ".join(left), "see `escala status`")
 
 
 def ensure(settings: Settings) -> list[str]:
@@ -117,10 +136,10 @@ def ensure(settings: Settings) -> list[str]:
     """
     processes = Processes(settings.home)
     commands = [c for c in _commands(settings) if c.name != "runner"]
-    if not _wanted(processes) or all(_serves(processes, c) for c in commands):
+    if not processes.wanted() or all(_serves(processes, c) for c in commands):
         return []
     with processes.lock(wait=False) as held:
-        if not held or not _wanted(processes):
+        if not held or not processes.wanted():
             return []
         dead = [c for c in commands if not _serves(processes, c)]
         for command in dead:
@@ -139,25 +158,62 @@ def status(settings: Settings) -> ClusterStatus:
         if address := external.get(name):
             found.append(ProcessStatus(name, "external", None, address, None))
             continue
-        record = processes.record(name)
-        state = "absent" if record is None else "dead"
-        if record is not None and _serves(processes, commands[name]) and commands[name].ready():
-            state = "running"
+        try:
+            record, state = processes.record(name), _state(processes, commands[name])
+        except Exception as error:  # noqa: BLE001 - of one process; it is said, and the others are shown
+            log.warning("%s: %s: %s", name, type(error).__name__, error)
+            record, state = None, "unknown"
         address = {"ray": settings.gcs_address, "mlflow": settings.tracker}.get(name, "")
-        pid = record.pid if record and state == "running" else None
+        pid = record.pid if record and state in ("running", "suspended") else None
         found.append(ProcessStatus(name, state, pid, address, record.log if record else None))
-    return ClusterStatus(tuple(found))
+    why = trouble(settings)
+    answers = any(p.name == "mlflow" and p.state in ("running", "external") for p in found)
+    runs_page = find_runs_page(settings.tracker, settings.experiment) if answers else None
+    return ClusterStatus(tuple(found), () if why is None or not processes.wanted() else (why,), runs_page)
+
+
+def trouble(settings: Settings) -> str | None:
+    """Why no job moves on now, and what to do; None where nothing stands in the way. Milliseconds."""
+    processes = Processes(settings.home)
+    if not processes.wanted():
+        return "the cluster is down, so no job moves on: `escala up` starts it"
+    loop = processes.alive("runner")
+    if loop is None:
+        watched = processes.alive("watchdog") is not None
+        then = "it is being started again" if watched else "`escala up` starts it again"
+        return f"the reconcile loop is not running, so no job moves on: {then}"
+    if loop.status() == psutil.STATUS_STOPPED:
+        return f"the reconcile loop is suspended, so no job moves on: `kill -CONT {loop.pid}` lets it go on"
+    free = shutil.disk_usage(settings.home).free
+    if free < TIGHT_BYTES:
+        return (
+            f"the disk of {settings.home} has {free / 1e6:.0f} MB left: jobs and their records wait until there "
+            "is room; `escala gc --delete` frees checkpoints"
+        )
+    return None
+
+
+def _state(processes: Processes, command: Command) -> str:
+    process = processes.alive(command.name)
+    if process is None:
+        return "absent" if processes.record(command.name) is None else "dead"
+    if process.status() == psutil.STATUS_STOPPED:
+        return "suspended"
+    return "running" if _serves(processes, command) and command.ready() else "dead"
 
 
 def _commands(settings: Settings) -> list[Command]:
     """The processes that this home manages: those that are not configured to be somewhere else."""
     commands = [] if settings.ray_address else [ray_command(settings)]
     commands += [] if settings.tracking_uri else [mlflow_command(settings)]
-    return [*commands, runner_command(settings)]
+    return [*commands, runner_command(settings), watchdog_command(settings)]
 
 
-def _wanted(processes: Processes) -> bool:
-    return (processes.run / "wanted").exists()
+def _want(processes: Processes) -> None:
+    try:
+        (processes.run / "wanted").touch()
+    except OSError as error:
+        raise ClusterError(f"cannot write in {processes.run}: {error.strerror}", "free some space") from error
 
 
 def _serves(processes: Processes, command: Command) -> bool:
@@ -192,7 +248,7 @@ def _start(processes: Processes, commands: list[Command], limit_seconds: float, 
         waiting = [command for command in waiting if not _is_up(processes, command, started, begun, report)]
         if not waiting:
             return
-        if not _wanted(processes):
+        if not processes.wanted():
             raise ClusterError("the cluster was stopped while it started", "run `escala up` again")
         if time.monotonic() - begun > limit_seconds:
             names = ", ".join(command.name for command in waiting)
@@ -204,15 +260,15 @@ def _start(processes: Processes, commands: list[Command], limit_seconds: float, 
 
 
 def _keep(processes: Processes, command: Command) -> bool:
-    """Whether `command` runs already, with these settings. The runner, which loses nothing, is restarted to
-    take new ones; for the others that is the user's decision.
+    """Whether `command` runs already, with these settings. The runner and its watchdog, which lose nothing, are
+    restarted to take new ones; for the others that is the user's decision.
     """
     record = processes.record(command.name)
     if record is None or processes.alive(command.name) is None:
         return False
     if record.key == command.key:
         return True
-    if command.name == "runner":
+    if command.name in ("runner", "watchdog"):
         processes.stop(command.name)
         return False
     raise ClusterError(
@@ -269,4 +325,14 @@ def _connect(variable: str, host_port: str, shown: str) -> None:
         ) from error
 
 
-__all__ = ["ClusterStatus", "Connection", "ProcessStatus", "connection", "down", "ensure", "status", "up"]
+__all__ = [
+    "ClusterStatus",
+    "Connection",
+    "ProcessStatus",
+    "connection",
+    "down",
+    "ensure",
+    "status",
+    "trouble",
+    "up",
+]

@@ -1,5 +1,5 @@
-"""What the managed processes are started with: Ray head, MLflow server, reconcile loop. Why each option,
-beside it.
+"""What the managed processes are started with: Ray head, MLflow server, reconcile loop, its watchdog. Why each
+option, beside it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from escala.errors import ClusterError
+from escala.files import set_aside
 from escala.processes import Command, Processes, create_once
 from escala.settings import Settings
+from escala.watchdog import RUNNER, RUNNER_ARGUMENTS
 
 ANSWER_SECONDS = 5.0
 # No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 away.
@@ -75,8 +77,9 @@ def mlflow_command(settings: Settings) -> Command:
     port, home = settings.mlflow_port, settings.home
     arguments = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}",
-        "--artifacts-destination", str(home / "mlflow-artifacts"), "--serve-artifacts",
+        "--workers", "1", "--backend-store-uri", "sqlite:///../mlflow.db",  # from HOME/run, where it is started: an
+        # absolute path with ?, # or % would be cut or decoded on its way through MLflow's URL
+        "--artifacts-destination", (home / "mlflow-artifacts").as_uri(), "--serve-artifacts",
     ]  # fmt: skip
     environment = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for features that we don't use
@@ -99,15 +102,27 @@ def runner_command(settings: Settings) -> Command:
 
     def ready() -> bool:
         record = Processes(settings.home).record("runner")
-        return record is not None and lock.exists() and lock.read_text().strip() == str(record.pid)
+        return record is not None and lock.exists() and lock.read_bytes().strip() == b"%d" % record.pid
 
-    key = hashlib.sha256(json.dumps(settings.environment(), sort_keys=True).encode()).hexdigest()[:16]
-    return Command("runner", [sys.executable, "-m", "escala.jobs.runner"], environment, ready, key=key)
+    return Command(RUNNER, RUNNER_ARGUMENTS, environment, ready, key=_settings_key(settings))
+
+
+def watchdog_command(settings: Settings) -> Command:
+    """The reconcile loop's watchdog, with the environment and the key that it starts the loop with."""
+    loop = runner_command(settings)
+    arguments = [sys.executable, "-m", "escala.watchdog"]
+    return Command("watchdog", arguments, loop.environment, lambda: True, key=loop.key)
+
+
+def _settings_key(settings: Settings) -> str:
+    return hashlib.sha256(json.dumps(settings.environment(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def token_path(settings: Settings) -> Path:
     """The embedded head's token, made at its first use, readable by this user only."""
     path = settings.home / "run" / "ray_token"
+    if path.is_file() and not path.read_bytes().strip():
+        set_aside(path, "it is empty")
     if not path.exists():
         Processes(settings.home).make_directories()
         create_once(path, secrets.token_hex(32))
@@ -157,8 +172,11 @@ def ray_nodes_alive(settings: Settings) -> int:
     body = _get(f"{settings.ray_dashboard}/nodes?view=summary", token)
     if body is None or not answers(f"{settings.ray_dashboard}/api/jobs/", token):
         return 0
-    nodes: list[dict[str, Any]] = json.loads(body).get("data", {}).get("summary", [])
-    return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+    try:
+        nodes: list[dict[str, Any]] = json.loads(body)["data"]["summary"]
+        return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
+    except (ValueError, LookupError, TypeError, AttributeError):  # no head's answer: somebody else's port
+        return 0
 
 
 def answers(url: str, token: str | None = None, any_status: bool = False) -> bool:

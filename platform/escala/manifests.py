@@ -2,26 +2,32 @@
 
 A checkpoint is a directory `step-00000100` that holds `manifest.json` and the files that it lists. It is
 written under the name `step-00000100.partial` and renamed when all of it is there, so the name alone says
-that it was finished, and the hashes say that it is still what was written.
+that it was finished, and the hashes, the manifest's own among them, say that it is still what was written.
+Nothing in a manifest is trusted before its hash has been compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from escala.errors import CheckpointError
+from escala.sealed import check_entries, check_file, check_seal, read_json_object
 
-FORMAT_VERSION = 2
+T = TypeVar("T")
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"  # and a random suffix: a refused checkpoint that made room for a new one of its step
 TOKENIZER = "tokenizer"  # a directory beside the checkpoints of a job
-_NAME = re.compile(r"step-(\d{8,})(\.partial)?")
+_NAME = re.compile(r"step-([0-9]{8,})(\.partial|\.damaged-[0-9a-f]{8})?")
+NOT_FINISHED = "a finished one is named step-NNNNNNNN"
+REWRITE = "an older one is used where there is one; delete this directory when you do not need it"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,25 @@ class Checkpoint:
         """Bytes of the files that the manifest lists."""
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
 
+    def part(self, where: str, kind: type[T]) -> T:
+        """What the manifest says at a dotted path. Raises CheckpointError where it says nothing of that type."""
+        found: Any = self.manifest
+        for key in where.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise CheckpointError(f"checkpoint {self.path} has no usable {where!r} in its manifest", REWRITE)
+        return found
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a retention rule makes of a directory of checkpoints."""
+
+    delete: list[str] = field(default_factory=list)  # names: good ones beyond the rule, stale partial ones
+    damaged: list[CheckpointError] = field(
+        default_factory=list
+    )  # finished ones that cannot be used: left alone
+
 
 def checkpoint_name(step: int) -> str:
     """`step-00000100`: names sort as their steps do."""
@@ -44,53 +69,89 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step in a checkpoint's directory name (finished or partial); None for any other name."""
+    """The step in the name of a checkpoint's directory (finished, partial or set aside); None for any other name."""
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """SHA-256 of a file, as hexadecimal digits. Raises OSError."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: {"sha256", "bytes"}. Raises OSError."""
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in directory `path`, its files not yet checked. Raises CheckpointError, naming
-    `path`.
+    """The checkpoint in directory `path`: its manifest is whole, its files are not yet checked. Raises
+    CheckpointError, naming `path`.
     """
     step = step_of(path.name)
-    if step is None or path.name.endswith(PARTIAL):
-        raise CheckpointError(f"{path} is not a finished checkpoint", "a finished one is named step-NNNNNNNN")
+    if step is None or path.name != checkpoint_name(step):
+        raise CheckpointError(f"{path} is not a finished checkpoint", NOT_FINISHED)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files, written_step, version = manifest["files"], manifest["step"], manifest["format_version"]
-        whole = isinstance(files, dict) and all({"sha256", "bytes"} <= set(entry) for entry in files.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} has no readable manifest: {error}") from error
-    if not whole or written_step != step:
-        raise CheckpointError(f"checkpoint {path} has a manifest that does not belong to it")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"checkpoint {path} has format {version}; this version reads {FORMAT_VERSION}",
-            "use the version of escala that wrote it (its manifest names it)",
-        )
+        manifest = read_json_object(path / MANIFEST)
+        version = manifest.get("format_version")
+        if version == FORMAT_VERSION and not isinstance(version, bool):
+            check_seal(manifest)
+            check_entries(manifest.get("files"))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} has no usable manifest: {error}", REWRITE) from error
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise _other_format(path, manifest)
+    if not manifest["files"] or MANIFEST in manifest["files"] or manifest.get("step") != step:
+        raise CheckpointError(f"checkpoint {path} has a manifest that does not belong to it", REWRITE)
     return Checkpoint(path, step, manifest)
+
+
+def _other_format(path: Path, manifest: Mapping[str, Any]) -> CheckpointError:
+    versions = manifest.get("versions")
+    writer = versions.get("escala") if isinstance(versions, dict) else None
+    return CheckpointError(
+        f"checkpoint {path} has format {str(manifest.get('format_version'))[:40]}; this version reads "
+        f"{FORMAT_VERSION} only",
+        f"use the version of escala that wrote it{f' ({writer})' if writer else ''}, or move the directory away "
+        "to train without it",
+    )
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """Compare every file with its size and hash in the manifest. Raises CheckpointError naming the file."""
-    for name, entry in checkpoint.manifest["files"].items():
-        path = checkpoint.path / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint.path} is partial: {name} is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.path} is corrupt: {name} has {size} bytes, not {entry['bytes']}"
-            )
-        if file_sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"checkpoint {checkpoint.path} is corrupt: the hash of {name} differs")
+    _check_files(checkpoint, hashed=True)
+    remember(checkpoint)
+
+
+def _check_files(checkpoint: Checkpoint, hashed: bool) -> None:
+    try:
+        for name, entry in checkpoint.manifest["files"].items():
+            check_file(checkpoint.path / name, entry, hashed)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} is damaged: {error}", REWRITE) from error
+
+
+_verified: dict[Path, object] = {}  # by this process: what `_state` was when the hashes were right
+
+
+def remember(checkpoint: Checkpoint) -> None:
+    """Say that the hashes of `checkpoint` are right now, so that retention need not read its files again."""
+    _verified[checkpoint.path] = _state(checkpoint)
+
+
+def _state(checkpoint: Checkpoint) -> object:
+    """What changes where somebody writes to a file of the checkpoint."""
+    try:
+        found = [os.stat(checkpoint.path / name) for name in (MANIFEST, *checkpoint.manifest["files"])]
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} is damaged: {error}", REWRITE) from error
+    return [(s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found]
+
+
+def _verify_once(checkpoint: Checkpoint) -> None:
+    if _verified.get(checkpoint.path) != _state(checkpoint):
+        verify(checkpoint)
 
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
@@ -104,16 +165,28 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
     return found
 
 
-def latest(directory: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def latest(
+    directory: Path, needs: Mapping[str, type[Any]] | None = None
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest checkpoint in `directory` whose hashes are right, and why newer ones were refused.
 
     Returns None where there is no good one. Partial directories count as refused when they are newer.
+
+    Args:
+        needs: dotted keys that the manifest must have, with their types.
     """
     refused: list[CheckpointError] = []
-    newest_first = sorted(_entries(directory), key=lambda p: (step_of(p.name), p.name), reverse=True)
-    for path in newest_first:
+    try:
+        entries = _entries(directory)
+    except CheckpointError as error:
+        return None, [error]
+    for path in sorted(entries, key=lambda p: (step_of(p.name), p.name), reverse=True):
+        if DAMAGED in path.name:
+            continue
         try:
             checkpoint = read_checkpoint(path)
+            for where, kind in (needs or {}).items():
+                checkpoint.part(where, kind)
             verify(checkpoint)
         except CheckpointError as error:
             refused.append(error)
@@ -122,25 +195,104 @@ def latest(directory: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
     return None, refused
 
 
+def newest(
+    directory: Path, needs: Mapping[str, type[Any]] | None = None
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """As `latest`; raises CheckpointError where there are finished checkpoints and none of them is good: training from
+    the beginning, or from something else, would silently lose what they hold.
+    """
+    found, refused = latest(directory, needs)
+    if found is None and refused and (finished := _finished(directory)):
+        others = f" (and {len(finished) - 1} more)" if len(finished) > 1 else ""
+        about = [e for e in refused if PARTIAL not in e.message] or refused
+        raise CheckpointError(
+            f"none of the checkpoints in {directory} can be used: {about[0].message}{others}",
+            f"{about[0].hint}; to start from the beginning, move these directories away",
+        )
+    return found, refused
+
+
+def retention(directory: Path, keep: int) -> Retention:
+    """What to free in `directory`, and what is damaged in it. Only good checkpoints count, and only good ones and stale
+    partial ones are to be deleted.
+
+    Where more than `keep` look whole, they are hashed (once in a process, unless they change).
+    """
+    whole, damaged, partial = list[Checkpoint](), list[CheckpointError](), list[str]()
+    try:
+        entries = [path for path in _entries(directory) if not path.is_symlink()]
+    except (CheckpointError, OSError) as error:
+        return Retention(damaged=[CheckpointError(str(error))])
+    for path in sorted(entries, key=lambda p: p.name):
+        if path.name.endswith(PARTIAL):
+            partial.append(path.name)
+        elif DAMAGED in path.name:
+            damaged.append(CheckpointError(f"checkpoint {path} was set aside: it could not be used", REWRITE))
+        else:
+            _sort_in(path, whole, damaged, hashed=False)
+    if len(whole) > keep:
+        candidates, whole = whole, []
+        for checkpoint in candidates:
+            _sort_in(checkpoint.path, whole, damaged, hashed=True)
+    return Retention(to_delete([*(c.path.name for c in whole), *partial], keep), damaged)
+
+
+def _sort_in(path: Path, good: list[Checkpoint], damaged: list[CheckpointError], hashed: bool) -> None:
+    try:
+        checkpoint = read_checkpoint(path)
+        _verify_once(checkpoint) if hashed else _check_files(checkpoint, hashed=False)
+    except CheckpointError as error:
+        damaged.append(error)
+    else:
+        good.append(checkpoint)
+
+
 def to_delete(names: Iterable[str], keep: int) -> list[str]:
-    """Which of the directory names retention frees: all finished ones but the newest `keep`, and stale
+    """Which directories of good and of partial checkpoints a rule frees: all good ones but the newest `keep`, and stale
     partial ones.
 
-    A partial one is stale when a finished one of its step or a later step exists; another may still be being
-    written.
+    A partial one is stale when a good one of its step or a later step exists; another may still be being written.
     """
-    steps = {name: step for name in names if (step := step_of(name)) is not None}
+    steps = {name: step for name in names if (step := step_of(name)) is not None and DAMAGED not in name}
     finished = sorted((n for n in steps if not n.endswith(PARTIAL)), key=lambda n: steps[n])
     newest = steps[finished[-1]] if finished else -1
     stale = [n for n in steps if n.endswith(PARTIAL) and steps[n] <= newest]
-    return sorted(finished[: max(0, len(finished) - keep)] + stale)
+    return sorted(finished[: max(0, len(finished) - max(1, keep))] + stale)
+
+
+def tokenizer_entries(directory: Path) -> dict[str, Any]:
+    """What a manifest says of the tokenizer beside the checkpoints in `directory`. Raises OSError."""
+    return {path.name: file_entry(path) for path in _tokenizer_files(directory)}
+
+
+def verify_tokenizer(checkpoint: Checkpoint) -> None:
+    """Compare the tokenizer beside a checkpoint with what its manifest says of it. Raises CheckpointError."""
+    entries, directory = checkpoint.part("tokenizer", dict), checkpoint.path.parent
+    try:
+        check_entries(entries)
+        others = sorted(entries.keys() ^ {path.name for path in _tokenizer_files(directory)})
+        if others:
+            raise ValueError(f"{others[0]} is {'missing' if others[0] in entries else 'not of it'}")
+        for name, entry in entries.items():
+            check_file(directory / TOKENIZER / name, entry)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the tokenizer in {directory / TOKENIZER} is not the one that {checkpoint.path.name} was written with: "
+            f"{error}",
+            "copy the files of its tokenizer there again; `escala jobs retry` does so, too",
+        ) from error
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    place = directory / TOKENIZER
+    return sorted(p for p in place.iterdir() if not p.name.startswith(".")) if place.is_dir() else []
 
 
 def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_fingerprint: str) -> None:
     """Raise CheckpointError, naming the keys that differ, unless `checkpoint` is of this model and
     tokenizer. Whether workers share the experts is not the model's: checkpoints have them all.
     """
-    theirs, model = _whole(checkpoint.manifest["config"]["model"]), _whole(model)
+    theirs, model = _whole(checkpoint.part("config.model", dict)), _whole(model)
     differing = sorted(k for k in theirs.keys() | model.keys() if theirs.get(k) != model.get(k))
     if differing:
         pairs = ", ".join(f"{k}: {theirs.get(k)} there, {model.get(k)} here" for k in differing)
@@ -148,7 +300,7 @@ def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_finge
             f"checkpoint {checkpoint.path} is of another model ({pairs})",
             "set these model keys to the checkpoint's values, or start without it",
         )
-    stored = checkpoint.manifest["fingerprints"]["tokenizer"]
+    stored = checkpoint.part("fingerprints.tokenizer", str)
     if stored != tokenizer_fingerprint:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} was trained with another tokenizer "
@@ -160,16 +312,25 @@ def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_finge
 def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
     """The model without how its experts lie on the workers."""
     moe = model.get("moe")
-    return {**model, "moe": moe and {key: value for key, value in moe.items() if key != "expert_parallel"}}
+    if not isinstance(moe, dict):
+        return {**model, "moe": moe}
+    return {**model, "moe": {key: value for key, value in moe.items() if key != "expert_parallel"}}
 
 
 def _entries(directory: Path) -> list[Path]:
-    if not directory.is_dir():
+    """Everything in `directory` that is named as a checkpoint. Raises CheckpointError where it cannot be read."""
+    try:
+        return [path for path in directory.iterdir() if step_of(path.name) is not None]
+    except FileNotFoundError:
         return []
-    return [p for p in directory.iterdir() if p.is_dir() and step_of(p.name) is not None]
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints in {directory} cannot be read: {error.strerror or error}",
+            "it must be a directory that you may read",
+        ) from error
 
 
 def _finished(directory: Path) -> list[Path]:
-    return sorted(
-        (p for p in _entries(directory) if not p.name.endswith(PARTIAL)), key=lambda p: step_of(p.name) or 0
-    )
+    """Those that were finished, whatever has become of them, oldest first. Raises CheckpointError."""
+    found = [p for p in _entries(directory) if p.name == checkpoint_name(step_of(p.name) or 0)]
+    return sorted(found, key=lambda p: step_of(p.name) or 0)

@@ -1,11 +1,12 @@
-"""Managed processes of one home: started once, found again by pid and start time, stopped with all they
+"""Managed processes of one home: started once, found again by pid and identity, stopped with all they
 started.
 
 HOME/run/NAME.json records a process; HOME/run/lock is held while anything starts or stops. Each child carries
 two environment variables, the home's ESCALA_CLUSTER_ID and its own ESCALA_PROCESS, which its descendants
 inherit. By them the orphans of a killed process are found: a Ray driver, for one, outlives its head and would
 go on training. Nothing is ever found by its name. No record is needed for safety: a marked process without
-one is an orphan too.
+one is an orphan too. The identity is the tick of the kernel's clock since boot at which the process started: the
+wall clock and the boot time that follows from it may step.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from pathlib import Path
 import psutil
 
 from escala.errors import ClusterError
-from escala.records import read_record, write_json
+from escala.files import private_directory, set_aside, sync
+from escala.records import load_record, write_json
 
 CLUSTER_ID = "ESCALA_CLUSTER_ID"
 PROCESS_NAME = "ESCALA_PROCESS"
-SAME_START_SECONDS = 1.0  # a process's start time wobbles by less than this as the kernel's clock is slewed
-TAIL_LINES = 15
+PROCESS_KEY = "ESCALA_PROCESS_KEY"  # Command.key: a damaged record is made again from the process itself
+SAME_START_SECONDS = 60.0  # where the kernel gives a start time by the wall clock only: less than it steps
+TAIL_BYTES, TAIL_LINES = 64 * 1024, 15
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,13 @@ class Record:
 
     name: str
     pid: int
-    create_time: float  # Unix seconds; with the pid, its identity
+    create_time: float  # Unix seconds, as the wall clock was then
     command: list[str]
     port: int | None
     log: str
     started_at: float
     key: str = ""
+    identity: str = ""  # with the pid; empty where the system has none (`_identity`)
 
 
 class Processes:
@@ -69,24 +73,53 @@ class Processes:
         self.logs = home / "logs"
 
     def make_directories(self) -> None:
-        """Create HOME/run and HOME/logs. Raises ClusterError where that is not possible."""
+        """Create HOME, HOME/run and HOME/logs, private to the user. Raises ClusterError where that is not
+        possible.
+        """
         try:
-            self.run.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.logs.mkdir(parents=True, exist_ok=True)
+            private_directory(self.run.parent)
+            for directory in (self.run, self.logs):
+                directory.mkdir(mode=0o700, exist_ok=True)
+                directory.chmod(0o700)
         except OSError as error:
-            raise ClusterError(f"cannot write in {self.run.parent}: {error}", "set ESCALA_HOME") from error
+            raise ClusterError(
+                f"cannot write in {self.run.parent}: {error.strerror or error}",
+                "make it writable (and free some space), or set ESCALA_HOME",
+            ) from error
 
     def cluster_id(self) -> str:
-        """This home's marker, made at its first use."""
+        """This home's marker, made at its first use. A damaged one is set aside: the processes know it too."""
         path = self.run / "cluster_id"
-        if not path.exists():
-            create_once(path, uuid.uuid4().hex)
+        try:
+            found = path.read_text(errors="replace")
+        except FileNotFoundError:
+            found = None
+        if found is None or not found.isalnum():
+            if found is not None:
+                set_aside(path, "it is no cluster's id")
+            create_once(path, self._id_of_a_process() or uuid.uuid4().hex)
         return path.read_text()
+
+    def _id_of_a_process(self) -> str | None:
+        for path in self.run.glob("*.json"):
+            with suppress(OSError, ValueError, psutil.Error):
+                record = load_record(Record, path)
+                if _same(record, psutil.Process(record.pid)):
+                    return psutil.Process(record.pid).environ().get(CLUSTER_ID)
+        return None
+
+    def wanted(self) -> bool:
+        """Whether they shall run: between `escala up` and `escala down`."""
+        return (self.run / "wanted").exists()
 
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
         """Hold HOME/run/lock. Yields False, at once, where another holds it and `wait` is False."""
-        descriptor = os.open(self.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(self.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            hint = "make it writable (and free some space), or set ESCALA_HOME"
+            raise ClusterError(f"cannot write in {self.run}: {error.strerror}", hint) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -98,8 +131,36 @@ class Processes:
             os.close(descriptor)
 
     def record(self, name: str) -> Record | None:
-        """The record of `name`, alive or not."""
-        return read_record(Record, self.run / f"{name}.json")
+        """The record of `name`, alive or not. A damaged one is set aside, and made again where the process
+        lives.
+        """
+        path = self.run / f"{name}.json"
+        try:
+            return load_record(Record, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            set_aside(path, str(error))
+            return self._adopt(name)
+        except OSError as error:
+            raise ClusterError(
+                f"cannot read {path}: {error.strerror}", "make it readable, or set ESCALA_HOME"
+            ) from error
+
+    def _adopt(self, name: str) -> Record | None:
+        """Record the living process that was started as `name` once more."""
+        for process in self.marked(name):
+            with suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) != process.pid or process.environ().get(PROCESS_KEY) is None:
+                    continue  # a child of it
+                record = Record(
+                    name, process.pid, process.create_time(), process.cmdline(), None,
+                    str(self.logs / f"{name}.log"), process.create_time(), process.environ()[PROCESS_KEY],
+                    _identity(process.pid),
+                )  # fmt: skip
+                write_json(self.run / f"{name}.json", record)
+                return record
+        return None
 
     def alive(self, name: str) -> psutil.Process | None:
         """The recorded process, where it still runs and is the same one."""
@@ -108,9 +169,14 @@ class Processes:
             return None
         try:
             process = psutil.Process(record.pid)
-            same = abs(process.create_time() - record.create_time) < SAME_START_SECONDS
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
+            if not _same(record, process):
+                return None
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return process
+            with suppress(ChildProcessError):
+                os.waitpid(record.pid, os.WNOHANG)  # it was a child of ours
+            return None
+        except (psutil.NoSuchProcess, ValueError, OverflowError):  # a pid that no process can have
             return None
 
     def prepare(self, command: Command) -> None:
@@ -127,18 +193,26 @@ class Processes:
         environment = {k: v for k, v in os.environ.items() if k not in command.without} | dict(
             command.environment
         )
-        environment |= {CLUSTER_ID: self.cluster_id(), PROCESS_NAME: command.name}
+        environment |= {CLUSTER_ID: self.cluster_id(), PROCESS_NAME: command.name, PROCESS_KEY: command.key}
+        environment["PYTHONIOENCODING"] = "utf-8:backslashreplace"  # whatever a name holds, a log can take it
         log = self.logs / f"{command.name}.log"
-        with log.open("ab") as output, _signals_held() as release:
+        with _private_log(log) as output, _signals_held() as release:
             child = subprocess.Popen(
                 command.arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment, cwd=self.run, start_new_session=True, preexec_fn=release,
+                env=environment, cwd=self.run, start_new_session=True, preexec_fn=release, umask=0o077,
             )  # fmt: skip
             record = Record(
                 command.name, child.pid, psutil.Process(child.pid).create_time(), list(command.arguments),
-                next(iter(command.ports), None), str(log), time.time(), command.key,
+                next(iter(command.ports), None), str(log), time.time(), command.key, _identity(child.pid),
             )  # fmt: skip
-            write_json(self.run / f"{command.name}.json", record)
+            try:
+                write_json(self.run / f"{command.name}.json", record)
+            except OSError as error:  # nobody would find it again
+                child.kill()
+                child.wait()
+                raise ClusterError(
+                    f"{command.name} cannot be recorded in {self.run}: {error.strerror}", "free some space"
+                ) from error
         return record
 
     def stop(self, name: str, grace_seconds: float = 10.0) -> bool:
@@ -186,20 +260,62 @@ class Processes:
 
     def tail(self, name: str) -> str:
         """The last lines of the process's log."""
-        path = self.logs / f"{name}.log"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        try:
+            with (self.logs / f"{name}.log").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
         return "\n".join(lines[-TAIL_LINES:])
+
+
+def _identity(pid: int) -> str:
+    """BOOT/TICK: in which boot of the machine, and at which tick after it, the process started; it never
+    changes. Empty where the system does not say so (only Linux does).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return f"{boot}/{int(fields[19])}"  # man 5 proc: starttime, the 22nd; a name may hold blanks and brackets
+
+
+def _same(record: Record, process: psutil.Process) -> bool:
+    if record.identity:
+        return _identity(process.pid) == record.identity
+    return abs(process.create_time() - record.create_time) < SAME_START_SECONDS
+
+
+@contextmanager
+def _private_log(path: Path) -> Iterator[int]:
+    """A log to append to, which only this user reads. Raises ClusterError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ClusterError(f"cannot write {path}: {error.strerror}", "make it writable") from error
+    try:
+        if os.fstat(descriptor).st_uid == os.getuid():
+            os.fchmod(descriptor, 0o600)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def create_once(path: Path, content: str) -> None:
     """Write a file that only this user reads, unless another process makes it first: then theirs stays."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(content)
-    with suppress(FileExistsError):
-        os.link(fresh, path)  # unlike a rename, lets the first of two win
-    fresh.unlink()
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        with suppress(FileExistsError):
+            os.link(fresh, path)  # unlike a rename, lets the first of two win
+    finally:
+        fresh.unlink()
+    sync(path.parent)
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:

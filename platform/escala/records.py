@@ -1,4 +1,4 @@
-"""Records that cross a folder: frozen dataclasses, standard library only. Field names carry units.
+"""Records that cross a folder: frozen dataclasses, the standard library and no more. Field names carry units.
 
 A missing number is None, never zero.
 
@@ -10,34 +10,59 @@ whole and renamed (`write_json`), so a reader sees an old state or a new one, ne
 from __future__ import annotations
 
 import json
-import os
-import uuid
-from dataclasses import asdict, dataclass, field, fields
+import stat
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from escala import fields
+from escala.files import set_aside, write_whole
+
 T = TypeVar("T")
+LARGEST_BYTES = 64 * 2**20  # of a record's file
 TRIALS = "trials.jsonl"
+STOP_REASONS = ("user", "budget", "preempted")  # Control.stop, and the outcomes of those that obey
 
 SAMPLES = "samples.json"  # the table of what a policy said, an artifact of its run
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it."""
+    """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it, even after
+    a power cut. Raises OSError.
+    """
     plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(plain, indent=1, sort_keys=True))
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(plain, indent=1, sort_keys=True))
+
+
+def load_record(kind: type[T], path: Path) -> T:
+    """The record of type `kind` in `path`. Keys of a newer version are left out.
+
+    Raises FileNotFoundError, another OSError where it cannot be read, ValueError where it is damaged.
+    """
+    return fields.build(kind, read_json(path))
 
 
 def read_record(kind: type[T], path: Path) -> T | None:
-    """The record of type `kind` in `path`; None where the file does not exist. Keys of a newer version are left out."""
+    """The record in `path`; None where the file does not exist, and where it is damaged: then it is set aside,
+    with the reason in the log, so that it stops nobody twice. Raises OSError where it cannot be read.
+    """
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
+        return load_record(kind, path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{k: v for k, v in data.items() if k in known})
+    except ValueError as error:
+        set_aside(path, str(error))
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`. Raises OSError, and ValueError where it is damaged."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > LARGEST_BYTES:
+        raise ValueError(f"it has more than {LARGEST_BYTES // 2**20} MiB")
+    return fields.parse(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -222,8 +247,8 @@ class TrialFiles:
 
     def attempts(self) -> list[AttemptFiles]:
         """Every attempt that there is, oldest first."""
-        numbers = (int(p.name.removeprefix("attempt-")) for p in self.directory.glob("attempt-*"))
-        return [self.attempt(number) for number in sorted(numbers)]
+        numbers = (p.name.removeprefix("attempt-") for p in self.directory.glob("attempt-*"))
+        return [self.attempt(number) for number in sorted(int(n) for n in numbers if n.isdecimal())]
 
 
 class AttemptFiles:

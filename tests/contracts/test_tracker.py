@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 from escala.errors import ClusterError, NotFoundError, SpecError
-from escala.records import RunRecord
+from escala.records import AttemptFiles, AttemptSpec, JobFiles, Outcome, RunRecord, TrialFiles, write_json
 from escala.tracking import spool as spool_module
+from escala.tracking.children import PARENT_TAG, SWEEP_ATTEMPT_TAG, FamilyDelivery
 from escala.tracking.delivery import Delivery
 from escala.tracking.lineage import canonical_json, code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import MlflowTracker, joined_tag, split_tag
 from escala.tracking.runs import get_run, list_runs, run_url
 from escala.tracking.spool import DROPPED_TAG, SpoolTracker, close_spool
-from escala.tracking.tracker import Metric, Tracker, open_tracker
+from escala.tracking.tracker import Dataset, Metric, Tracker, open_tracker
+from tests.small_disk import Disk
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +68,27 @@ def points(key: str, count: int, first: int = 0) -> list[Metric]:
 
 def test_a_whole_run(opened: Any, client: Any, experiment: str) -> None:
     tracker, arrive = opened
-    run_id = tracker.start("job-1", experiment, "first", {"a": "1"}, {"lr": "0.1"})
+    run_id = tracker.start("job-1", experiment, "first", {"a": "1"}, {"lr": "0.1"}, time_ms=1_700_000_000_000)
     tracker.metrics(run_id, points("loss", 2500))
+    data = Dataset("corpus", "0123456789abcdef" * 4, source={"root": "x"}, profile={"tokens": 5})
+    tracker.dataset(run_id, data)
+    tracker.dataset(run_id, data)
     tracker.tags(run_id, {"a": "2", "b": "x"})
     tracker.text(run_id, "folder/note.json", '{"é": 1}')
-    tracker.finish(run_id, "FINISHED")
+    tracker.finish(run_id, "FINISHED", time_ms=1_700_000_007_500)
     arrive()
     run = only_run(client, experiment)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "first"
+    assert (run.info.start_time, run.info.end_time) == (1_700_000_000_000, 1_700_000_007_500)
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("corpus", "0123456789abcdef")
+    assert (json.loads(given.dataset.source), json.loads(given.dataset.profile)) == (
+        {"root": "x"},
+        {"tokens": 5},
+    )
+    assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training"}
+    assert "Runs of escala" in client.get_experiment(run.info.experiment_id).tags["mlflow.note.content"]
     assert run.data.params == {"lr": "0.1"}
     assert {"a": "2", "b": "x"}.items() <= run.data.tags.items()
     history = client.get_metric_history(run.info.run_id, "loss")
@@ -225,6 +239,226 @@ def test_a_refused_event_is_left_out(uri: str, client: Any, experiment: str, tmp
     assert only_run(client, experiment).data.tags["after"] == "1"
 
 
+BAD_LINES = [
+    b"not json",
+    b"",
+    b"[]",
+    b"7",
+    b"[" * 100_000,
+    b'{"event": "explode"}',
+    b'{"event": ["tags"]}',
+    b'{"kind": "tags"}',
+    b'{"event": "metrics"}',
+    b'{"event": "metrics", "points": {"loss": 1}}',
+    b'{"event": "metrics", "points": [["loss", "low", 1, 1], ["loss", 1.0], 5, [1, 2.0, 3, 4]]}',
+    b'{"event": "metrics", "points": [["loss", 1.0, 1e400, 1], ["loss", 1.0, 99999999999999999999, 1]]}',
+    b'{"event": "tags", "tags": {"a": 1}}',
+    b'{"event": "tags", "tags": null}',
+    b'{"event": "text", "path": 5, "content": "x"}',
+    b'{"event": "text", "path": "../../outside", "content": "x"}',
+    b'{"event": "finish", "status": "MAYBE"}',
+    b'{"event": "start", "key": "other"}',
+    b"\xff\xfe\x00",
+    b'{"event":"metrics","poi{"event":"tags","tags":{"lost":"1"}}',
+]
+
+
+def test_bad_events_cost_themselves(
+    uri: str, client: Any, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = SpoolTracker(tmp_path / "s")
+    spool.start("job-1", experiment, "name", {}, {})
+    file = next((tmp_path / "s").iterdir())
+    for number, line in enumerate(BAD_LINES):
+        with file.open("ab") as stream:
+            stream.write(line + b"\n")
+        spool.metrics("", points("loss", 1, first=number))
+    spool.tags("", {"odd": "nul \0 and \ud800", "after": "1"})
+    spool.finish("", "FINISHED")
+    assert Delivery(uri).deliver(tmp_path / "s")
+    run = only_run(client, experiment)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["after"] == "1"
+    assert {m.step for m in client.get_metric_history(run.info.run_id, "loss")} == set(range(len(BAD_LINES)))
+    assert not (tmp_path.parent / "outside").exists()
+    told = [r for r in caplog.records if r.name == "escala.delivery"]
+    assert 1 <= len(told) <= 3  # each kind of trouble once
+
+
+def test_of_a_refused_batch_only_the_bad_points_are_left_out(
+    uri: str, client: Any, experiment: str, tmp_path: Path
+) -> None:
+    spool = SpoolTracker(tmp_path / "s")
+    run_id = spool.start("job-1", experiment, "name", {}, {"bad?name*": "1", "good": "2"})
+    spool.metrics(
+        run_id, [*points("loss", 300), Metric("no?such*name", 1.0, 0, 1), *points("loss", 300, 300)]
+    )
+    spool.tags(run_id, {"a" * 300: "x", "b": "y"})
+    spool.finish(run_id, "FINISHED")
+    assert Delivery(uri).deliver(tmp_path / "s")
+    run = only_run(client, experiment)
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 600
+    assert run.data.tags["b"] == "y"
+
+
+@pytest.mark.parametrize("when", ["before its end", "before anything"])
+def test_a_run_that_was_deleted_is_set_aside(
+    uri: str, client: Any, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    delivery, spools = Delivery(uri), [SpoolTracker(tmp_path / name) for name in "ab"]
+    for number, spool in enumerate(spools):
+        spool.start(f"job-{number}", experiment, "name", {}, {})
+        if when == "before its end":
+            spool.metrics("", points("loss", 3))
+        assert not delivery.deliver(tmp_path / "ab"[number])
+    client.delete_run((tmp_path / "a" / "run_id").read_text())
+    for spool in spools:
+        spool.metrics("", points("loss", 3, first=3))
+        spool.finish("", "FINISHED")
+    for _ in range(3):
+        assert delivery.deliver(tmp_path / "a")
+        assert delivery.deliver(tmp_path / "b")
+    assert len([r for r in caplog.records if "was deleted" in r.message]) == 1
+    assert only_run(client, experiment).info.status == "FINISHED"
+    assert Delivery(uri).deliver(tmp_path / "a")  # another process, later
+
+
+def test_a_run_that_the_tracker_has_lost_is_delivered_from_the_beginning(
+    uri: str, client: Any, experiment: str, tmp_path: Path
+) -> None:
+    spool = SpoolTracker(tmp_path / "s")
+    spool.start("job-1", experiment, "name", {}, {})
+    spool.metrics("", points("loss", 3))
+    delivery = Delivery(uri)
+    assert not delivery.deliver(tmp_path / "s")
+    state = json.loads((tmp_path / "s" / "delivered.json").read_text())
+    (tmp_path / "s" / "delivered.json").write_text(json.dumps({**state, "run_id": "0" * 32}))
+    spool.finish("", "FINISHED")
+    assert not delivery.deliver(tmp_path / "s")
+    assert delivery.deliver(tmp_path / "s")
+    run = only_run(client, experiment)
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"offsets": {"x": "y"}}', '{"offsets": 3}', '{"offsets": {}}']
+)
+def test_a_damaged_state_is_delivered_again_without_doubling(
+    uri: str, client: Any, experiment: str, tmp_path: Path, content: str
+) -> None:
+    spool, delivery = SpoolTracker(tmp_path / "s"), Delivery(uri)
+    experiment = f"{experiment}-{len(content)}"
+    spool.start("job-1", experiment, "name", {}, {})
+    spool.metrics("", points("loss", 3))
+    assert not delivery.deliver(tmp_path / "s")
+    (tmp_path / "s" / "delivered.json").write_text(content)
+    spool.finish("", "FINISHED")
+    assert delivery.deliver(tmp_path / "s")
+    assert len(client.get_metric_history(only_run(client, experiment).info.run_id, "loss")) == 3
+
+
+class Refusing:
+    """A tracker that has a fault with the run of one key, and is away altogether while `away`."""
+
+    def __init__(self, inner: Tracker, key: str, error: Exception) -> None:
+        self._inner, self._key, self._error = inner, key, error
+        self.away, self.asked = False, 0
+
+    def start(self, key: str, *arguments: Any) -> str:
+        self.asked += 1
+        if self.away:
+            raise ConnectionError("away")
+        if key == self._key:
+            raise self._error
+        return self._inner.start(key, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a fault of the server"), ConnectionError("cut off"), TimeoutError()]
+)
+def test_one_run_that_is_not_taken_holds_no_other_up(
+    uri: str, client: Any, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    now, tracker = [0.0], Refusing(MlflowTracker(uri), "job-0", error)
+    delivery = Delivery(lambda: tracker, clock=lambda: now[0])
+    names = [f"{type(error).__name__}-{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        spool = SpoolTracker(tmp_path / name)
+        spool.start(f"job-{number}", f"{experiment}-{type(error).__name__}", name, {}, {})
+        spool.finish("", "FINISHED")
+    assert [delivery.deliver(tmp_path / name) for name in names] == [False, True, True, True]
+    asked = tracker.asked
+    for _ in range(20):
+        now[0] += 0.1
+        assert not delivery.deliver(tmp_path / names[0])
+    assert tracker.asked - asked <= 3  # it waits by itself: 0.5 s, 1 s, ...
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+def test_a_tracker_that_is_away_is_asked_for_two_runs_at_most(
+    uri: str, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, tracker = [0.0], Refusing(MlflowTracker(uri), "", RuntimeError())
+    delivery = Delivery(lambda: tracker, clock=lambda: now[0])
+    names = [str(number) for number in range(10)]
+    for name in names:
+        spool = SpoolTracker(tmp_path / name)
+        spool.start(f"job-{name}", experiment, name, {}, {})
+        spool.finish("", "FINISHED")
+    tracker.away = True
+    for _ in range(3):
+        assert not any(delivery.deliver(tmp_path / name) for name in names)
+    assert tracker.asked == 2
+    assert len([r for r in caplog.records if "the tracker does not take runs" in r.message]) == 1
+    tracker.away, now[0] = False, 1.0
+    assert sum(delivery.deliver(tmp_path / name) for name in names) == len(names)  # nobody waits any longer
+
+
+def test_an_attempt_that_ended_is_closed_whatever_its_spool_has_lost(
+    uri: str, client: Any, experiment: str, tmp_path: Path
+) -> None:
+    files = JobFiles(tmp_path, "jabc").attempt(1)
+    files.directory.mkdir(parents=True)
+    given = {"directory": str(files.directory), "checkpoints": "c", "data": "d", "tracking_uri": "t"}
+    write_json(
+        files.spec, AttemptSpec("jabc", 1, "name", "pretrain", "w", {}, **given, experiment=experiment)
+    )
+    SpoolTracker(files.spool).metrics("", points("loss", 3))
+    next(files.spool.iterdir()).open("ab").write(b'{"event":"finish","sta')
+    delivery = FamilyDelivery(Delivery(uri), tmp_path)
+    assert not delivery.deliver(files.directory, lost=False)
+    write_json(files.outcome, Outcome("succeeded"))
+    assert delivery.deliver(files.directory, lost=False)
+    run = only_run(client, experiment)
+    assert (run.info.status, run.data.tags["escala.job_id"]) == ("FINISHED", "jabc")
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 3
+
+
+def test_a_full_disk_keeps_a_delivery_waiting_only(
+    uri: str, client: Any, experiment: str, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool, now = SpoolTracker(disk.path / "s"), [0.0]
+    spool.start("job-1", experiment, "name", {}, {})
+    spool.finish("", "FINISHED")
+    delivery = Delivery(uri, clock=lambda: now[0])
+    disk.fill()
+    for _ in range(5):
+        now[0] += 100
+        assert not delivery.deliver(disk.path / "s")
+    assert [r.message for r in caplog.records if "room on the disk" in r.message] == [
+        r.message for r in caplog.records if r.levelno >= logging.WARNING
+    ]
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+    disk.free()
+    now[0] += 100
+    assert delivery.deliver(disk.path / "s")
+    assert only_run(client, experiment).info.status == "FINISHED"
+
+
 def test_the_spool_is_bounded_and_says_so(tmp_path: Path) -> None:
     spool = SpoolTracker(tmp_path, limit_bytes=10_000)
     spool.start("job-1", "e", "name", {}, {})
@@ -285,3 +519,42 @@ def test_fingerprints() -> None:
         with pytest.raises(SpecError, match=name):
             fingerprint(value)
     assert len(code_fingerprint().fingerprint) == 64
+
+
+def test_trials_stand_under_their_sweep(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:
+    """Each through a spool of its own, the trials' first: MLflow's pages nest them by the parent's tag."""
+
+    def attempt(files: AttemptFiles, key: str, tags: dict[str, str]) -> None:
+        files.directory.mkdir(parents=True)
+        given = {
+            "name": key,
+            "workload": "pretrain",
+            "entry_point": "x",
+            "config": {},
+            "checkpoints": "",
+            "data": "",
+        }
+        place = {"directory": str(files.directory), "tracking_uri": f"spool:{files.spool}"}
+        write_json(files.spec, AttemptSpec("job", 1, **given, **place, experiment=experiment, tags=tags))
+        spool = SpoolTracker(files.spool)
+        spool.start(key, experiment, key, tags, {})
+        spool.finish("", "FINISHED")
+        write_json(files.outcome, Outcome("succeeded"))
+
+    sweep = JobFiles(tmp_path, "job").attempt(1)
+    attempt(sweep, "sweep", {})
+    for name in ("aa", "bb"):
+        attempt(TrialFiles(tmp_path, name).attempt(1), f"trial-{name}", {SWEEP_ATTEMPT_TAG: "job-1"})
+    attempt(TrialFiles(tmp_path, "cc").attempt(1), "trial-cc", {SWEEP_ATTEMPT_TAG: "other-1"})
+    lines = [
+        *(json.dumps({"fingerprint": name}) for name in ("aa", "bb", "cc", "../../etc")),
+        '{"cut',
+        "[]",
+        "{}",
+    ]
+    JobFiles(tmp_path, "job").trials.write_text("\n".join(lines) + "\n")
+    assert FamilyDelivery(Delivery(uri), tmp_path).deliver(sweep.directory, lost=False)
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    parents = {run.info.run_name: run.data.tags.get(PARENT_TAG) for run in found}
+    sweep_id = next(run.info.run_id for run in found if run.info.run_name == "sweep")
+    assert parents == {"sweep": None, "trial-aa": sweep_id, "trial-bb": sweep_id}

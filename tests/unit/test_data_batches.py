@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from workloads.data import shards
 from workloads.data.batches import Batches
 from workloads.data.mixture import BLOCK_SEQUENCES, block_shares, draw, epoch_order
 from workloads.data.shards import PreparedData, check, prepare
+from workloads.data.store import BLOCK_BYTES, TokenDirectory, TokenFile, TokenWriter, new_directory
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer
 
 CONTEXT = 16
@@ -56,7 +58,7 @@ def test_the_store_holds_every_document_followed_by_end_of_text(prepared: Prepar
         texts = []
         for name in ("train", "held_out"):
             split = getattr(corpus.manifest, name)
-            tokens = corpus.tokens(name)
+            tokens = np.asarray(corpus.tokens(name))
             assert tokens.dtype == np.uint16
             assert (tokens == prepared.end_of_text).sum() == split.documents
             pieces = np.split(tokens, np.flatnonzero(tokens == prepared.end_of_text) + 1)
@@ -140,6 +142,102 @@ def test_a_damaged_store_is_refused_by_name(tmp_path: Path, damage: str) -> None
         file.write_bytes(content if damage == "changed" else content[:-2])
     with pytest.raises(DataError, match=r"damaged: train\.bin"):
         PreparedData.open(result.path)
+
+
+def big_store(root: Path, tokens: int) -> Path:
+    """A store whose train.bin has several blocks."""
+    directory = root / "tokens" / "x"
+    with new_directory(directory) as new:
+        writer = TokenWriter(new, 70_000, 0)
+        writer.add(np.arange(tokens - 1, dtype=np.uint32), b"digest", 9, held_out=False)
+        writer.close("corpus", "tokenizer")
+    return directory
+
+
+def test_a_flipped_bit_is_refused_when_its_block_is_first_read(tmp_path: Path) -> None:
+    per_block = BLOCK_BYTES // 4
+    directory = big_store(tmp_path, 5 * per_block + 10)
+    file = directory / "train.bin"
+    content = file.read_bytes()
+    rng = random.Random(14)
+    for block in (0, 1, 2, 3, 4, 5):
+        changed = bytearray(content)
+        at = rng.randrange(block * BLOCK_BYTES, min(len(content), (block + 1) * BLOCK_BYTES))
+        changed[at] ^= 1 << rng.randrange(8)
+        file.write_bytes(changed)
+        if block in (0, 5):  # the ends are compared when it is opened
+            with pytest.raises(DataError, match=rf"damaged: train\.bin: the hash of block {block} "):
+                TokenDirectory(directory)
+            continue
+        tokens = TokenDirectory(directory).tokens("train")
+        assert len(tokens[: block * per_block]) == block * per_block  # all blocks before it are good
+        for part in (
+            slice(block * per_block - 1, block * per_block + 1),
+            slice(at // 4, at // 4 + 1),
+            slice(None),
+        ):
+            with pytest.raises(DataError, match=rf"train\.bin: the hash of block {block} ") as caught:
+                tokens[part]
+        assert "Delete that directory; the next run writes it again" in caught.value.hint
+    file.write_bytes(content)
+    tokens = TokenDirectory(directory).tokens("train")
+    assert np.array_equal(np.asarray(tokens)[:-1], np.arange(len(tokens) - 1))
+
+
+def test_a_block_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = TokenDirectory(big_store(tmp_path, 4 * BLOCK_BYTES // 4)).tokens("train")
+    hashed, original = [], TokenFile._check
+
+    def counted(self: TokenFile, block: int) -> None:
+        hashed.append(block)
+        original(self, block)
+
+    monkeypatch.setattr(TokenFile, "_check", counted)
+    for start in range(0, len(tokens), 100):
+        tokens[start : start + 100]
+    assert hashed == [1, 2]  # and the two ends, before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "contents.json", "train.sha256"])
+def test_a_flipped_bit_beside_the_tokens_is_refused(tmp_path: Path, name: str) -> None:
+    directory = big_store(tmp_path, BLOCK_BYTES)
+    content = (directory / name).read_bytes()
+    for bit in random.Random(14).sample(range(8 * len(content)), 50):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (directory / name).write_bytes(changed)
+        with pytest.raises(DataError, match="is damaged"):
+            TokenDirectory(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizers/*/tokenizer.json", "prepared/*.json"])
+def test_a_damaged_tokenizer_or_description_is_refused(tmp_path: Path, name: str) -> None:
+    config = config_of(tmp_path, 1.0)
+    result = prepare(config, tmp_path / "store", CONTEXT)
+    (file,) = (tmp_path / "store").glob(name)
+    text = file.read_text()
+    file.write_text(text.replace("300", "301") if "300" in text else text[:-9])
+    with pytest.raises(DataError, match=r"is damaged: tokenizer\.json|its content is not what its name says"):
+        PreparedData.open(result.path)
+    file.write_text("{}")
+    with pytest.raises(DataError):
+        PreparedData.open(result.path)
+    if "tokenizers" in name:
+        with pytest.raises(DataError, match=r"is damaged: tokenizer\.json"):
+            prepare(config, tmp_path / "store", CONTEXT)
+        shutil.rmtree(file.parent)
+    else:
+        file.unlink()
+    assert prepare(config, tmp_path / "store", CONTEXT).path == result.path  # what the hint says is enough
+
+
+def test_a_directory_of_an_earlier_version_is_written_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path, 1.0)
+    result = prepare(config, tmp_path / "store", CONTEXT)
+    for directory in (result.corpora[0].path, result.tokenizer_path.parent):
+        (directory / "contents.json").unlink()
+    assert prepare(config, tmp_path / "store", CONTEXT).path == result.path
+    PreparedData.open(result.path)
 
 
 def test_bad_data_gives_one_clear_error(tmp_path: Path, prepared: PreparedData) -> None:

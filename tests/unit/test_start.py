@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from escala.manifests import FORMAT_VERSION, file_sha256
+from escala.manifests import FORMAT_VERSION, file_entry
+from escala.sealed import seal
 from workloads.alignment.reward_model import RewardModel
 from workloads.config import LoraConfig, ModelConfig
 from workloads.model.huggingface import save_pretrained
@@ -38,11 +39,7 @@ def test_the_trunk_of_a_reward_model_that_was_trained_by_lora(tied: bool, tmp_pa
         "lora": {"rank": 2},
         "data": {"train": "pairs.jsonl"},
     }
-    size, digest = (
-        (directory / "rank.safetensors").stat().st_size,
-        file_sha256(directory / "rank.safetensors"),
-    )
-    files = {"rank.safetensors": {"bytes": size, "sha256": digest}}
+    files = {"rank.safetensors": file_entry(directory / "rank.safetensors")}
     manifest = {
         "format_version": FORMAT_VERSION,
         "step": 1,
@@ -50,7 +47,7 @@ def test_the_trunk_of_a_reward_model_that_was_trained_by_lora(tied: bool, tmp_pa
         "workload": "reward",
         "config": spec,
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "manifest.json").write_text(json.dumps(seal(manifest)))
     tokens = torch.randint(0, 64, (2, 9))
     merge_lora(trunk)
     assert torch.allclose(load_model(directory).hidden(tokens), trunk.hidden(tokens), atol=1e-6)

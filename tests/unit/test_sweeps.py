@@ -355,6 +355,26 @@ def test_the_monitor_passes_a_stop_on_and_sees_the_budget(tmp_path: Path):
     assert "step 1 of 2" in outcome["message"]
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("vary: {n_total: [1]}\nvary: {tokens: [1]}", "vary is there twice, in lines 1 and 2"),
+        ("vary: {tokens: {low: 1, high: .inf, count: 3}}", "tokens.high"),
+        ("vary: {n_total: [.inf]}", "n_total"),
+        ("vary: {n_total: [yes]}", "n_total is a number above 0"),
+        ("cells: [{n_total: true}]", "n_total is a number above 0"),
+        ("vary: {n_total: [1e5]}\nseeds: [true]", "seeds.0"),
+        ("vary: {n_total: [1e5]}\ndesign: sobol\npoints: 1e30", "points"),
+        ("vary: {n_total: [1e5]}\nseeds: [yes]", "seeds.0"),
+    ],
+)
+def test_a_space_is_read_as_strictly_as_a_spec(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_space(str(tmp_path / "s.yaml"))
+    assert says in caught.value.message
+
+
 def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A trial that was cut off has a loss, and is no point: its row says so in a column that no table of a user has."""
     from escala.sweeps import service

@@ -65,4 +65,4 @@ def is_reward_model(path: Path) -> bool:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         return (path / HEAD_FILE).is_file()
-    return checkpoint.manifest["workload"] == "reward"
+    return checkpoint.part("workload", str) == "reward"

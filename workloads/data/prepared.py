@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from escala.errors import DataError
+from escala.sealed import read_json_object
+from escala.tracking.lineage import fingerprint
 from workloads.config import PretrainConfig
 from workloads.data.mixture import BLOCK_SEQUENCES, block_shares
-from workloads.data.store import TokenDirectory
+from workloads.data.store import TokenDirectory, TokenFile, check_directory
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,17 @@ class PreparedData:
         """Read and check what `prepare` wrote. Raises DataError where anything is missing or damaged."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text())
+            data = read_json_object(path)
+            if path.stem != fingerprint(data):
+                raise ValueError("its content is not what its name says")
         except (OSError, ValueError) as error:
             raise DataError(
-                f"The prepared data {path} can't be read: {error}.", "Prepare it again."
+                f"The prepared data {path} can't be read: {error}.",
+                "Delete that file; the next run writes it again.",
             ) from error
         root = path.parent.parent
         tokenizer_path = root / data["tokenizer"]
-        if not tokenizer_path.is_file():
-            raise DataError(
-                f"The tokenizer {tokenizer_path} is missing.", "Delete its store and prepare again."
-            )
+        check_directory(tokenizer_path.parent)
         return cls(
             path=path,
             corpora=tuple(TokenDirectory(root / name) for name in data["corpora"]),
@@ -107,7 +108,7 @@ class PreparedData:
         return torch.from_numpy(np.stack(parts))
 
 
-def window_at(tokens: np.ndarray, index: int, context_tokens: int) -> np.ndarray:
+def window_at(tokens: TokenFile, index: int, context_tokens: int) -> np.ndarray:
     """Window `index` of T + 1 tokens, int64: its last token is the next one's first."""
     start = index * context_tokens
     return tokens[start : start + context_tokens + 1].astype(np.int64)

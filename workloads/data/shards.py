@@ -1,17 +1,17 @@
 """`prepare`: text to token files, each corpus once. What it makes is named by its content:
 
-    ROOT/tokenizers/HASH.json        HASH of the training documents, the vocabulary size and the sample's size
+    ROOT/tokenizers/HASH/            HASH of the training documents, the vocabulary size and the sample's size:
+                                     tokenizer.json
     ROOT/tokens/HASH/                HASH of a corpus's documents, split and tokenizer: {train,held_out}.bin
     ROOT/prepared/HASH.json          HASH of the two above and the weights: what PreparedData.open reads
 
-Everything is written under another name and renamed, so two at once do the work twice and damage nothing.
+Everything is written under another name and renamed, so two at once do the work twice and damage nothing; and with its
+hashes (data/store.py), which are compared when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from escala.tracking.lineage import fingerprint
 from workloads.config import Corpus, DataConfig
 from workloads.data.corpus import Document, read_documents
 from workloads.data.prepared import PreparedData, check
-from workloads.data.store import TokenDirectory, TokenWriter, new_directory
+from workloads.data.store import TokenDirectory, TokenWriter, check_directory, is_stored, new_directory
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, wrap
 
 __all__ = ["PreparedData", "check", "prepare"]
@@ -107,31 +107,34 @@ def _tokenizer(
     wanted = config.tokenizer
     if wanted.path is not None:
         given = load_tokenizer(Path(wanted.path))
-        path = root / "tokenizers" / f"{given.fingerprint}.json"
-        if not path.exists():
-            _write_whole(path, given.tokenizer.to_str(pretty=True))
-        return path, given
+        directory = root / "tokenizers" / fingerprint([given.fingerprint])
+        return _keep_tokenizer(directory, lambda: given), given
     key = [
         [scan.fingerprint for scan in scans],
         wanted.vocab_size,
         wanted.train_characters,
         tokenizers.__version__,
     ]
-    path = root / "tokenizers" / f"{fingerprint(key)}.json"
-    if not path.exists():
+    directory = root / "tokenizers" / fingerprint(key)
+
+    def train() -> TextTokenizer:
         report(
             f"training a tokenizer of {wanted.vocab_size} tokens on {wanted.train_characters:,} characters"
         )
-        trained = train_tokenizer(_sample(config, scans), wanted.vocab_size)
-        _write_whole(path, wrap(trained, str(path)).tokenizer.to_str(pretty=True))
+        return wrap(train_tokenizer(_sample(config, scans), wanted.vocab_size), str(directory))
+
+    path = _keep_tokenizer(directory, train)
     return path, load_tokenizer(path)
 
 
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _keep_tokenizer(directory: Path, make: Callable[[], TextTokenizer]) -> Path:
+    """The tokenizer.json in a directory of the store, made where it is missing. Raises DataError for a damaged one."""
+    if not is_stored(directory):
+        with new_directory(directory) as new:
+            text = make().tokenizer.to_str(pretty=True)
+            (new / "tokenizer.json").write_text(text, encoding="utf-8")
+    check_directory(directory)
+    return directory / "tokenizer.json"
 
 
 def _sample(config: DataConfig, scans: list[Scan]) -> Iterator[str]:
@@ -162,7 +165,7 @@ def _tokenise(
 ) -> TokenDirectory:
     """The token directory of a corpus, written where it does not exist yet."""
     final = root / "tokens" / fingerprint([scan.fingerprint, tokenizer.fingerprint])
-    if not final.exists():
+    if not is_stored(final):
         report(f"tokenising {corpus.kind}: {sum(scan.train_characters):,} characters")
         with new_directory(final) as directory:
             writer = TokenWriter(directory, tokenizer.vocab_size, tokenizer.end_of_text)

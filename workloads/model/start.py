@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from escala.errors import CheckpointError
-from escala.manifests import MANIFEST, TOKENIZER, Checkpoint, latest, read_checkpoint, step_of, verify
+from escala.manifests import (
+    MANIFEST,
+    TOKENIZER,
+    Checkpoint,
+    latest,
+    read_checkpoint,
+    step_of,
+    verify,
+    verify_tokenizer,
+)
 from workloads.config import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
@@ -21,6 +31,10 @@ from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
 from workloads.training.checkpoint import load_weights
 
+USABLE = {
+    "workload": str,
+    "config": dict,
+}  # what the manifest of a checkpoint must say for a model to be made of it
 TRUNK = "trunk."  # of a reward model (alignment/reward_model.py)
 
 
@@ -33,35 +47,59 @@ def load_model(path: Path) -> Transformer:
 
 
 def load_tokenizer(path: Path) -> ChatTokenizer:
-    """The tokenizer that stands with the model at `path`. Raises DataError."""
+    """The tokenizer that stands with the model at `path`. Raises DataError; CheckpointError where it is not the one
+    that the checkpoint was written with.
+    """
     found = find_checkpoint(path)
-    return load_chat_tokenizer(path if found is None else found.path.parent / TOKENIZER)
+    if found is not None:
+        verify_tokenizer(found)
+    return load_chat_tokenizer(beside(path))
+
+
+def beside(path: Path) -> Path:
+    """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
+    found = find_checkpoint(path)
+    return path if found is None else found.path.parent / TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`, or the newest good one in it; None where it holds none. Raises CheckpointError."""
-    if (path / MANIFEST).is_file():
+    try:
+        inside = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}", "check who may read it") from error
+    if MANIFEST in inside or (step_of(path.name) is not None and "config.json" not in inside and inside):
         checkpoint = read_checkpoint(path)
         verify(checkpoint)
         return checkpoint
-    if not path.is_dir() or not any(step_of(entry.name) is not None for entry in path.iterdir()):
+    if not any(step_of(name) is not None for name in inside):
         return None
-    found, refused = latest(path)
+    found, refused = latest(path, USABLE)
     if found is None:
-        why = f": {refused[0]}" if refused else ""
-        raise CheckpointError(f"there is no good checkpoint in {path}{why}", "wait for the job's first one")
+        why, hint = (refused[0].message, refused[0].hint) if refused else ("", "")
+        raise CheckpointError(
+            f"there is no good checkpoint in {path}{f': {why}' if why else ''}",
+            hint or "wait for the job's first one",
+        )
     return found
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
-    """The configuration of the run that wrote it."""
-    return WORKLOADS[checkpoint.manifest["workload"]][1](**checkpoint.manifest["config"])
+    """The configuration of the run that wrote it. Raises CheckpointError where this version does not know it."""
+    workload, config = checkpoint.part("workload", str), checkpoint.part("config", dict)
+    try:
+        return WORKLOADS[workload][1](**config)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",
+            "use the version of escala that wrote it",
+        ) from error
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
     """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
-    is_reward = checkpoint.manifest["workload"] == "reward"
+    is_reward = checkpoint.part("workload", str) == "reward"
     if is_reward:
         weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
     if not isinstance(config, FineTuneConfig) or config.lora is None:

@@ -11,28 +11,37 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from escala.errors import CheckpointError
+from escala.files import sync
 from escala.manifests import (
+    DAMAGED,
     FORMAT_VERSION,
     MANIFEST,
     PARTIAL,
     Checkpoint,
     checkpoint_name,
-    file_sha256,
+    file_entry,
     read_checkpoint,
-    to_delete,
+    remember,
+    retention,
+    tokenizer_entries,
+    verify,
 )
 from escala.records import write_json
+from escala.sealed import seal
 from workloads.training import zero
 
 FILE_BYTES, FILES = 64 * 2**20, 16
@@ -63,33 +72,49 @@ def save(
     name = checkpoint_name(step)
     partial = directory / (name + PARTIAL)
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
-        partial.mkdir(parents=True)
+        _begin(partial)
     torch.distributed.barrier()
     stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, ranks)
     entries, failure = _write_share(stem, _share(engines, ranks), file_bytes)
     gathered: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(gathered, (entries, failure))
-    failures = [f for _, f in gathered if f]
+    files = {file: facts for found, _ in gathered for file, facts in found.items()}
+    whole = manifest | {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "adam_step": zero.adam_step(engine),
+        "adam_steps_beside": {name: zero.adam_step(one) for name, one in (beside or {}).items()},
+        "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
+        "files": files,
+    }
+    failures = [failure for _, failure in gathered if failure]
+    if rank == 0 and not failures:
+        failures = _publish(partial, directory / name, whole)
+    failures = _from_first(failures)
     if failures:
         raise CheckpointError(
             f"checkpoint {name} cannot be written: {failures[0]}", "see that there is room for it"
         )
     if rank == 0:
-        files = {file: facts for files, _ in gathered for file, facts in files.items()}
-        whole = manifest | {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "adam_step": zero.adam_step(engine),
-            "adam_steps_beside": {name: zero.adam_step(one) for name, one in (beside or {}).items()},
-            "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
-            "files": files,
-        }
-        _publish(partial, directory / name, whole)
-        for stale in to_delete([p.name for p in directory.iterdir()], keep):
+        remember(read_checkpoint(directory / name))  # hashed as they were written
+        for stale in retention(directory, keep).delete:
             shutil.rmtree(directory / stale, ignore_errors=True)
     torch.distributed.barrier()
     return read_checkpoint(directory / name)
+
+
+def _begin(partial: Path) -> None:
+    """An empty directory to write into. What goes wrong here goes wrong again, and is told, where a file is written."""
+    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
+    with suppress(OSError):
+        partial.mkdir(parents=True)
+
+
+def _from_first(failures: list[str]) -> list[str]:
+    """Rank 0's failures, on every rank."""
+    shared = [failures]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None = None) -> None:
@@ -105,17 +130,17 @@ def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None =
         for key in zero.STATE_KEYS
     }
     _check_shapes(checkpoint, stored, shapes)
-    files = {file for file, _ in stored.values()}
-    readers = {file: safe_open(checkpoint.path / file, framework="pt") for file in files}
-    for prefix, one in engines.items():
-        manifest = checkpoint.manifest
-        steps = manifest["adam_steps_beside"][prefix[:-1]] if prefix else manifest["adam_step"]
-        zero.begin_restore(one, int(steps))
-        for name in zero.parameter_shapes(one):
-            for key in zero.STATE_KEYS:
-                tensor = f"{prefix}{key}/{name}"
-                zero.set_state(one, name, key, readers[stored[tensor][0]].get_tensor(tensor))
-        zero.end_restore(one)
+    with ExitStack() as opened:
+        files = {file for file, _ in stored.values()}
+        readers = {file: opened.enter_context(_opened(checkpoint, file)) for file in files}
+        for prefix, one in engines.items():
+            where = f"adam_steps_beside.{prefix[:-1]}" if prefix else "adam_step"
+            zero.begin_restore(one, checkpoint.part(where, int))
+            for name in zero.parameter_shapes(one):
+                for key in zero.STATE_KEYS:
+                    tensor = f"{prefix}{key}/{name}"
+                    zero.set_state(one, name, key, readers[stored[tensor][0]].get_tensor(tensor))
+            zero.end_restore(one)
 
 
 def _prefixed(engine: Any, beside: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -130,7 +155,7 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     prefix = f"{zero.MASTER}/"
     weights: dict[str, Tensor] = {}
     for file in checkpoint.manifest["files"]:
-        with safe_open(checkpoint.path / file, framework="pt") as reader:
+        with _opened(checkpoint, file) as reader:
             weights |= {
                 n.removeprefix(prefix): reader.get_tensor(n) for n in _names(reader) if n.startswith(prefix)
             }
@@ -192,31 +217,59 @@ def _write(stem: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> s
     path = stem.with_name(f"{stem.name}-{len(entries)}.safetensors")
     try:
         save_file(tensors, path)
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        entries[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        sync(path)
+        entries[path.name] = file_entry(path)
     except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
         return f"{type(error).__name__}: {error}"
     tensors.clear()
     return ""
 
 
-def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """The manifest, then the name: from here on the checkpoint exists."""
-    write_json(partial / MANIFEST, manifest)
-    if final.exists():  # a refused one of the same step, which this attempt has just trained past
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
+    """The manifest, then the name: from here on the checkpoint exists. Returns what went wrong, if anything.
+
+    What stands under that name already is replaced where it is good, and set aside where it is not.
+    """
+    aside = final.with_name(f"{final.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
+    try:
+        write_json(partial / MANIFEST, seal(manifest | {"tokenizer": tokenizer_entries(final.parent)}))
+        is_good = _is_good(final)
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(partial, final)  # its files and itself are on the disk: each was synced as it was written
+        sync(final.parent)
+    except OSError as error:
+        return [f"{type(error).__name__}: {error}"]
+    if is_good:
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        print(f"{final} could not be used and was set aside as {aside.name}", file=sys.stderr, flush=True)
+    return []
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify(read_checkpoint(path))
+    except CheckpointError:
+        return False
+    return True
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, file: str) -> Iterator[Any]:
+    """An open safetensors file of a checkpoint. Raises CheckpointError where it cannot be read (any more)."""
+    try:
+        with safe_open(checkpoint.path / file, framework="pt") as reader:
+            yield reader
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.path} is damaged: {file}: {error}") from error
 
 
 def _index(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Stored tensor's name -> the file that has it, and its shape."""
     stored = {}
     for file in checkpoint.manifest["files"]:
-        with safe_open(checkpoint.path / file, framework="pt") as reader:
+        with _opened(checkpoint, file) as reader:
             for name in _names(reader):
                 stored[name] = (file, tuple(reader.get_slice(name).get_shape()))
     return stored

@@ -137,13 +137,13 @@ class Trainer:
             return
         found = read_checkpoint(Path(self.inputs.checkpoint))
         checkpoint.load(self.engine, found, self.engines_beside())
-        saved = found.manifest["counters"]
+        saved = found.part("counters", dict)
         self.count = Counters(
             step=found.step,
             train_tokens=saved["train_tokens"],
             compute_flops=saved["compute_flops"],
-            initial=saved["initial"],
-            last_loss=saved["last_loss"],
+            initial=saved.get("initial"),
+            last_loss=saved.get("last_loss"),
         )
         if self.rank == 0:
             print(f"resumed from {found.path} (step {found.step})", flush=True)

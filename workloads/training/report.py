@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
+from escala.files import insist, no_room
 from escala.records import AttemptFiles, AttemptSpec, Progress, write_json
 from escala.tracking.tracker import Metric, open_tracker
 
@@ -26,6 +28,8 @@ class Reporter:
         self._buffer: list[Metric] = []
         self._flushed = self._progressed = 0.0
         self._facts: dict[str, Any] = {}
+        self._last: Progress | None = None
+        self._full = self._unwritten = False  # the disk, when last written to; facts that it has not
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         """Buffer metrics of one step; those that are None are unknown and not recorded."""
@@ -55,16 +59,36 @@ class Reporter:
         self._tracker.tags(self._run_id, {TABLES: json.dumps([{"path": path, "type": "table"}])})
 
     def progress(self, progress: Progress, force: bool = False) -> None:
-        """Write progress.json, at most twice a second unless `force`."""
+        """Write progress.json, at most twice a second unless `force`. A full disk keeps the last one."""
         if force or time.monotonic() - self._progressed > PROGRESS_SECONDS:
-            write_json(self._files.progress, progress)
             self._progressed = time.monotonic()
+            self._last = progress
+            self._write(self._files.progress, progress)
 
     def facts(self, **values: Any) -> None:
-        """Add to facts.json."""
+        """Add to facts.json; on a full disk, once there is room."""
         self._facts |= values
-        write_json(self._files.facts, self._facts)
+        self._unwritten = not self._write(self._files.facts, self._facts)
 
     def close(self) -> None:
-        """Deliver what is buffered."""
+        """Deliver what is buffered; waits for room on a full disk."""
         self.flush()
+        self._tracker.drain()
+        if self._unwritten:
+            insist(lambda: write_json(self._files.facts, self._facts), "the facts of the run")
+        if self._last is not None and self._full:
+            insist(lambda: write_json(self._files.progress, self._last), "the progress of the run")
+
+    def _write(self, path: Path, value: Any) -> bool:
+        """Write, if there is room; says so where there is none any more. Whether it did."""
+        try:
+            write_json(path, value)
+        except OSError as error:
+            if not no_room(error):
+                raise
+            if not self._full:
+                print(f"escala: no room on the disk for {path.name}: training goes on without", flush=True)
+            self._full = True
+            return False
+        self._full = False
+        return True

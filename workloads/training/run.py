@@ -7,12 +7,9 @@ outcome. It retries nothing: a retry is a new attempt, which the control plane m
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
-import traceback
-import uuid
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -24,9 +21,13 @@ from pydantic import ValidationError
 from escala import handshake
 from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
 from escala.errors import CheckpointError, EscalaError, SpecError
-from escala.manifests import TOKENIZER, Checkpoint, check_fits, latest
-from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_record
+from escala.files import replacing, set_aside
+from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
+from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_json, read_record
+from escala.redaction import hide_in, print_exception
+from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS, TrainedConfig
 from workloads.training.driver import WorkerInputs, fit
@@ -36,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "generation_config.json",  # the tokens that end an answer
 )
 
 
@@ -121,8 +123,9 @@ class Run:
         self.fingerprints = prepared.fingerprints
         tags = {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()}
         self.tracker.tags(self.run_id, tags)
+        self.tracker.dataset(self.run_id, dataset_of(self.spec.config, self.fingerprints))
         self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
-        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints))
+        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints), self.resumed_from)
         source = str(self.resumed_from.path) if self.resumed_from else None
         return WorkerInputs(self.spec, prepared.path, source, self.run_id, self.fingerprints)
 
@@ -137,10 +140,16 @@ class Run:
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
+            **start_tags(spec),
         }
         key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
-        self.run_id = tracker.start(key, spec.experiment, spec.name, tags, flatten(resolved))
-        tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
+        name = (
+            spec.name
+            if spec.attempt == 1 or TRIAL_TAG in spec.tags
+            else f"{spec.name} (attempt {spec.attempt})"
+        )
+        self.run_id = tracker.start(key, spec.experiment, name, tags, flatten(resolved))
+        tracker.text(self.run_id, "config.json", json.dumps(hide_in(resolved), indent=1, sort_keys=True))
 
     def succeed(self) -> int:
         """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""
@@ -158,7 +167,7 @@ class Run:
         failure = classify(error, self.nodes)
         if failure.kind in ("internal", "worker_lost", "node_lost"):
             # The others say themselves what is to be done.
-            traceback.print_exception(error)
+            print_exception(error)
         outcome = Outcome(failure.kind, failure.message, failure.hint)
         if failure.kind == "superseded":
             # In this attempt's own directory; its tracker run is the control plane's now.
@@ -172,23 +181,37 @@ class Run:
         facts = self._facts()
         record = self._record(outcome, facts)
         plain = asdict(record)
+        source = str(self.resumed_from.path) if self.resumed_from else None
+        checkpoint = facts.get("checkpoint", source)
         if self.tracker is not None and self.run_id is not None:
             self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
             known = {k: v for k, v in plain.items() if v is not None}
-            tags = {"escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True)}
+            tags = {
+                "escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True),
+                NOTE_TAG: run_note(self.spec, record, self._data_rows(), outcome.hint, checkpoint),
+            }
             if "parameters_held" in facts:
                 tags["escala.parameters_held"] = json.dumps(facts["parameters_held"])
             self.tracker.tags(self.run_id, tags)
             self.tracker.finish(self.run_id, status)
-        source = str(self.resumed_from.path) if self.resumed_from else None
-        checkpoint = facts.get("checkpoint", source)
+            self.tracker.drain()
         finish(self.spec, Outcome(outcome.kind, outcome.message, outcome.hint, checkpoint, plain))
+
+    def _data_rows(self) -> list[tuple[str, str]]:
+        """What the run's note says of its data."""
+        if not self.fingerprints:
+            return []
+        data = dataset_of(self.spec.config, self.fingerprints)
+        return [("data", f"{data.name} (`{data.digest[:12]}`)")]
 
     def _facts(self) -> dict[str, Any]:
         """What rank 0 left (training/report.py); empty where it did not get far enough."""
         try:
-            facts: dict[str, Any] = json.loads(self.files.facts.read_text())
+            facts: dict[str, Any] = read_json(self.files.facts)
         except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            set_aside(self.files.facts, str(error))
             return {}
         return facts
 
@@ -218,6 +241,15 @@ class Run:
             **values,
         )
 
+
+# What the manifest of a checkpoint must say for a run to go on from it.
+RESUMABLE = {
+    "config.model": dict,
+    "fingerprints.tokenizer": str,
+    "adam_step": int,
+    "counters.train_tokens": int,
+    "counters.compute_flops": float,
+}
 
 STOP_MESSAGES = {
     "succeeded": "",
@@ -260,23 +292,31 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: Path) -> None:
-    """Copy the tokenizer's files beside the checkpoints, which can then be used alone."""
+def keep_tokenizer(source: Path, checkpoints: Path, resumed_from: Checkpoint | None) -> None:
+    """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
+    was written with stay: its manifest has their hashes.
+    """
     target = checkpoints / TOKENIZER
+    if resumed_from is not None and resumed_from.path.parent == checkpoints:
+        try:
+            return verify_tokenizer(resumed_from)
+        except CheckpointError as error:
+            print(f"{error.message}; they are copied again", file=sys.stderr, flush=True)
+            shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)
     files = [source] if source.is_file() else [f for f in source.iterdir() if f.name in TOKENIZER_FILES]
     for file in files:
         name = "tokenizer.json" if file == source else file.name
-        temporary = target / f".{name}.{uuid.uuid4().hex[:8]}"
-        shutil.copyfile(file, temporary)
-        os.replace(temporary, target / name)
+        with replacing(target / name) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) -> Checkpoint | None:
     """The newest good checkpoint of the job, else of the job to resume from, else none; refused ones are
     printed.
 
-    Raises CheckpointError where it does not fit, or where the job to resume from has no good one.
+    Raises CheckpointError where it does not fit, where the job has checkpoints and none of them is good, or where the
+    job to resume from has no good one.
     """
     found = _newest(Path(spec.checkpoints))
     if found is None and spec.resume_from:
@@ -289,7 +329,7 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
 
 
 def _newest(directory: Path) -> Checkpoint | None:
-    found, refused = latest(directory)
+    found, refused = newest(directory, RESUMABLE)
     for error in refused:
         print(f"refused: {error}", file=sys.stderr, flush=True)
     return found

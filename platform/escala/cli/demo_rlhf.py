@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from escala.cli import render
+from escala.cli import progress, render
+from escala.cli.jobs import follow_job
 
 if TYPE_CHECKING:
     from escala.records import RunRecord
@@ -82,16 +83,17 @@ def run() -> None:
 def _submitted(workload: str, spec: dict[str, Any], name: str) -> str:
     from escala import api
 
-    return api.submit(workload, base=spec, options={"name": name}).id
+    with progress.reporting("submitting", False) as report:
+        return api.submit(workload, base=spec, options={"name": name}, report=report).id
 
 
 def _ended(job: str) -> RunRecord:
     """The run of a job that is followed to its end. Exits with 1 where it fails."""
     from escala import api
 
-    if render.follow(api.watch(job)).state != "succeeded":
-        raise typer.Exit(1)
-    return api.finished_run(job)
+    follow_job(job)
+    with progress.working("waiting for the run's record in MLflow"):
+        return api.finished_run(job)
 
 
 def _compare(learned: RunRecord) -> None:
@@ -110,7 +112,7 @@ def _compare(learned: RunRecord) -> None:
     found = api.samples(learned)
     for when, some in (("before", found[:SHOWN]), ("after", found[-SHOWN:])):
         render.raw(f"{when:<8}{'  '.join(repr(row['response']) for row in some)}")
-    render.raw(f"in MLflow       {api.run_url(learned)}")
+    render.page(api.run_url(learned))
     render.raw(
         f"next            escala runs samples {learned.job_id}; escala export {learned.job_id} --to DIR"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from escala.cli import render, render_laws
+from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
 from escala.errors import LawError
 
@@ -83,25 +83,29 @@ def fit(
         raise LawError("The law has no name to be stored under.", "Give --name NAME, or --dry-run.")
     from escala import api
 
-    with render.waiting() as wait:
+    with progress.working("fitting") as now:
         if points is None:
-            found = api.fit_sweeps(sweep or [], name, **settings, report=wait.report)
+            found = api.fit_sweeps(sweep or [], name, **settings, report=lambda text: now.update(facts=text))
         else:
-            found = api.fit_file(points, name, rename=rename, **settings, report=wait.report)
+            found = api.fit_file(
+                points, name, rename=rename, **settings, report=lambda text: now.update(facts=text)
+            )
     render_laws.fitted(found, json)
 
 
 def _preview(
     points: Path | None, rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
 ) -> Preview:
-    with render.waiting() as wait:
+    with progress.working("fitting") as now:
         if points is not None:  # of a file: neither a database nor a tracker
             from escala.laws import service
 
-            return service.preview_file(points, rename=rename, **settings, report=wait.report)
+            return service.preview_file(
+                points, rename=rename, **settings, report=lambda text: now.update(facts=text)
+            )
         from escala import api
 
-        return api.preview_sweeps(sweeps, **settings, report=wait.report)
+        return api.preview_sweeps(sweeps, **settings, report=lambda text: now.update(facts=text))
 
 
 def list_(

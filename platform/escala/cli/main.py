@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import sys
 
 import typer
 
 from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
-from escala.errors import EscalaError
+from escala.errors import ClusterError, EscalaError
+from escala.files import no_room
+from escala.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",
@@ -26,16 +31,47 @@ rollouts.register(app)
 demo.register(app)
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, as the CLI's own lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        render.warning(self.format(record))
+
+
 def main() -> None:
-    """Run one command; an EscalaError prints what, why and the mend, and sets the exit code."""
+    """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
+    hide_in_tracebacks()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
+            stream.reconfigure(errors="replace")
+    hide_in_tracebacks()
+    warnings = logging.getLogger("escala")
+    warnings.addHandler(_Warnings(logging.WARNING))
+    warnings.propagate = False
     try:
         app()
     except EscalaError as error:
         render.error(error)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # whoever read our output has gone, `head` for one
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else Python complains as it flushes
+        sys.exit(141)
+    except OSError as error:
+        if error.filename is None and not no_room(error):
+            raise
+        render.error(_explained(error))
+        sys.exit(ClusterError.exit_code)
     except KeyboardInterrupt:
         render.note("interrupted; nothing that was submitted is lost")
         sys.exit(130)
+
+
+def _explained(error: OSError) -> EscalaError:
+    """What a user reads of a full disk, or of a file that is not theirs."""
+    if no_room(error):
+        where = f" for {error.filename}" if error.filename else ""
+        return ClusterError(f"there is no room on the disk{where}", "free some space, then try again")
+    return ClusterError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
 
 if __name__ == "__main__":

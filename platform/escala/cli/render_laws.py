@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.cli.render import ago, as_json, figure, note, pairs, raw, table
+from escala.cli.render import ago, as_json, note, number, page, pairs, raw, table
 from escala.errors import LawError
 from escala.records import RunRecord
 
@@ -105,7 +105,7 @@ def _law(name: str, law: Law) -> None:
     raw(f"{name}   loss = {law.form.formula}   (N is {law.size})")
     table(("parameter", "value", "90 % from", "to"), parameter_rows(law))
     for column, (low, high) in law.ranges.items():
-        raw(f"  measured  {column} {figure(low)} to {figure(high)}")
+        raw(f"  measured  {column} {number(low)} to {number(high)}")
     raw(f"  healthy   {'yes' if law.healthy else 'no'}")
     for finding in law.findings:
         raw(f"  finding   {finding}")
@@ -122,8 +122,8 @@ def parameter_rows(law: Law) -> list[tuple[str, str, str, str]]:
     absent = {term.exponent for term in law.form.terms if not law.parameters[term.coefficient]}
     rows = []
     for name, value in law.parameters.items():
-        low, high = (figure(end) for end in intervals[name]) if name in intervals else ("none", "")
-        rows.append((name, "not identified", "", "") if name in absent else (name, figure(value), low, high))
+        low, high = (number(end) for end in intervals[name]) if name in intervals else ("none", "")
+        rows.append((name, "not identified", "", "") if name in absent else (name, number(value), low, high))
     return rows
 
 
@@ -142,7 +142,7 @@ def prediction(answer: Answer, json: bool) -> None:
         return
     found = answer.answer
     bounds = interval(found.low_nats, found.high_nats, f"{found.level * 100:g} % predictive interval")
-    raw(f"loss            {figure(found.loss_nats)} nats per token  ({bounds})")
+    raw(f"loss            {number(found.loss_nats)} nats per token  ({bounds})")
     caveats(answer.law, answer.extrapolation, answer.assumed)
 
 
@@ -157,15 +157,15 @@ def verdict(answer: Answer, record: RunRecord, url: str) -> None:
     found = answer.answer
     loss = record.held_out_loss_nats
     bounds = interval(found.low_nats, found.high_nats, "90 % predictive interval")
-    raw(f"predicted       {figure(found.loss_nats)} nats per token  ({bounds})")
+    raw(f"predicted       {number(found.loss_nats)} nats per token  ({bounds})")
     if loss is not None and found.low_nats is not None and found.high_nats is not None:
         inside = "inside" if found.low_nats <= loss <= found.high_nats else "OUTSIDE"
-        raw(f"obtained        {figure(loss)} nats per token  ({inside}; {loss / found.loss_nats - 1:+.2%})")
-    raw(f"before          {figure(record.initial_held_out_loss_nats)} nats per token, without training")
+        raw(f"obtained        {number(loss)} nats per token  ({inside}; {loss / found.loss_nats - 1:+.2%})")
+    raw(f"before          {number(record.initial_held_out_loss_nats)} nats per token, without training")
     raw(f"extrapolation   {_distance(answer.extrapolation)}")
     size, tokens, flops = record.n_total, record.train_tokens, record.compute_flops
-    raw(f"run             {figure(size)} parameters, {figure(tokens)} tokens, {figure(flops)} FLOPs")
-    raw(f"in MLflow       {url}")
+    raw(f"run             {number(size)} parameters, {number(tokens)} tokens, {number(flops)} FLOPs")
+    page(url)
     raw(f"next            escala laws show {answer.law.reference}; escala laws calibration")
 
 
@@ -173,7 +173,7 @@ def interval(low: float | None, high: float | None, what: str) -> str:
     """A law's interval in words; an end that is None is not known (of an allocation: never reached)."""
     if low is None and high is None:
         return f"{what}: none"
-    return f"{what} {figure(low)} to {figure(high)}"
+    return f"{what} {number(low)} to {number(high)}"
 
 
 def caveats(stored: Stored, extrapolation: Mapping[str, float], assumed: Sequence[str]) -> None:
@@ -218,11 +218,11 @@ def comparison(found: Comparison, json: bool) -> None:
 def _value(law: Law, name: str) -> str:
     if name not in law.parameters:
         return "-"
-    value = figure(law.parameters[name])
+    value = number(law.parameters[name])
     if not law.has_intervals:
         return value
     low, high = law.intervals(0.9)[name]
-    return f"{value}  ({figure(low)} to {figure(high)})"
+    return f"{value}  ({number(low)} to {number(high)})"
 
 
 def calibration(found: Calibration, json: bool) -> None:
@@ -248,9 +248,9 @@ def calibration(found: Calibration, json: bool) -> None:
             c.law,
             c.run_id[:8],
             c.name,
-            figure(c.compute_flops),
+            number(c.compute_flops),
             f"{c.extrapolation:.3g}x",
-            *(figure(value) for value in (c.predicted, c.low, c.high, c.obtained)),
+            *(number(value) for value in (c.predicted, c.low, c.high, c.obtained)),
             f"{c.error:+.2%}",
             "ALARM" if c.alarm else "" if c.inside else "outside",
         )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
+MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
+
 
 @dataclass(frozen=True)
 class NewJob:
-    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+    """What somebody asks for. `after` and `parent` name jobs, as JobStore.get takes them."""
 
     workload: str
     entry_point: str
@@ -28,6 +31,9 @@ class NewJob:
     parent: str | None = None  # the job that this one retries or resumes
     experiment: str = "escala"
     tags: dict[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = (
+        None  # the same key again is the same job; None: one for this submission alone
+    )
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,19 @@ class Job:
     compute_flops: float | None
     wall_seconds: float | None
     energy_joules: float | None
+    idempotency_key: str | None = None
+    spec_hash: str | None = None
 
     @property
     def view(self) -> JobView:
         """What the state machine reads."""
         stop = self.reason if self.state == "stopping" else None
         return JobView(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether nobody gave its idempotency key."""
+        return self.idempotency_key is None or self.idempotency_key.startswith(OWN_KEY)
 
     @property
     def place(self) -> Queued:
@@ -96,10 +109,18 @@ class Usage:
     @classmethod
     def of(cls, progress: Progress | None, record: Mapping[str, Any] | None) -> Usage:
         """From the last progress and the RunRecord (plain data), which wins where it has the number."""
-        record = record or {}
-        found = cls() if progress is None else cls(*(getattr(progress, f) for f in _PROGRESS_FIELDS))
-        known = {f: record.get(key) for f, key in _RECORD_KEYS.items()}
-        return replace(found, **{f: value for f, value in known.items() if value is not None})
+        found = [(f, getattr(progress, f, None)) for f in _PROGRESS_FIELDS]
+        found += [(f, (record or {}).get(key)) for f, key in _RECORD_KEYS.items()]
+        known: dict[str, Any] = {f: value for f, value in found if _plausible(f, value)}
+        if "train_tokens" in known:
+            known["train_tokens"] = int(known["train_tokens"])
+        return cls(**known)
+
+
+def _plausible(name: str, value: Any) -> bool:
+    """Whether it is a number that can be summed, and not what a damaged file holds in its place."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < (MOST_TOKENS if name == "train_tokens" else MOST)
 
 
 _PROGRESS_FIELDS = ("train_tokens", "compute_flops", "wall_seconds")

@@ -7,18 +7,21 @@ Killed between any two lines and started again, it loses nothing and doubles not
 - the fence (`AttemptFiles.current`) moves to the new attempt before that is submitted, so that an old driver
   that outlived its Ray head may no longer write;
 - an outcome is read from the attempt's directory and stored with the job's new state in one transaction.
+
+A full disk only makes it wait: what it could not write is written in a later step.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
 from escala import handshake
 from escala.errors import ClusterError
+from escala.files import no_room
 from escala.jobs.model import Attempt, Job, Usage
 from escala.jobs.ray_backend import Backend, entry_command
 from escala.jobs.state import (
@@ -43,10 +46,12 @@ from escala.records import (
     read_record,
     write_json,
 )
+from escala.tracking.notes import command_tag
 
 log = logging.getLogger("escala.runner")
 P = ParamSpec("P")
 
+KIND_CHARACTERS, TEXT_CHARACTERS = 32, 20_000  # of an outcome, in the database
 LOOK_AHEAD = 64  # queued jobs looked at in one step; more only matter once these have started
 
 
@@ -75,6 +80,7 @@ class Reconciler:
         deliver: carries an attempt directory's spool to the tracker; True once all of it is there. Its
             second argument: the attempt was lost, so that nobody else closes its run.
         clock: Unix seconds.
+        ticks: seconds of a clock that nobody sets; None: `clock`. What is waited for is measured by it.
     """
 
     def __init__(
@@ -87,10 +93,11 @@ class Reconciler:
         deliver: Callable[[Path, bool], bool],
         clock: Callable[[], float],
         timing: Timing = Timing(),
+        ticks: Callable[[], float] | None = None,
     ) -> None:
         self._store, self._backend, self._home = store, backend, home
         self._environment, self._limit, self._deliver = environment, limit, deliver
-        self._clock, self._timing = clock, timing
+        self._clock, self._timing, self._ticks = clock, timing, ticks or clock
         self._versions = handshake.versions()
         # (what, submission id) -> when first seen; kept in memory: a restarted loop only waits longer
         self._since: dict[tuple[str, str], float] = {}
@@ -118,6 +125,12 @@ class Reconciler:
 
     def _advance(self, job: Job) -> None:
         attempts = self._store.attempts(job.id)
+        if not attempts or attempts[-1].number != job.attempts:  # it would keep its slot for ever
+            message = f"its attempt {job.attempts} cannot be read from the job database"
+            self._finish(
+                job, Outcome("internal", message, f"`escala jobs retry {job.id}` starts another"), None
+            )
+            return
         attempt = attempts[-1]
         files = AttemptFiles(self.directory(attempt))
         progress = read_record(Progress, files.progress)
@@ -125,9 +138,11 @@ class Reconciler:
         if outcome is not None:
             self._finish(job, outcome, progress)
             return
-        self._note_progress(attempt, progress)
+        self._guard(f"progress of {attempt.submission_id}", self._note_progress, attempt, progress)
         if job.state == "stopping" and files.directory.is_dir() and not files.control.exists():
             write_json(files.control, Control(job.reason or "user"))
+        if attempt.submitted_at is not None:
+            _keep_fence(files, attempt.number)
         match self._backend.status(attempt.submission_id):
             case "absent" if attempt.submitted_at is None and not files.log.exists():
                 self._submit(job, attempt, files)
@@ -135,6 +150,8 @@ class Reconciler:
                 self._gone(job, attempt, progress, "the Ray head was restarted and has lost the job's driver")
             case "ended":
                 self._gone(job, attempt, progress, "the job's driver ended without an outcome")
+            case _ if job.state == "stopping" and not _has_trained(progress):
+                self._end_at_once(job, attempt, files, progress)
             case status:
                 self._at_work(job, attempts, progress, working=status == "running")
 
@@ -157,17 +174,33 @@ class Reconciler:
         if _overrun_seconds(job, attempt, earlier, progress, now) > self._timing.budget_grace:
             self._apply(job, BudgetOverrun())
 
+    def _end_at_once(
+        self, job: Job, attempt: Attempt, files: AttemptFiles, progress: Progress | None
+    ) -> None:
+        """Stop a driver that still starts: there is no checkpoint to wait for, and Ray Train, DeepSpeed or Serve may
+        take minutes until they look at the request. Should it outlive the kill, it stops at its first step.
+        """
+        self._backend.kill(attempt.submission_id)
+        log.info("%s is stopped before its first step: its driver is killed", attempt.submission_id)
+        outcome = Outcome(job.reason or "user", "stopped before its first step")
+        write_json(files.outcome, outcome)  # without a record: delivery closes the run as KILLED
+        self._finish(job, outcome, progress)
+
     def _gone(self, job: Job, attempt: Attempt, progress: Progress | None, message: str) -> None:
         if self._waited("gone", attempt) >= self._timing.lost_grace:
             hint = f"`escala logs {job.id}` shows its last words"
             self._finish(job, Outcome("driver_lost", message, hint), progress)
 
     def _finish(self, job: Job, outcome: Outcome, progress: Progress | None) -> None:
+        outcome = replace(outcome, kind=outcome.kind[:KIND_CHARACTERS], message=outcome.message[:TEXT_CHARACTERS],
+                          hint=outcome.hint[:TEXT_CHARACTERS])  # fmt: skip
         self._log(self._store.finish(job, outcome, Usage.of(progress, outcome.record)))
 
     def _note_progress(self, attempt: Attempt, progress: Progress | None) -> None:
-        stored = (attempt.progress or {}).get("updated_at", 0.0)
-        if progress is not None and progress.updated_at - stored >= self._timing.progress_every:
+        stored = (attempt.progress or {}).get("updated_at")
+        stored = stored if isinstance(stored, int | float) else 0.0
+        # The distance: a clock that was set back makes the newer one seem older.
+        if progress is not None and abs(progress.updated_at - stored) >= self._timing.progress_every:
             self._store.record_progress(attempt, progress)
 
     # Jobs that start
@@ -192,15 +225,21 @@ class Reconciler:
         if job.state == "stopping":  # asked to stop before it ever ran
             self._finish(job, Outcome(job.reason or "user", "stopped before it started"), None)
             return
+        try:
+            environment, given = self._environment(job), self._spec(job, attempt, files)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # a row that somebody has changed
+            message = f"its configuration cannot be used: {type(error).__name__}: {error}"
+            self._finish(job, Outcome("internal", message, "submit it again"), None)
+            return
         files.directory.mkdir(parents=True, exist_ok=True)
-        write_json(files.spec, self._spec(job, attempt, files))
+        write_json(files.spec, given)
         write_json(files.current, attempt.number)
         if attempt.number > 1:
             self._kill_predecessor(attempt)
         command = entry_command(job.entry_point, files.spec, files.log)
         metadata = {"escala_job": job.id, "escala_attempt": str(attempt.number)}
         try:
-            self._backend.submit(attempt.submission_id, command, self._environment(job), metadata)
+            self._backend.submit(attempt.submission_id, command, environment, metadata)
         except ClusterError as error:
             if self._waited("refused", attempt) < self._timing.submit_grace or not self._backend.reachable():
                 raise
@@ -222,7 +261,7 @@ class Reconciler:
             data=str(self._home / "data"),
             tracking_uri=f"spool:{files.spool}",
             experiment=job.experiment,
-            tags=job.tags,
+            tags={**job.tags, **command_tag(job.command)},
             resume_from=job.resume_from,
             remaining_flops=remaining(job.max_flops, job.compute_flops),
             remaining_seconds=remaining(job.max_seconds, job.wall_seconds),
@@ -247,11 +286,11 @@ class Reconciler:
 
     def _waited(self, what: str, attempt: Attempt) -> float:
         """Seconds since this was first seen."""
-        now = self._clock()
+        now = self._ticks()
         return now - self._since.setdefault((what, attempt.submission_id), now)
 
     def _due(self, what: str, attempt: Attempt, every: float) -> bool:
-        key, now = (what, attempt.submission_id), self._clock()
+        key, now = (what, attempt.submission_id), self._ticks()
         due = key not in self._since or now - self._since[key] >= every
         if due:
             self._since[key] = now
@@ -277,8 +316,27 @@ class Reconciler:
             self._said[subject] = error.message
         except Exception as error:
             if self._said.get(subject) != repr(error):
-                log.exception("%s: an error in escala itself; it is tried again", subject)
+                if no_room(error):
+                    log.warning("%s waits until there is room on the disk: %s", subject, error)
+                else:
+                    log.exception("%s: an error in escala itself; it is tried again", subject)
             self._said[subject] = repr(error)
+
+
+def _keep_fence(files: AttemptFiles, number: int) -> None:
+    """Write the fence again where it was lost or damaged, and names no attempt."""
+    try:
+        damaged = not files.current.read_bytes().strip().isdigit()
+    except (FileNotFoundError, NotADirectoryError):
+        damaged = files.directory.is_dir()
+    if damaged:
+        log.warning("%s names no attempt; it is written again", files.current)
+        write_json(files.current, number)
+
+
+def _has_trained(progress: Progress | None) -> bool:
+    """Whether the attempt has made a step; of a sweep, any of the trials that it started."""
+    return progress is not None and progress.train_tokens > 0
 
 
 def _overrun_seconds(

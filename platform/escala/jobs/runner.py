@@ -15,10 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala import user_code
 from escala.errors import ClusterError, EscalaError
+from escala.files import no_room
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
+from escala.redaction import hide_in_logs
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -53,8 +56,11 @@ def _repeat(act: Callable[[], None], ending: threading.Event, interval: float) -
             act()
             said = ""
         except Exception as error:
-            if repr(error) != said:  # for example a database that is away: it is tried again
-                log.exception("a step failed; it is tried again")
+            if repr(error) != said:  # for example a database that is away, or a full disk
+                if isinstance(error, EscalaError) or no_room(error):
+                    log.warning("it waits, and tries again: %s", error)
+                else:
+                    log.exception("a step failed; it is tried again")
             said = repr(error)
         ending.wait(interval)
 
@@ -64,7 +70,7 @@ def only_one(home: Path) -> Iterator[None]:
     """Hold the lock that makes this process the home's only runner. Raises ClusterError where it is taken."""
     path = home / "run" / "runner.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
+    with path.open("a+", errors="replace") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,13 +91,14 @@ def main() -> int:
 
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    hide_in_logs()
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
     try:
         settings = Settings()
         with only_one(settings.home):
-            store = JobStore(settings.database_url)
+            store = JobStore(settings.database_url, home=settings.home)
             run(_reconciler(settings, store), lambda: _restart_dead(settings), ending)
             store.close()
     except EscalaError as error:
@@ -126,7 +133,9 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
             "resources", {}
         )  # or a sweep's
         threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
-        return runtime_env(ray_address, threads, gpus, tracking_uri)
+        digest = job.tags.get(user_code.TAG)
+        code = user_code.directory(settings.home, digest) if digest else None
+        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code)
 
     return Reconciler(
         store,
@@ -136,6 +145,7 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
         settings.max_running_jobs,
         delivery.deliver,
         time.time,
+        ticks=time.monotonic,
     )
 
 

@@ -10,17 +10,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, func, insert, or_, select, update
 from sqlalchemy.sql import Select
 
-from escala.errors import NotFoundError, StateError
+from escala.errors import ClusterError, NotFoundError, StateError
 from escala.jobs import tables
-from escala.jobs.database import open_engine, writing
+from escala.jobs.database import open_engine, reading, writing
+from escala.jobs.identity import check_same, own_key, spec_hash
 from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
+from escala.jobs.rows import Rows
 from escala.jobs.state import (
     ACTIVE,
+    ALIVE,
+    STATES,
     AttemptEnded,
     Claimed,
     Decision,
@@ -34,6 +39,7 @@ from escala.jobs.state import (
 from escala.records import Outcome, Progress
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
+SUBMIT_WAITS = (0.1, 0.5)  # seconds between the tries of a submission whose connection is lost
 USER_TRIES = 10  # a user's word must not lose a race against a progress of the job
 
 
@@ -52,13 +58,16 @@ class JobStore:
     Args:
         url: sqlite:///PATH or postgresql://...; created or migrated when needed.
         clock: Unix seconds.
+        home: whose jobs it holds; None: for SQLite, the directory that the database is in.
 
-    Raises as `database.open_engine`.
+    Raises as `database.open_engine`; every method, ClusterError for what the database says. A row that cannot
+    be read is left out of a list, and told once; where one row is asked for, it is a StateError.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self._engine = open_engine(url)
+    def __init__(self, url: str, clock: Callable[[], float] = time.time, home: Path | None = None) -> None:
+        self._engine = open_engine(url, home)
         self._clock = clock
+        self._rows = Rows()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -67,7 +76,11 @@ class JobStore:
     # What a user does
 
     def submit(self, new: NewJob) -> Job:
-        """Queue a job. Raises NotFoundError where `after` or `parent` names no job."""
+        """Queue a job; or find the one that its idempotency key has queued before, whatever has become of it.
+
+        So it may be repeated: one whose answer was lost with the connection is found, not doubled.
+        Raises NotFoundError where `after` or `parent` names no job, SpecError where the key has another spec.
+        """
         now = self._clock()
         values = asdict(new) | {
             "name": new.name or new.workload,
@@ -77,41 +90,74 @@ class JobStore:
         }
         values |= {"submitted_at": now, "changed_at": now, "state": "queued", "message": "", "hint": ""}
         values |= {"revision": 0, "attempts": 0, "retries_used": 0, "stop_requested": False}
-        with writing(self._engine) as connection:
-            job_id = new_id()
-            while connection.execute(select(tables.job.c.id).where(tables.job.c.id == job_id)).first():
-                job_id = new_id()
-            connection.execute(insert(tables.job).values(**values, id=job_id))
-            _note(connection, job_id, 0, Decision("queued", at=now))
-            return _job(connection, job_id)
+        values |= {"idempotency_key": new.idempotency_key or own_key(), "spec_hash": spec_hash(values)}
+        for wait in SUBMIT_WAITS:
+            try:
+                return self._queue_once(values)
+            except ClusterError:  # the connection was lost, or another process used the key first
+                time.sleep(wait)
+        return self._queue_once(values)
 
-    def get(self, name: str) -> Job:
-        """The job with this id, else unique name, else unique prefix of an id. Raises NotFoundError."""
+    def _queue_once(self, values: dict[str, Any]) -> Job:
+        """One try of `submit`."""
+        job, key = tables.job, values["idempotency_key"]
+        with writing(self._engine) as connection:
+            found = connection.execute(select(job).where(job.c.idempotency_key == key)).mappings().first()
+            if found is not None:
+                check_same(dict(found), values)
+                return self._rows.one(Job, found)
+            job_id = new_id()
+            while connection.execute(select(job.c.id).where(job.c.id == job_id)).first():
+                job_id = new_id()
+            connection.execute(insert(job).values(**values, id=job_id))
+            _note(connection, job_id, 0, Decision("queued", at=values["submitted_at"]))
+            return self._job(connection, job_id)
+
+    def get(self, name: str, wanted: Sequence[State] = ALIVE) -> Job:
+        """The job with this id; else the newest of this name that is in one of these states, or, where none is, the
+        newest of this name; else the one whose id begins so. Raises NotFoundError.
+        """
         job = tables.job.c
-        for matches in (job.id == name, job.name == name, job.id.startswith(name, autoescape=True)):
-            with self._engine.connect() as connection:
-                found = connection.execute(select(tables.job).where(matches).limit(6)).mappings().all()
+        newest = (job.state.in_(wanted).desc(), job.order.desc())
+        for matches, most in (
+            (job.id == name, 1),
+            (job.name == name, 1),
+            (job.id.startswith(name, autoescape=True), 6),
+        ):
+            query = select(tables.job).where(matches).order_by(*newest).limit(most)
+            with reading(self._engine) as connection:
+                found = connection.execute(query).mappings().all()
             if len(found) == 1:
-                return _read_job(found[0])
+                return self._rows.one(Job, found[0])
             if found:
-                ids = ", ".join(row["id"] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+                ids = ", ".join(str(row["id"]) for row in found[:5]) + (", ..." if len(found) > 5 else "")
                 raise NotFoundError(f"{name!r} is not one job but several: {ids}", "give the id")
         raise NotFoundError(f"there is no job {name!r}", "`escala ps --all` lists the jobs")
 
     def request_stop(self, name: str) -> Job:
-        """Stop a job: at once if queued, else it becomes `stopping`. Raises StateError if it has ended."""
-        return self._insist(name, StopRequested())
+        """Stop a job: at once if queued, else it becomes `stopping`. Of several of this name, the newest that has not
+        ended. Raises StateError if it has.
+        """
+        return self._insist(name, StopRequested(), ("queued", *ACTIVE))
 
     def request_retry(self, name: str) -> Job:
-        """Queue a failed or stopped job again, its retries renewed. Raises StateError for any other."""
-        return self._insist(name, RetryRequested())
+        """Queue a failed or stopped job again, its retries renewed. Of several of this name, the newest that failed or
+        was stopped. Raises StateError for any other.
+        """
+        return self._insist(name, RetryRequested(), ("failed", "stopped"))
 
-    def _insist(self, name: str, event: Event) -> Job:
+    def _insist(self, name: str, event: Event, wanted: Sequence[State]) -> Job:
         for _ in range(USER_TRIES):
+            job = self.get(name, wanted)
             try:
-                return self.apply(self.get(name), event)
+                return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
+            except ClusterError:
+                now = self.get(job.id)
+                if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
+                    return now  # the answer alone was lost
+                raise
         raise LostRace(f"job {name} changes too fast", "try again")
 
     # What the reconcile loop does
@@ -126,7 +172,7 @@ class JobStore:
                 _update_attempt(connection, job.id, job.attempts, running_at=now)
             if decision.state == "stopping":
                 _update_attempt(connection, job.id, job.attempts, stopping_at=now)
-            return _job(connection, job.id)
+            return self._job(connection, job.id)
 
     def claim_start(self, job: Job) -> Attempt:
         """Start the next attempt of a queued job: its row and the state `starting` in one transaction.
@@ -139,7 +185,7 @@ class JobStore:
             _write(connection, job, decision, {"attempts": number})
             row = {"job_id": job.id, "number": number, "claimed_at": decision.at}
             connection.execute(insert(tables.attempt).values(**row, message="", hint="", delivered=False))
-            return _attempt(connection, job.id, number)
+            return self._attempt(connection, job.id, number)
 
     def finish(self, job: Job, outcome: Outcome, usage: Usage) -> Job:
         """End the job's current attempt: outcome, record, usage, the job's new state and totals, at once."""
@@ -160,7 +206,7 @@ class JobStore:
                 **asdict(usage),
             )
             _sum_up(connection, job.id)
-            return _job(connection, job.id)
+            return self._job(connection, job.id)
 
     def record_submitted(self, attempt: Attempt) -> None:
         """The backend has the attempt."""
@@ -188,28 +234,30 @@ class JobStore:
             .outerjoin(other, job.c.after == other.c.id)
             .where(job.c.state == "queued", waits_for_nothing)
             .order_by(job.c.priority.desc(), job.c.order)
-            .limit(limit)
         )
-        return self._jobs(query)
+        return self._jobs(query, limit)
 
     def broken_dependencies(self) -> Sequence[tuple[Job, str, str]]:
-        """Queued jobs whose `after` job failed or was stopped: (job, that job's id, its state)."""
+        """Queued jobs whose `after` job failed, was stopped, or is in no state that there is: (job, that job's
+        id, its state).
+        """
         job, other = tables.job, tables.job.alias()
-        ended = other.c.state.in_(("failed", "stopped"))
+        ended = or_(other.c.state.in_(("failed", "stopped")), other.c.state.not_in(STATES))
         query = (
             select(job, other.c.state.label("other_state"))
             .join(other, job.c.after == other.c.id)
             .where(job.c.state == "queued", ended)
         )
-        with self._engine.connect() as connection:
+        with reading(self._engine) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
-        return [(Job(**row), row["after"], state) for row in rows for state in [row.pop("other_state")]]
+        states = {row["id"]: str(row.pop("other_state")) for row in rows}
+        return [(found, str(found.after), states[found.id]) for found in self._rows.all(Job, rows)]
 
     def undelivered(self) -> Sequence[Attempt]:
         """Attempts whose tracking is not complete at the tracker."""
         query = select(tables.attempt).where(tables.attempt.c.delivered.is_(False))
-        with self._engine.connect() as connection:
-            return [Attempt(**row) for row in connection.execute(query).mappings()]
+        with reading(self._engine) as connection:
+            return self._rows.all(Attempt, connection.execute(query).mappings())
 
     # What everybody reads
 
@@ -217,30 +265,56 @@ class JobStore:
         """The job's attempts, the first one first."""
         table = tables.attempt
         query = select(table).where(table.c.job_id == job_id).order_by(table.c.number)
-        with self._engine.connect() as connection:
-            return [Attempt(**row) for row in connection.execute(query).mappings()]
+        with reading(self._engine) as connection:
+            return self._rows.all(Attempt, connection.execute(query).mappings())
 
     def events(self, job_id: str) -> Sequence[HistoryEvent]:
         """The job's history, oldest first."""
         table = tables.event
         query = select(table).where(table.c.job_id == job_id).order_by(table.c.number)
-        with self._engine.connect() as connection:
-            return [HistoryEvent(**row) for row in connection.execute(query).mappings()]
+        with reading(self._engine) as connection:
+            return self._rows.all(HistoryEvent, connection.execute(query).mappings())
 
     def active(self) -> Sequence[Job]:
         """Jobs with an attempt that may be at work."""
         return self.list(ACTIVE)
+
+    def waiting(self, limit: int | None = None) -> Sequence[Job]:
+        """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
+        job = tables.job.c
+        query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
+        return self._jobs(query, limit)
 
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""
         query = select(tables.job).order_by(tables.job.c.order.desc())
         if states is not None:
             query = query.where(tables.job.c.state.in_(tuple(states)))
-        return self._jobs(query.limit(limit) if limit is not None else query)[::-1]
+        return self._jobs(query, limit)[::-1]
 
-    def _jobs(self, query: Select[Any]) -> Sequence[Job]:
-        with self._engine.connect() as connection:
-            return [_read_job(row) for row in connection.execute(query).mappings()]
+    def _jobs(self, query: Select[Any], limit: int | None = None) -> Sequence[Job]:
+        """The first `limit` readable jobs: damaged rows take nobody's place."""
+        found: list[Job] = []
+        with reading(self._engine) as connection:
+            if limit is None:
+                return self._rows.all(Job, connection.execute(query).mappings())
+            offset = 0
+            while len(found) < limit:
+                page = connection.execute(query.limit(limit).offset(offset)).mappings().all()
+                found += self._rows.all(Job, page)
+                offset += limit
+                if len(page) < limit:
+                    break
+        return found[:limit]
+
+    def _job(self, connection: Connection, job_id: str) -> Job:
+        query = select(tables.job).where(tables.job.c.id == job_id)
+        return self._rows.one(Job, connection.execute(query).mappings().one())
+
+    def _attempt(self, connection: Connection, job_id: str, number: int) -> Attempt:
+        table = tables.attempt
+        query = select(table).where(table.c.job_id == job_id, table.c.number == number)
+        return self._rows.one(Attempt, connection.execute(query).mappings().one())
 
 
 def _more(event: Event) -> dict[str, Any]:
@@ -250,20 +324,6 @@ def _more(event: Event) -> dict[str, Any]:
         case RetryRequested():
             return {"stop_requested": False, "retries_used": 0, "hint": ""}
     return {}
-
-
-def _read_job(row: RowMapping) -> Job:
-    return Job(**row)
-
-
-def _job(connection: Connection, job_id: str) -> Job:
-    return _read_job(connection.execute(select(tables.job).where(tables.job.c.id == job_id)).mappings().one())
-
-
-def _attempt(connection: Connection, job_id: str, number: int) -> Attempt:
-    table = tables.attempt
-    query = select(table).where(table.c.job_id == job_id, table.c.number == number)
-    return Attempt(**connection.execute(query).mappings().one())
 
 
 def _write(connection: Connection, job: Job, decision: Decision, more: dict[str, Any]) -> None:
@@ -300,6 +360,6 @@ def _sum_up(connection: Connection, job_id: str) -> None:
         select(*(func.sum(table.c[name]).label(name) for name in names)).where(table.c.job_id == job_id)
     ).one()
     values = dict(zip(names, sums, strict=True))
-    if values["train_tokens"] is not None:
-        values["train_tokens"] = int(values["train_tokens"])  # PostgreSQL sums big integers into a Decimal
+    if values["train_tokens"] is not None:  # PostgreSQL sums big integers into a Decimal
+        values["train_tokens"] = min(int(values["train_tokens"]), 2**63 - 1)
     connection.execute(update(tables.job).where(tables.job.c.id == job_id).values(**values))

@@ -6,6 +6,8 @@ Times are Unix seconds. `revision` counts a job's writes: every change is a comp
 
 from __future__ import annotations
 
+import re
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -22,6 +24,7 @@ from sqlalchemy import (
 )
 
 metadata = MetaData()
+JOB_ID = re.compile("[0-9a-z]{1,16}")  # also the name of a directory: no separators
 _Counter = BigInteger().with_variant(Integer(), "sqlite")  # SQLite counts only an INTEGER key by itself
 
 job = Table(
@@ -57,6 +60,8 @@ job = Table(
     Column("compute_flops", Float(53), nullable=True),
     Column("wall_seconds", Float(53), nullable=True),
     Column("energy_joules", Float(53), nullable=True),
+    Column("idempotency_key", String(200), nullable=True, unique=True, index=True),
+    Column("spec_hash", String(64), nullable=True),  # identity.spec_hash
     Index("job_queue", "state", "priority", "order"),
 )
 

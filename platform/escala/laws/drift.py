@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from escala import lines
 from escala.attempt import flatten
+from escala.fields import build
 from escala.laws.intervals import resolves
 from escala.laws.reference import Cache, Stored
 from escala.records import AttemptFiles, AttemptSpec, Outcome, read_record
@@ -164,24 +166,17 @@ class Predictions:
 
     def read(self) -> list[Checked]:
         """All of them, oldest first; a run and a law that met twice count once."""
-        try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        known = {field.name for field in fields(Checked)}
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        found = [Checked(**{k: v for k, v in row.items() if k in known}) for row in rows]
+        found = []
+        for row in lines.objects(self._path):
+            with suppress(ValueError):  # a damaged line costs itself
+                found.append(build(Checked, row))
         return list({(c.law, c.run_id): c for c in found}.values())
 
     def append(self, checks: Iterable[Checked]) -> None:
         """Add comparisons, in one write."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         text = b"".join(json.dumps(asdict(c), separators=(",", ":")).encode() + b"\n" for c in checks)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, text)
-        finally:
-            os.close(descriptor)
+        lines.append(self._path, text)
 
 
 def compare_run(home: Path, tracker: str, directory: Path) -> bool:
@@ -193,7 +188,10 @@ def compare_run(home: Path, tracker: str, directory: Path) -> bool:
     spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
     if spec is None or outcome is None or not outcome.record or spec.tags.get("escala.aim") == "search":
         return False
-    run_id = (files.spool / "run_id").read_text().strip()
+    try:
+        run_id = (files.spool / "run_id").read_text().strip()
+    except FileNotFoundError:  # its run is not in the tracker: nothing was told, or a person has deleted it
+        return False
     predictions = Predictions(home)
     known = {(c.law, c.run_id) for c in predictions.read()}
     champions = [s for s in Cache(home, tracker).champions() if (s.reference, run_id) not in known]
@@ -201,7 +199,9 @@ def compare_run(home: Path, tracker: str, directory: Path) -> bool:
     checks = [c for c in found if c is not None]
     if not checks:
         return False
-    SpoolTracker(files.spool).tags(run_id, {f"escala.law.{c.law.split('@')[0]}": _told(c) for c in checks})
+    SpoolTracker(files.spool, holds=False).tags(
+        run_id, {f"escala.law.{c.law.split('@')[0]}": _told(c) for c in checks}
+    )
     predictions.append(checks)
     for each in checks:
         if each.alarm:

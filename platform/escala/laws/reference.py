@@ -8,17 +8,15 @@ In the path of a query: neither mlflow nor pandas here.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from escala.errors import LawError
+from escala.files import set_aside, write_whole
 from escala.laws.law import Law
-from escala.records import write_json
+from escala.records import read_json, write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -90,9 +88,7 @@ class Cache:
         """Keep a law. The provenance goes last: a law without one counts as absent."""
         directory = self._root / stored.name
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = directory / f".{stored.version}.{uuid.uuid4().hex[:8]}"
-        temporary.write_text(stored.law.to_json())
-        os.replace(temporary, directory / f"{stored.version}.json")
+        write_whole(directory / f"{stored.version}.json", stored.law.to_json())
         write_json(
             directory / f"{stored.version}.provenance.json", {**stored.provenance, "tracker": self._tracker}
         )
@@ -118,8 +114,13 @@ class Cache:
 
     def _read(self, name: str, file: str) -> dict[str, Any] | None:
         """The JSON of a file that was written for this tracker; None where there is none."""
+        path = self._root / name / file
         try:
-            content: dict[str, Any] = json.loads((self._root / name / file).read_text())
+            content = read_json(path)
         except FileNotFoundError:
             return None
-        return content if content.pop("tracker", None) == self._tracker else None
+        except ValueError as error:  # the tracker has it still
+            set_aside(path, str(error))
+            return None
+        known = isinstance(content, dict) and content.pop("tracker", None) == self._tracker
+        return content if known else None

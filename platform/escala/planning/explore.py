@@ -7,14 +7,14 @@ next version of the law is fitted. What was expected and what was obtained stay 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from escala import documents
 from escala.errors import LawError, SpecError, StateError
 from escala.jobs import service as jobs
 from escala.jobs.service import Report, silent
@@ -34,6 +34,9 @@ class Round:
 
     law: str  # that proposed
     proposals: list[dict[str, Any]]
+    key: str | None = (
+        None  # under which its sweep is submitted: once, also where this process is killed in between
+    )
     job_id: str | None = None  # the sweep's
     spent_flops: float | None = None  # by all its trials, refused ones too
     points: int | None = None
@@ -158,7 +161,7 @@ def _next(state: Exploration, report: Report) -> Round | None:
     except LawError as error:
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
         return None
-    return Round(law, [asdict(p) for p in chosen]) if chosen else None
+    return Round(law, [asdict(p) for p in chosen], key=f"explore-{uuid.uuid4().hex}") if chosen else None
 
 
 def fitting(
@@ -205,7 +208,7 @@ def _finish(state: Exploration, current: Round, report: Report) -> Round:
     if current.job_id is None:
         space = _write_space(state, current.law, current.proposals)
         left = state.budget_flops - state.spent_flops
-        options = {"name": f"explore-{state.name}", "max_flops": left}
+        options = {"name": f"explore-{state.name}", "max_flops": left, "idempotency_key": current.key}
         current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
         _save(replace(state, rounds=[*state.rounds[:-1], current]))
     *_, last = jobs.watch(str(current.job_id))
@@ -223,7 +226,7 @@ def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) 
     cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
     path = _path(state.name).with_name(f"{state.name}-round.yaml")
-    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    path.write_text(documents.dump(space))
     return path
 
 
@@ -306,6 +309,6 @@ def width_at(reference: str, target_flops: float) -> float:
     if found.low_nats is None or found.high_nats is None:
         raise LawError(
             f"{reference} has no intervals, so there is no width to narrow.",
-            f"`escala laws show {reference}` says why; fit it with --bootstrap 1000 to more runs.",
+            f"`escala laws show {reference}` says why; fit it with `escala laws fit --bootstrap 1000` to more runs.",
         )
     return (found.high_nats - found.low_nats) / found.loss_nats

@@ -255,7 +255,7 @@ def _check(law: Law, aim: str, count: int, width: float | None, runs: int) -> No
     if len(law.replicates_BP) < 20:
         raise LawError(
             f"A proposal needs a bootstrap; this law has {len(law.replicates_BP)} replicates.",
-            "Fit it with --bootstrap 1000; the law's findings say where more runs are needed for intervals.",
+            "Fit it with `escala laws fit --bootstrap 1000`; the law's findings say where more runs are needed.",
         )
     if aim not in ("loss", "n_active"):
         raise LawError(f"There is no aim '{aim}'.", "Choose loss or n_active.")

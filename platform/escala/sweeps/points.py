@@ -56,6 +56,18 @@ class SweepPoints:
     noise: float | None
     configuration: dict[str, str]
 
+    def summary(self) -> list[tuple[str, str]]:
+        """How many points there are, the best of them, and why the first trial was refused: for people."""
+        rows = [("points", f"{len(self.points)}, and {len(self.refused)} refused")]
+        aim = next((key for key in ("reward", "loss_nats") if key in self.points), None)
+        if aim is not None and len(found := self.points.dropna(subset=[aim])):
+            best = found.sort_values(aim, ascending=aim == "loss_nats").iloc[0]
+            rows.append(("best", f"{aim} {best[aim]:.4g} (`{best['name']}`)"))
+        if len(self.refused):
+            first = self.refused.iloc[0]
+            rows.append(("refused, for example", f"`{first['name']}`: {first['reason'][:300]}"))
+        return rows
+
 
 def read_points(home: Path, job_id: str) -> SweepPoints:
     """The points of a sweep, from its trials' files: a sweep that runs has those that are there."""

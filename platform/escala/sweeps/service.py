@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import spec
+from escala import preflight, spec, user_code
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.service import SWEEP, Report, enqueue, open_store, retry, silent
 from escala.jobs.starts import resolve_jobs
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 ENTRY_POINT = "escala.sweeps.tuner"
 
 
-def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
+def plan_sweep(space: str, overrides: Iterable[str] = (), code: str | Path | None = None) -> Plan:
     """What a sweep would train and cost; starts nothing.
 
     Args:
@@ -34,8 +35,17 @@ def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
 
     Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
     """
-    name, loaded, _ = _loaded(space, overrides, {})
-    return _plan(name, loaded)
+    name, loaded, options = _loaded(space, overrides, {})
+    plan = _plan(name, loaded)
+    _ready(loaded, plan, code, waits=bool(options.get("after")), keep=False)
+    return plan
+
+
+def _ready(space: Space, plan: Plan, code: str | Path | None, waits: bool, keep: bool = True) -> str | None:
+    """What the first trial needs, checked; the digest of the user's modules."""
+    return preflight.ready(
+        space.workload, plan.trials[0].config, Settings().home, code, waits=waits, keep=keep
+    )
 
 
 def sweep(
@@ -44,11 +54,13 @@ def sweep(
     options: Mapping[str, Any] | None = None,
     resume: bool = False,
     report: Report = silent,
+    code: str | Path | None = None,
 ) -> Job:
     """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
 
     Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
-    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
+    `jobs.service.enqueue`.
     """
     from escala.jobs.model import NewJob
 
@@ -58,8 +70,14 @@ def sweep(
     plan = _plan(name, loaded)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
+        if given.get("idempotency_key"):
+            raise SpecError(
+                "--idempotency-key is for a new sweep, and --resume queues an old one again",
+                "leave one of the two out",
+            )
         return retry(_interrupted(name, config).id, report)
     checked: spec.JobOptions = spec.validate(spec.JobOptions, {"name": name, **given}, "job")
+    digest = _ready(loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
         workload=SWEEP,
@@ -67,7 +85,7 @@ def sweep(
         config=config,
         command=tuple(sys.argv),
         experiment=Settings().experiment,
-        tags={"escala.space": name},
+        tags={"escala.space": name} | ({user_code.TAG: digest} if digest else {}),
         **checked.model_dump(),
     )
     return enqueue(new, report)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from escala import handshake
+from escala import handshake, lines
+from escala.files import insist, write_whole
 from escala.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
 from escala.sweeps.design import Trial
 from escala.tracking.children import SWEEP_ATTEMPT_TAG
@@ -114,31 +114,23 @@ def held(files: TrialFiles) -> Iterator[None]:
 
 def write_planned(home: Path, job_id: str, planned: Sequence[Planned]) -> None:
     """Write the sweep's trials, all of them, before the first one starts."""
-    path = JobFiles(home, job_id).trials
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(b"".join(_line(p) for p in planned))
-    os.replace(temporary, path)
+    write_whole(JobFiles(home, job_id).trials, b"".join(_line(p) for p in planned))
 
 
 def append_planned(home: Path, job_id: str, planned: Planned) -> None:
     """Add a trial that an optimiser has just chosen; safe from several processes at once."""
-    descriptor = os.open(JobFiles(home, job_id).trials, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, _line(planned))
-    finally:
-        os.close(descriptor)
+    path, line = JobFiles(home, job_id).trials, _line(planned)
+    insist(lambda: lines.append(path, line), f"the trials of {job_id}")
 
 
 def read_planned(home: Path, job_id: str) -> list[Planned]:
-    """The sweep's trials, each once; empty before its driver has started."""
-    try:
-        lines = JobFiles(home, job_id).trials.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    found = {row["fingerprint"]: row for row in reversed(rows)}
-    planned = [Planned(row["number"], row["fingerprint"], Trial(**row["trial"])) for row in found.values()]
-    return sorted(planned, key=lambda p: p.number)
+    """The sweep's trials, each once; empty before its driver has started. Damaged lines are left out."""
+    found: dict[str, Planned] = {}
+    for row in lines.objects(JobFiles(home, job_id).trials):
+        with suppress(KeyError, TypeError):
+            trial = Planned(int(row["number"]), str(row["fingerprint"]), Trial(**row["trial"]))
+            found.setdefault(trial.fingerprint, trial)
+    return sorted(found.values(), key=lambda p: p.number)
 
 
 def _line(planned: Planned) -> bytes:

@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,12 +31,15 @@ from escala.records import (
     TrialFiles,
     read_record,
 )
+from escala.redaction import print_exception
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import objective, read_points
 from escala.sweeps.space import Range, Space
 from escala.sweeps.trials import Planned
+from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.tracking.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 from workloads.config import WORKLOADS
 
@@ -119,10 +121,12 @@ class Sweep:
             "escala.name": attempt.name,
             "escala.config_fingerprint": fingerprint(attempt.config),
             "escala.code_fingerprint": code_fingerprint().fingerprint,
+            **start_tags(attempt),
         }
         key = f"{attempt.job_id}-{attempt.attempt}"
         params = flatten(space.model_dump(mode="json"))
-        self.run_id = self.tracker.start(key, attempt.experiment, attempt.name, tags, params)
+        name = attempt.name if attempt.attempt == 1 else f"{attempt.name} (attempt {attempt.attempt})"
+        self.run_id = self.tracker.start(key, attempt.experiment, name, tags, params)
 
     def _plan(self, space: Space) -> tuple[list[Planned], Data]:
         """The sweep's trials (those of its first attempt, if this is not that), and the data that they read."""
@@ -135,6 +139,8 @@ class Sweep:
             key = data_key(config)
             if key not in data:
                 data[key] = _prepare_on_cluster(_preparation(self.attempt, space.workload, config))
+                if self.tracker is not None:
+                    self.tracker.dataset(self.run_id, dataset_of(config, data[key].fingerprints))
         if not planned:
             planned = [identify(n, t, data[data_key(t.config)].fingerprints) for n, t in enumerate(todo, 1)]
             if planned:
@@ -205,7 +211,7 @@ class Sweep:
         if isinstance(error, EscalaError):
             outcome, code = Outcome(error.kind, error.message, error.hint), error.exit_code
         else:
-            traceback.print_exception(error)
+            print_exception(error)
             lost = isinstance(error, ray.exceptions.RayError | ConnectionError)
             outcome, code = (
                 Outcome("worker_lost" if lost else "internal", f"{type(error).__name__}: {error}"),
@@ -243,7 +249,10 @@ class Sweep:
             self.tracker.text(self.run_id, "refused.csv", found.refused.to_csv(index=False))
             self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
             known = {k: v for k, v in plain.items() if v is not None}
-            self.tracker.tags(self.run_id, {"escala.record": json.dumps(known, sort_keys=True)})
+            note = run_note(attempt, record, found.summary(), outcome.hint)
+            self.tracker.tags(
+                self.run_id, {"escala.record": json.dumps(known, sort_keys=True), NOTE_TAG: note}
+            )
             self.tracker.finish(self.run_id, status)
         finish(attempt, Outcome(outcome.kind, outcome.message, outcome.hint, None, plain))
         return 0

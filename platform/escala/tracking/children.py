@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from escala.records import TRIALS, AttemptFiles, AttemptSpec, TrialFiles, read_record
+from escala import lines
+from escala.files import no_room
+from escala.records import STOP_REASONS, TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
 from escala.tracking.delivery import Delivery
 from escala.tracking.spool import close_spool
 
@@ -30,13 +32,14 @@ class FamilyDelivery:
     ) -> None:
         self._delivery, self._home, self._ended = delivery, home, ended
         self._settled: set[tuple[Path, Path]] = set()  # (sweep, trial) not to be looked at again
+        self._closed: set[Path] = set()  # attempts that have ended, and whose spools tell so
 
     def deliver(self, directory: Path, lost: bool) -> bool:
         """As `Delivery.deliver`. `lost`: the attempt's driver was, so that nobody else closes the runs."""
         files = AttemptFiles(directory)
-        if lost:
-            close_spool(files.spool, "FAILED")
         over = lost or files.outcome.exists()
+        if over:
+            self._close(files)
         done = self._delivery.deliver(files.spool)
         if done and over and self._look_back(directory):
             done = self._delivery.deliver(files.spool)
@@ -48,10 +51,11 @@ class FamilyDelivery:
         planned = files.directory.parent / TRIALS
         if not planned.exists():
             return
-        for line in planned.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                continue
-            attempts = TrialFiles(self._home, json.loads(line)["fingerprint"]).attempts()
+        for row in lines.objects(planned):
+            fingerprint = row.get("fingerprint")
+            if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+                continue  # not a trial's directory
+            attempts = TrialFiles(self._home, fingerprint).attempts()
             for attempt in attempts:
                 if (files.directory, attempt.directory) not in self._settled:
                     yield attempt, attempt is attempts[-1]
@@ -68,9 +72,10 @@ class FamilyDelivery:
         if not parent.exists():
             return False
         ended = trial.outcome.exists()
-        if not ended and (over or not last):
-            close_spool(trial.spool, "FAILED")
-            ended = True
+        ended = ended or over or not last
+        if ended:
+            killed = over and _status(read_record(Outcome, sweep.outcome), "FAILED") == "KILLED"
+            self._close(trial, "KILLED" if killed else "FAILED")
         if not self._delivery.deliver(trial.spool, {PARENT_TAG: parent.read_text().strip()}):
             return False
         if ended and self._look_back(trial.directory) and not self._delivery.deliver(trial.spool):
@@ -79,6 +84,20 @@ class FamilyDelivery:
             self._settled.add(key)
         return ended
 
+    def _close(self, files: AttemptFiles, without: str = "FAILED") -> None:
+        """Complete the spool of an attempt that has ended: a killed driver could not, and what it wrote may be
+        damaged. Trouble is logged, and tried again.
+        """
+        if files.directory in self._closed:
+            return
+        try:
+            spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
+            close_spool(files.spool, _status(outcome, without), None if spec is None else _start(spec))
+            self._closed.add(files.directory)
+        except OSError as error:
+            if not no_room(error):  # else the delivery says so
+                log.warning("%s cannot be closed now: %s", files.spool, error)
+
     def _look_back(self, directory: Path) -> bool:
         """Tell `ended`; its trouble is logged, and holds no delivery up."""
         try:
@@ -86,3 +105,32 @@ class FamilyDelivery:
         except Exception:
             log.exception("%s was not compared with the laws", directory)
             return False
+
+
+def _status(outcome: Outcome | None, without: str) -> str:
+    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that.
+
+    A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
+    """
+    if outcome is None:
+        return without
+    if outcome.kind in STOP_REASONS:
+        return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
+    return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
+
+
+def _start(spec: AttemptSpec) -> dict[str, Any]:
+    """What opens the attempt's run, as far as its spec tells."""
+    known = {
+        "job_id": spec.job_id,
+        "attempt": str(spec.attempt),
+        "workload": spec.workload,
+        "name": spec.name,
+    }
+    return {
+        "key": spec.run_key or f"{spec.job_id}-{spec.attempt}",
+        "experiment": spec.experiment,
+        "name": spec.name,
+        "tags": {**spec.tags, **{f"escala.{name}": value for name, value in known.items()}},
+        "params": {},
+    }

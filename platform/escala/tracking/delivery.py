@@ -4,26 +4,28 @@ Why: `start` finds the run that the same key opened before; MLflow keeps one of 
 value) points; tags, texts and `finish` overwrite. So events may be sent twice, and the offsets are written
 after the tracker has taken them. Events of all writers of a spool go to one run; `finish` goes last, when
 every file is read to its end.
+
+One run that the tracker does not take waits by itself; only a tracker that two runs find away is waited for by all.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from escala.records import write_json
-from escala.tracking.tracker import Metric, Tracker, open_tracker
+from escala import lines
+from escala.files import no_room, write_whole
+from escala.records import read_record, write_json
+from escala.tracking.events import parse_event
+from escala.tracking.sending import Sender, refused
+from escala.tracking.tracker import Tracker, open_tracker
 
 log = logging.getLogger("escala.delivery")
-BATCH = 1000  # metrics a call: MLflow's limit
-READ_BYTES = 2**20  # at a time, of one file; a longer line is read whole
+READ_BYTES = 2**20  # at a time, of one file
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 
 
@@ -34,7 +36,24 @@ class _State:
     offsets: dict[str, int] = field(default_factory=dict)
     run_id: str | None = None
     finish: str | None = None  # the status to close the run with, when all else is there
+    finish_ms: int | None = None  # when that was said, in Unix milliseconds
     finished: bool = False
+    set_aside: str | None = None  # why nothing more is sent of it
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """When to try again. `away`: the tracker did not answer, rather than refuse. `said`: the trouble, logged."""
+
+    not_before: float = 0.0
+    seconds: float = FIRST_WAIT_SECONDS
+    away: bool = False
+    said: str = ""
+
+    def again(self, now: float) -> _Wait:
+        return replace(
+            self, not_before=now + self.seconds, seconds=min(2 * self.seconds, LONGEST_WAIT_SECONDS)
+        )
 
 
 class Delivery:
@@ -53,127 +72,166 @@ class Delivery:
         )
         self._clock = clock
         self._tracker: Tracker | None = None
-        self._wait = FIRST_WAIT_SECONDS
-        self._not_before = 0.0
-        self._said = ""
+        self._waits: dict[Path, _Wait] = {}
+        self._all = _Wait()
+        self._found_away: Path | None = None  # the spool that did, last
+        self._told: set[tuple[Path, str]] = set()
 
     def deliver(self, directory: str | Path, tags: Mapping[str, str] | None = None) -> bool:
-        """Deliver what the spool holds and the tracker has not; its run starts with `tags` added. True
-        when all is there and the run is closed,
-        and for a spool that nothing was written to. Never raises for a tracker that is away: False, said once
-        in the log, and not tried again before a wait that doubles up to half a minute.
+        """Deliver what the spool holds and the tracker has not; its run starts with `tags` added.
+
+        True when all is there and the run is closed, for a spool that nothing was written to, and for one whose
+        run a person has deleted. Never raises: for whatever cannot be delivered now, False, said once in the
+        log, and not tried again before a wait that doubles up to half a minute.
         """
         spool = Path(directory)
+        if self._clock() < max(self._all.not_before, self._waits.get(spool, _Wait()).not_before):
+            return False
+        try:
+            done = self._deliver(spool, tags or {})
+        except Exception as error:  # noqa: BLE001 - of one run; it is logged, tried again, and the others go on
+            self._failed(spool, error)
+            return False
+        self._waits.pop(spool, None)
+        return done
+
+    def _deliver(self, spool: Path, tags: Mapping[str, str]) -> bool:
         if not any(spool.glob("events-*.jsonl")):
             return True
         state = _read_state(spool)
-        if state.finished and not _unread(spool, state):
+        if state.set_aside is not None or (state.finished and not _unread(spool, state)):
             return True
-        if self._clock() < self._not_before:
-            return False
+        if self._tracker is None:
+            self._tracker = self._open()
         try:
-            self._tracker = self._tracker or self._open()
-            done = self._catch_up(self._tracker, spool, state, tags or {})
-        except Exception as error:  # noqa: BLE001 - whatever the client raises, a delivery is tried again
-            self._away(error)
-            return False
-        self._wait, self._not_before, self._said = FIRST_WAIT_SECONDS, 0.0, ""
+            done = self._catch_up(self._tracker, spool, state, tags)
+        except Exception as error:
+            if not refused(error) or not self._give_up(self._tracker, spool, state):
+                raise
+            done = state.set_aside is not None
+        self._is_back()
         return done
 
-    def _away(self, error: Exception) -> None:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-        if type(error).__name__ != self._said:
-            log.warning("the tracker does not take runs now; they stay in their spools: %s", what)
-        self._said = type(error).__name__
-        self._not_before = self._clock() + self._wait
-        self._wait = min(2 * self._wait, LONGEST_WAIT_SECONDS)
-
     def _catch_up(self, tracker: Tracker, spool: Path, state: _State, tags: Mapping[str, str]) -> bool:
+        tell = _Teller(spool, self._told)
         if state.run_id is None:
             start = _find_start(spool)
             if start is None:  # metrics before the run: the starting writer's file is not here yet
                 return False
-            given = (start["key"], start["experiment"], start["name"], {**start["tags"], **tags})
-            state.run_id = tracker.start(*given, start["params"])
-            (spool / ".run_id").write_text(state.run_id)
-            os.replace(spool / ".run_id", spool / "run_id")
+            state.run_id = Sender(tracker, tell).start({**start, "tags": {**start["tags"], **tags}})
+            write_whole(spool / "run_id", state.run_id)
             write_json(spool / "delivered.json", state)
+        sender = Sender(tracker, tell, state.run_id)
         for path in sorted(spool.glob("events-*.jsonl")):
-            for events, offset in _chunks(path, state.offsets.get(path.name, 0)):
-                _send(tracker, state, events)
+            for events, offset in _chunks(path, state.offsets.get(path.name, 0), tell):
+                closing = sender.send(events)
+                if closing is not None:
+                    state.finish, state.finish_ms = closing["status"], closing.get("time_ms")
+                    state.finished = False
                 state.offsets[path.name] = offset
                 write_json(spool / "delivered.json", state)
         if state.finish is None:
             return False
-        tracker.finish(state.run_id, state.finish)
+        tracker.finish(state.run_id, state.finish, state.finish_ms)
         state.finished = True
         write_json(spool / "delivered.json", state)
         return not _unread(spool, state)
 
+    def _give_up(self, tracker: Tracker, spool: Path, state: _State) -> bool:
+        """After a refusal: where the run is not there any more, note what follows. False where it is."""
+        if state.run_id is None:
+            return False
+        found = tracker.lifecycle(state.run_id)
+        if found == "deleted":
+            state.set_aside = f"run {state.run_id} was deleted in the tracker"
+            write_json(spool / "delivered.json", state)
+            log.warning("%s; no more is sent of it, and %s is left as it is", state.set_aside, spool)
+        elif found == "absent":  # the tracker's database is another one: the spool still has all
+            log.warning(
+                "the tracker has lost run %s; %s is delivered from its beginning", state.run_id, spool
+            )
+            write_json(spool / "delivered.json", _State())
+        return found != "active"
 
-def _send(tracker: Tracker, state: _State, events: list[dict[str, Any]]) -> None:
-    """Send `events` in order, neighbouring metrics together."""
-    run_id = str(state.run_id)
-    points: list[Metric] = []
-    for event in events:
-        if event["event"] == "metrics":
-            points += [Metric(*point) for point in event["points"]]
-        elif event["event"] == "tags":
-            _take(event, partial(tracker.tags, run_id, event["tags"]))
-        elif event["event"] == "text":
-            _take(event, partial(tracker.text, run_id, event["path"], event["content"]))
-        elif event["event"] == "finish":
-            state.finish, state.finished = event["status"], False
-    for first in range(0, len(points), BATCH):
-        batch = points[first : first + BATCH]
-        shown = {"event": "metrics", "keys": sorted({m.key for m in batch})}
-        _take(shown, partial(tracker.metrics, run_id, batch))
+    def _failed(self, spool: Path, error: Exception) -> None:
+        now, said, away = self._clock(), type(error).__name__, is_away(error)
+        before = self._waits.get(spool, _Wait())
+        what = f"{said}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+        if away and (self._found_away not in (None, spool) or self._tracker is None):
+            if not self._all.said:
+                log.warning("the tracker does not take runs now; they stay in their spools: %s", what)
+            self._all = replace(self._all, said=said).again(now)
+        elif before.said != said and no_room(error):
+            log.warning("%s waits until there is room on the disk: %s", spool, what)
+        elif before.said != said:
+            log.warning("%s cannot be delivered now, and stays where it is; others go on: %s", spool, what)
+        if away:
+            self._found_away = spool
+        self._waits[spool] = replace(before, away=away, said=said).again(now)
+
+    def _is_back(self) -> None:
+        """The tracker answers: where it was away, those that found it so need not wait."""
+        if self._all.said:
+            self._all = _Wait()
+            self._waits = {spool: wait for spool, wait in self._waits.items() if not wait.away}
+        self._found_away = None
 
 
-def _take(event: dict[str, Any], send: Callable[[], None]) -> None:
-    """Send an event. One that the tracker refuses for what it says (a bad name) would be refused for ever: it
-    is left out, and the log says so. Any other error passes.
-    """
-    try:
-        send()
-    except Exception as error:
-        if getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
-            raise
-        log.error("the tracker refuses %.200s: %s", event, error)
+class _Teller:
+    """Says what is wrong with a spool, each thing once."""
+
+    def __init__(self, spool: Path, told: set[tuple[Path, str]]) -> None:
+        self._spool, self._told = spool, told
+
+    def __call__(self, what: str, detail: object = "") -> None:
+        if (self._spool, what) not in self._told:
+            self._told.add((self._spool, what))
+            log.error("%s: %s: %.200s (the like is not said again)", self._spool, what, detail)
 
 
-def _parse(line: bytes, path: Path) -> list[dict[str, Any]]:
-    """The event of a line; none of one that a full disk cut short and the next one continued."""
-    try:
-        return [json.loads(line)]
-    except ValueError:
-        log.error("a line of %s is not an event, and left out: %.100r", path, line)
-        return []
+def is_away(error: BaseException | None) -> bool:
+    """Whether the tracker did not answer at all: no connection, or none in time."""
+    import requests
+
+    away = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, away):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def _chunks(path: Path, offset: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
+def _chunks(path: Path, offset: int, tell: Callable[..., None]) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """(events, offset after them) of the whole lines of `path` from `offset` on, about READ_BYTES each."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        while lines := file.readlines(READ_BYTES):
-            whole = [line for line in lines if line.endswith(b"\n")]  # the last may still be being written
-            if not whole:
-                return
-            offset += sum(map(len, whole))
-            yield [event for line in whole for event in _parse(line, path)], offset
-            if len(whole) < len(lines):
-                return
+    events: list[dict[str, Any]] = []
+    if offset > path.stat().st_size:  # not this file's: all of it again, which doubles nothing
+        offset = 0
+    begun = after = offset
+    for line, after in lines.whole(path, offset):
+        try:
+            events += [parse_event(line)] if line.strip() else []
+        except ValueError as error:
+            tell(f"a line of {path.name} is left out", f"{error}: {line[:100]!r}")
+        if after - begun >= READ_BYTES:
+            yield events, after
+            events, begun = [], after
+    if after > begun:
+        yield events, after
 
 
 def _find_start(spool: Path) -> dict[str, Any] | None:
-    """The event that opens the run: always its writer's first."""
+    """The event that opens the run: always its writer's first whole one."""
     for path in sorted(spool.glob("events-*.jsonl")):
-        with path.open("rb") as file:
-            line = file.readline()
-        if line.endswith(b"\n"):
-            event: dict[str, Any] = json.loads(line)
+        for line, _ in lines.whole(path):
+            try:
+                event = parse_event(line)
+            except ValueError:
+                continue
             if event["event"] == "start":
                 return event
+            break
     return None
 
 
@@ -181,13 +239,13 @@ def _unread(spool: Path, state: _State) -> bool:
     """Whether a file has whole lines that were not taken."""
     for path in spool.glob("events-*.jsonl"):
         offset = state.offsets.get(path.name, 0)
-        if path.stat().st_size > offset and any(True for _ in _chunks(path, offset)):
+        if path.stat().st_size > offset and any(True for _ in lines.whole(path, offset)):
             return True
     return False
 
 
 def _read_state(spool: Path) -> _State:
-    try:
-        return _State(**json.loads((spool / "delivered.json").read_text()))
-    except FileNotFoundError:
-        return _State()
+    """Where it is lost or damaged, all is sent again, which doubles nothing."""
+    state = read_record(_State, spool / "delivered.json") or _State()
+    state.offsets = {name: max(0, offset) for name, offset in state.offsets.items()}
+    return state

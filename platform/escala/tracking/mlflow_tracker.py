@@ -4,6 +4,7 @@ process.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,16 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
-from escala.tracking.tracker import Metric
+from escala.redaction import hide, hide_in
+from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 KEY_TAG = "escala.key"
+EXPERIMENT_TAGS = {
+    "mlflow.note.content": "Runs of escala: each is one attempt of a job (`escala ps`); trials stand under their "
+    "sweep. Each run's own page has a note: what ran, what came of it, how to go on.",
+}
+DIGEST_CHARACTERS = 16  # of a data set, enough to tell any two apart; MLflow takes 36
+CONTEXT_TAG = "mlflow.data.context"
 KINDS = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 METRICS, PARAMS, TAGS = 1000, 100, 100  # MLflow's limits of one log_batch call
 PARAM_CHARACTERS, TAG_CHARACTERS, KEY_CHARACTERS = 6000, 8000, 250
@@ -59,7 +67,13 @@ class MlflowTracker:
         self._client = open_client(uri)
 
     def start(
-        self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
+        self,
+        key: str,
+        experiment: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        time_ms: int | None = None,
     ) -> str:
         """See Tracker. One writer per key: two processes that start one key at once could open it twice."""
         experiment_id = self._experiment(experiment)
@@ -70,9 +84,10 @@ class MlflowTracker:
             run_id = str(found[0].info.run_id)
         else:
             # The key goes in with the run, so that a kill after this call leaves a run that is found again.
-            run_id = str(
-                self._client.create_run(experiment_id, tags={KEY_TAG: key}, run_name=name).info.run_id
+            created = self._client.create_run(
+                experiment_id, start_time=time_ms, tags={KEY_TAG: key}, run_name=name
             )
+            run_id = str(created.info.run_id)
         self._params(run_id, params)
         self.tags(run_id, tags)
         return run_id
@@ -89,17 +104,47 @@ class MlflowTracker:
         """See Tracker. A value over MLflow's limit goes in parts (`joined_tag` puts them together again)."""
         from mlflow.entities import RunTag
 
-        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, value))
+        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, hide(value)))
         while batch := list(islice(flat, TAGS)):
             self._client.log_batch(run_id, tags=batch)
+
+    def dataset(self, run_id: str, dataset: Dataset) -> None:
+        """See Tracker."""
+        from mlflow.entities import Dataset as Entity
+        from mlflow.entities import DatasetInput, InputTag
+
+        entity = Entity(
+            name=dataset.name[:KEY_CHARACTERS],
+            digest=dataset.digest[:DIGEST_CHARACTERS],
+            source_type="escala",
+            source=json.dumps(dataset.source, sort_keys=True),
+            profile=json.dumps(dataset.profile, sort_keys=True),
+        )
+        given = DatasetInput(entity, [InputTag(CONTEXT_TAG, dataset.context)])
+        self._client.log_inputs(run_id, datasets=[given])
 
     def text(self, run_id: str, path: str, content: str) -> None:
         """See Tracker."""
         self._client.log_text(run_id, content, path)
 
-    def finish(self, run_id: str, status: str) -> None:
+    def finish(self, run_id: str, status: str, time_ms: int | None = None) -> None:
         """See Tracker."""
-        self._client.set_terminated(run_id, status=status)
+        self._client.set_terminated(run_id, status=status, end_time=time_ms)
+
+    def drain(self) -> None:
+        """See Tracker. MLflow has all when a call returns."""
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """See Tracker."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return "absent"
+        return "active" if stage == "active" else "deleted"
 
     def _params(self, run_id: str, params: Mapping[str, str]) -> None:
         """Parameters cannot be changed; the same ones again are no error. Longer ones end in an ellipsis."""
@@ -107,7 +152,7 @@ class MlflowTracker:
 
         flat = (
             Param(k[:KEY_CHARACTERS], v if len(v) <= PARAM_CHARACTERS else v[: PARAM_CHARACTERS - 1] + "…")
-            for k, v in params.items()
+            for k, v in ((key, _hidden(key, value)) for key, value in params.items())
         )
         while batch := list(islice(flat, PARAMS)):
             self._client.log_batch(run_id, params=batch)
@@ -118,13 +163,16 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(name))
+                return str(self._client.create_experiment(name, tags=EXPERIMENT_TAGS))
             except MlflowException:  # another process has made it meanwhile
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
+        for key, value in EXPERIMENT_TAGS.items():
+            if key not in found.tags:  # one that somebody else has made
+                self._client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
 
 
@@ -148,6 +196,10 @@ def joined_tag(tags: Mapping[str, str], key: str) -> str | None:
         value += tags[f"{key}.{number}"]
         number += 1
     return value
+
+
+def _hidden(key: str, value: str) -> str:
+    return str(hide_in({key.rpartition(".")[2]: value}).popitem()[1])
 
 
 def _quoted(text: str) -> str:

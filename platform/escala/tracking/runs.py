@@ -15,6 +15,7 @@ from escala.errors import EscalaError, NotFoundError
 from escala.records import RunRecord
 from escala.tracking.children import PARENT_TAG
 from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
+from escala.tracking.pages import run_page
 
 RECORD_TAG = "escala.record"
 PAGE = 500
@@ -82,7 +83,7 @@ def run_url(uri: str, run_id: str) -> str:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise NotFoundError(f"there is no run {run_id!r} in the tracker", "`escala runs list`") from error
-    return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    return run_page(uri, run.info.experiment_id, run_id)
 
 
 def metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:

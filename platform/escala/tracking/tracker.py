@@ -8,8 +8,10 @@ when the server is back (`spool.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Lifecycle = Literal["active", "deleted", "absent"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,17 @@ class Metric:
     time_ms: int
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """The data of a run, for the tracker's column of data sets."""
+
+    name: str
+    digest: str  # a fingerprint: equal data have equal ones
+    context: str = "training"  # what it was used for
+    source: dict[str, Any] = field(default_factory=dict)  # where it comes from
+    profile: dict[str, Any] = field(default_factory=dict)  # numbers and fingerprints
+
+
 class Tracker(Protocol):
     """`key` names a run for escala ("JOB-ATTEMPT"): `start` twice with one key is one run.
 
@@ -29,9 +42,18 @@ class Tracker(Protocol):
     """
 
     def start(
-        self, key: str, experiment: str, name: str, tags: Mapping[str, str], params: Mapping[str, str]
+        self,
+        key: str,
+        experiment: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        time_ms: int | None = None,
     ) -> str:
-        """Open the run, or find the one that the same key opened before. Returns its id for other calls."""
+        """Open the run, or find the one that the same key opened before. Returns its id for other calls.
+
+        `time_ms`: when it began, in Unix milliseconds; None: now.
+        """
         ...
 
     def metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
@@ -42,12 +64,24 @@ class Tracker(Protocol):
         """Set tags (and overwrite earlier ones of the same name)."""
         ...
 
+    def dataset(self, run_id: str, dataset: Dataset) -> None:
+        """Say what data the run reads; the same again counts once."""
+        ...
+
     def text(self, run_id: str, path: str, content: str) -> None:
         """Store `content` as the artifact `path`."""
         ...
 
-    def finish(self, run_id: str, status: str) -> None:
-        """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words)."""
+    def finish(self, run_id: str, status: str, time_ms: int | None = None) -> None:
+        """Close the run. `status`: FINISHED, FAILED or KILLED (MLflow's words). `time_ms` as in `start`."""
+        ...
+
+    def drain(self) -> None:
+        """Return once nothing of what was said can be lost any more; waits for room on a full disk."""
+        ...
+
+    def lifecycle(self, run_id: str) -> Lifecycle:
+        """Whether the run is there to be written: a person may have deleted it."""
         ...
 
 

@@ -1,0 +1,157 @@
+"""What a run goes on from, and how a new checkpoint takes its place among damaged ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from escala.errors import CheckpointError
+from escala.manifests import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PARTIAL,
+    TOKENIZER,
+    checkpoint_name,
+    file_entry,
+    latest,
+    tokenizer_entries,
+    verify_tokenizer,
+)
+from escala.sealed import seal
+from workloads.config import ModelConfig
+from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
+from workloads.training.checkpoint import _begin, _publish, load_weights
+from workloads.training.run import choose_checkpoint, keep_tokenizer
+
+MODEL = ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2)
+
+
+def make(directory: Path, step: int, **changes: Any) -> Path:
+    path = directory / checkpoint_name(step)
+    path.mkdir(parents=True)
+    (path / "rank.safetensors").write_bytes(b"weights")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "files": {"rank.safetensors": file_entry(path / "rank.safetensors")},
+        "workload": "pretrain",
+        "config": {"model": MODEL.model_dump(mode="json")},
+        "fingerprints": {"tokenizer": "aaa"},
+        "adam_step": step,
+        "counters": {"train_tokens": 5, "compute_flops": 1e3},
+        "tokenizer": tokenizer_entries(directory),
+    }
+    (path / MANIFEST).write_text(json.dumps(seal(manifest | changes)))
+    return path
+
+
+def chosen(own: Path, other: Path | None = None) -> Any:
+    spec: Any = SimpleNamespace(checkpoints=str(own), resume_from=other and str(other))
+    config: Any = SimpleNamespace(model=MODEL)
+    return choose_checkpoint(spec, config, "aaa")
+
+
+def test_nothing_yet_starts_at_step_0(tmp_path: Path) -> None:
+    assert chosen(tmp_path) is None
+    (tmp_path / (checkpoint_name(1) + PARTIAL)).mkdir()
+    assert chosen(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"format_version": 2}, {"counters": {}}, {"config": {}}, {"adam_step": None}]
+)
+def test_all_refused_stops_the_job_whatever_else_it_could_start_from(
+    tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "own", 5, **change)
+    make(tmp_path / "other", 7)
+    for other in (None, tmp_path / "other"):
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints in .*step-00000005") as caught:
+            chosen(tmp_path / "own", other)
+        assert caught.value.kind == "user_error"  # a class of failure that is not retried
+    make(tmp_path / "own", 4)
+    assert chosen(tmp_path / "own").step == 4  # the older good one
+    assert "refused: checkpoint" in capsys.readouterr().err
+
+
+def test_another_job_without_a_good_one_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="to resume from"):
+        chosen(tmp_path / "own", tmp_path / "other")
+    make(tmp_path / "other", 7, format_version=1)
+    with pytest.raises(CheckpointError, match="format 1"):
+        chosen(tmp_path / "own", tmp_path / "other")
+
+
+def test_a_start_whose_checkpoints_are_refused_says_why(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "missing") is None
+    assert find_checkpoint(tmp_path) is None
+    path = make(tmp_path, 5, format_version=1)
+    for place in (tmp_path, path):
+        with pytest.raises(CheckpointError, match="format 1; this version reads"):
+            find_checkpoint(place)
+    (path / MANIFEST).unlink()
+    for place in (tmp_path, path):  # not taken for a Hugging Face directory without config.json
+        with pytest.raises(CheckpointError, match="step-00000005 has no usable manifest"):
+            find_checkpoint(place)
+    make(tmp_path, 4)
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 4
+    make(tmp_path, 6, workload=None)
+    assert find_checkpoint(tmp_path) == found
+    with pytest.raises(CheckpointError, match="damaged: rank"):
+        load_weights(found)
+
+
+@pytest.mark.parametrize("change", [{"workload": "unknown"}, {"config": {"modell": 1}}])
+def test_a_configuration_that_this_version_does_not_know(tmp_path: Path, change: dict[str, Any]) -> None:
+    found = find_checkpoint(make(tmp_path, 5, **change))
+    assert found is not None
+    with pytest.raises(CheckpointError, match="does not validate here"):
+        checkpoint_config(found)
+
+
+def test_a_new_checkpoint_sets_a_damaged_one_of_its_step_aside(tmp_path: Path) -> None:
+    tokenizer = tmp_path / TOKENIZER
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    make(tmp_path, 5, format_version=1)
+    for number, others in ((1, 1), (2, 1)):  # the second time a good one is replaced: nothing is left of it
+        partial = tmp_path / (checkpoint_name(5) + PARTIAL)
+        _begin(partial)
+        (partial / "rank.safetensors").write_bytes(b"new %d" % number)
+        files = {"rank.safetensors": file_entry(partial / "rank.safetensors")}
+        manifest = {"format_version": FORMAT_VERSION, "step": 5, "files": files}
+        assert _publish(partial, tmp_path / checkpoint_name(5), manifest) == []
+        found, refused = latest(tmp_path)
+        assert found is not None
+        assert refused == []
+        assert (found.path / "rank.safetensors").read_bytes() == b"new %d" % number
+        verify_tokenizer(found)
+        assert len(list(tmp_path.glob("step-00000005.damaged-*"))) == others
+
+
+def test_a_checkpoint_that_cannot_be_published_is_told(tmp_path: Path) -> None:
+    assert "FileNotFoundError" in _publish(tmp_path / "gone.partial", tmp_path / checkpoint_name(5), {})[0]
+
+
+def test_the_tokenizer_is_kept_while_it_is_whole_and_copied_again_where_it_is_not(tmp_path: Path) -> None:
+    source = tmp_path / "source.json"
+    source.write_text("{}")
+    own = tmp_path / "own"
+    keep_tokenizer(source, own, None)
+    found = find_checkpoint(make(own, 5))
+    kept = own / TOKENIZER / "tokenizer.json"
+    source.write_text("{ }")  # the same tokenizer as another version writes it
+    keep_tokenizer(source, own, found)
+    assert kept.read_text() == "{}"
+    kept.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"hash of tokenizer\.json differs"):
+        load_tokenizer(own)
+    source.write_text("{}")
+    keep_tokenizer(source, own, found)
+    assert kept.read_text() == "{}"

@@ -62,6 +62,7 @@ READ: dict[str, str | bytes] = {
     "quotes": "\n".join([HEADER, *(",".join(f'"{c}"' for c in row) for row in ROWS)]),
     "no last newline": BASE.rstrip(),
     "blank lines": BASE.replace("\n", "\n\n") + "\n,,\n",
+    "a spreadsheet's separator line": "sep=;\n" + BASE.replace(",", ";"),
     "comments first": "# made by hand\n#\n" + BASE,
     "trailing commas": "\n".join(line + ("," if i else "") for i, line in enumerate(BASE.splitlines())),
     "trailing commas and header": BASE.replace("\n", ",\n"),

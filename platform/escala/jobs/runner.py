@@ -30,6 +30,7 @@ log = logging.getLogger("escala.runner")
 
 
 ENSURE_SECONDS = 2.0  # how soon a dead head or tracker is noticed
+LAWS_SECONDS = 60.0  # how often laws' runs are looked at whose clients died
 
 
 def run(
@@ -99,6 +100,7 @@ def main() -> int:
         settings = Settings()
         with only_one(settings.home):
             store = JobStore(settings.database_url, home=settings.home)
+            threading.Thread(target=_end_laws, args=(settings, ending), name="laws", daemon=True).start()
             run(_reconciler(settings, store), lambda: _restart_dead(settings), ending)
             store.close()
     except EscalaError as error:
@@ -106,6 +108,14 @@ def main() -> int:
         return error.exit_code
     log.info("the runner ends")
     return 0
+
+
+def _end_laws(settings: Settings, ending: threading.Event) -> None:
+    """Now and then end the laws' runs of clients that died; not at once, since a start has enough to do."""
+    from escala.laws.service import close_abandoned
+
+    if not ending.wait(LAWS_SECONDS):
+        _repeat(partial(close_abandoned, settings), ending, LAWS_SECONDS)
 
 
 def _restart_dead(settings: Settings) -> None:

@@ -180,7 +180,8 @@ def _separator(text: str, path: Path) -> str:
 
 
 def _is_comment(line: str) -> bool:
-    return line.lstrip().startswith("#")
+    """Whether a line before the header is none: a comment, or a spreadsheet's `sep=;`."""
+    return line.lstrip().startswith(("#", "sep="))
 
 
 def _csv_lines(text: str, separator: str, path: Path) -> Any:
@@ -192,7 +193,7 @@ def _csv_lines(text: str, separator: str, path: Path) -> Any:
     try:
         for row in reader:
             stripped = [cell.strip() for cell in row]
-            if begun or (any(stripped) and not stripped[0].startswith("#")):
+            if begun or (any(stripped) and not _is_comment(stripped[0])):
                 begun = True
                 yield first, stripped
             first = reader.line_num + 1

@@ -110,7 +110,7 @@ def _replicates(
     """The bootstrap's parameters (B, P), and why there are none where they would not be worth an interval."""
     none = np.empty((0, len(theta_P)))
     if bootstrap < FEWEST_REPLICATES:
-        few = f"{bootstrap} bootstrap replicates; at least {FEWEST_REPLICATES} are needed, better 1000"
+        few = f"fitted with --bootstrap {bootstrap}; at least {FEWEST_REPLICATES} are needed, better 1000"
         return none, (f"no intervals: {few if bootstrap else 'fitted without a bootstrap'}",)
     if not sample.resamplable:
         return none, ()  # the sample says so itself

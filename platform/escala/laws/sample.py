@@ -123,13 +123,22 @@ def _effective(unit_N: Ints) -> float:
 
 
 def _copies(points: pd.DataFrame, columns: Mapping[str, Floats], loss_N: Floats) -> Ints:
-    """A number for each row; copies (inputs and loss equal to DIGITS digits, and any seed) share it."""
-    values = np.stack([*columns.values(), loss_N], axis=1)
-    scale = 10.0 ** (np.floor(np.log10(values)) - (DIGITS - 1))
-    key = np.round(values / scale) * scale
-    if "seed" in points:
-        key = np.column_stack([key, _codes(points, "seed")])
-    return _factorize(np.round(np.log(np.maximum(key, 1e-300)) * 1e6))
+    """A number for each row; copies share it: inputs and loss equal to DIGITS digits. Rows of different seeds are
+    copies where the loss is wholly the same: short losses of separate runs may agree.
+    """
+    inputs = [_rounded(values) for values in columns.values()]
+    copy_N = _factorize(np.stack([*inputs, _rounded(loss_N)], axis=1))
+    if "seed" not in points:
+        return copy_N
+    same_seed_N = _factorize(np.stack([copy_N, _codes(points, "seed")], axis=1).astype(np.float64))
+    return _together(same_seed_N, _factorize(np.stack([*inputs, loss_N], axis=1)))
+
+
+def _rounded(values_N: Floats) -> Floats:
+    """To DIGITS significant digits, as whole numbers of their last digit, beside the power of ten."""
+    power_N = np.floor(np.log10(values_N)) - (DIGITS - 1)
+    rounded: Floats = np.round(np.log(np.round(values_N / 10.0**power_N) * 10.0**power_N) * 1e6)
+    return rounded
 
 
 def _factorize(rows: Floats) -> Ints:

@@ -238,9 +238,13 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
 def laws(name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
     settings = Settings()
-    registry = _registry(settings)
-    registry.close_abandoned(law_experiment(settings))
-    return registry.versions(name)
+    close_abandoned(settings)
+    return _registry(settings).versions(name)
+
+
+def close_abandoned(settings: Settings) -> None:
+    """End the laws' runs in MLflow that a client which died left RUNNING. Raises ClusterError."""
+    _registry(settings).close_abandoned(law_experiment(settings))
 
 
 def law(reference: str, refresh: bool = False) -> Stored:

@@ -136,7 +136,8 @@ def _compute(used: pd.DataFrame) -> Floats | None:
             return compute
     for size in SIZES:
         if size in used and "tokens" in used:
-            compute = KAPPA * floats(used[size]) * floats(used["tokens"])
+            with np.errstate(over="ignore"):  # beyond what a number can hold: infinite, so not known
+                compute = KAPPA * floats(used[size]) * floats(used["tokens"])
             return compute if np.isfinite(compute).all() and (compute > 0).all() else None
     return None
 

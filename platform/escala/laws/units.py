@@ -33,10 +33,10 @@ ORDER = (("n_total", "n_active"), ("n_total", "n_non_embedding"))  # the first i
 
 def contradictions(points: pd.DataFrame) -> list[str]:
     """What contradicts itself, in plain words; empty where nothing does."""
-    known = {
-        name: values_N
+    known = {  # NaN where a number is missing or not positive
+        name: np.where(values_N > 0, values_N, np.nan)
         for name in (*SMALLEST, "loss_nats")
-        if name in points and not np.isnan(values_N := floats(points[name])).all()  # a cell may be empty
+        if name in points and ((values_N := floats(points[name])) > 0).any()
     }
     return [*_too_small(known), *_out_of_order(known), *_compute(known), *_ratio(known), *_loss(known)]
 
@@ -64,8 +64,8 @@ def _compute(known: dict[str, Floats]) -> list[str]:
     size = next((name for name in ("n_active", "n_total") if name in known), None)
     if size is None or not {"compute_flops", "tokens"} <= set(known):
         return []
-    factor = float(np.nanmedian(known["compute_flops"] / (6 * known[size] * known["tokens"])))
-    if 1 / COMPUTE_FACTOR <= factor <= COMPUTE_FACTOR:
+    factor = _middle(known["compute_flops"] / (6 * known[size] * known["tokens"]))
+    if factor is None or 1 / COMPUTE_FACTOR <= factor <= COMPUTE_FACTOR:
         return []
     return [
         f"units: compute_flops is {factor:.3g} times 6 {size} tokens in the median row: one of the three is in "
@@ -77,17 +77,23 @@ def _ratio(known: dict[str, Floats]) -> list[str]:
     size = next((name for name in ("n_active", "n_total") if name in known), None)
     if size is None or "tokens" not in known:
         return []
-    ratio, (low, high) = float(np.nanmedian(known["tokens"] / known[size])), TOKENS_PER_PARAMETER
-    if low <= ratio <= high:
+    ratio, (low, high) = _middle(known["tokens"] / known[size]), TOKENS_PER_PARAMETER
+    if ratio is None or low <= ratio <= high:
         return []
     return [f"units: {ratio:.3g} tokens per parameter in the median row: {size} or tokens is in another unit"]
 
 
 def _loss(known: dict[str, Floats]) -> list[str]:
-    middle = float(np.nanmedian(known["loss_nats"])) if "loss_nats" in known else 0.0
-    if middle <= LARGEST_LOSS:
+    middle = _middle(known["loss_nats"]) if "loss_nats" in known else None
+    if middle is None or middle <= LARGEST_LOSS:
         return []
     return [
         f"units: loss_nats is {middle:.4g} in the median row, as much as a guess among thousands of tokens: "
         "a perplexity (take its logarithm), or a sum over tokens?"
     ]
+
+
+def _middle(values_N: Floats) -> float | None:
+    """The median of what is known; None where nothing is."""
+    known_N = values_N[np.isfinite(values_N)]
+    return float(np.median(known_N)) if len(known_N) else None

@@ -29,3 +29,8 @@ def nothing(prompts: list[str], responses: list[str]) -> list[float]:
 
 def lengths(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response)) for response in responses]
+
+
+def said(prompts: list[str], responses: list[str]) -> list[float]:
+    """The number that each response is."""
+    return [float(response) for response in responses]

@@ -76,7 +76,7 @@ def prepare(spec: AttemptSpec, config: PpoConfig) -> Prepared:
     if not is_stored(directory):
         with new_directory(directory) as new:
             save_prompts(prompts, new)
-    kept = finetune.keep_tokenizer(tokenizer, root)
+    kept = finetune.store_tokenizer(tokenizer, root)
     rewards = [section.model_dump(mode="json") for section in config.rewards]
     fingerprints = {
         "corpus": fingerprint([prompt.tokens for prompt in prompts]),

@@ -203,13 +203,33 @@ def newest(
     """
     found, refused = latest(directory, needs)
     if found is None and refused and (finished := _finished(directory)):
-        others = f" (and {len(finished) - 1} more)" if len(finished) > 1 else ""
         about = [e for e in refused if PARTIAL not in e.message] or refused
-        raise CheckpointError(
-            f"none of the checkpoints in {directory} can be used: {about[0].message}{others}",
-            f"{about[0].hint}; to start from the beginning, move these directories away",
-        )
+        raise _none_usable(directory, about[0], len(finished))
     return found, refused
+
+
+def check_readable(directory: Path) -> None:
+    """Raise CheckpointError where there are finished checkpoints and no manifest of them can be used. Reads no other
+    files: for those who only name a job's checkpoints.
+    """
+    finished = _finished(directory)
+    refused: list[CheckpointError] = []
+    for path in reversed(finished):
+        try:
+            read_checkpoint(path)
+            return
+        except CheckpointError as error:
+            refused.append(error)
+    if refused:
+        raise _none_usable(directory, refused[0], len(finished))
+
+
+def _none_usable(directory: Path, newest: CheckpointError, finished: int) -> CheckpointError:
+    others = f" (and {finished - 1} more)" if finished > 1 else ""
+    return CheckpointError(
+        f"none of the checkpoints in {directory} can be used: {newest.message}{others}",
+        f"{newest.hint}; to start from the beginning, move these directories away",
+    )
 
 
 def retention(directory: Path, keep: int) -> Retention:

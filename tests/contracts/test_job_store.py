@@ -92,7 +92,9 @@ class TestJobStore:
 
     def test_the_same_key_is_the_same_job(self, store):
         first = store.submit(replace(NEW, idempotency_key="night 1"))
-        again = replace(NEW, idempotency_key="night 1", command=("escala", "again"), tags={"rates": "other"})
+        again = replace(
+            NEW, idempotency_key="night 1", command=("escala", "again"), tags={"escala.rates": "other"}
+        )
         assert store.submit(again) == first
         store.apply(first, StopRequested())
         assert store.submit(again).state == "stopped"  # whatever has become of it
@@ -107,6 +109,7 @@ class TestJobStore:
             {"workload": "sft"},
             {"after": first.id},
             {"experiment": "x"},
+            {"tags": {"escala.code": "of another day"}},
         ):
             with pytest.raises(SpecError, match=f"night 1.*{first.id}.*{next(iter(other))}"):
                 store.submit(replace(again, **other))

@@ -71,17 +71,31 @@ def test_a_killed_head_is_restarted_and_its_jobs_go_on(undisturbed: tuple[float,
     assert any("step 0" in line or "held-out" in line for line in api.logs(job_id))  # logs outlive the head
 
 
-def test_a_killed_tracker_and_reconcile_loop_lose_and_double_nothing(
+def kill_and_await(name: str) -> None:
+    """Kill one process of the cluster, and wait until another one answers, without any command."""
+    (before,) = (p.pid for p in api.status().processes if p.name == name)
+    victim = psutil.Process(before)
+    victim.kill()
+    wait_for(
+        lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, 10, f"the end of {name}"
+    )
+    back = wait_for(
+        lambda: next(
+            (p.pid for p in api.status().processes if p.name == name and p.state == "running"), None
+        ),
+        60 if name == "mlflow" else 30,
+        f"another {name}",
+    )
+    assert back != before
+
+
+def test_a_killed_tracker_and_reconcile_loop_come_back_and_lose_and_double_nothing(
     undisturbed: tuple[float, float],
 ) -> None:
     job_id = submit("tracker-and-loop-killed")
     at_step(job_id, 30)
-    victims = [psutil.Process(p.pid) for p in api.status().processes if p.name in ("runner", "mlflow")]
-    assert len(victims) == 2
-    for victim in victims:
-        victim.kill()
-    psutil.wait_procs(victims, timeout=10)  # or `up` finds them alive
-    api.up()
+    for name in ("runner", "mlflow", "watchdog", "runner"):  # each alone, inside training
+        kill_and_await(name)
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["succeeded"]
     assert final(details) == undisturbed

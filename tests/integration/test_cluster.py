@@ -136,7 +136,9 @@ def test_a_killed_head_comes_back_and_leaves_no_orphan(running: Settings) -> Non
     assert driver in before
     killed = pids(cluster.status(running))["ray"]
     assert killed
-    others = {p.pid for name in ("mlflow", "runner") for p in Processes(running.home).marked(name)}
+    others = {
+        p.pid for name in ("mlflow", "runner", "watchdog") for p in Processes(running.home).marked(name)
+    }
     os.kill(killed, signal.SIGKILL)
 
     def back() -> bool:
@@ -159,6 +161,50 @@ def test_a_killed_tracker_comes_back(running: Settings) -> None:
     after = pids(cluster.up(running))
     assert after["mlflow"] not in (None, before["mlflow"])
     assert after["ray"] == before["ray"]
+
+
+@pytest.mark.parametrize("name", ["runner", "watchdog"])
+def test_each_of_loop_and_watchdog_brings_the_other_back(running: Settings, name: str) -> None:
+    processes, before = Processes(running.home), pids(cluster.status(running))
+    killed = before[name]
+    assert killed
+    begun = time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+    wait_for(
+        lambda: processes.alive(name) is None or pids_of(processes, name) != killed, 20, f"the end of {name}"
+    )
+    said = cluster.trouble(running)
+    assert said is None or "the reconcile loop is not running" in said
+    wait_for(lambda: pids(cluster.status(running))[name] not in (None, killed), 30, f"another {name}")
+    print(f"{name}: back after {time.monotonic() - begun:.1f} s")
+    after = pids(cluster.status(running))
+    assert {n: after[n] for n in ("ray", "mlflow")} == {n: before[n] for n in ("ray", "mlflow")}
+    assert cluster.trouble(running) is None
+
+
+def pids_of(processes: Processes, name: str) -> int | None:
+    record = processes.record(name)
+    return record.pid if record else None
+
+
+def test_damaged_records_end_nothing(running: Settings) -> None:
+    before = pids(cluster.status(running))
+    for name in cluster.NAMES:
+        (running.home / "run" / f"{name}.json").write_text("{")
+    assert pids(cluster.status(running)) == before
+    assert cluster.ensure(running) == []
+
+
+def test_home_and_logs_are_private(running: Settings) -> None:
+    paths = [running.home, *(p for p in running.home.rglob("*") if not p.is_symlink())]
+    assert [path for path in paths if path.stat().st_mode & 0o077] == []
+
+
+def test_a_loop_that_is_being_stopped_is_not_brought_back(running: Settings) -> None:
+    """`down` kills it while its watchdog looks on."""
+    cluster.down(running)
+    time.sleep(2.5)  # two looks of a watchdog, were there one
+    assert ours(running) == []
 
 
 def test_down_leaves_nothing(running: Settings) -> None:

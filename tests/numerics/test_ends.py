@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 
 from escala.errors import DataError
+from escala.records import AttemptSpec
 from tests.numerics.chain_model import chain, ids_of, path
 from tests.numerics.small_tokenizers import CHATML, byte_level, sentencepiece, write
+from workloads import sft
 from workloads.alignment.judge import LanguageModelJudge
 from workloads.alignment.reward_model import RewardModel, answer_tokens, save_reward_model
-from workloads.config import ModelConfig
+from workloads.config import ModelConfig, SftConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.examples import Sequences
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
 from workloads.model.huggingface import save_pretrained
 from workloads.model.start import load_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.training.run import keep_tokenizer
+from workloads.training.finetune import open_tokenizer
+from workloads.training.run import Prepared, keep_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 LLAMA2 = (
@@ -208,3 +213,67 @@ def test_an_exported_reward_model_carries_the_ends(tmp_path: Path) -> None:
     config = ModelConfig(vocab_size=tokenizer.vocab_size, n_layers=1, d_model=16, n_heads=2)
     save_reward_model(RewardModel(Transformer(config)), tokenizer, tmp_path / "reward")
     assert load_tokenizer(tmp_path / "reward").end_ids == tokenizer.end_ids
+
+
+def fine_tuning(directory: Path, tokenizer: Path, lines: list[Any], **more: Any) -> Prepared:
+    """What `sft` makes ready of the lines, held-out ones being the same."""
+    directory.mkdir(exist_ok=True)
+    file = directory / "chats.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    config = SftConfig(
+        tokenizer=str(tokenizer),
+        model={"vocab_size": 400, "n_layers": 1, "d_model": 16, "n_heads": 2},
+        training={"steps": 1, "batch_sequences": 1, "context_tokens": 64},
+        data={"train": str(file), "held_out": str(file)},
+        **more,
+    )
+    spec = SimpleNamespace(data=str(directory / "data"), workload="sft")
+    return sft.prepare(cast(AttemptSpec, spec), config)
+
+
+def learned(prepared: Prepared, tokenizer: ChatTokenizer) -> list[str]:
+    """The text of each training sequence's answers."""
+    sequences = Sequences.load(Path(prepared.path) / "train.safetensors")
+    return [
+        tokenizer.decode(ids[answers].tolist(), special=True)
+        for ids, answers in (sequences.slice(number) for number in range(len(sequences)))
+    ]
+
+
+def test_fine_tuning_learns_the_answers_that_count(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "hello"}
+    lines = [
+        {"messages": [answer, *USER, answer]},
+        {"messages": [*USER, answer | {"content": "3", "weight": 0}, *USER, answer]},
+        {"prompt": [*USER, answer | {"content": "3"}, *USER], "completion": "hello"},
+        {"prompt": "hi", "completion": " hello"},
+    ]
+    write(tmp_path / "1", byte_level(), CHATML, eos_token="<|endoftext|>")
+    tokenizer = load_chat_tokenizer(tmp_path / "1")
+    prepared = fine_tuning(tmp_path / "run", tmp_path / "1", lines)
+    turn = "hello<|im_end|>"
+    assert learned(prepared, tokenizer) == [turn + turn, turn, turn, " hello<|endoftext|>"]
+    assert load_chat_tokenizer(prepared.tokenizer) == tokenizer
+    write(tmp_path / "2", byte_level(), ZEPHYR, eos_token="<|endoftext|>")
+    other = fine_tuning(tmp_path / "run", tmp_path / "2", lines)  # the same vocabulary, the same store
+    assert learned(other, tokenizer)[1] == "hello<|endoftext|>"
+    assert load_chat_tokenizer(other.tokenizer).template == ZEPHYR
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    write(
+        tmp_path / "1", byte_level(), "{{ raise_exception('no') if messages | length > 2 }}", eos_token="<s>"
+    )
+    answer = {"role": "assistant", "content": "hello"}
+    with pytest.raises(DataError, match=r"chats\.jsonl, example 1: the chat template refuses"):
+        fine_tuning(tmp_path / "run", tmp_path / "1", [{"messages": [*USER, answer, *USER, answer]}])
+
+
+def test_another_tokenizer_for_a_start_keeps_the_starts_ends(two_ends: Path, tmp_path: Path) -> None:
+    (two_ends / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9]}))
+    write(tmp_path, byte_level(), ZEPHYR, eos_token="<|endoftext|>")
+    data = {"train": "some.jsonl"}
+    config = SftConfig(
+        start={"path": str(two_ends)}, tokenizer=str(tmp_path), data=data, training={"steps": 1}
+    )
+    assert open_tokenizer(config).end_ids == (0, 9)

@@ -17,6 +17,7 @@ from escala import manifests
 from escala.errors import CheckpointError
 from escala.manifests import (
     check_fits,
+    check_readable,
     latest,
     list_checkpoints,
     newest,
@@ -322,6 +323,18 @@ def test_a_job_whose_checkpoints_are_all_refused_does_not_start_again_silently(t
     assert (found.step, len(refused)) == (6, 2)
     with pytest.raises(CheckpointError, match="no usable 'counters'"):
         newest(tmp_path, {"counters": dict})
+
+
+def test_who_only_names_checkpoints_learns_that_none_can_be_read(tmp_path: Path) -> None:
+    check_readable(tmp_path / "missing")
+    another_format(make(tmp_path, 5))
+    partial(make(tmp_path, 6))
+    with pytest.raises(
+        CheckpointError, match=r"none of the checkpoints .* can be used: .*step-00000005 has format 2"
+    ):
+        check_readable(tmp_path)
+    corrupt(make(tmp_path, 4))  # its files are read by whoever uses it
+    check_readable(tmp_path)
 
 
 def test_a_place_that_is_no_directory_is_an_error_not_an_empty_one(tmp_path: Path) -> None:

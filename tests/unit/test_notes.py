@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from escala.records import AttemptSpec, RunRecord
+from escala.records import AttemptSpec, JobFiles, RunRecord, write_json
+from escala.tracking.children import FamilyDelivery
 from escala.tracking.datasets import dataset_of
 from escala.tracking.notes import command_tag, run_note, start_tags
 from escala.tracking.pages import find_runs_page, run_page, runs_page, shown, table_beside
+from escala.tracking.spool import SpoolTracker, read_events
 
 MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "vocab_size": 300}
 
@@ -167,3 +170,22 @@ def test_the_table_of_an_experiment_is_found_by_its_name() -> None:
     server.server_close()
     assert find_runs_page(uri, "my runs") is None
     assert find_runs_page("sqlite:///x.db", "my runs") is None
+
+
+def test_the_note_of_a_killed_attempt_says_so(tmp_path: Path) -> None:
+    class Away:
+        def deliver(self, *_: object) -> bool:
+            return False
+
+    files = JobFiles(tmp_path, "j1").attempt(1)
+    files.directory.mkdir(parents=True)
+    write_json(files.spec, spec())
+    spool = SpoolTracker(files.spool)
+    spool.start("j1-1", "escala", "first", start_tags(spec()), {})
+    for _ in range(2):  # a second reconcile loop adds nothing
+        FamilyDelivery(cast(Any, Away()), tmp_path).deliver(files.directory, lost=True)
+    tags, finish = list(read_events(files.spool))[1:]
+    assert tags["tags"]["mlflow.note.content"].startswith(
+        "**pretrain `first`**: driver lost\n\n> its driver was killed"
+    )
+    assert finish["status"] == "FAILED"

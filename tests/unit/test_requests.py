@@ -464,10 +464,8 @@ def test_serve_s_own_ports_are_opened_on_loopback(monkeypatch: pytest.MonkeyPatc
 def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
     from workloads.alignment.scoring import FunctionReward, weighted_sums
 
-    reward = FunctionReward("builtins:len")
-    reward._function = lambda prompts, responses: [0.5, value]
     with pytest.raises(SpecError, match="response 2"):
-        reward.score(["a", "b"], ["c", "d"])
+        FunctionReward("tests.reward_functions:said").score(["a", "b"], ["0.5", str(value)])
     with pytest.raises(DataError, match="response 2"):
         weighted_sums([(1.0, [0.5, value]), (2.0, [1.0, 1.0])])
     with pytest.raises(DataError, match="response 1"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from escala import api
 from escala.errors import CheckpointError
 from escala.manifests import (
     FORMAT_VERSION,
@@ -21,8 +23,10 @@ from escala.manifests import (
     tokenizer_entries,
     verify_tokenizer,
 )
+from escala.records import JobFiles
 from escala.sealed import seal
 from workloads.config import ModelConfig
+from workloads.config.pretrained import model_config_of
 from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
 from workloads.training.checkpoint import _begin, _publish, load_weights
 from workloads.training.run import choose_checkpoint, keep_tokenizer
@@ -155,3 +159,34 @@ def test_the_tokenizer_is_kept_while_it_is_whole_and_copied_again_where_it_is_no
     source.write_text("{}")
     keep_tokenizer(source, own, found)
     assert kept.read_text() == "{}"
+
+
+def test_the_model_of_a_job_is_known_from_its_newest_usable_manifest(tmp_path: Path) -> None:
+    make(tmp_path, 99_999_999)
+    make(
+        tmp_path, 100_000_000, config={"model": MODEL.model_dump() | {"n_layers": 3}}
+    )  # newer, though it sorts before
+    assert model_config_of(tmp_path).n_layers == 3
+    for text in ("[" * 100_000, "{", '{"config": 7}', '{"config": {"model": {"n_layers": -1}}}'):
+        (tmp_path / checkpoint_name(100_000_000) / MANIFEST).write_text(text)
+        assert model_config_of(tmp_path).n_layers == 1
+    (tmp_path / checkpoint_name(99_999_999) / MANIFEST).write_text("")
+    with pytest.raises(ValueError, match="step-100000000 has no usable manifest"):
+        model_config_of(tmp_path)
+
+
+def test_gc_frees_good_ones_and_reports_damaged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = JobFiles(tmp_path, "j1").checkpoints
+    for step in (5, 6, 7):
+        make(checkpoints, step)
+    make(checkpoints, 8, format_version=2)
+    job = SimpleNamespace(id="j1", state="failed", config={})
+    store = SimpleNamespace(list=lambda states: [job], get=lambda name: job)
+    monkeypatch.setenv("ESCALA_HOME", str(tmp_path))
+    monkeypatch.setattr(api, "open_store", lambda: nullcontext(store))
+    found = api.collect_garbage(keep=2)
+    assert [Path(path).name for path, _ in found.checkpoints] == ["step-00000005"]
+    (damaged,) = found.damaged
+    assert "step-00000008 has format 2" in damaged
+    api.collect_garbage("j1", keep=1, delete=True)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000007", "step-00000008"]

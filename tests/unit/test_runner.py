@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -400,3 +401,107 @@ def test_a_resumed_job_lost_before_its_first_checkpoint_starts_from_the_old_one_
     for number in (1, 2):
         spec = read_record(AttemptSpec, JobFiles(tmp_path, job_id).attempt(number).spec)
         assert spec.resume_from == "/old/checkpoints"
+
+
+# Damage: one job's trouble is not another's
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": 5}', "\0" * 50])
+@pytest.mark.parametrize("file", ["outcome", "progress", "control"])
+def test_a_damaged_file_of_one_job_holds_nobody_up(tmp_path, caplog, file, content):
+    world = World(tmp_path, {"bad": ["hang", "succeeded"], "good": ["succeeded"]})
+    bad, good = world.submit("bad", retries=1), world.submit("good")
+    world.until(lambda: world.store.get(bad).state == "running")
+    files = JobFiles(tmp_path, bad).attempt(1)
+    getattr(files, file).write_text(content)
+    for _ in range(3):
+        world.tick()
+        world.reconciler.step()
+    assert len([r for r in caplog.records if "damaged" in r.message]) == (file != "control")
+    world.cluster.drivers[f"{bad}-1"] = "ended"
+    world.run()
+    assert world.store.get(good).state == "succeeded"
+    assert [a.outcome for a in world.store.attempts(bad)] == ["driver_lost", "succeeded"]
+
+
+def test_a_damaged_fence_is_written_again(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    current = JobFiles(tmp_path, job).attempt(1).current
+    for content in (b"", b"\xff", b"{"):
+        current.write_bytes(content)
+        world.tick()
+        assert current.read_text() == "1"
+    current.unlink()
+    world.tick()
+    assert current.read_text() == "1"
+    current.write_text("7")  # a person's or a later attempt's word stays
+    world.tick()
+    assert current.read_text() == "7"
+
+
+def test_rows_that_cannot_be_carried_out_fail_and_free_their_slots(tmp_path):
+    world = World(tmp_path, {})
+    lost, odd, good = world.submit("lost"), world.submit("odd"), world.submit("good")
+    world.store.claim_start(world.store.get(lost))
+    with sqlite3.connect(tmp_path / "jobs.db") as database:
+        database.execute("DELETE FROM attempt WHERE job_id = ?", (lost,))
+        database.execute("UPDATE job SET config = '{\"resources\": 5}' WHERE id = ?", (odd,))
+    database.close()
+
+    def environment(job):
+        return job.config.get("resources", {}).get("threads_per_worker", 1)
+
+    world.reconciler._environment = environment
+    world.run()
+    assert [world.store.get(job).state for job in (lost, odd, good)] == ["failed", "failed", "succeeded"]
+    assert "cannot be read from the job database" in world.store.get(lost).message
+    assert "configuration cannot be used" in world.store.get(odd).message
+    assert world.cluster.submissions == [f"{good}-1"]
+
+
+def test_a_huge_outcome_is_kept_in_part(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    REAL_WRITE(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("k" * 1000, "m" * 10**6, "h" * 10**6))
+    world.run()
+    found = world.store.get(job)
+    assert (found.state, found.reason, len(found.message)) == ("failed", "k" * 32, 20_000)
+
+
+def test_a_full_disk_is_waited_for(disk, tmp_path, caplog):
+    world = World(tmp_path, {})
+    world.home = world.cluster.home = disk.path
+    world.born()
+    job = world.submit("x")
+    disk.fill()
+    for _ in range(5):
+        world.tick()
+    assert world.store.get(job).state == "starting"
+    warnings = [r.message for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert all("waits until there is room on the disk" in text for text in warnings)
+    assert len(warnings) == len({text.split()[0] for text in warnings}) <= 2  # the queue, the job: once each
+    disk.free()
+    world.run()
+    assert (world.store.get(job).state, world.cluster.submissions) == ("succeeded", [f"{job}-1"])
+
+
+def test_a_clock_that_is_set_ahead_kills_nobody(tmp_path):
+    world = World(tmp_path, {"x": ["obey"]})
+    ticks = [0.0]
+    world.reconciler = Reconciler(
+        world.store, world.cluster, tmp_path, lambda job: {}, 2, world._deliver, lambda: world.now,
+        ticks=lambda: ticks[0],
+    )  # fmt: skip
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    world.cluster.drivers[f"{job}-1"] = "ended"  # its outcome is on its way
+    world.reconciler.step()
+    world.now += 3600
+    world.reconciler.step()
+    assert world.store.get(job).attempts == 1
+    ticks[0] += 10
+    world.reconciler.step()
+    assert world.store.attempts(job)[0].outcome == "driver_lost"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from escala.tracking.lineage import fingerprint
 from workloads.data.decoding import decoding_of, without_prefix
 from workloads.data.ends import GENERATION_CONFIG, generation_config, generation_ends
 from workloads.data.messages import ASSISTANT, Message, plain_messages
-from workloads.data.spans import PLACEHOLDER, Span, SpanFinder, of_answers
+from workloads.data.spans import PLACEHOLDER, Span, SpanFinder, ends_of_turn, of_answers, pattern_of
 from workloads.data.tokenizer import KNOWN_ENDS, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -106,11 +106,12 @@ class ChatTokenizer:
         DataError.
         """
         if isinstance(prompt, str):
-            before, after = self.prompt(prompt), [*self._continuation(answer), self.end_of_text]
-            return [*before, *after], [False] * len(before) + [True] * len(after)
+            given, drawn = self.prompt(prompt), [*self._continuation(answer), self.end_of_text]
+            return [*given, *drawn], [False] * len(given) + [True] * len(drawn)
         content = answer.removeprefix(self._lead)
-        history = [number for number, each in enumerate(prompt) if each.get("role") == ASSISTANT]
-        ids, answers = self.conversation([*prompt, {"role": ASSISTANT, "content": content}], history)
+        before = plain_messages(prompt, key="prompt")
+        history = [number for number, each in enumerate(before) if each["role"] == ASSISTANT]
+        ids, answers = self.conversation([*before, {"role": ASSISTANT, "content": content}], history)
         end = max((i for i, is_answer in enumerate(answers, start=1) if is_answer), default=len(ids))
         return ids[:end], answers[:end]
 
@@ -131,8 +132,8 @@ class ChatTokenizer:
         guarded = self._guarded(messages)
         text = self._rendered(guarded)
         numbers = [number for number, each in enumerate(guarded) if each["role"] == ASSISTANT]
-        spans = self._marked(guarded) if _GENERATION.search(self.template) else None
-        if spans is None or (untrained and len(spans) != len(numbers)):
+        spans = self._marked(guarded) if _GENERATION.search(self.template) else []
+        if not spans or (untrained and len(spans) != len(numbers)):
             spans = self._finder.find(text, guarded)
         if untrained:
             spans = [span for span, number in zip(spans, numbers, strict=True) if number not in untrained]
@@ -141,32 +142,15 @@ class ChatTokenizer:
         return ids, of_answers([(begin, end) for begin, end in clean], offsets)
 
     def ends_of_turn(self) -> list[int]:
-        """The added tokens that the template writes right after an answer, the last and an earlier one. One that also
-        opens a user's turn is not taken for the end of an earlier one. Empty where the template writes none, or takes
-        no such conversation.
-        """
-        decoder = self.tokenizer.get_added_tokens_decoder()
-        added = {token.content: number for number, token in decoder.items() if token.content.strip()}
-        asked: list[Message] = [{"role": "user", "content": "a"}]
-        first: list[Message] = [*asked, {"role": ASSISTANT, "content": PLACEHOLDER}]
-        more: list[Message] = [*first, *asked, {"role": ASSISTANT, "content": "b"}]
-        try:
-            opening = self._render([{"role": "user", "content": PLACEHOLDER}]).partition(PLACEHOLDER)[0]
-            last, earlier = (self._render(messages).partition(PLACEHOLDER)[2] for messages in (first, more))
-        except DataError:
-            return []
-        found = [_pattern(added).match(text.lstrip()) for text in (last, earlier)]
-        ends = [
-            ending.group()
-            for ending in found
-            if ending and (ending is found[0] or ending.group() not in opening)
-        ]
-        return [added[text] for text in ends]
+        """The added tokens that the template writes right after an answer."""
+        added = {token.content: n for n, token in self.tokenizer.get_added_tokens_decoder().items()}
+        return [added[text] for text in ends_of_turn(self._render, [each for each in added if each.strip()])]
 
     @cached_property
     def identity(self) -> str:
         """A hash of all that sequences depend on: tokenizer, template, ends, and how they are made here."""
-        return fingerprint([self.fingerprint, self.template, self.end_ids, self._leading, SEQUENCES])
+        names = {name: str(token) for name, token in self._transformers.special_tokens_map.items()}
+        return fingerprint([self.fingerprint, self.template, names, self.end_ids, self._leading, SEQUENCES])
 
     def save(self, directory: str | Path) -> None:
         """Write what AutoTokenizer opens with equal ids: tokenizer.json, tokenizer_config.json, chat_template.jinja.
@@ -197,7 +181,7 @@ class ChatTokenizer:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        return _pattern(self._specials)
+        return pattern_of(self._specials)
 
     def _guarded(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """The messages, checked, with marks around the special tokens that their texts spell out."""
@@ -222,15 +206,13 @@ class ChatTokenizer:
         return text
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         try:
             return str(
                 self._transformers.apply_chat_template(
                     messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a model's own program and raises what it likes
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template refuses messages of {roles}: {error}.") from error
 
@@ -249,10 +231,10 @@ class ChatTokenizer:
     @cached_property
     def _finder(self) -> SpanFinder:
         ends = frozenset(str(self.tokenizer.id_to_token(number)) for number in self.end_ids)
-        added = _pattern(token.content for token in self.tokenizer.get_added_tokens_decoder().values())
+        added = pattern_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values())
         return SpanFinder(
             self._render,
-            _pattern({*self._specials, *ends}),
+            pattern_of({*self._specials, *ends}),
             ends,
             lambda text: self._special.search(text) is None and not added.sub("", text).strip(),
         )
@@ -400,9 +382,3 @@ def _assemble(
     )
     others = {*ends, *chat.ends_of_turn()} - {chat.end_of_text}
     return replace(chat, end_ids=(chat.end_of_text, *sorted(others)))
-
-
-def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of `texts`, the longest that does."""
-    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
-    return re.compile("|".join(longest_first) or "(?!)")

@@ -32,6 +32,7 @@ class Decoding:
         half_characters: bytes of one character may be in several tokens: U+FFFD at the end may yet become another.
         is_local: text that was decoded stays as it is, whatever comes.
         anchor: tokens of a word: what is decoded after them is no beginning. Empty where there is none.
+        anchor_characters: of that word.
     """
 
     tokenizer: Tokenizer = field(repr=False)
@@ -40,14 +41,14 @@ class Decoding:
     half_characters: bool
     is_local: bool
     anchor: tuple[int, ...]
+    anchor_characters: int
 
     def text(self, ids: Sequence[int], continues: bool) -> str:
         """The text of `ids` without special tokens: a text of its own, or one that continues another."""
         if not continues or not self.anchor:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-        before = str(self.tokenizer.decode(list(self.anchor), skip_special_tokens=True))
         both = str(self.tokenizer.decode([*self.anchor, *ids], skip_special_tokens=True))
-        return both[len(before) :]
+        return both[self.anchor_characters :]
 
     def is_byte(self, token: int) -> bool:
         """Whether it is one of a run of bytes."""
@@ -61,14 +62,22 @@ def decoding_of(tokenizer: Tokenizer) -> Decoding:
     kinds = {part["type"] for part in parts}
     added = tokenizer.get_added_tokens_decoder()
     specials = {number: token.content for number, token in added.items() if token.special}
-    anchor = next(iter(_anchors(tokenizer, specials)), ())
+    anchor = next(_anchors(tokenizer, specials), ())
+    word = str(tokenizer.decode(list(anchor), skip_special_tokens=True))
     return Decoding(
-        tokenizer, specials, "ByteFallback" in kinds, "ByteLevel" in kinds, _is_local(parts), anchor
+        tokenizer,
+        specials,
+        byte_runs="ByteFallback" in kinds,
+        half_characters="ByteLevel" in kinds,
+        is_local=_is_local(parts),
+        anchor=anchor,
+        anchor_characters=len(word),
     )
 
 
-def _state(decoder: Any) -> dict[str, Any] | None:
-    return None if decoder is None else dict(json.loads(decoder.__getstate__()))
+def _state(part: Any) -> dict[str, Any] | None:
+    """A part of a tokenizer as it is in tokenizer.json."""
+    return None if part is None else dict(json.loads(part.__getstate__()))
 
 
 def _parts(state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -124,13 +133,14 @@ def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     """`tokenizer`, or a copy where it writes a blank before every text (SentencePiece's dummy prefix): the copy encodes
     what continues a text. It treats special tokens that are spelled out as text, as `tokenizer` does.
     """
-    whole = json.loads(tokenizer.to_str())
-    changed = json.dumps([whole["normalizer"], whole["pre_tokenizer"]])
-    whole["normalizer"] = _plain_normalizer(whole["normalizer"])
-    whole["pre_tokenizer"] = _plain_pre_tokenizer(whole["pre_tokenizer"])
-    if json.dumps([whole["normalizer"], whole["pre_tokenizer"]]) == changed:
+    normalizer, pre_tokenizer = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
+    plain = {
+        "normalizer": _plain_normalizer(normalizer),
+        "pre_tokenizer": _plain_pre_tokenizer(pre_tokenizer),
+    }
+    if plain == {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}:
         return tokenizer
-    copy = Tokenizer.from_str(json.dumps(whole))
+    copy = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | plain))
     copy.encode_special_tokens = tokenizer.encode_special_tokens
     return copy
 

@@ -9,7 +9,7 @@ place. What can't be found so is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -128,6 +128,29 @@ class SpanFinder:
         if at < 0 or not (between == lead or self.is_added(between)):
             raise _not_found(number, "it does not follow the template's generation prompt")
         return at + len(header)
+
+
+def ends_of_turn(render: Callable[[list[Message], bool], str], tokens: Collection[str]) -> list[str]:
+    """Those of `tokens` that a template writes right after an answer, the last and an earlier one. One that also opens
+    a user's turn is not taken for the end of an earlier one. Empty where the template takes no such conversation.
+    """
+    first: list[Message] = [*_PROBE, {"role": ASSISTANT, "content": PLACEHOLDER}]
+    more: list[Message] = [*first, *_PROBE, {"role": ASSISTANT, "content": "b"}]
+    try:
+        opening = render([{"role": "user", "content": PLACEHOLDER}], False).partition(PLACEHOLDER)[0]
+        last, earlier = (render(messages, False).partition(PLACEHOLDER)[2] for messages in (first, more))
+    except DataError:
+        return []
+    found = [pattern_of(tokens).match(text.lstrip()) for text in (last, earlier)]
+    return [
+        ending.group() for ending in found if ending and (ending is found[0] or ending.group() not in opening)
+    ]
+
+
+def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest that does."""
+    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or "(?!)")
 
 
 def _same(one: str, other: str) -> int:

@@ -40,8 +40,6 @@ class TextStream:
         special = self._decoding.specials.get(token)
         if special is not None:
             return self._accept("", self._held() if self._stop else "", special)
-        if self._decoding.tokenizer.id_to_token(token) is None:
-            return ""  # no token of the tokenizer: the decoder leaves it out
         self._window.append(token)
         if not self._decoding.is_local or self._decoding.is_byte(token):
             return self._accept("", self._held()) if self._stop else ""
@@ -75,19 +73,34 @@ class TextStream:
 
     def _accept(self, new: str, held: str = "", special: str = "") -> str:
         """Take in `new` text, certain, and a `special` token; what can be sent. `held` text is only searched."""
+        if not self._stop:
+            return new
+        if not special and all(self._shown):
+            return self._accept_text(self._pending + new, held)
         text, shown = self._pending + new, self._shown + [True] * len(new)
         all_text = text + held + special
         all_shown = shown + [True] * len(held) + [False] * len(special)
         cut = self._first_stop(all_text, all_shown)
         if cut is not None:
-            self.stopped, self._pending, self._shown = True, "", []
-            return _visible(all_text, all_shown)[:cut]
-        if not self._stop:
-            return text
+            return self._end(_visible(all_text, all_shown)[:cut])
         text, shown = text + special, shown + [False] * len(special)
         ready = len(text) - self._undecided(text, shown)
         self._pending, self._shown = text[ready:], shown[ready:]
         return _visible(text[:ready], shown[:ready])
+
+    def _accept_text(self, text: str, held: str) -> str:
+        """As `_accept`, of pending and new text without a special token: the usual, and fast."""
+        whole = text + held
+        cuts = [at for stop in self._stop if (at := whole.find(stop)) >= 0]
+        if cuts:
+            return self._end(whole[: min(cuts)])
+        ready = len(text) - max(_overlap(text, stop) for stop in self._stop)
+        self._pending, self._shown = text[ready:], [True] * (len(text) - ready)
+        return text[:ready]
+
+    def _end(self, text: str) -> str:
+        self.stopped, self._pending, self._shown = True, "", []
+        return text
 
     def _first_stop(self, text: str, shown: list[bool]) -> int | None:
         """How much of the visible text stands before the first stop string; None where there is none."""

@@ -84,7 +84,7 @@ def prepare(
                 Sequences.of([s for _, found in fitting for s in found]).save(new / f"{name}.safetensors")
                 write_json(new / f"{name}_margins.json", [margin(example) for example, _ in fitting])
     check_directory(directory)
-    kept = keep_tokenizer(tokenizer, root)
+    kept = store_tokenizer(tokenizer, root)
     held_out_hash = file_sha256(directory / "held_out.safetensors")
     fingerprints = {
         "corpus": file_sha256(directory / "train.safetensors"),
@@ -149,9 +149,10 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
     return load_tokenizer(start)
 
 
-def keep_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
-    """The tokenizer's directory in the store `root`, written where it is not there. Raises DataError where it is
-    damaged.
+def store_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
+    """The directory in the store `root` that holds `tokenizer`, written where it is not there.
+
+    Raises DataError where it is damaged.
     """
     kept = root / "tokenizers" / tokenizer.identity
     if not is_stored(kept):

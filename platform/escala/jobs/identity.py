@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from escala.errors import SpecError
-from escala.jobs.model import OWN_KEY
-from escala.tracking.lineage import fingerprint
+from escala.jobs.model import OWN_KEY, RATES_TAG
 
 ASKED = (
     "workload",
@@ -23,8 +24,11 @@ ASKED = (
     "resume_from",
     "parent",
     "experiment",
+    "tags",
 )
-"""What the spec of a job is made of. Not the command as typed, nor tags: a cluster's prices may change meanwhile."""
+"""What the spec of a job is made of: not the command as typed. `tags`: without the cluster's prices, which may change
+meanwhile; with the digest of the user's own modules.
+"""
 
 
 def own_key() -> str:
@@ -39,9 +43,13 @@ def spec_hash(row: Mapping[str, Any]) -> str:
     nobody waits for it, and a repeated try asks for the same all the same.
     """
     asked = {name: row[name] for name in ASKED}
+    asked["tags"] = {key: value for key, value in row["tags"].items() if key != RATES_TAG}
     if asked["after"] in set(_built_on(asked["config"])):
         asked["after"] = None
-    return fingerprint(asked)
+    canonical = json.dumps(
+        asked, sort_keys=True, separators=(",", ":")
+    )  # as the database keeps it, NaN included
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def check_same(stored: Mapping[str, Any], row: Mapping[str, Any]) -> None:
@@ -58,7 +66,10 @@ def check_same(stored: Mapping[str, Any], row: Mapping[str, Any]) -> None:
 
 def _differences(stored: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     for name in ASKED:
-        yield from _compare(stored[name], row[name], name)
+        if name != "tags":
+            yield from _compare(stored[name], row[name], name)
+    for key in {*stored["tags"], *row["tags"]} - {RATES_TAG}:
+        yield from _compare(stored["tags"].get(key), row["tags"].get(key), f"tags.{key}")
 
 
 def _compare(there: Any, here: Any, where: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
 
 

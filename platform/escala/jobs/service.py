@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from escala import manifests, spec, user_code
 from escala.errors import ClusterError, EscalaError, NotFoundError, SpecError, StateError
 from escala.hardware import load_cluster
+from escala.jobs.model import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.redaction import hide_arguments
@@ -32,7 +33,6 @@ log = logging.getLogger("escala.jobs")
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
-RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
 SWEEP = "sweep"  # the workload of a sweep's job
 

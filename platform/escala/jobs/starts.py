@@ -9,6 +9,7 @@ from escala.documents import Section
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.service import open_store
 from escala.jobs.state import FINAL
+from escala.manifests import check_readable
 from escala.records import JobFiles
 from escala.settings import Settings
 
@@ -19,7 +20,8 @@ def resolve_jobs(written: Written, options: Written) -> tuple[Written, Written]:
     """The spec with every `job` that it builds on resolved, and the job's options.
 
     A job that has not ended is waited for (`--after` it). Raises NotFoundError for a job that is not there, SpecError
-    for one that trains no model, and where two must be waited for.
+    for one that trains no model, and where two must be waited for, CheckpointError for one whose checkpoints are all
+    refused.
     """
     places = written.places if isinstance(written, Section) else {}
     written, options = _with_start(written, options)
@@ -97,5 +99,7 @@ def _checkpoints(name: str, options: Written) -> tuple[dict[str, str], Any, Writ
                 f"submit it once {found.id} has ended",
             )
         options = {**options, "after": found.id}
-    place = {"job": found.id, "path": str(JobFiles(Settings().home, found.id).checkpoints)}
+    checkpoints = JobFiles(Settings().home, found.id).checkpoints
+    check_readable(checkpoints)
+    place = {"job": found.id, "path": str(checkpoints)}
     return place, found.config["model"], options

@@ -22,6 +22,7 @@ from typing import Any
 from escala import preflight, spec, user_code
 from escala.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
+from escala.manifests import check_readable
 from escala.runtime_env import runtime_env
 from escala.settings import RolloutsSettings, Settings
 
@@ -94,9 +95,9 @@ def up(
         code: the directory of the user's modules (see `preflight.ready`).
         resolve: arguments that name jobs -> arguments with their checkpoints.
 
-    Raises SpecError for what does not validate, and for an address beyond loopback without a token; StateError where
-    Serve runs without HTTP; ClusterError where the cluster or the service does not come up in time, with Serve's own
-    message.
+    Raises SpecError for what does not validate, and for an address beyond loopback without a token; CheckpointError for
+    a job's checkpoints that are all refused; StateError where Serve runs without HTTP; ClusterError where the cluster
+    or the service does not come up in time, with Serve's own message.
     """
     settings, rollouts = Settings(), RolloutsSettings()
     document = read(files, overrides)
@@ -105,6 +106,8 @@ def up(
     written = document["applications"][0]
     written = {**written, "args": resolve(written["args"])}
     application = prepare(written, name, settings, rollouts, code)
+    if (model := Path(str(application["args"]["model"]))).is_dir():
+        check_readable(model)
     if settings.ray_address is None:
         from escala import cluster
 

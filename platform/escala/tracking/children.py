@@ -9,8 +9,18 @@ from typing import Any
 
 from escala import lines
 from escala.files import no_room
-from escala.records import STOP_REASONS, TRIALS, AttemptFiles, AttemptSpec, Outcome, TrialFiles, read_record
+from escala.records import (
+    STOP_REASONS,
+    TRIALS,
+    AttemptFiles,
+    AttemptSpec,
+    Outcome,
+    RunRecord,
+    TrialFiles,
+    read_record,
+)
 from escala.tracking.delivery import Delivery
+from escala.tracking.notes import NOTE_TAG, run_note
 from escala.tracking.spool import close_spool
 
 log = logging.getLogger("escala.delivery")
@@ -92,7 +102,8 @@ class FamilyDelivery:
             return
         try:
             spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-            close_spool(files.spool, _status(outcome, without), None if spec is None else _start(spec))
+            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome))
+            close_spool(files.spool, _status(outcome, without), start, tags)
             self._closed.add(files.directory)
         except OSError as error:
             if not no_room(error):  # else the delivery says so
@@ -117,6 +128,24 @@ def _status(outcome: Outcome | None, without: str) -> str:
     if outcome.kind in STOP_REASONS:
         return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
     return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
+
+
+def _note(spec: AttemptSpec, outcome: Outcome | None) -> dict[str, str]:
+    """The note of an attempt that could not write its own."""
+    kind, message = (
+        (outcome.kind, outcome.message) if outcome is not None else ("driver_lost", "its driver was killed")
+    )
+    record = RunRecord(
+        None,
+        spec.job_id,
+        spec.attempt,
+        spec.name,
+        spec.workload,
+        kind,
+        started_at=0.0,
+        reason=message or None,
+    )
+    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint if outcome is not None else "")}
 
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:

@@ -115,12 +115,10 @@ def _about(spec: AttemptSpec) -> list[tuple[str, str]]:
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    moe, attention = model.get("moe"), model.get("attention")
+    moe = model.get("moe")
     parts = [f"{model['n_layers']} layers of width {model.get('d_model')}, {model.get('n_heads')} heads"]
     if isinstance(moe, dict):
-        parts.append(f"{moe.get('experts')} experts")
-    if isinstance(attention, dict) and attention.get("kind"):
-        parts.append(f"{attention['kind']} attention")
+        parts.append(f"{moe.get('experts')} experts of which {moe.get('chosen')} are chosen")
     return ", ".join([*parts, f"vocabulary {model.get('vocab_size')}"])
 
 

@@ -155,13 +155,19 @@ class SpoolTracker:
         raise TypeError("a SpoolTracker belongs to its process; open another one on the same directory")
 
 
-def close_spool(directory: str | Path, status: str, start: Mapping[str, Any] | None = None) -> None:
+def close_spool(
+    directory: str | Path,
+    status: str,
+    start: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
     """Finish the run of a writer that was killed before it could. No effect where it did, or where nothing was
     written. Raises OSError, on a full disk for one: then it is to be tried again.
 
     Args:
         status: FINISHED, FAILED or KILLED (MLflow's words).
         start: the arguments of `SpoolTracker.start`, for a spool whose first event is lost.
+        tags: what the run is given then.
     """
     kinds = {event["event"] for event in read_events(Path(directory))}
     tracker = SpoolTracker(directory, holds=False)
@@ -170,6 +176,8 @@ def close_spool(directory: str | Path, status: str, start: Mapping[str, Any] | N
             return
         tracker.start(**start)
     if "finish" not in kinds:
+        if tags:
+            tracker.tags("", tags)
         tracker.finish("", status)
 
 

@@ -26,6 +26,7 @@ CHINCHILLA_RATIO = 20.0  # tokens per parameter (Hoffmann et al. 2022, table 3)
 MISS = 0.15  # |log(n/N)| of the nearest shape, at most
 MIN_LAYERS = 2
 MIN_STEPS = 100  # below that, a batch is too large for its tokens, whatever the rule says
+MOST = {"compute_flops": 1e32, "n_total": 1e14, "n_active": 1e14, "tokens": 1e16, "tokens_per_parameter": 1e9}
 TABLE = Path(__file__).with_name("learning_rate.csv")
 
 
@@ -75,6 +76,8 @@ def _check(given: Mapping[str, float], base: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if not (math.isfinite(value) and value > 0):
             raise SpecError(f"{name} is {value:g}", "give a positive number")
+        if value > MOST[name]:
+            raise SpecError(f"{name} is {value:g}, and no machine has more than {MOST[name]:g}", "give less")
     if len(given) > 2 or {"n_total", "n_active"} <= set(given):
         raise SpecError(f"{', '.join(given)} together say N and D more than once", "give two of them")
     if set(given) == {"tokens_per_parameter"}:

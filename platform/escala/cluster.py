@@ -33,6 +33,7 @@ from escala.managed import (
     watchdog_command,
 )
 from escala.processes import Command, Processes
+from escala.redaction import hide
 from escala.settings import Settings
 from escala.tracking.pages import find_runs_page
 
@@ -156,7 +157,7 @@ def status(settings: Settings) -> ClusterStatus:
     found = []
     for name in NAMES:
         if address := external.get(name):
-            found.append(ProcessStatus(name, "external", None, address, None))
+            found.append(ProcessStatus(name, "external", None, hide(address), None))
             continue
         try:
             record, state = processes.record(name), _state(processes, commands[name])

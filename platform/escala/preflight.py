@@ -86,8 +86,11 @@ def check(
         waits: the job starts after another one, which may write its files.
     """
     request = json.dumps({"workload": workload, "config": config, "waits": waits})
-    paths = os.pathsep.join([*source_paths(), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": paths} | ({user_code.VARIABLE: str(code)} if code else {})
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", user_code.VARIABLE)}
+    if paths := source_paths():  # as a job's processes have it: not what this shell's PYTHONPATH adds
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    if code is not None:
+        environment[user_code.VARIABLE] = str(code)
     with tempfile.TemporaryDirectory(prefix="escala-check-") as directory:
         result, said = Path(directory, "problems.json"), Path(directory, "output")
         with said.open("wb") as output:
@@ -104,8 +107,12 @@ def check(
                 if child.poll() is None or functions(config):  # what a user's module has started goes, too
                     _end(child)
         if not result.is_file():
-            code_ = child.returncode
-            how = f"by signal {signal.Signals(-code_).name}" if code_ < 0 else f"with exit code {code_}"
+            exit_code = child.returncode
+            how = (
+                f"by signal {signal.Signals(-exit_code).name}"
+                if exit_code < 0
+                else f"with exit code {exit_code}"
+            )
             raise _unsaid(config, f"ended {how}", said)
         problems = json.loads(result.read_text())
     if problems:

@@ -38,11 +38,15 @@ class Settings(BaseSettings):
     ray_port: int = Field(default=6399, ge=1024, le=65535)
     ray_dashboard_port: int = Field(default=8299, ge=1024, le=65535)
     mlflow_port: int = Field(default=5099, ge=1024, le=65535)
-    max_running_jobs: int = Field(default=2, ge=1)  # jobs that run at once; the rest wait in the queue
-    num_cpus: int = Field(default_factory=lambda: max(os.cpu_count() or 1, 4), ge=1)
+    max_running_jobs: int = Field(
+        default=2, ge=1, le=100_000
+    )  # jobs that run at once; the rest wait in the queue
+    num_cpus: int = Field(default_factory=lambda: max(os.cpu_count() or 1, 4), ge=1, le=100_000)
     """Logical CPUs of the embedded head. More than the machine has: a waiting driver holds one and uses none.
     """
-    start_seconds: float = Field(default=300.0, gt=0)  # how long a managed process may take until it answers
+    start_seconds: float = Field(
+        default=300.0, gt=0, le=1e6, allow_inf_nan=False
+    )  # how long a managed process may take until it answers
     cluster: str = Field(default="local", min_length=1)  # its prices and energy, for records and plans
     experiment: str = Field(default="escala", min_length=1, max_length=500)
 

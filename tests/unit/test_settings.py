@@ -94,3 +94,15 @@ def test_import_is_light() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ESCALA_START_SECONDS", "inf"), ("ESCALA_START_SECONDS", "nan"), ("ESCALA_NUM_CPUS", "1000000000")],
+)
+def test_a_number_that_no_machine_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SpecError, match=name):
+        Settings()

@@ -391,3 +391,25 @@ def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypat
     assert len(found.law.points) == 9
     assert "reason" not in found.law.points
     assert found.understood["sources"] == ["sweep one", "sweep two"]
+
+
+@pytest.mark.parametrize(
+    ("written", "axes", "says"),
+    [
+        ({}, {"compute_flops": 1e60}, "no machine has more than 1e\\+32"),
+        ({}, {"n_total": 1e30}, "no machine has more than 1e\\+14"),
+        ({}, {"n_total": 1e5, "context_tokens": 1e12}, "is no model"),
+        ({"model": 5}, {"compute_flops": 1e15}, "model is no section"),
+        ({"model": {"vocab_size": "yes"}}, {"compute_flops": 1e15}, "is no model"),
+        ({"training": {"context_tokens": "yes"}}, {"compute_flops": 1e15}, "context_tokens"),
+    ],
+)
+def test_a_recipe_refuses_what_makes_no_model(written: dict, axes: dict, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        design.by_recipe(written, axes)
+
+
+def test_a_space_of_too_many_trials_is_refused_before_they_are_made(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("vary: {n_total: {low: 1e5, high: 1e7, count: 1e5}, tokens: [1e6]}")
+    with pytest.raises(SpecError, match="100,000 trials"):
+        load_space(str(tmp_path / "s.yaml"))

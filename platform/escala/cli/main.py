@@ -44,7 +44,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
-    hide_in_tracebacks()
     warnings = logging.getLogger("escala")
     warnings.addHandler(_Warnings(logging.WARNING))
     warnings.propagate = False

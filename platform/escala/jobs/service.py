@@ -22,7 +22,7 @@ from escala.hardware import load_cluster
 from escala.jobs.model import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
-from escala.redaction import hide_arguments
+from escala.redaction import hide, hide_arguments
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _doing(job: Job, files: AttemptFiles) -> str:
         stream.seek(max(0, files.log.stat().st_size - 2000))
         lines = _COLOURS.sub("", stream.read().decode(errors="replace")).splitlines()
     said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return said[:100] or "starts"
+    return hide(said)[:100] or "starts"
 
 
 def _at_work(store: JobStore, job_id: str, number: int) -> bool:

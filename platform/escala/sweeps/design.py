@@ -10,12 +10,14 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from escala import spec
 from escala.attempt import flatten
 from escala.errors import SpecError
 from escala.sweeps.space import Range, Space, Value
 from tune_spaces import recipes
+from workloads.config import TrainingConfig
 
 SEED = "training.seed"
 CLAIMS = {  # what an axis decides, and what the base may therefore not
@@ -152,6 +154,11 @@ def by_recipe(written: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, 
     """The sections of a configuration that follow from `axes` (names of recipes.AXES) by recipe, to go below what
     was `written`. Raises SpecError, also where both decide one thing.
     """
+    if not axes:
+        return {}
+    for section in ("model", "training"):  # the recipe reads them before the whole is checked
+        if not isinstance(written.get(section, {}), Mapping):
+            raise SpecError(f"{section} is no section", f"write `{section}:` with keys below it")
     given = flatten(written)
     for axis in axes:
         both = [key for key in CLAIMS.get(axis, ()) if key in given]
@@ -159,7 +166,15 @@ def by_recipe(written: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, 
             raise SpecError(
                 f"{axis} and {both[0]} are both given, and decide the same", f"take out {both[0]}"
             )
-    return recipes.sections(written, **{key: float(v) for key, v in axes.items()}) if axes else {}
+    spec.validate(TrainingConfig, dict(written.get("training", {})), "training")
+    try:
+        found: dict[str, Any] = recipes.sections(written, **{key: float(v) for key, v in axes.items()})
+    except ValidationError as error:
+        asked = ", ".join(f"{key} {float(value):g}" for key, value in axes.items())
+        why = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        hint = "correct the model section, or ask for less"
+        raise SpecError(f"{asked} with this spec is no model: {why}", hint) from None
+    return found
 
 
 def middle(space: Space) -> Trial:

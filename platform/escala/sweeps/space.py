@@ -37,6 +37,8 @@ def _level(value: Any) -> Value:
 Level = Annotated[Value, PlainValidator(_level)]
 SPLITS = ("n_total", "n_active", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
 
+MOST_TRIALS = 10_000
+
 
 class Range(Strict):
     """Values from `low` to `high`. A grid needs `count` levels."""
@@ -124,6 +126,7 @@ class Space(Strict):
                 f"{what} is for aim: search; a law's points are chosen beforehand and run to their end"
             )
         self._check_sizes()
+        self._check_count()
         self._check_design()
         self._check_workload()
         return self
@@ -135,6 +138,14 @@ class Space(Strict):
         for key, level in levels:
             if key in AXES and (isinstance(level, bool | str) or level <= 0):
                 raise ValueError(f"{key} is a number above 0, not {level!r}")
+
+    def _check_count(self) -> None:
+        """A slip of the finger is told before any point is made."""
+        axes = [len(axis) if isinstance(axis, list) else axis.count or 1 for axis in self.vary.values()]
+        points = math.prod(axes) if self.points is None else self.points
+        trials = points * len(self.cells) * len(self.seeds)
+        if trials > MOST_TRIALS:
+            raise ValueError(f"{trials:,} trials are more than the {MOST_TRIALS:,} of a sweep: vary less")
 
     def _check_design(self) -> None:
         drawn = self.design in ("sobol", "random", "optuna")

@@ -181,7 +181,8 @@ def _refuse_an_orphaned_home(home: Path | None, shown: str) -> None:
                 raise ClusterError(
                     f"the job database {shown} has no job, but {home / 'jobs'} has directories of jobs "
                     f"({directory.name}, ...): the database was lost or replaced",
-                    f"restore it from a backup, its -wal file too; or start a new queue: mv {home / 'jobs'} {home / 'jobs.old'}",
+                    "restore it from a backup, its -wal file too; or start a new queue: "
+                    f"mv {home / 'jobs'} {home / 'jobs.old'}",
                 )
 
 

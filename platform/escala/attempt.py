@@ -72,9 +72,11 @@ def check_fence(files: AttemptFiles, attempt: int) -> None:
 
 
 def request_stop(files: AttemptFiles, reason: str) -> None:
-    """Ask the running attempt to stop at its next step, unless somebody asked before."""
+    """Ask the running attempt to stop at its next step, unless somebody asked before; waits for room on a full
+    disk.
+    """
     if not files.control.exists():
-        write_json(files.control, Control(reason))
+        insist(lambda: write_json(files.control, Control(reason)), "the request to stop")
 
 
 def stop_on_sigterm(files: AttemptFiles) -> None:
@@ -82,11 +84,8 @@ def stop_on_sigterm(files: AttemptFiles) -> None:
     handler.
     """
 
-    def ask() -> None:
-        insist(lambda: request_stop(files, "preempted"), "the request to stop")
-
     def handler(_signal: int, _frame: FrameType | None) -> None:
-        threading.Thread(target=ask, name="stop", daemon=True).start()  # a full disk may keep it waiting
+        threading.Thread(target=request_stop, args=(files, "preempted"), daemon=True).start()  # it may wait
         print("SIGTERM: stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGTERM, handler)

@@ -550,6 +550,7 @@ class TestDamagedFile:
         self.refused(file, "was lost or replaced")
         file.unlink()
         self.refused(file, "was lost or replaced")
+        assert not file.exists()  # nothing is in a backup's way
         (tmp_path / "jobs").rename(tmp_path / "jobs.old")
         assert JobStore(f"sqlite:///{file}").list() == []
 

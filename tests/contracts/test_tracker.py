@@ -500,6 +500,15 @@ def test_runs_are_read_back(uri: str, experiment: str, tmp_path: Path) -> None:
         run_url(uri, run_id)
 
 
+@pytest.mark.parametrize("written", ["{", "[]", "7", '{"attempt": 1}'])
+def test_a_run_with_a_damaged_record_hides_no_other(uri: str, experiment: str, written: str) -> None:
+    tracker, experiment = open_tracker(uri), f"{experiment}-{len(written)}"
+    for number, attempt in enumerate(("1", "x")):
+        tags = {"escala.attempt": attempt, "escala.name": f"n{number}", "escala.record": written}
+        tracker.start(f"{experiment}-{number}", experiment, "name", tags, {})
+    assert sorted((r.name, r.attempt) for r in list_runs(uri, experiment)) == [("n0", 1), ("n1", 0)]
+
+
 def test_an_unknown_kind_of_address() -> None:
     with pytest.raises(SpecError, match="ftp"):
         open_tracker("ftp://somewhere")

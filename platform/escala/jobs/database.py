@@ -49,6 +49,11 @@ def open_engine(url: str, home: Path | None = None) -> Engine:
     """
     address = _parse(url)
     sqlite_file = Path(address.database or "") if address.get_backend_name() == "sqlite" else None
+    home = home or (sqlite_file.parent if sqlite_file else None)
+    if sqlite_file is not None and _is_empty(
+        sqlite_file
+    ):  # before one is made, which a backup would have to replace
+        _refuse_an_orphaned_home(home, str(sqlite_file))
     engine = _postgresql(address) if sqlite_file is None else _sqlite(address, sqlite_file)
     try:
         with _explained(engine):
@@ -56,7 +61,7 @@ def open_engine(url: str, home: Path | None = None) -> Engine:
             with reading(engine) as connection:
                 empty = connection.execute(text("SELECT 1 FROM job LIMIT 1")).first() is None
         if empty:
-            _refuse_an_orphaned_home(home or (sqlite_file.parent if sqlite_file else None), _shown(engine))
+            _refuse_an_orphaned_home(home, _shown(engine))
     except BaseException:
         engine.dispose()
         raise
@@ -157,6 +162,15 @@ def _file(engine: Engine) -> Path | None:
     return Path(engine.url.database or "") if engine.dialect.name == "sqlite" else None
 
 
+def _is_empty(file: Path) -> bool:
+    try:
+        return file.stat().st_size == 0
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
 def _refuse_an_orphaned_home(home: Path | None, shown: str) -> None:
     """A queue without jobs beside directories of jobs is not a new one: its database is lost."""
     if home is None:
@@ -167,7 +181,8 @@ def _refuse_an_orphaned_home(home: Path | None, shown: str) -> None:
                 raise ClusterError(
                     f"the job database {shown} has no job, but {home / 'jobs'} has directories of jobs "
                     f"({directory.name}, ...): the database was lost or replaced",
-                    f"restore it from a backup; or start a new queue: mv {home / 'jobs'} {home / 'jobs.old'}",
+                    "restore it from a backup, its -wal file too; or start a new queue: "
+                    f"mv {home / 'jobs'} {home / 'jobs.old'}",
                 )
 
 

@@ -303,7 +303,7 @@ def _files(job_id: str, attempt: int) -> AttemptFiles:
 
 def _run_id(job_id: str, attempt: int) -> str | None:
     path = _files(job_id, attempt).spool / "run_id"
-    return path.read_text().strip() if path.exists() else None
+    return (path.read_text(errors="replace").strip() or None) if path.exists() else None
 
 
 class open_store:

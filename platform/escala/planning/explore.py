@@ -6,7 +6,6 @@ next version of the law is fitted. What was expected and what was obtained stay 
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from escala.jobs.service import Report, silent
 from escala.laws import service as laws
 from escala.planning.propose import Proposal
 from escala.planning.service import base_of, propose_runs
-from escala.records import write_json
+from escala.records import read_json, write_json
 from escala.settings import Settings
 from escala.sweeps import service as sweeps
 
@@ -109,8 +108,13 @@ def _open(asked: Exploration) -> Exploration:
     path = _path(asked.name)
     if not path.exists():
         return _save(asked)
-    data = json.loads(path.read_text())
-    rounds = [Round(**each) for each in data.pop("rounds")]
+    try:
+        data = read_json(path)
+        rounds = [Round(**each) for each in data.pop("rounds")]
+    except (ValueError, TypeError, LookupError) as error:
+        raise StateError(
+            f"{path} is damaged ({error})", "restore it, or move it away: the exploration then starts again"
+        ) from error
     if data["target_flops"] != asked.target_flops:
         raise StateError(
             f"{asked.name} is explored for a target of {data['target_flops']:g} FLOPs",

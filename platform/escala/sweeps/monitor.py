@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from escala.attempt import request_stop
+from escala.files import insist, no_room
 from escala.records import (
     AttemptFiles,
     AttemptSpec,
@@ -88,11 +90,9 @@ class Monitor:
         for files in self._running():
             progress = read_record(Progress, files.progress)
             step = f" at step {progress.step} of {progress.total_steps}" if progress else ""
-            write_json(
-                files.outcome,
-                Outcome("cut_off", f"ended by the sweep's scheduler, or its process died{step}"),
-            )
-            close_spool(files.spool, "KILLED")
+            outcome = Outcome("cut_off", f"ended by the sweep's scheduler, or its process died{step}")
+            insist(partial(write_json, files.outcome, outcome), "a trial's outcome")
+            insist(partial(close_spool, files.spool, "KILLED"), "a trial's spool")
         self._report()
 
     def spent(self) -> Spent:
@@ -134,7 +134,11 @@ class Monitor:
             updated_at=time.time(),
             remaining_seconds=self._remaining(spent, wall),
         )
-        write_json(self._files.progress, progress)
+        try:
+            write_json(self._files.progress, progress)
+        except OSError as error:
+            if not no_room(error):  # a full disk keeps the last one
+                raise
         return spent
 
     def _remaining(self, spent: Spent, wall: float) -> float | None:

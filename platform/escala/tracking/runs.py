@@ -5,6 +5,7 @@ start tags.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -17,6 +18,7 @@ from escala.tracking.children import PARENT_TAG
 from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
 from escala.tracking.pages import run_page
 
+log = logging.getLogger("escala.tracking")
 RECORD_TAG = "escala.record"
 PAGE = 500
 FILTERS = {"job_id": "escala.job_id", "workload": "escala.workload", "name": "escala.name"}
@@ -142,9 +144,13 @@ def _record(run: Any) -> RunRecord:
     tags: Mapping[str, str] = run.data.tags
     written = joined_tag(tags, RECORD_TAG)
     if written is not None:
-        known = {k: v for k, v in json.loads(written).items() if k in _KNOWN}
-        parent = tags.get(PARENT_TAG, known.get("parent_run_id"))
-        return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
+        try:
+            known = {k: v for k, v in json.loads(written).items() if k in _KNOWN}
+            parent = tags.get(PARENT_TAG, known.get("parent_run_id"))
+            return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
+        except (ValueError, TypeError, AttributeError) as error:  # a person may write tags: one run's trouble
+            log.warning("run %s has a damaged record, and is shown without it: %s", run.info.run_id, error)
+    attempt = tags.get("escala.attempt", "")
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {
         key: tags[f"escala.{key}"]
@@ -154,7 +160,7 @@ def _record(run: Any) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id,
         job_id=tags.get("escala.job_id", ""),
-        attempt=int(tags.get("escala.attempt", 0)),
+        attempt=int(attempt) if attempt.isdecimal() else 0,
         name=tags.get("escala.name", run.info.run_name or ""),
         workload=tags.get("escala.workload", ""),
         status=run.info.status.lower(),  # or "failed", "killed" where its writer was killed

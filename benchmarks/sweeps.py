@@ -103,12 +103,10 @@ def reseeded(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def run_sweep(home: Path, name: str, **keys: Any) -> str:
     """One sweep to its end, by the command line; its job's id."""
-    import yaml
-
-    from escala import api
+    from escala import api, documents
 
     path = home / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**SPACE, "vary": {"training.optimizer.learning_rate": [3e-3]}, **keys}))
+    path.write_text(documents.dump({**SPACE, "vary": {"training.optimizer.learning_rate": [3e-3]}, **keys}))
     command = [sys.executable, "-m", "escala.cli.main", "sweep", str(path), "--json"]
     job = str(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["id"])
     for watched in api.watch(job):

@@ -17,6 +17,7 @@ from workloads.alignment.calibration import accuracy
 from workloads.alignment.losses import dpo_loss
 from workloads.config import DpoConfig
 from workloads.data.batches import Batch
+from workloads.data.chat import ChatTokenizer
 from workloads.model.lora import without_lora
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
@@ -29,7 +30,7 @@ from workloads.training.task import Evaluation, on_device
 
 def prepare(spec: AttemptSpec, config: DpoConfig) -> Prepared:
     """Pairs, tokenised. Raises DataError."""
-    return finetune.prepare_pairs(spec, config, finetune.answered)
+    return finetune.prepare_pairs(spec, config, ChatTokenizer.sequence)
 
 
 def make_task(inputs: WorkerInputs) -> DirectPreference:

@@ -18,6 +18,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from escala.errors import EscalaError
+from escala.redaction import hide
 
 LOST = (
     ray.exceptions.RayActorError,
@@ -131,7 +132,7 @@ def classify(error: BaseException, nodes: NodeWatch | None) -> Failure:
         return Failure("node_lost", f"a node of the cluster died during training: {_first_lines(chain[-1])}")
     if lost is not None:
         return Failure("worker_lost", f"a worker died during training: {_first_lines(lost)}")
-    text = "".join(traceback.format_exception_only(chain[-1])).strip()
+    text = hide("".join(traceback.format_exception_only(chain[-1])).strip())
     return Failure("internal", text, "the log has the traceback; please report it")
 
 
@@ -159,7 +160,7 @@ def _says(error: BaseException, words: tuple[str, ...]) -> bool:
 
 
 def _first_lines(error: BaseException, limit: int = 500) -> str:
-    return " ".join(str(error).split())[:limit]
+    return hide(" ".join(str(error).split()))[:limit]
 
 
 def _alive_nodes() -> set[str]:

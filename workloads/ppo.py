@@ -72,11 +72,11 @@ def prepare(spec: AttemptSpec, config: PpoConfig) -> Prepared:
     _check_critic(config, tokenizer.fingerprint)
     most = config.context_tokens - config.sampling.max_response_tokens
     prompts = read_prompts(file, tokenizer, most)
-    directory = root / "prompts" / fingerprint([file_sha256(file), most, tokenizer.fingerprint])
+    directory = root / "prompts" / fingerprint([file_sha256(file), most, tokenizer.identity])
     if not is_stored(directory):
         with new_directory(directory) as new:
             save_prompts(prompts, new)
-    kept = finetune.keep_chat_tokenizer(tokenizer, root)
+    kept = finetune.store_tokenizer(tokenizer, root)
     rewards = [section.model_dump(mode="json") for section in config.rewards]
     fingerprints = {
         "corpus": fingerprint([prompt.tokens for prompt in prompts]),

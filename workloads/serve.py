@@ -22,7 +22,9 @@ from escala.errors import SpecError
 from escala.rollouts.store import Store
 from workloads.config.serve import POLICY, ServeConfig
 from workloads.serving.api import Api
+from workloads.serving.places import Places
 from workloads.serving.policy import STORE, Policy
+from workloads.serving.replica import PLACES
 from workloads.serving.scores import JudgeReplica, RewardReplica
 from workloads.training.driver import HUGE_PAGES
 
@@ -78,13 +80,12 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
         Policy,
         name=POLICY,
         autoscaling_config=autoscaling,
-        deployment_actors=[store],
+        deployment_actors=[store, *_places(config)],
         max_ongoing_requests=max(
             2 * config.engine.max_running, math.ceil(autoscaling.target_ongoing_requests)
         ),
         ray_actor_options={
-            "num_cpus": config.replica_cpus,
-            "num_gpus": config.replica_gpus,
+            **_resources(config),
             "runtime_env": {"env_vars": {"GLIBC_TUNABLES": HUGE_PAGES, "OMP_NUM_THREADS": "1"}},
         },
         graceful_shutdown_timeout_s=config.shutdown_seconds,
@@ -93,13 +94,36 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
+def _resources(config: ServeConfig) -> dict[str, float]:
+    """What a replica reserves itself."""
+    return {
+        "num_cpus": 0 if config.holds_places else config.replica_cpus,
+        "num_gpus": config.replica_gpus,
+    }
+
+
+def _places(config: ServeConfig) -> list[DeploymentActorConfig]:
+    """What holds the replicas' places, where they do not themselves."""
+    if not config.holds_places:
+        return []
+    return [
+        DeploymentActorConfig(
+            name=PLACES,
+            actor_class=ray.remote(Places),
+            init_kwargs={"cpus": config.replica_cpus},
+            actor_options={**ON_HEAD, "max_concurrency": 1000},
+        )
+    ]
+
+
 def _scorer(kind: type, name: str, config: ServeConfig) -> serve.Deployment:
     return serve.deployment(
         kind,
         name=name,
         num_replicas=1,
         max_ongoing_requests=64,
-        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
+        deployment_actors=_places(config),
+        ray_actor_options=_resources(config),
         graceful_shutdown_timeout_s=config.shutdown_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=HEALTH_SECONDS,

@@ -36,8 +36,8 @@ def prepare(spec: AttemptSpec, config: SftConfig) -> Prepared:
 
     def tokenise(tokenizer: ChatTokenizer, one: Dialogue) -> list[finetune.Tokenised]:
         if isinstance(one, Chat):
-            return [tokenizer.conversation(one.messages)]
-        return [finetune.answered(tokenizer, one.prompt, one.completion)]
+            return [tokenizer.conversation(one.messages, one.untrained)]
+        return [tokenizer.sequence(one.prompt, one.completion)]
 
     return finetune.prepare(spec, config, read_dialogues, tokenise)
 

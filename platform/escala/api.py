@@ -16,14 +16,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import manifests, spec
+from escala import manifests, preflight, spec
 from escala.errors import CheckpointError, NotFoundError, SpecError
 from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.service import (
+    MOST_ROWS,
     SWEEP,
     JobDetails,
     Report,
     Watched,
+    check_limit,
     job,
     jobs,
     logs,
@@ -35,12 +37,12 @@ from escala.jobs.service import (
     stop,
     watch,
 )
-from escala.jobs.starts import resolve_jobs
+from escala.jobs.starts import resolve_jobs, resolve_rollouts
 from escala.jobs.state import FINAL
 from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
-from escala.sweeps.service import fit_sweeps, plan_sweep, space_base, sweep, sweep_points
+from escala.sweeps.service import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
@@ -51,12 +53,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FINAL",
+    "MOST_ROWS",
     "Garbage",
     "JobDetails",
     "NotFoundError",
     "RunRecord",
     "SpecError",
     "Watched",
+    "check_limit",
     "collect_garbage",
     "compare",
     "cost",
@@ -69,6 +73,7 @@ __all__ = [
     "jobs",
     "logs",
     "plan_sweep",
+    "preview_sweeps",
     "resolve",
     "resume",
     "retry",
@@ -99,6 +104,7 @@ LATER = {
         "law",
         "laws",
         "plot_law",
+        "preview_file",
         "predict_law",
         "promote_law",
     ),
@@ -155,11 +161,12 @@ def rollouts_up(
     overrides: Iterable[str] = (),
     name: str = "escala",
     report: Report = silent,
+    code: str | Path | None = None,
 ) -> RolloutsStatus:
     """Start the rollout service and wait for it. Args and errors as `escala.rollouts.service.up`."""
     from escala.rollouts import service
 
-    return service.up(files, overrides, name, report)
+    return service.up(files, overrides, name, report, code=code, resolve=resolve_rollouts)
 
 
 def rollouts_status(name: str = "escala") -> RolloutsStatus:
@@ -198,9 +205,12 @@ def resolve(
     options: Mapping[str, Any] | None = None,
     compute_flops: float | None = None,
     law: str | None = None,
+    code: str | Path | None = None,
 ) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Args and errors as `submit`."""
-    return spec.resolve(_load(workload, files, overrides, options, compute_flops, law))
+    loaded = _load(workload, files, overrides, options, compute_flops, law)
+    _ready(loaded, code, keep=False)
+    return spec.resolve(loaded)
 
 
 def cost(answer: spec.Resolved, cluster: str | Path | None = None) -> tuple[Cost, Cluster]:
@@ -224,6 +234,7 @@ def submit(
     compute_flops: float | None = None,
     law: str | None = None,
     base: Mapping[str, Any] | None = None,
+    code: str | Path | None = None,
 ) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
@@ -233,10 +244,20 @@ def submit(
             overrides do not fix them.
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
+        code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
+            are copied into the home.
 
-    Raises SpecError, LawError or NotFoundError before anything starts, ClusterError after that.
+    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
-    return start(_load(workload, files, overrides, options, compute_flops, law, base), report)
+    loaded = _load(workload, files, overrides, options, compute_flops, law, base)
+    return start(loaded, report, code=_ready(loaded, code))
+
+
+def _ready(job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
+    """What can be known before it is queued, checked; the digest of the user's modules."""
+    waits = job.options.after is not None
+    return preflight.ready(job.workload, job.plain(), Settings().home, code, waits, keep)
 
 
 def _load(

@@ -18,9 +18,16 @@ from typing import Any
 
 from escala.errors import SpecError, Superseded
 from escala.files import forgive_full_log, insist
-from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, load_record, read_record, write_json
-
-STOP_REASONS = ("user", "budget", "preempted")
+from escala.records import (
+    STOP_REASONS,
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    Outcome,
+    load_record,
+    read_record,
+    write_json,
+)
 
 
 def read_attempt(arguments: list[str]) -> AttemptSpec:

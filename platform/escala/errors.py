@@ -6,6 +6,8 @@ exits with the code. `kind` is the failure class that the retry rule reads (see 
 
 from __future__ import annotations
 
+from escala.redaction import hide
+
 
 class EscalaError(Exception):
     """Base of every error that escala raises on purpose.
@@ -19,6 +21,7 @@ class EscalaError(Exception):
     kind = "user_error"
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = hide(message), hide(hint)
         super().__init__(message, hint)  # both arguments, so that pickling through Ray keeps them
         self.message = message
         self.hint = hint

@@ -13,21 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from escala import spec
+from escala import documents, spec
 from escala.errors import NotFoundError, SpecError
 from escala.records import Rates
+from workloads.config.base import Strict
 
 Precision = Literal["fp32", "bf16"]
 NOT_MEASURED = "not measured here"
 DEVICES = "devices.yaml"
-
-
-class Strict(BaseModel):
-    """Unknown keys fail; values are frozen once checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Sourced(Strict):
@@ -158,7 +153,7 @@ def load_cluster(name: str | Path) -> Cluster:
                 f"there is no cluster {str(name)!r}",
                 f"one of {', '.join(names())}; or the path of a YAML file",
             )
-    data = spec.read_yaml(path)
+    data = documents.read_yaml(path)
     if isinstance(data.get("device"), str):
         data["device"] = _device(data["device"], path.parent)
     cluster: Cluster = spec.validate(Cluster, data, path.name)
@@ -166,9 +161,9 @@ def load_cluster(name: str | Path) -> Cluster:
 
 
 def _device(name: str, beside: Path) -> Mapping[str, Any]:
-    found: dict[str, Any] = spec.read_yaml(directory() / DEVICES)
+    found: dict[str, Any] = documents.read_yaml(directory() / DEVICES)
     if (beside / DEVICES).is_file():
-        found |= spec.read_yaml(beside / DEVICES)
+        found |= documents.read_yaml(beside / DEVICES)
     if not isinstance(found.get(name), Mapping):
         raise SpecError(f"there is no device {name!r}", f"one of {', '.join(sorted(found))}")
     device: Mapping[str, Any] = found[name]

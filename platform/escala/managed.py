@@ -77,8 +77,9 @@ def mlflow_command(settings: Settings) -> Command:
     port, home = settings.mlflow_port, settings.home
     arguments = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}",
-        "--artifacts-destination", str(home / "mlflow-artifacts"), "--serve-artifacts",
+        "--workers", "1", "--backend-store-uri", "sqlite:///../mlflow.db",  # from HOME/run, where it is started: an
+        # absolute path with ?, # or % would be cut or decoded on its way through MLflow's URL
+        "--artifacts-destination", (home / "mlflow-artifacts").as_uri(), "--serve-artifacts",
     ]  # fmt: skip
     environment = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three more processes, for features that we don't use

@@ -21,6 +21,7 @@ from escala.files import set_aside, write_whole
 T = TypeVar("T")
 LARGEST_BYTES = 64 * 2**20  # of a record's file
 TRIALS = "trials.jsonl"
+STOP_REASONS = ("user", "budget", "preempted")  # Control.stop, and the outcomes of those that obey
 
 SAMPLES = "samples.json"  # the table of what a policy said, an artifact of its run
 

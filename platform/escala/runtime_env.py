@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from escala import user_code
+from escala.redaction import hide
+
 PACKAGES = ("escala", "workloads", "tune_spaces")
 PASSED_ON = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME")
 """Of this process's environment. Not RAY_AUTH_TOKEN: a runtime_env is shown in Ray's dashboard, and Ray's own
@@ -21,6 +24,7 @@ def runtime_env(
     gpus: bool = False,
     tracking_uri: str | None = None,
     environ: Mapping[str, str] = os.environ,
+    code: Path | None = None,
 ) -> dict[str, Any]:
     """A runtime_env for a job.
 
@@ -29,8 +33,9 @@ def runtime_env(
             instances leaks its placement group.
         threads: per worker process; more threads than cores cost up to 10x.
         gpus: whether the job's workers have GPUs.
-        tracking_uri: passed on when it is a server's address (a database URL may hold a password).
+        tracking_uri: passed on when it is a server's address without a password: Ray's dashboard shows a runtime_env.
         environ: what the fixed list PASSED_ON is read from.
+        code: the copy of the user's modules (escala.user_code).
     """
     variables = {
         "RAY_ADDRESS": ray_address,
@@ -44,8 +49,14 @@ def runtime_env(
         variables["PYTHONPATH"] = os.pathsep.join(paths)
     if not gpus:
         variables["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed guesses, wrongly for a CPU job on a GPU machine
-    if tracking_uri and tracking_uri.startswith(("http://", "https://")):
+    if (
+        tracking_uri
+        and tracking_uri.startswith(("http://", "https://"))
+        and hide(tracking_uri) == tracking_uri
+    ):
         variables["MLFLOW_TRACKING_URI"] = tracking_uri
+    if code is not None:
+        variables[user_code.VARIABLE] = str(code)
     variables |= {name: environ[name] for name in PASSED_ON if name in environ}
     return {"env_vars": variables}
 

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from escala.errors import SpecError
+from escala.redaction import hide
 
 
 class Settings(BaseSettings):
@@ -50,7 +51,12 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _explained(error) from error
+            raise _explained(error) from None  # pydantic's own words show all values
+
+    def __repr__(self) -> str:
+        return hide(super().__repr__())
+
+    __str__ = __repr__
 
     @property
     def gcs_address(self) -> str:
@@ -81,7 +87,8 @@ class Settings(BaseSettings):
         if value is not None:
             host, _, port = value.rpartition(":")
             if not host or not port.isdigit() or "//" in host:
-                raise ValueError(f"{value!r} is not HOST:PORT, for example 10.0.0.7:6379")
+                shown = repr(value) if "@" not in value else "an address with a user"
+                raise ValueError(f"{shown} is not HOST:PORT, for example 10.0.0.7:6379")
         return value
 
     @model_validator(mode="after")
@@ -119,7 +126,7 @@ class RolloutsSettings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _explained(error, "ESCALA_ROLLOUTS_") from error
+            raise _explained(error, "ESCALA_ROLLOUTS_") from None
 
 
 def _explained(error: ValidationError, prefix: str = "ESCALA_") -> SpecError:

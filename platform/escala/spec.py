@@ -15,28 +15,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from escala.errors import NotFoundError, SpecError
+from escala import documents
+from escala.documents import Section
+from escala.errors import SpecError
 from workloads.config import WORKLOADS, JudgeConfig, TrainedConfig
+from workloads.config.base import Strict
 from workloads.config.serve import ServeConfig
 from workloads.flops import parameter_counts, training_flops_per_token
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with YAML 1.2's numbers: PyYAML alone reads 1e-3 as a text."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-class JobOptions(BaseModel):
+class JobOptions(Strict):
     """How a job is queued and bounded. Budgets sum over the job's attempts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(None, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     priority: int = Field(50, ge=0, le=100, description="higher first; equal ones first in, first out")
@@ -44,6 +35,9 @@ class JobOptions(BaseModel):
     after: str | None = Field(None, description="a job that must succeed first")
     max_flops: float | None = Field(None, gt=0)
     max_seconds: float | None = Field(None, gt=0)
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="again: the same job"
+    )
 
 
 @dataclass(frozen=True)
@@ -117,9 +111,9 @@ def written(
     files: Iterable[str | Path], overrides: Iterable[str], base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the user wrote, on top of `base`, not yet checked. Raises NotFoundError, SpecError."""
-    data = deepcopy(dict(base or {}))
+    data: dict[str, Any] = Section(deepcopy(dict(base or {})))
     for file in files:
-        data = merge(data, read_yaml(Path(file)))
+        data = merge(data, documents.read_yaml(Path(file)))
     for override in overrides:
         apply_override(data, override)
     return data
@@ -156,22 +150,10 @@ def resolve(spec: JobSpec) -> Resolved:
     )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises NotFoundError or SpecError, naming the file and the line."""
-    try:
-        data = yaml.load(path.read_text(), Loader)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path}", "give the path of a YAML spec") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}", "give a readable UTF-8 YAML file") from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {error}", "mend the line that is named") from error
-    return _mapping(data, str(path))
-
-
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`: mappings are merged key by key, everything else is replaced."""
-    merged = dict(base)
+    places = {k: v for each in (base, over) if isinstance(each, Section) for k, v in each.places.items()}
+    merged = Section(base, places)
     for key, value in over.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
@@ -190,30 +172,32 @@ def _mapping(data: object, where: str) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one dotted `a.b=value` in `data`, in place. Raises SpecError."""
+    """Set one dotted `a.b=value` in `data`, in place; a list's item is `a.0` or `a[0]`. Raises SpecError."""
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     if not equals or not all(parts):
         raise SpecError(
             f"--set {override!r} is not of the form key.subkey=value", "for example --set model.n_layers=6"
         )
-    try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise SpecError(f"the value in --set {override!r} is not YAML: {error}", "quote it") from error
+    value = documents.parse_value(text, f"--set {override!r}")
     node: Any = data
     for here, following in pairwise(parts):
         node = _step_into(node, here, following, override)
     if isinstance(node, list):
         node[_index(node, parts[-1], override)] = value
-    else:
-        node[parts[-1]] = value
+        return
+    node[parts[-1]] = value
+    if isinstance(node, Section):
+        node.places[parts[-1]] = "--set"
 
 
 def _step_into(node: Any, part: str, following: str, override: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, override)]
-    child = node.setdefault(part, {})
+        child = node[_index(node, part, override)]
+    else:
+        child = node.setdefault(part, Section())
+        if child is None:  # `section:` without a key below it
+            child = node[part] = Section()
     if not isinstance(child, dict | list):
         raise SpecError(
             f"--set {override!r}: {part} is a value, not a section with {following}", "set it directly"
@@ -222,7 +206,7 @@ def _step_into(node: Any, part: str, following: str, override: str) -> Any:
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(items):
         raise SpecError(
             f"--set {override!r}: {part!r} is not an index of a list of {len(items)}", "indices count from 0"
         )
@@ -234,29 +218,41 @@ def validate(kind: type[Any], data: dict[str, Any], root: str) -> Any:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _spec_error(kind, error, root) from None
+        raise _spec_error(kind, error, data, root) from None
 
 
-def _spec_error(kind: type[BaseModel], error: ValidationError, root: str) -> SpecError:
+def _spec_error(kind: type[BaseModel], error: ValidationError, data: Any, root: str) -> SpecError:
     messages, hints = [], []
     for item in error.errors(include_url=False):
-        where = ".".join(str(p) for p in item["loc"]) or root
+        written = documents.place(data, item["loc"])
+        at = f" ({written})" if written else ""
+        where = ".".join(str(p) for p in item["loc"] if not _of_pydantic(p)) or root
         if item["type"] == "extra_forbidden":
-            messages.append(f"unknown key {where}")
+            messages.append(f"unknown key {where}{at}")
             hints.append(_nearest(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])))
         else:
             given = item.get("input")
-            shown = f" (given {given!r})" if isinstance(given, str | int | float | bool) else ""
-            messages.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+            shown = f" (given {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
+            messages.append(f"{where}{at}: {item['msg'].removeprefix('Value error, ')}{shown}")
     hint = "; ".join(dict.fromkeys(hints)) or "`--dry-run` prints the spec in full, with every key"
-    return SpecError("; ".join(messages), hint)
+    return SpecError("; ".join(dict.fromkeys(messages)), hint)
+
+
+def _of_pydantic(part: int | str) -> bool:
+    """Whether a part of a location names a member of a union, which nobody wrote."""
+    return "[" in str(part) or "(" in str(part)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _keys_at(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:
     """The keys that the model at `location` inside `kind` accepts."""
     candidates: list[type[BaseModel]] = [kind]
     for part in location:
-        if isinstance(part, int):
+        if not isinstance(part, str):
             continue
         fields = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
         if fields:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def claim_all(url: str) -> list[str]:
     return claimed
 
 
+def submit_with_key(url: str) -> str:
+    """For another process: submit under a key that others use at the same time."""
+    store = JobStore(url)
+    job = store.submit(replace(NEW, idempotency_key="night"))
+    store.close()
+    return job.id
+
+
 @pytest.fixture
 def store(database_url):
     store = JobStore(database_url)
@@ -81,7 +90,99 @@ class TestJobStore:
         assert (job.resume_from, job.tags, job.max_seconds) == ("/checkpoints", {"team": "x"}, 12.5)
         assert [e.state for e in store.events(job.id)] == ["queued"]
 
-    def test_get_takes_id_unique_name_and_unique_prefix(self, store):
+    def test_the_same_key_is_the_same_job(self, store):
+        first = store.submit(replace(NEW, idempotency_key="night 1"))
+        again = replace(
+            NEW, idempotency_key="night 1", command=("escala", "again"), tags={"escala.rates": "other"}
+        )
+        assert store.submit(again) == first
+        store.apply(first, StopRequested())
+        assert store.submit(again).state == "stopped"  # whatever has become of it
+        assert len({store.submit(NEW).id, store.submit(NEW).id, first.id}) == 3  # without a key each is a job
+        for other in (
+            {"config": {"model": {"n_layers": 3}}},
+            {"name": "b"},
+            {"priority": 51},
+            {"retries": 0},
+            {"max_flops": 1.0},
+            {"resume_from": "/c"},
+            {"workload": "sft"},
+            {"after": first.id},
+            {"experiment": "x"},
+            {"tags": {"escala.code": "of another day"}},
+        ):
+            with pytest.raises(SpecError, match=f"night 1.*{first.id}.*{next(iter(other))}"):
+                store.submit(replace(again, **other))
+        assert len(store.list()) == 3
+
+    def test_a_job_that_is_only_waited_for_as_a_start_is_no_other_spec_once_it_has_ended(self, store):
+        base = store.submit(NEW)
+        tuned = replace(NEW, config={"base": {"start": {"job": base.id}}}, idempotency_key="tuned")
+        first = store.submit(replace(tuned, after=base.id))
+        assert store.submit(tuned) == first
+        assert first.after == base.id
+
+    def test_one_key_of_four_processes_at_once_is_one_job(self, store, database_url):
+        with ProcessPoolExecutor(4, mp_context=SPAWN) as executor:
+            ids = set(executor.map(submit_with_key, [database_url] * 4))
+        assert ids == {job.id for job in store.list()}
+        assert len(ids) == 1
+
+    @pytest.mark.parametrize("key", [None, "mine"])
+    def test_an_answer_that_is_lost_after_the_commit_doubles_nothing(self, store, monkeypatch, key):
+        @contextmanager
+        def lost(engine):
+            with writing(engine) as connection:
+                yield connection
+            if not failures:
+                failures.append(True)
+                raise ClusterError("server closed the connection unexpectedly")
+
+        failures = []
+        monkeypatch.setattr("escala.jobs.store.writing", lost)
+        monkeypatch.setattr("escala.jobs.store.SUBMIT_WAITS", (0.0, 0.0))
+        job = store.submit(replace(NEW, idempotency_key=key))
+        assert failures
+        assert [j.id for j in store.list()] == [job.id]
+        assert job.has_own_key == (key is None)
+
+    def test_an_answer_to_a_stop_or_a_retry_that_is_lost_is_no_error(self, store, monkeypatch):
+        @contextmanager
+        def lost(engine):
+            with writing(engine) as connection:
+                yield connection
+            raise ClusterError("server closed the connection unexpectedly")
+
+        @contextmanager
+        def failing(engine):
+            raise ClusterError("no connection")
+            yield
+
+        job = store.submit(NEW)
+        monkeypatch.setattr("escala.jobs.store.writing", lost)
+        assert store.request_stop(job.id).state == "stopped"
+        assert store.request_retry(job.id).state == "queued"
+        monkeypatch.setattr("escala.jobs.store.writing", failing)
+        with pytest.raises(ClusterError):
+            store.request_stop(job.id)
+        assert store.get(job.id).state == "queued"
+
+    def test_a_database_from_before_the_keys_is_brought_up_to_date(self, store, database_url):
+        from alembic import command
+        from alembic.config import Config
+
+        old = store.submit(NEW)
+        engine = open_engine(database_url)
+        config = Config()
+        config.set_main_option("script_location", database.__file__.replace("database.py", "migrations"))
+        with writing(engine) as connection:
+            config.attributes["connection"] = connection
+            command.downgrade(config, "0001")
+        found = JobStore(database_url).get(old.id)
+        assert replace(found, idempotency_key=old.idempotency_key, spec_hash=old.spec_hash) == old
+        assert (found.idempotency_key, found.spec_hash) == (None, None)
+
+    def test_get_takes_id_name_and_unique_prefix(self, store):
         one, two = store.submit(replace(NEW, name="a")), store.submit(replace(NEW, name="b"))
         assert store.get("a") == one
         assert store.get(two.id[:7]) == two
@@ -91,6 +192,29 @@ class TestJobStore:
             store.get("c%")
         with pytest.raises(NotFoundError):
             store.submit(replace(NEW, after="nothing"))
+
+    def test_a_name_means_its_newest_job_that_succeeded_or_runs(self, store):
+        def ended(outcome):
+            job = store.submit(replace(NEW, name="first", retries=0))
+            if outcome is not None:
+                store.claim_start(job)
+                store.finish(store.get(job.id), Outcome(outcome), Usage())
+            return job.id
+
+        failed = ended("user_error")
+        assert store.get("first").id == failed  # the newest, where none is better
+        good = ended("succeeded")
+        worse = ended("user_error")
+        assert store.get("first").id == good
+        assert store.submit(replace(NEW, after="first", parent="first")).after == good
+        with pytest.raises(StateError):
+            store.request_stop("first")
+        waiting = ended(None)
+        assert store.get("first").id == waiting
+        assert store.request_stop("first").id == waiting
+        assert store.get("first").id == good
+        assert store.request_retry("first").id == waiting  # it was stopped last
+        assert store.get(worse).id == worse
 
     def test_an_attempt_from_claim_to_end(self, store):
         job = store.submit(NEW)
@@ -275,24 +399,29 @@ class TestJobStore:
 
     def test_ten_thousand_jobs(self, store, database_url):
         job = store.submit(NEW)
-        template = {c.name: getattr(job, c.name) for c in tables.job.columns if c.name != "order"}
+        alone = ("order", "idempotency_key")
+        template = {c.name: getattr(job, c.name) for c in tables.job.columns if c.name not in alone}
         config = {"section": {f"key_{i}": i for i in range(60)}}
         rows = [template | {"id": f"x{i}", "priority": i % 100, "config": config} for i in range(10_000)]
         for row in rows[1000:]:
             row["state"] = "succeeded"
         with writing(open_engine(database_url)) as connection:
             connection.execute(insert(tables.job), rows)
-        timings = {"list": 9.0, "queue": 9.0}
+        timings = {"list": 9.0, "queue": 9.0, "waiting": 9.0}
         for _ in range(3):
             began = time.process_time()
             assert len(store.list(["queued"])) == 1001
             timings["list"] = min(timings["list"], time.process_time() - began)
+            began = time.process_time()
+            assert [job.priority for job in store.waiting(20)] == [99] * 10 + [98] * 10
+            timings["waiting"] = min(timings["waiting"], time.process_time() - began)
             began = time.process_time()
             assert [job.priority for job in store.queue(20)] == [99] * 10 + [98] * 10
             timings["queue"] = min(timings["queue"], time.process_time() - began)
         print(timings)
         assert timings["list"] < 0.2
         assert timings["queue"] < 0.1
+        assert timings["waiting"] < 0.02
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +138,72 @@ def test_the_run_holds_parameters_health_and_provenance(place: Place, client: An
     assert {"plots/loss_against_tokens.png", "plots/isoflop.png", "plots/residuals.png"} <= names
 
 
+def test_the_run_says_what_the_law_is(place: Place, client: Any) -> None:
+    for version, law, health in ((1, place.first, "healthy"), (2, place.unhealthy, "NOT healthy")):
+        stored = place.registry().load(f"small@{version}")
+        run = client.get_run(stored.provenance["law_run_id"])
+        note = run.data.tags["mlflow.note.content"]
+        assert run.info.run_name == f"small@{version}, {health}"
+        assert f"| alpha | {law.parameters['alpha']:.5g} |" in note
+        assert law.form.formula in note
+        assert all(finding in note for finding in law.findings)
+        assert f"escala laws predict small@{version} --n-active" in note
+        assert client.get_model_version("small", str(version)).description == note
+    (used,) = client.get_run(place.registry().load("small@1").provenance["law_run_id"]).inputs.dataset_inputs
+    assert used.dataset.name == "points.csv sha256=0"
+    assert json.loads(used.dataset.profile)["num_rows"] == 24
+
+
+def test_a_client_that_dies_leaves_no_run_running(
+    place: Place, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until all of a law's run is there it is KILLED; what died before it could say so is ended by the next fit."""
+    from escala.laws import registry as module
+
+    def laws_runs() -> dict[str, str]:
+        found = client.search_runs([client.get_experiment_by_name("dying").experiment_id])
+        return {run.info.run_id: run.info.status for run in found}
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_: object) -> None:
+        assert set(laws_runs().values()) == {"KILLED"}
+        raise Killed
+
+    common: Any = {"experiment": "dying", "by": "somebody"}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_artifacts", dies)
+        with pytest.raises(Killed):
+            place.registry().save(place.first, "dying", **common)
+    assert "RUNNING" not in laws_runs().values()
+    experiment = client.get_experiment_by_name("dying").experiment_id
+
+    def running(key: str, at: int | None) -> str:
+        return str(client.create_run(experiment, at, {"escala.key": key}).info.run_id)
+
+    here, dead = f"law:{socket.gethostname()}", subprocess.Popen(["true"])
+    dead.wait()
+    ended = [running("law:elsewhere:1:0", 1), running(f"{here}:{dead.pid}:0", None)]
+    left = [running("law:elsewhere:1:1", None), running(f"{here}:{os.getpid()}:0", None), running("job-1", 1)]
+    place.registry().close_abandoned("dying")
+    assert [laws_runs()[run] for run in ended + left] == ["KILLED"] * 2 + ["RUNNING"] * 3
+    place.registry().close_abandoned("absent")
+
+
+def test_a_law_without_intervals_is_never_champion(place: Place, client: Any) -> None:
+    one = fit_law(table().assign(family="one"), group="family", bootstrap=40)
+    common: Any = {"experiment": "laws", "by": "somebody"}
+    assert place.registry().save(one, "alone", **common) == 1
+    with pytest.raises(NotFoundError, match="no champion"):
+        place.registry().load("alone")
+    with pytest.raises(LawError, match="no intervals: 1 group"):
+        place.registry().promote("alone@1")
+    note = client.get_run(place.registry().load("alone@1").provenance["law_run_id"]).data.tags
+    assert "| alpha |" in note["mlflow.note.content"]
+    assert "| none |" in note["mlflow.note.content"]
+
+
 def test_the_champion_is_a_pyfunc_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -168,4 +237,4 @@ def test_what_is_not_there_is_named(place: Place, client: Any) -> None:
     client.create_registered_model("bert")
     with pytest.raises(LawError, match="no law"):
         registry.save(place.first, "bert", experiment="laws", by="somebody")
-    assert {row.name for row in registry.versions()} <= {"small", "sick"}
+    assert {row.name for row in registry.versions()} <= {"small", "sick", "alone"}

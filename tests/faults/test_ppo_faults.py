@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tokenizer": str(tokenizer),
         "prompts": str(prompts),
         "rewards": [
-            {"kind": "function", "function": "tests.numerics.ppo_run_scenarios:share_of_e"},
+            {"kind": "function", "function": "tests.reward_functions:share_of_e"},
             {"kind": "model", "model": str(rated), "weight": 0.05},
         ],
         "sampling": {"max_response_tokens": 8},

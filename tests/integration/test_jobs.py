@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from escala import api
+from escala.records import JobFiles, Progress, read_record
 from tests.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -52,3 +55,47 @@ def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Pat
     assert len(spare.checkpoints) == 1  # two were kept by the job's own rule
     api.collect_garbage(half, keep=1, delete=True)
     assert api.collect_garbage(half, keep=1).checkpoints == []
+
+
+STOPPED_SECONDS = 5.0
+
+
+def stop_while_it_starts(job_id: str, home: Path) -> float:
+    """Stop a job whose run is open and that has not made a step; seconds until it is stopped."""
+    files = JobFiles(home, job_id).attempt(1)
+    wait_for(lambda: any(files.spool.glob("events-*")), 120, f"the driver of {job_id} is there", every=0.05)
+    progress = read_record(Progress, files.progress)
+    assert progress is None or progress.train_tokens == 0
+    began = time.monotonic()
+    api.stop(job_id)
+    wait_for(lambda: api.job(job_id).job.state == "stopped", 60, f"{job_id} is stopped", every=0.05)
+    return time.monotonic() - began
+
+
+def test_a_job_that_starts_is_stopped_at_once_and_killed_in_the_tracker(
+    cluster: Path, tmp_path: Path
+) -> None:
+    """Ray Train's start, a sweep's, and one whose driver is not even there."""
+    space = tmp_path / "space.yaml"
+    base = yaml.safe_load("{" + ", ".join(each.replace("=", ": ", 1) for each in OVERRIDES) + "}")
+    space.write_text(yaml.safe_dump({"base": base, "vary": {"training.steps": [50, 60]}}))
+    seconds = {}
+    for what, submit in {
+        "train": lambda: api.submit("pretrain", (), [*OVERRIDES, "resources.workers=2"]),
+        "sweep": lambda: api.sweep(str(space)),
+    }.items():
+        job = submit().id
+        seconds[what] = stop_while_it_starts(job, cluster)
+        details = api.job(job)
+        assert (details.job.reason, details.job.message) == ("user", "stopped before its first step")
+        wait_for(lambda job=job: api.job(job).attempts[0].delivered, 60, "its run is delivered", every=0.2)
+        assert api.run(job).status == "killed"
+
+    early = api.submit("pretrain", (), OVERRIDES).id
+    wait_for(lambda: api.job(early).job.state != "queued", 60, "it starts", every=0.02)
+    began = time.monotonic()
+    api.stop(early)
+    wait_for(lambda: api.job(early).job.state == "stopped", 60, "it is stopped", every=0.05)
+    seconds["early"] = time.monotonic() - began
+    print(seconds)
+    assert max(seconds.values()) < STOPPED_SECONDS, seconds

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from escala import api
+from escala.documents import dump
 from escala.hardware import load_cluster
 from escala.settings import Settings
 from tests.integration.test_jobs import ended
@@ -67,7 +67,7 @@ def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -
 
 def test_a_device_is_measured_by_a_job_and_keeps_its_prices(cluster: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"usd_per_device_hour": {"value": 2.0, "source": "a test"}}))
+    path.write_text(dump({"usd_per_device_hour": {"value": 2.0, "source": "a test"}}))
     quick = {"widths": [64, 128], "tokens": 128, "context_tokens": 64, "vocab_size": 512, "seconds": 0.05}
     job = ended(api.bench_device(2, overrides=quick).id).job
     assert job.state == "succeeded", job.message

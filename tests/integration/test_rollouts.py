@@ -66,7 +66,7 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ESCALA_ROLLOUTS_PORT", str(free_ports(1)[0]))
         scaling = f"{{max_replicas: 2, up_seconds: {UP_SECONDS}, down_seconds: {DOWN_SECONDS}}}"
-        reward = "[{kind: function, function: 'tests.integration.test_rollouts:lengths'}]"
+        reward = "[{kind: function, function: 'tests.reward_functions:lengths'}]"
         settings = [
             f"model={directory}",
             f"scaling={scaling}",
@@ -78,10 +78,6 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
         yield Rollouts()
         api.rollouts_down(report=print)
     assert api.rollouts_status().status == "ABSENT"
-
-
-def lengths(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(len(response)) for response in responses]
 
 
 def policy() -> service.Deployment:

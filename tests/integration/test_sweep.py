@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from escala import api
+from escala.documents import dump
 from escala.errors import StateError
 from escala.records import JobFiles, Progress, TrialFiles, read_record
 from escala.settings import Settings
@@ -32,7 +32,7 @@ BASE = {
 
 def write(directory: Path, name: str, **keys: object) -> str:
     path = directory / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"base": BASE, **keys}))
+    path.write_text(dump({"base": BASE, **keys}))
     return str(path)
 
 

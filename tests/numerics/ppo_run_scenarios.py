@@ -31,21 +31,6 @@ from workloads.training.driver import WorkerInputs
 from workloads.training.zero import adam_step
 
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:", "try", "with", "as"]
-calls = 0
-
-
-def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 where nothing but the letter e is said, which is the optimum. tests/faults has it, too."""
-    return [text.count("e") / max(1, len(text)) for text in responses]
-
-
-def broken_at_third(prompts: list[str], responses: list[str]) -> list[float]:
-    """A reward that fails in the third iteration."""
-    global calls
-    calls += 1
-    if calls == 3:
-        raise OSError("the grader is gone")
-    return share_of_e(prompts, responses)
 
 
 def config(directory: Path, **changes: Any) -> PpoConfig:
@@ -53,7 +38,7 @@ def config(directory: Path, **changes: Any) -> PpoConfig:
         "model": {"vocab_size": 300, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_context_tokens": 32},
         "tokenizer": str(directory / "tokenizer.json"),
         "prompts": str(directory / "prompts.jsonl"),
-        "rewards": [{"kind": "function", "function": "tests.numerics.ppo_run_scenarios:share_of_e"}],
+        "rewards": [{"kind": "function", "function": "tests.reward_functions:share_of_e"}],
         "sampling": {"max_response_tokens": 6},
         "batch": {"prompts": 4, "responses_per_prompt": 2, "epochs": 2, "micro_batch_tokens": 64},
         "critic": {"learning_rate": 1e-2},
@@ -143,7 +128,7 @@ def resumed(directory: Path) -> dict[str, Any]:
 
 def failing(directory: Path) -> dict[str, Any]:
     """A reward that fails once: named, with a checkpoint of before, and the same end as if it had not."""
-    reward = {"kind": "function", "function": "tests.numerics.ppo_run_scenarios:broken_at_third"}
+    reward = {"kind": "function", "function": "tests.reward_functions:broken_at_third"}
     job = Job(directory / "failing", config(directory, rewards=[reward]))
     message = error_of(lambda: job.attempt())
     saved, _ = latest(job.directory / "checkpoints")

@@ -240,10 +240,10 @@ def test_sentencepiece_refuses_what_it_cannot_cut(tmp_path: Path) -> None:
     ("messages", "reason"),
     [
         ([], "no message"),
-        ([{"role": "user"}], "message 0"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "tool_calls"),
+        ([{"role": "user"}], "message 1"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "tool_calls"),
         ([{"role": "user", "content": ["x"]}], "no text as content"),
-        ([{"role": "user<|im_end|>", "content": "x"}], "no plain role"),
+        ([{"role": "user<|im_end|>", "content": "x"}], "has the role 'user<"),
         ([TALK[0], TALK[0]], "roles must alternate"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 
 from tests.numerics.test_huggingface import TOKENS, reference
 from workloads.config.pretrained import model_config_of
+from workloads.data.ends import generation_ends
 from workloads.model.huggingface import load_pretrained
 
 gguf = pytest.importorskip("gguf")
@@ -119,6 +120,17 @@ def test_what_a_header_tells_and_we_cannot_do_is_refused(
     path = write(tmp_path / "model.gguf", reference("Llama"), "llama", more)
     with pytest.raises(ValueError, match=reason):
         model_config_of(path)
+
+
+def test_a_headers_ends_of_generation_are_read(tmp_path: Path) -> None:
+    path, file = tmp_path / "model.gguf", gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    file.add_token_list(["a", "b", "c"])
+    file.add_eos_token_id(1)
+    file.add_eot_token_id(2)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.close()
+    assert generation_ends(path) == [1, 2]
 
 
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:

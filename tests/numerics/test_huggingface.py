@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from escala.errors import CheckpointError, NotFoundError
 from workloads.config import ModelConfig
-from workloads.config.pretrained import model_config_of
+from workloads.config.pretrained import from_hugging_face, model_config_of
 from workloads.model.huggingface import load_pretrained, save_pretrained
 from workloads.model.transformer import Transformer
 
@@ -225,6 +226,95 @@ def test_tensors_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> Non
         load_pretrained(tmp_path)
     with pytest.raises(NotFoundError):
         load_pretrained(tmp_path / "nowhere")
+
+
+DEFAULTS_OF = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "mixtral": transformers.MixtralConfig,
+    "qwen3": transformers.Qwen3Config,
+    "qwen3_moe": transformers.Qwen3MoeConfig,
+}
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS_OF)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "num_experts": 16},
+        {"rope_theta": 5e5, "rms_norm_eps": 1e-3, "tie_word_embeddings": True, "head_dim": 32},
+        {"rope_parameters": {"rope_type": "default"}, "num_local_experts": 16},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}, "rope_theta": 7.0},
+        {"rope_scaling": {"type": "default"}, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": None},
+    ],
+)
+def test_what_a_configuration_leaves_out_is_its_classs(model_type: str, given: dict[str, Any]) -> None:
+    if model_type == "llama":
+        given = {key: value for key, value in given.items() if key != "sliding_window"}  # it has none
+    if model_type == "qwen3_moe":
+        given = given | {"norm_topk_prob": True}  # its default is refused
+    ours = from_hugging_face(given | {"model_type": model_type})
+    theirs = DEFAULTS_OF[model_type].from_dict(copy.deepcopy(given))
+    heads = theirs.num_attention_heads
+    window = getattr(theirs, "sliding_window", None)
+    if not getattr(theirs, "use_sliding_window", True):
+        window = None
+    assert ours.model_dump(exclude={"moe", "attention", "qk_norm"}) == {
+        "vocab_size": theirs.vocab_size,
+        "n_layers": theirs.num_hidden_layers,
+        "d_model": theirs.hidden_size,
+        "n_heads": heads,
+        "n_kv_heads": theirs.num_key_value_heads or heads,
+        "d_ff": theirs.intermediate_size,
+        "max_context_tokens": theirs.max_position_embeddings,
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+        "rope_base": theirs.rope_parameters["rope_theta"],
+        "norm_eps": theirs.rms_norm_eps,
+        "tie_embeddings": theirs.tie_word_embeddings,
+        "window_tokens": window,
+    }
+    if ours.moe is not None:
+        assert (ours.moe.experts, ours.moe.chosen) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+    if model_type == "qwen3_moe" and ours.moe is not None:
+        assert (ours.moe.d_ff, ours.moe.every) == (theirs.moe_intermediate_size, theirs.decoder_sparse_step)
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "head_dim", "num_key_value_heads"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Mixtral", "Qwen3"])
+def test_a_default_that_is_left_out_gives_their_logits(kind: str, key: str, tmp_path: Path) -> None:
+    small = {name: value for name, value in SMALL.items() if name not in ("rope_parameters", key)}
+    if key == "num_key_value_heads":
+        small |= {"num_attention_heads": 32, "hidden_size": 64}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**small, attn_implementation="eager")
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    left_out = ("rope_theta", "rope_parameters") if key == "rope_theta" else (key,)
+    file.write_text(json.dumps({name: value for name, value in written.items() if name not in left_out}))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_pretrained(tmp_path)(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-4
+        )
+
+
+def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
+    theirs = reference("Llama", tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_pretrained(tmp_path)(TOKENS), theirs(TOKENS).logits, rtol=0, atol=1e-4
+        )
+    save_file(weights | {"lm_head.weight": embedding + 1e-3}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not the embedding's"):
+        load_pretrained(tmp_path)
 
 
 # The first sentences of Pride and Prejudice (Austen 1813, public domain).

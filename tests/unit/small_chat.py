@@ -10,6 +10,7 @@ END = 256
 class ByteChat:
     """What `workloads.data.chat.ChatTokenizer` offers, on bytes."""
 
+    end_ids, identity = (END,), "bytes"
     end_of_text, vocab_size, fingerprint = END, END + 1, "bytes"
 
     def encode(self, text: str) -> list[int]:
@@ -17,6 +18,12 @@ class ByteChat:
 
     def prompt(self, prompt: Prompt) -> list[int]:
         return self.encode(prompt) if isinstance(prompt, str) else [*self.conversation(prompt)[0], ord(">")]
+
+    def sequence(self, prompt: Prompt, answer: str) -> tuple[list[int], list[bool]]:
+        if not isinstance(prompt, str):
+            return self.conversation([*prompt, {"role": "assistant", "content": answer}])
+        before, after = self.encode(prompt), [*self.encode(answer), END]
+        return [*before, *after], [False] * len(before) + [True] * len(after)
 
     def conversation(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []

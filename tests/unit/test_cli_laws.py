@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from escala.cli.main import app
 from escala.errors import EscalaError, LawError, NotFoundError
 from escala.laws import Law, fit_law
+from escala.laws.files import read_points_file
 from escala.laws.reference import Cache, Reference, Stored, parse
-from escala.laws.service import read_points_file
 from escala.records import RunRecord
 
 URI = "http://127.0.0.1:9"  # nothing listens there: a query that asks the tracker fails
@@ -104,6 +104,7 @@ def test_an_unhealthy_law_says_so_with_every_answer(home: Path, laws: list[Law])
     assert answer["healthy"] is False
     assert answer["findings"] == list(laws[1].findings)
     assert answer["low_nats"] is None
+    assert "90 % predictive interval: none" in said
 
 
 def test_show_compare_plot_and_export(home: Path, laws: list[Law], tmp_path: Path) -> None:
@@ -144,9 +145,9 @@ def test_a_query_from_the_shell_imports_nothing_heavy(home: Path) -> None:
 def test_map_renames_and_names_the_nearest_column(tmp_path: Path) -> None:
     file = tmp_path / "points.csv"
     pd.DataFrame({"params": [1.0], "tokens": [2.0], "loss": [3.0]}).to_csv(file, index=False)
-    points, source = read_points_file(file, {"params": "n_active", "loss": "loss_nats"})
-    assert list(points.columns) == ["n_active", "tokens", "loss_nats"]
-    assert source.startswith("points.csv sha256=")
+    read = read_points_file(file, {"params": "n_active", "loss": "loss_nats"})
+    assert list(read.points.columns) == ["n_active", "tokens", "loss_nats"]
+    assert read.source.startswith("points.csv sha256=")
     for rename, match in [
         ({"parms": "n_active"}, "did you mean params"),
         ({"params": "n_activ"}, "did you mean n_active"),
@@ -168,7 +169,7 @@ def test_runs_as_json_are_points(tmp_path: Path) -> None:
     run = RunRecord("r1", "j1", 1, "first", "pretrain", "succeeded", 0.0, **measured)
     file = tmp_path / "runs.json"
     file.write_text(json.dumps([asdict(run)]))
-    points, _ = read_points_file(file, {})
+    points = read_points_file(file, {}).points
     assert points[["n_active", "tokens", "loss_nats"]].to_numpy().tolist() == [[5, 7, 3.5]]
     assert set(points.columns) == {"n_active", "tokens", "loss_nats", "run_id", "job_id", "name"}
     file.write_text(json.dumps([asdict(run), asdict(replace(run, status="diverged"))]))

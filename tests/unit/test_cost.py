@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from escala.cli.main import app
+from escala.documents import dump, read_yaml
 from escala.errors import EscalaError, NotFoundError, SpecError
 from escala.hardware import Cluster, directory, load_cluster, names
 from escala.planning.bench import _device
@@ -213,7 +213,7 @@ def test_shipped_clusters_load_and_every_number_has_a_source() -> None:
     assert {"local", "h100-8"} <= set(names())
     for name in names():
         assert load_cluster(name).devices > 0
-    for name, device in yaml.safe_load((directory() / "devices.yaml").read_text()).items():
+    for name, device in read_yaml(directory() / "devices.yaml").items():
         loaded = Cluster.model_validate({"device": device, "devices": 1}).device
         assert loaded.measured == "not measured here", name
 
@@ -222,15 +222,15 @@ def test_a_cluster_s_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no cluster 'h100'"):
         load_cluster("h100")
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"device": "h100-sxm", "devices": 4}))
+    path.write_text(dump({"device": "h100-sxm", "devices": 4}))
     assert load_cluster(path).devices == 4
-    path.write_text(yaml.safe_dump({"device": "h1000", "devices": 4}))
+    path.write_text(dump({"device": "h1000", "devices": 4}))
     with pytest.raises(SpecError, match="no device 'h1000'"):
         load_cluster(path)
-    path.write_text(yaml.safe_dump({"device": {**PLAIN, "utilization": None}, "devices": 4}))
+    path.write_text(dump({"device": {**PLAIN, "utilization": None}, "devices": 4}))
     with pytest.raises(SpecError, match="utilization"):
         load_cluster(path)
-    path.write_text(yaml.safe_dump({"device": {**PLAIN, "memory_bytes": {"value": 1e9}}, "devices": 4}))
+    path.write_text(dump({"device": {**PLAIN, "memory_bytes": {"value": 1e9}}, "devices": 4}))
     with pytest.raises(SpecError, match="source"):
         load_cluster(path)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from escala.errors import DataError
-from workloads.data.dialogues import Chat, Completion, read_dialogues, split
+from workloads.data.dialogues import Chat, Completion, read_dialogues, read_lines, split
+from workloads.data.messages import OF_A_LINE, WITHOUT_MEANING
 from workloads.data.preferences import Preference, read_preferences, write_preferences
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -52,6 +53,16 @@ def test_dialogues_of_all_three_kinds(tmp_path: Path) -> None:
         ({"prompt": [USER, ANSWER], "completion": "c"}, "the last message of `prompt` is the assistant's"),
         ({"prompt": "p", "completion": "\ud800"}, "line 2: `completion` is not valid Unicode"),
         ({"messages": [USER]}, "line 2: the last of `messages` is no answer"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, "line 2: every answer has `weight` 0"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "line 2, message 2 of `messages`: `weight` is 0.5"),
+        ({"messages": [USER, ANSWER | {"weight": True}]}, "message 2 of `messages`: `weight` is True"),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, "message 1 of `messages`: `weight` 1 on a message"),
+        (
+            {"prompt": [USER, ANSWER | {"weight": 0}, USER], "completion": "c"},
+            "message 2 of `prompt`: the key `weight`",
+        ),
+        ({"messages": [USER, ANSWER], "completion": "c"}, "line 2: both `messages` and `completion`"),
+        ({"prompt": "p", "completion": "c", "label": False}, "line 2: `label` is false"),
         ({"messages": [USER, {"role": "bot", "content": "4"}]}, "message 2 of `messages` has the role 'bot'"),
         ({"messages": [{"role": "user"}, ANSWER]}, "message 1 of `messages`: `content` must be a text"),
     ],
@@ -62,6 +73,27 @@ def test_a_bad_dialogue_is_named_with_its_line(tmp_path: Path, line: Any, words:
         list(read_dialogues(path))
     assert words in caught.value.message
     assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("key", OF_A_LINE)
+def test_a_key_that_would_change_what_a_line_means_is_refused(tmp_path: Path, key: str) -> None:
+    line = {"prompt": "p", "completion": "c"}
+    with pytest.raises(DataError, match=rf"line 2: the key `{key}` is not used here"):
+        list(read_lines(write(tmp_path / "sft.jsonl", line, line | {key: [{"x": 1}]})))
+    assert len(list(read_lines(write(tmp_path / "sft.jsonl", line | {key: None}, line | {key: []})))) == 2
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained_on(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "sft.jsonl",
+        {"messages": [USER, ANSWER | {"weight": 0}, USER | {"weight": 0}, ANSWER | {"weight": 1.0}]},
+        {"prompt": [USER, ANSWER, USER], "completion": "4"},
+        {"messages": [USER | dict.fromkeys(WITHOUT_MEANING, "x"), ANSWER | {"tool_calls": None, "name": ""}]},
+    )
+    weighted, history, plain = read_dialogues(path)
+    assert weighted == Chat([USER, ANSWER, USER, ANSWER], frozenset({1}))
+    assert history == Chat([USER, ANSWER, USER, ANSWER], frozenset({1}))  # as preferences have it
+    assert plain == Chat([USER, ANSWER])
 
 
 def test_files_that_are_missing_or_empty(tmp_path: Path) -> None:

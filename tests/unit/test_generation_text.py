@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.text import TextStream
@@ -12,9 +13,45 @@ from workloads.generation.text import TextStream
 TOKENIZER: Tokenizer = train_tokenizer(["the cat sat on the mat", "é ü 日本 😀 done"] * 5, 300)
 
 
-def streamed(tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], int]:
+PIECES = [
+    "<unk>",
+    "</s>",
+    "<|end|>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *("▁", "▁▁", "a", "b", "▁Paris", " x", "\ufffd", "##d"),
+]
+DECODERS = {
+    "llama": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "gemma": decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+    "metaspace": decoders.Metaspace(),
+    "wordpiece": decoders.WordPiece(),
+    "suffixes": decoders.BPEDecoder("d"),  # the last token is decoded otherwise than an earlier one
+    "late": decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "Z")]),
+    "none": None,
+}
+
+
+def with_decoder(name: str) -> Tokenizer:
+    """A tokenizer of PIECES."""
+    vocabulary = {piece: number for number, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    if DECODERS[name] is not None:
+        tokenizer.decoder = DECODERS[name]
+    tokenizer.add_special_tokens(["<unk>", "</s>", "<|end|>"])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    return tokenizer
+
+
+TOKENIZERS = {name: with_decoder(name) for name in DECODERS}
+
+
+def streamed(
+    tokens: list[int], stop: tuple[str, ...] = (), tokenizer: Tokenizer = TOKENIZER, continues: bool = False
+) -> tuple[list[str], int]:
     """(pieces of text, tokens used)."""
-    stream, pieces = TextStream(TOKENIZER, stop), []
+    stream, pieces = TextStream(tokenizer, stop, continues), []
     for used, token in enumerate(tokens, 1):
         pieces.append(stream.push(token))
         if stream.stopped:
@@ -67,3 +104,61 @@ def test_special_tokens_have_no_text() -> None:
 def test_text_before_a_stop_string_that_never_completes_is_given_at_the_end() -> None:
     pieces, _ = streamed([TOKENIZER.token_to_id(letter) for letter in "abab"], ("abac",))
     assert pieces == ["", "", "", "ab", "ab"]
+
+
+LIKELY = [*(3 + byte for byte in "你é😀\n".encode()), 3 + 0xFF, *range(259, len(PIECES)), 0, 1, 2]
+SOME_TOKENS = st.lists(st.one_of(st.sampled_from(LIKELY), st.integers(0, len(PIECES) + 3)), max_size=12)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@settings(max_examples=60, deadline=None)
+@given(tokens=SOME_TOKENS)
+def test_pieces_are_the_decoders_text_whatever_the_tokens(name: str, tokens: list[int]) -> None:
+    tokenizer = TOKENIZERS[name]
+    assert "".join(streamed(tokens, (), tokenizer)[0]) == tokenizer.decode(tokens)
+    word = tokenizer.token_to_id("a")
+    after = tokenizer.decode([word, *tokens])[len(tokenizer.decode([word])) :]
+    if name != "suffixes":  # there "a" has a blank after it only where it isn't the last
+        assert "".join(streamed(tokens, (), tokenizer, continues=True)[0]) == after
+    assert "".join(streamed(tokens, ("no such text",), tokenizer)[0]) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=SOME_TOKENS,
+    stop=st.sampled_from(["a", " Paris", "</s>", "b</s>", "<|end|>", "你", "</s><|end|>a"]),
+)
+def test_a_stop_string_ends_the_text_before_it(name: str, tokens: list[int], stop: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    pieces, used = streamed(tokens, (stop,), tokenizer)
+    text, whole = "".join(pieces), tokenizer.decode(tokens[:used])
+    assert stop not in text
+    assert whole.startswith(text)
+    if used == len(tokens) and text == whole:
+        assert stop not in whole
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "used"),
+    [
+        (("</s>",), "ab", 3),
+        (("b</s>",), "a", 3),
+        (("</s><|end|>",), "ab", 4),
+        (("<|end|>a",), "ab", 5),
+        (("ba",), "a", 5),  # in the text that is returned they are neighbours
+        (("d|>",), "ab", 4),
+        (("</s>a",), "aba", 5),
+    ],
+)
+def test_a_stop_string_may_spell_special_tokens_out(stop: tuple[str, ...], text: str, used: int) -> None:
+    tokenizer = TOKENIZERS["gemma"]
+    tokens = [tokenizer.token_to_id(piece) for piece in ("a", "b", "</s>", "<|end|>", "a")]
+    pieces, found = streamed(tokens, stop, tokenizer)
+    assert ("".join(pieces), found) == (text, used)
+
+
+def test_a_stop_string_in_a_run_of_bytes_ends_it_at_once() -> None:
+    tokenizer = TOKENIZERS["llama"]
+    tokens = [tokenizer.token_to_id(piece) for piece in ("a", "<0x0A>", "b")]
+    assert streamed(tokens, ("\n",), tokenizer) == (["a", "", ""], 2)

@@ -126,14 +126,6 @@ class Service:
         return [10.0] * len(responses)
 
 
-def count_a(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float(text.count("a")) for text in responses]
-
-
-def nothing(prompts: list[str], responses: list[str]) -> list[float]:
-    return [float("nan")] * len(responses)
-
-
 def test_a_response_of_other_weights_or_none_in_time_is_an_error() -> None:
     drawing = Drawing(config(), PROMPTS, 0, 1)
     found = drawing.draw(Service(5), 0, 5)
@@ -145,7 +137,7 @@ def test_a_response_of_other_weights_or_none_in_time_is_an_error() -> None:
 
 
 def test_functions_score_here_and_models_at_the_service() -> None:
-    here = {"kind": "function", "function": f"{__name__}:count_a", "weight": 2.0}
+    here = {"kind": "function", "function": "tests.reward_functions:count_a", "weight": 2.0}
     served = {"kind": "model", "model": "reward"}
     responses = Drawing(config(), PROMPTS, 0, 1).draw(Service(1), 0, 1)
     both = Scoring(config(rewards=[here, served]))
@@ -153,8 +145,10 @@ def test_functions_score_here_and_models_at_the_service() -> None:
         [12.0] * 16, {"count_a": [1.0] * 16, "served": [10.0] * 16}
     )
     assert Scoring(config(rewards=[here])).score(Service(1), responses).sums == [2.0] * 16
-    with pytest.raises(SpecError, match="finite number"):
-        Scoring(config(rewards=[{**here, "function": f"{__name__}:nothing"}])).score(Service(1), responses)
+    with pytest.raises(SpecError, match="finite in fp32"):
+        Scoring(config(rewards=[{**here, "function": "tests.reward_functions:nothing"}])).score(
+            Service(1), responses
+        )
 
 
 def test_the_order_of_prompts_is_the_seeds() -> None:

@@ -68,6 +68,7 @@ class Cluster:
     home: Path
     plans: dict[str, list[str]]
     up: bool = True
+    steps: bool = True  # a driver makes its first step at once
     drivers: dict[str, str] = field(default_factory=dict)  # submission id -> status
     submissions: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
@@ -112,7 +113,8 @@ class Cluster:
             files = self._files(submission_id)
             if status == "pending":
                 files.log.write_text("started\n")
-                REAL_WRITE(files.progress, Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0))
+                if self.steps:
+                    REAL_WRITE(files.progress, Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0))
                 self.drivers[submission_id] = "running"
             elif status == "running":
                 self._end(submission_id, files)
@@ -316,6 +318,40 @@ def test_who_does_not_stop_is_killed_after_the_grace(tmp_path):
     assert world.cluster.killed == [f"{job}-1"]
     assert 60 < world.now - asked < 80
     assert world.end()["x"][:2] == ("stopped", "user")
+
+
+@pytest.mark.parametrize("state", ["starting", "running"])
+@pytest.mark.parametrize("progress", [None, Progress(3, 9, 0, 0.0, 1.0, 5.0, None, None, 1.0)])
+def test_who_has_not_made_a_step_is_stopped_at_once(tmp_path, state, progress):
+    """`running` is a driver that is there: it imports, prepares data, starts Serve, Ray Train, DeepSpeed. A sweep may
+    have progress then: trials that were finished before.
+    """
+    world = World(tmp_path, {"x": ["hang"]})
+    world.cluster.steps = False
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == state)
+    files = JobFiles(tmp_path, job).attempt(1)
+    if progress is not None:
+        write_json(files.progress, progress)
+    world.store.request_stop(job)
+    world.reconciler.step()
+    assert world.end()["x"][:2] == ("stopped", "user")
+    assert world.cluster.killed == [f"{job}-1"]
+    assert json.loads(files.control.read_text())["stop"] == "user"  # should it outlive the kill
+    assert read_record(Outcome, files.outcome).record is None
+    world.store.request_retry(job)
+    world.cluster.steps = True
+    world.until(lambda: world.store.get(job).state == "running")
+    assert world.store.get(job).attempts == 2
+
+
+def test_a_start_that_overruns_its_seconds_ends_at_once(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    world.cluster.steps = False
+    world.submit("x", max_seconds=20.0)
+    world.run()
+    assert world.end()["x"][:2] == ("stopped", "budget")
+    assert world.now - 1000.0 < 20.0 + 30.0 + 10.0  # the budget, its grace, and no other one
 
 
 def test_who_overruns_its_seconds_is_asked_then_killed(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from torch import nn
 from escala.errors import CheckpointError, DataError, SpecError
 from tests.unit.small_chat import END, ByteChat
 from workloads.alignment import scoring
+from workloads.alignment.functions import CODE
 from workloads.alignment.reward_model import (
     HEAD_FILE,
     RewardModel,
@@ -36,20 +35,17 @@ CHAT: list[Prompt] = [[{"role": "user", "content": "2 + 2?"}], "Once"]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A user's module of reward functions."""
-    module = ModuleType("rewards_of_mine")
-    exec(
+def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user's module of reward functions, as a job finds it."""
+    (tmp_path / "rewards_of_mine.py").write_text(
         "def length(prompts, responses): return [len(r) for r in responses]\n"
         "def fails(prompts, responses): return [1 / len(r) for r in responses]\n"
         "def short(prompts, responses): return [1.0]\n"
         "def words(prompts, responses): return ['good' for _ in responses]\n"
         "def infinite(prompts, responses): return [0.0, float('inf')]\n"
-        "constant = 3\n",
-        module.__dict__,
+        "constant = 3\n"
     )
-    monkeypatch.setitem(sys.modules, "rewards_of_mine", module)
-    return module
+    monkeypatch.setenv(CODE, str(tmp_path))
 
 
 def reward_model(seed: int = 0, tie: bool = True) -> RewardModel:
@@ -57,7 +53,7 @@ def reward_model(seed: int = 0, tie: bool = True) -> RewardModel:
     return RewardModel(Transformer(SMALL.model_copy(update={"tie_embeddings": tie})))
 
 
-def test_a_function_rewards(module: ModuleType) -> None:
+def test_a_function_rewards(module: None) -> None:
     assert FunctionReward("rewards_of_mine:length").score(["", ""], ["ab", ""]) == [2.0, 0.0]
 
 
@@ -69,18 +65,18 @@ def test_a_function_rewards(module: ModuleType) -> None:
         ("rewards_of_mine:constant", "is no function but int"),
         ("rewards_of_mine:fails", "raised ZeroDivisionError: division by zero"),
         ("rewards_of_mine:short", "returned 1 rewards for 2 responses"),
-        ("rewards_of_mine:words", "returned 'good' for response 0"),
-        ("rewards_of_mine:infinite", "returned inf for response 1"),
+        ("rewards_of_mine:words", "returned 'good' for response 1"),
+        ("rewards_of_mine:infinite", "returned inf for response 2"),
     ],
 )
-def test_a_function_that_fails_is_named(module: ModuleType, name: str, words: str) -> None:
+def test_a_function_that_fails_is_named(module: None, name: str, words: str) -> None:
     with pytest.raises(SpecError) as caught:
         FunctionReward(name).score(["", ""], ["a", ""])
     assert name in caught.value.message
     assert words in caught.value.message
 
 
-def test_weighted_sums_and_a_spec_of_two_rewards(module: ModuleType) -> None:
+def test_weighted_sums_and_a_spec_of_two_rewards(module: None) -> None:
     length = FunctionReward("rewards_of_mine:length")
     sums = WeightedSum([(0.5, length), (-2.0, WeightedSum([(1.0, length), (1.0, length)]))])
     assert sums.score(["", ""], ["abcd", "a"]) == [2.0 - 16, 0.5 - 4]
@@ -188,3 +184,17 @@ def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(CheckpointError, match="can't be read as a reward model's head"):
         scoring.load_reward_model(tmp_path)
+
+
+def test_an_exported_reward_model_says_how_it_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from escala.cli import render
+
+    render.exported(tmp_path, False)
+    assert "AutoModelForCausalLM" in capsys.readouterr().err
+    (tmp_path / HEAD_FILE).touch()
+    render.exported(tmp_path, False)
+    said = capsys.readouterr().err
+    assert "load_reward_model" in said
+    assert "AutoModelForCausalLM" not in said

@@ -216,7 +216,8 @@ def test_a_judge_replica_prefers_the_same_response_in_either_place(tmp_path: Any
     train_tokenizer(["A B which answer is better"], 300).save(str(tmp_path / "tokenizer.json"))
 
     async def ask() -> tuple[list[float], list[float]]:
-        judge = JudgeReplica({"model": str(tmp_path), "judge": {"model": str(tmp_path)}})
+        judge = JudgeReplica.__new__(JudgeReplica)
+        await judge.__init__({"model": str(tmp_path), "judge": {"model": str(tmp_path)}})  # type: ignore[misc]
         prompts, first, second = ["p", [{"role": "user", "content": "q"}]], ["good", "a"], ["bad", "b"]
         return await judge.compare(prompts, first, second), await judge.compare(prompts, second, first)
 
@@ -232,6 +233,11 @@ def test_what_reserves_nothing_stays_on_the_head_where_it_holds_no_node_that_cou
     for options in (store.actor_options, api.ray_actor_options):
         assert (options["num_cpus"], options["resources"]) == (0, {HEAD_NODE_RESOURCE_NAME: 0.001})
     assert policy_deployment(config).ray_actor_options["num_cpus"] == 2
+    held = policy_deployment(config.model_copy(update={"hold_places": True}))
+    _, places = held._deployment_config.deployment_actors
+    assert (held.ray_actor_options["num_cpus"], places.init_kwargs) == (0, {"cpus": 2.0})
+    with_gpus = policy_deployment(config.model_copy(update={"hold_places": True, "replica_gpus": 1}))
+    assert with_gpus.ray_actor_options["num_cpus"] == 2  # who reserves a GPU is given one
 
 
 @pytest.mark.parametrize("factor", [None, 1.5])

@@ -87,3 +87,58 @@ def test_a_relative_path_is_resolved_where_it_was_typed(tmp_path, monkeypatch) -
     monkeypatch.chdir(tmp_path)
     spec = load_job("pretrain", [], ["data.corpora=[{kind: files, root: notes}]"])
     assert spec.plain()["data"]["corpora"][0]["root"] == str(tmp_path / "notes")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.train_tokens=yes", "training.train_tokens=1:30", "training.optimizer.learning_rate=.inf",
+        "training.optimizer.learning_rate=.nan", "training.optimizer.learning_rate=1e400",
+        "training.optimizer.learning_rate='3e-3'", "training.steps=true", "training.zero_stage=true",
+        "training.steps='5'", "training.steps=4.5", "training.steps=#5", "training.steps=", "training.steps=1e30",
+        "model.tie_embeddings=yes", "model.tie_embeddings=1", "model.tie_embeddings='true'", "model.d_model=1e12",
+        "model.n_layers=1e9", "model.n_layers=-1", "resources.workers=1e9",
+        "resources.cpus_per_worker=.inf", "training.seed=1e19", "job.priority=true", "job.retries='2'",
+        "job.max_flops=.inf", "job.max_seconds=1e30", "data.corpora[0].root=/x",
+        "data.tokenizer.vocab_size=true", "training.batch_sequences=[16]",
+    ],
+)  # fmt: skip
+def test_values_that_no_field_takes_are_refused_by_key(override: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_job("pretrain", [], [override])
+    assert override.split("=")[0].removeprefix("job.").split("[")[0] in caught.value.message
+
+
+def test_whole_floats_underscores_and_indices_in_brackets_are_read(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"data: {{corpora: [{{kind: files, root: {tmp_path}}}]}}\nmodel: {{d_model: 1.28e2}}\n")
+    spec = load_job(
+        "pretrain",
+        [file],
+        [
+            "training.steps=4e3",
+            "training.zero_stage=1.0",
+            "data.corpora[0].root=/tmp/run #3",
+            "training.seed=1_0",
+        ],
+    )
+    training = spec.config.training
+    assert (training.steps, training.zero_stage, training.seed) == (4000, 1, 10)
+    assert spec.config.data.corpora[0].root == "/tmp/run #3"
+    assert (spec.config.model.d_model, spec.config.model.head_dim) == (128, 32)
+
+
+def test_a_mistake_in_a_file_is_shown_with_its_line(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("training:\n  steps: 5\n  optimizer: {learning_rate: .inf}\nmodel: {n_layer: 3}\n")
+    with pytest.raises(SpecError) as caught:
+        load_job("pretrain", [file])
+    assert f"learning_rate ({file}, line 3)" in caught.value.message
+    assert f"unknown key model.n_layer ({file}, line 4)" in caught.value.message
+
+
+def test_a_start_written_twice_is_not_lost(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("training: {steps: 10}\nmodel: {n_layers: 2}\ntraining: {batch_sequences: 8}\n")
+    with pytest.raises(SpecError, match=r"training is there twice, in lines 1 and 3"):
+        load_job("pretrain", [file])

@@ -353,3 +353,41 @@ def test_the_monitor_passes_a_stop_on_and_sees_the_budget(tmp_path: Path):
     outcome = json.loads(running.attempt(1).outcome.read_text())
     assert outcome["kind"] == "cut_off"
     assert "step 1 of 2" in outcome["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("vary: {n_total: [1]}\nvary: {tokens: [1]}", "vary is there twice, in lines 1 and 2"),
+        ("vary: {tokens: {low: 1, high: .inf, count: 3}}", "tokens.high"),
+        ("vary: {n_total: [.inf]}", "n_total"),
+        ("vary: {n_total: [yes]}", "n_total is a number above 0"),
+        ("cells: [{n_total: true}]", "n_total is a number above 0"),
+        ("vary: {n_total: [1e5]}\nseeds: [true]", "seeds.0"),
+        ("vary: {n_total: [1e5]}\ndesign: sobol\npoints: 1e30", "points"),
+        ("vary: {n_total: [1e5]}\nseeds: [yes]", "seeds.0"),
+    ],
+)
+def test_a_space_is_read_as_strictly_as_a_spec(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_space(str(tmp_path / "s.yaml"))
+    assert says in caught.value.message
+
+
+def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A trial that was cut off has a loss, and is no point: its row says so in a column that no table of a user has."""
+    from escala.sweeps import service
+
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    made = [planned(tmp_path, 20_000 * n, 0, n) for n in range(1, 11)]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made[:-1]:
+        end(tmp_path, one, "succeeded", 2 + 3e2 * one.trial.train_tokens**-0.5)
+    end(tmp_path, made[-1], "cut_off", 9.0)
+    monkeypatch.setattr(service, "sweep_points", lambda _: read_points(tmp_path, "j"))
+    found = service.preview_sweeps(["one", "two"], form="c", bootstrap=0)
+    assert found.law.refusals == [(10, "cut_off: why")]
+    assert len(found.law.points) == 9
+    assert "reason" not in found.law.points
+    assert found.understood["sources"] == ["sweep one", "sweep two"]

@@ -144,10 +144,7 @@ class LanguageModelJudge:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.question, self.batch_sequences = question, batch_sequences
-        letters = [tokenizer.encode(letter) for letter in "AB"]
-        if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
-            raise DataError("The judge's tokenizer has no token for the letter A, or none for B.")
-        self._letters = [ids[0] for ids in letters]
+        self._lead, self._letters = _answers(tokenizer)
 
     @torch.no_grad()
     def __call__(self, questions: Sequence[Question]) -> list[float]:
@@ -170,7 +167,7 @@ class LanguageModelJudge:
 
     def _tokens(self, prompt: Prompt, first: str, second: str) -> list[int]:
         text = self.question.format(prompt=_plain(prompt), first=first, second=second)
-        ids = self.tokenizer.prompt([{"role": "user", "content": text}])
+        ids = [*self.tokenizer.prompt([{"role": "user", "content": text}]), *self._lead]
         limit = self.model.config.max_context_tokens
         if len(ids) > limit:
             raise DataError(
@@ -179,6 +176,26 @@ class LanguageModelJudge:
                 "Shorten prompts or responses, or take a judge of longer context.",
             )
         return ids
+
+
+def _answers(tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
+    """The tokens between a question and its answer (a template's empty thoughts), and those of the answers A and B: as
+    the function writes them that makes a sequence of prompt and answer, so with SentencePiece's blank. Where these are
+    not one token for each letter, the bare letters, with nothing before them.
+
+    Raises DataError where these are not single tokens either.
+    """
+    question = [{"role": "user", "content": "?"}]
+    prompt = tokenizer.prompt(question)
+    first, second = (tokenizer.sequence(question, letter)[0] for letter in "AB")
+    if first[: len(prompt)] == second[: len(prompt)] == prompt:
+        at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+        if at >= len(prompt) and first[at + 1 :] == second[at + 1 :]:
+            return first[len(prompt) : at], [first[at], second[at]]
+    letters = [tokenizer.encode(letter) for letter in "AB"]
+    if any(len(ids) != 1 for ids in letters) or letters[0] == letters[1]:
+        raise DataError("The judge's tokenizer has no token for the letter A, or none for B.")
+    return [], [ids[0] for ids in letters]
 
 
 def _plain(prompt: Prompt) -> str:

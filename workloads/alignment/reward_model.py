@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from escala.errors import CheckpointError
-from workloads.data.dialogues import ASSISTANT, Prompt
+from workloads.data.dialogues import Prompt
 from workloads.model.layers import Linear
 from workloads.model.start import checkpoint_model, find_checkpoint, headless, load_tokenizer
 from workloads.model.transformer import Transformer
@@ -66,13 +66,8 @@ class RewardModel(nn.Module):
 
 
 def answer_tokens(tokenizer: ChatTokenizer, prompt: Prompt, response: str) -> list[int]:
-    """What a reward model reads: a text prompt, the response and the end of text; or a chat with the response as its
-    last message. Training and scoring both call this.
-    """
-    if isinstance(prompt, str):
-        return [*tokenizer.encode(prompt), *tokenizer.encode(response), tokenizer.end_of_text]
-    ids, _ = tokenizer.conversation([*prompt, {"role": ASSISTANT, "content": response}])
-    return ids
+    """What a reward model reads, in training and scoring: prompt and response as a policy learns them, with the end."""
+    return tokenizer.sequence(prompt, response)[0]
 
 
 def pad_right(rows: list[list[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:

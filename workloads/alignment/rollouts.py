@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +21,10 @@ from workloads.config.rewards import FunctionRewardConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt, prompt_of, read_lines
 from workloads.data.examples import Draws
-from workloads.generation.protocol import SamplingParams
+from workloads.generation.protocol import RequestFailed, SamplingParams
 
 PROMPTS = "prompts.json"
+OTHER_SEED = 1 << 62
 SERVED = "served"  # the sum of the rewards that the service computes
 
 
@@ -64,14 +66,22 @@ class Service(Protocol):
 
 
 def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list[PromptTokens]:
-    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, and how many is
-    printed: cut, it would be another prompt. Raises DataError where none is left.
+    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, for cut, it would be
+    another prompt, and so is one that the model's template refuses: which, and how many, is printed. Raises DataError
+    where none is left.
     """
-    found = [prompt_of(where, record) for where, record in read_lines(path)]
-    tokenised = [PromptTokens(prompt, tokenizer.prompt(prompt)) for prompt in found]
-    fitting = [one for one in tokenised if 0 < len(one.tokens) <= most_tokens]
+    found, fitting = 0, list[PromptTokens]()
+    for where, record in read_lines(path):
+        prompt, found = prompt_of(where, record), found + 1
+        try:
+            one = PromptTokens(prompt, tokenizer.prompt(prompt))
+        except DataError as error:
+            print(f"{where} is left out: {error.message}", flush=True)
+            continue
+        if 0 < len(one.tokens) <= most_tokens:
+            fitting.append(one)
     print(
-        f"{len(fitting)} prompts, {len(tokenised) - len(fitting)} empty or longer than {most_tokens} tokens left out",
+        f"{len(fitting)} prompts, {found - len(fitting)} refused, empty or longer than {most_tokens} tokens left out",
         flush=True,
     )
     if not fitting:
@@ -135,7 +145,7 @@ class Drawing:
         """
         requests = self.requests(iteration)
         tokens, params = [one.tokens for _, _, one, _ in requests], [p for *_, p in requests]
-        answers = timely(lambda: service.generate(tokens, params, min_version=version), "responses")
+        answers = ask(service, tokens, params, version)
         found = []
         for (slot, number, one, _), answer in zip(requests, answers, strict=True):
             if answer.weights.version != version:
@@ -160,6 +170,25 @@ class Drawing:
         return found
 
 
+def ask(
+    service: Service, prompts: Sequence[list[int]], params: Sequence[SamplingParams], version: int
+) -> list[Any]:
+    """A response to each prompt. One that failed by itself is asked for again with another seed, one time; the others
+    stay as they are, for they depend on nothing but themselves. Raises as `Drawing.draw`.
+    """
+    try:
+        found: list[Any] = timely(lambda: service.generate(prompts, params, min_version=version), "responses")
+        return found
+    except RequestFailed as error:
+        if len(prompts) > 1:
+            half = len(prompts) // 2
+            first = ask(service, prompts[:half], params[:half], version)
+            return first + ask(service, prompts[half:], params[half:], version)
+        print(f"a response is drawn again with another seed: {error.message}", flush=True)
+    again = [replace(params[0], seed=params[0].seed ^ OTHER_SEED)]
+    return list(timely(lambda: service.generate(prompts, again, min_version=version), "responses"))
+
+
 @dataclass(frozen=True)
 class Scores:
     """What responses are worth: their weighted sums, and what these are made of by name, before weights."""
@@ -173,15 +202,24 @@ class Scoring:
 
     def __init__(self, config: PpoConfig) -> None:
         functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
-        self._here = {one.function.partition(":")[2]: FunctionReward(one.function) for one in functions}
+        self._seconds = config.rollouts.timeout_seconds
+        self._here = {
+            one.function.partition(":")[2]: FunctionReward(one.function, self._seconds) for one in functions
+        }
         self._weights = {name: one.weight for name, one in zip(self._here, functions, strict=True)}
         self._weights[SERVED] = 1.0  # the service has weighted what it sums
         self._served = bool(served_rewards(config))
 
     def score(self, service: Service, responses: Sequence[Response]) -> Scores:
-        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a service that is late."""
+        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a function or a service
+        that is late.
+        """
+        deadline = time.monotonic() + self._seconds  # of all functions together
         prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
-        parts = {name: reward.score(prompts, texts) for name, reward in self._here.items()}
+        parts = {
+            name: reward.score(prompts, texts, max(0.0, deadline - time.monotonic()))
+            for name, reward in self._here.items()
+        }
         if self._served:
             parts[SERVED] = timely(lambda: service.score(prompts, texts), "rewards")
         return Scores(weighted_sums([(self._weights[name], column) for name, column in parts.items()]), parts)
@@ -199,5 +237,5 @@ def timely(ask: Any, what: str) -> Any:
     except TimeoutError as error:
         raise StateError(
             f"The rollout service did not give its {what} in time.",
-            "Raise rollouts.timeout_seconds, or give it more replicas; then `escala retry`.",
+            "Raise rollouts.timeout_seconds, or give it more replicas; then `escala jobs retry`.",
         ) from error

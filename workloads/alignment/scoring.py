@@ -4,19 +4,20 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from escala.errors import DataError, SpecError
+from workloads.alignment.functions import UserFunction
 from workloads.alignment.judge import Judge, load_judge_model, read_references
 from workloads.alignment.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 from workloads.config.rewards import FunctionRewardConfig, ModelRewardConfig, RewardConfig
 from workloads.data.dialogues import Prompt
+from workloads.generation.protocol import FP32_MAX
 
 if TYPE_CHECKING:
     from workloads.data.chat import ChatTokenizer
@@ -31,57 +32,20 @@ class Reward(Protocol):
 
 
 class FunctionReward:
-    """The user's function `package.module:function`, called as `function(prompts, responses)`.
+    """The user's function `package.module:function`, called as `function(prompts, responses)` in a process of its own.
 
-    Raises SpecError, which names the function, where it can't be imported, raises, or does not return a finite
-    number for each response.
+    Raises as `UserFunction`.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, timeout_seconds: float = 600.0) -> None:
         self.name = name
-        self._function = _import_function(name)
+        self._function = UserFunction(name, timeout_seconds)
 
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        """What the function returns, as floats."""
-        try:
-            found = list(self._function(prompts, responses))
-        except Exception as error:
-            raise SpecError(
-                f"The reward function {self.name} raised {type(error).__name__}: {error}",
-                "Mend the function; the log has the traceback.",
-            ) from error
-        if len(found) != len(responses):
-            raise SpecError(
-                f"The reward function {self.name} returned {len(found)} rewards for {len(responses)} responses.",
-                "Return one number for each response.",
-            )
-        return [self._number(index, value) for index, value in enumerate(found)]
-
-    def _number(self, index: int, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise SpecError(
-                f"The reward function {self.name} returned {value!r} for response {index}.",
-                "Return a finite number for each response.",
-            )
-        return number
-
-
-def _import_function(name: str) -> Callable[[list[Prompt], list[str]], Sequence[float]]:
-    module_name, _, attribute = name.partition(":")
-    hint = "Name it as package.module:function, importable where the job runs."
-    try:
-        function: Any = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever the user's module raises
-        raise SpecError(
-            f"The reward function {name} can't be imported: {type(error).__name__}: {error}", hint
-        ) from error
-    if not callable(function):
-        raise SpecError(f"The reward function {name} is no function but {type(function).__name__}.", hint)
-    return function  # type: ignore[no-any-return]
+    def score(
+        self, prompts: list[Prompt], responses: list[str], timeout_seconds: float | None = None
+    ) -> list[float]:
+        """What the function returns, as floats, within `timeout_seconds` (None: the constructor's)."""
+        return self._function(prompts, responses, timeout_seconds)
 
 
 class WeightedSum:
@@ -98,9 +62,29 @@ class WeightedSum:
 
 
 def weighted_sums(columns: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
-    """Of each response: the sum of weight * reward over (weight, rewards of all responses)."""
+    """Of each response: the sum of weight * reward over (weight, rewards of all responses). Raises DataError for one
+    that is not finite in fp32, in which it is learnt from.
+    """
     rows = zip(*([weight * reward for reward in rewards] for weight, rewards in columns), strict=True)
-    return [math.fsum(row) for row in rows]
+    return finite([_sum(row) for row in rows], "reward")
+
+
+def _sum(row: Sequence[float]) -> float:
+    try:
+        return math.fsum(row)
+    except (OverflowError, ValueError):  # beyond fp64, or infinities of both signs
+        return math.nan
+
+
+def finite(values: list[float], what: str) -> list[float]:
+    """`values`, each a finite number in fp32. Raises DataError, which names the first that is not."""
+    for index, value in enumerate(values):
+        if not abs(value) <= FP32_MAX:
+            raise DataError(
+                f"The {what} of response {index + 1} is {value:g}: not a finite number in fp32.",
+                "Check the models and functions that give it, and the rewards' weights.",
+            )
+    return values
 
 
 class RewardModelScorer:

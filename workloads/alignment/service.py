@@ -27,6 +27,7 @@ from workloads.serve import application
 from workloads.serving.owner import ANYWHERE, alone, owner, remove
 from workloads.training.finetune import open_tokenizer
 
+QUIET = {"enable_access_log": False}  # a line for each response is most of a job's log
 SHUTDOWN_SECONDS = 20.0  # responses that nobody waits for any more
 
 
@@ -68,7 +69,7 @@ def _run(name: str, arguments: dict[str, Any]) -> None:
     if name in serve.status().applications:
         serve.delete(name)
     try:
-        serve.run(application(arguments), name=name, route_prefix=None)
+        serve.run(application(arguments), name=name, route_prefix=None, logging_config=QUIET)
     except RuntimeError as error:
         raise ClusterError(
             f"the job's rollout service does not come up: {error}", "its replicas' logs say more"

@@ -87,7 +87,9 @@ class ExamplesConfig(Strict):
 
 
 class SftDataConfig(ExamplesConfig):
-    """`{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}, ...]}` a line."""
+    """`{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}, ...]}` a line; there the
+    assistant's messages of `weight` 0 are not trained on.
+    """
 
     packing: bool = Field(True, description="several dialogues in a sequence, none of which sees another")
 

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from workloads.config.base import Strict
 from workloads.config.moe import MoEConfig
 
+MOST_PARAMETERS = 1e14
+
 
 class ModelConfig(Strict):
     """A decoder-only transformer: RMSNorm, SwiGLU, RoPE, grouped-query heads (Llama's layout, Hugging Face's weights).
@@ -63,7 +65,20 @@ class ModelConfig(Strict):
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE turns pairs of channels")
         if self.moe is not None and self.moe.every > self.n_layers:
             raise ValueError(f"moe.every {self.moe.every} leaves no layer of {self.n_layers} with experts")
+        if self._rough_parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"about {self._rough_parameters:.1g} parameters, more than the {MOST_PARAMETERS:g} that any machine "
+                "trains: lower n_layers, d_model, d_ff, vocab_size or moe.experts"
+            )
         return self
+
+    @property
+    def _rough_parameters(self) -> float:
+        """Matrices alone, every layer with all its experts: `workloads.flops.parameter_counts` counts exactly."""
+        experts = 0 if self.moe is None else self.moe.experts + self.moe.shared_experts
+        ff_width = max(self.ff_size, experts * self.expert_size)
+        attention_width = 2 * (self.n_heads + self.kv_heads) * self.head_size
+        return self.d_model * (self.vocab_size + self.n_layers * (3.0 * ff_width + attention_width))
 
     @property
     def kv_heads(self) -> int:

@@ -285,7 +285,7 @@ class PpoConfig(FineTuneConfig):
         """An estimate, for plans: responses of full length in one forward pass; a divisor of a worker's."""
         mine = max(1, self.training.batch_sequences // self.resources.workers)
         most = max(1, self.batch.micro_batch_tokens // self.context_tokens)
-        return max(size for size in range(1, mine + 1) if mine % size == 0 and size <= most)
+        return next(size for size in range(min(mine, most), 0, -1) if mine % size == 0)
 
     @property
     def samples_every_iterations(self) -> int:

@@ -64,7 +64,19 @@ KEYS = {  # config.json -> ModelConfig
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-OPTIONAL = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+DEFAULTS = {  # of LlamaConfig, where config.json lacks a key; other classes' own differ from it
+    "vocab_size": 32_000,
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "intermediate_size": 11_008,
+    "max_position_embeddings": 2048,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Architecture:
         write: the part of config.json that is special to it.
         covers: ModelConfig's fields that `read` and `write` carry, beyond those that all have.
         weights: our weights' names -> theirs.
-        defaults: what their class takes where config.json lacks a key and all others take something else.
+        defaults: what their class takes where config.json lacks a key, as far as it is not DEFAULTS.
     """
 
     model_type: str
@@ -157,7 +169,8 @@ def _read_mixtral(config: Json) -> dict[str, Any]:
     chosen = config.get("num_experts_per_tok", 2)
     if chosen == 1:
         raise ValueError("its one expert a token has the weight 1; here it has its probability")
-    experts = {"experts": config.get("num_local_experts", 8), "chosen": chosen, "capacity_factor": None}
+    count = config.get("num_local_experts", config.get("num_experts", 8))  # transformers takes both names
+    experts = {"experts": count, "chosen": chosen, "capacity_factor": None}
     return {"window_tokens": config.get("sliding_window"), "moe": experts}
 
 
@@ -220,7 +233,14 @@ ARCHITECTURES = (
         _write_qwen3_moe,
         frozenset({"qk_norm", "window_tokens", "moe"}),
         LLAMA_WEIGHTS | QK_NORM_WEIGHTS | EXPERT_WEIGHTS,
-        {"num_key_value_heads": 4},
+        {
+            "vocab_size": 151_936,
+            "num_hidden_layers": 24,
+            "hidden_size": 2048,
+            "num_key_value_heads": 4,
+            "intermediate_size": 6144,
+            "max_position_embeddings": 32_768,
+        },
     ),
     Architecture(
         "mixtral",
@@ -230,7 +250,13 @@ ARCHITECTURES = (
         _write_mixtral,
         frozenset({"window_tokens", "moe"}),
         LLAMA_WEIGHTS | MIXTRAL_WEIGHTS,
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        {
+            "num_key_value_heads": 8,
+            "intermediate_size": 14_336,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+        },
     ),
     Architecture(
         "qwen3",
@@ -240,7 +266,13 @@ ARCHITECTURES = (
         _write_qwen3,
         frozenset({"qk_norm", "window_tokens"}),
         LLAMA_WEIGHTS | QK_NORM_WEIGHTS,
-        {"head_dim": 128, "num_key_value_heads": 32},
+        {
+            "vocab_size": 151_936,
+            "num_key_value_heads": 32,
+            "intermediate_size": 22_016,
+            "max_position_embeddings": 32_768,
+            "head_dim": 128,
+        },
     ),
     Architecture(
         "mistral",
@@ -249,7 +281,11 @@ ARCHITECTURES = (
         _read_mistral,
         _write_mistral,
         frozenset({"window_tokens"}),
-        defaults={"num_key_value_heads": 8},
+        defaults={
+            "num_key_value_heads": 8,
+            "intermediate_size": 14_336,
+            "max_position_embeddings": 131_072,
+        },
     ),
     Architecture("llama", "LlamaForCausalLM", lambda config: True, _read_llama, _write_llama),
 )
@@ -320,12 +356,11 @@ def from_hugging_face(config: Json) -> ModelConfig:
     """The ModelConfig that a config.json describes. Raises ValueError."""
     architecture = architecture_of(config.get("model_type"))
     _refuse_unrepresentable(config)
-    settings = OPTIONAL | architecture.defaults | {key: config[key] for key in KEYS if key in config}
-    missing = sorted(KEYS.keys() - settings.keys())
-    if missing:
-        raise ValueError(f"its config.json lacks {', '.join(missing)}")
+    defaults = DEFAULTS | architecture.defaults
+    settings = defaults | {key: config[key] for key in KEYS if key in config}
     ours = {ours: settings[theirs] for theirs, ours in KEYS.items()}
-    return ModelConfig(**ours, rope_base=_rope_base(config), **architecture.read(config))
+    base = _rope_base(config, defaults["rope_theta"])
+    return ModelConfig(**ours, rope_base=base, **architecture.read({**defaults, **config}))
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
@@ -401,8 +436,10 @@ def _refuse_unrepresentable(config: Json) -> None:
             raise ValueError(f"it has biases ({bias}: true); projections here have none")
 
 
-def _rope_base(config: Json) -> float:
-    """rope_theta, by the keys of transformers 4 or 5. Raises ValueError where RoPE is scaled or partial."""
+def _rope_base(config: Json, default: float) -> float:
+    """rope_theta, by the keys of transformers 4 or 5, or the `default` of their class. Raises ValueError where RoPE is
+    scaled or partial.
+    """
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -415,4 +452,4 @@ def _rope_base(config: Json) -> float:
             f"its RoPE turns a part of each head (partial_rotary_factor: {partial}); here it turns all"
         )
     base = rope.get("rope_theta", config.get("rope_theta"))
-    return 10_000.0 if base is None else base
+    return default if base is None else base

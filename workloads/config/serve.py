@@ -66,6 +66,11 @@ class ServeConfig(Strict):
     judge: JudgeModelConfig | None = Field(None, description="None: no such deployment")
     replica_cpus: float = Field(1.0, gt=0)
     replica_gpus: float = Field(0.0, ge=0)
+    hold_places: bool = Field(
+        False,
+        description="hold the CPUs of replicas beside them, so that a dead one's are not given to a job meanwhile; for "
+        "a cluster of one node (`up` sets it for the local one), and not with GPUs",
+    )
     max_staleness: int | None = Field(
         None,
         ge=0,
@@ -79,6 +84,11 @@ class ServeConfig(Strict):
     token_sha256: str | None = Field(
         None, pattern=r"^[0-9a-f]{64}$", description="of the bearer token; None: loopback only, and no token"
     )
+
+    @property
+    def holds_places(self) -> bool:
+        """Whether replicas reserve nothing themselves: a GPU is given to who reserves it."""
+        return self.hold_places and not self.replica_gpus
 
     def autoscaling(self) -> dict[str, Any]:
         """Serve's AutoscalingConfig of the policy deployment, as plain data."""

@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, processors
 
 from escala.errors import DataError, NotFoundError
 from escala.records import write_json
+from escala.tracking.lineage import fingerprint
+from workloads.data.decoding import decoding_of, without_prefix
+from workloads.data.ends import GENERATION_CONFIG, generation_config, generation_ends
+from workloads.data.messages import ASSISTANT, Message, plain_messages
+from workloads.data.spans import PLACEHOLDER, Span, SpanFinder, ends_of_turn, of_answers, pattern_of
 from workloads.data.tokenizer import KNOWN_ENDS, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Message = Mapping[str, str]
+Prompt = str | Sequence[Mapping[str, Any]]
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -42,7 +47,11 @@ _LEFT_OUT = (
     "is_local",
     "local_files_only",
 )  # of tokenizer_config.json: about the machine, not the model
-_MARKS = str.maketrans("", "", _OPEN + _CLOSE)
+_MARKS = str.maketrans("", "", _OPEN + _CLOSE + PLACEHOLDER)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SEQUENCES = 2
+"""Counts up where a conversation's or an answer's tokens, or which of them are learned, change: stored ones are stale.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,9 @@ class ChatTokenizer:
     Attributes:
         tokenizer: as it is in its file.
         template: jinja; PLAIN_TEMPLATE where the model has none.
-        end_of_text: the id that ends an answer (EOS).
+        end_of_text: the tokenizer's own end (EOS), which ends a text.
+        end_ids: all that end an answer, EOS first: also those of generation_config.json, and the template's end of
+            turn. Engine, training and export share them.
         vocab_size: the largest token id + 1.
         fingerprint: SHA-256 of the tokenizer's JSON, as `workloads.data.tokenizer` has it; not of the template.
     """
@@ -60,6 +71,7 @@ class ChatTokenizer:
     tokenizer: Tokenizer = field(repr=False, compare=False)
     template: str
     end_of_text: int
+    end_ids: tuple[int, ...]
     vocab_size: int
     fingerprint: str
     _transformers: PreTrainedTokenizerFast = field(repr=False, compare=False)
@@ -74,7 +86,7 @@ class ChatTokenizer:
         """The text of token ids; `special` tokens are left out or shown."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
-    def prompt(self, messages_or_text: Sequence[Message] | str) -> list[int]:
+    def prompt(self, messages_or_text: Prompt) -> list[int]:
         """What the model is given to continue.
 
         Messages go through the template with its generation prompt; a text is taken as it is, after a
@@ -82,30 +94,68 @@ class ChatTokenizer:
         """
         if isinstance(messages_or_text, str):
             return self._leading + self.encode(messages_or_text)
-        return self._tokens(self._render(self._guarded(messages_or_text), prompt=True))[0]
+        return self._tokens(self._rendered(self._guarded(messages_or_text), prompt=True))[0]
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def sequence(self, prompt: Prompt, answer: str) -> tuple[list[int], list[bool]]:
+        """A prompt with its answer, as token ids and which of them are the answer's, its end included.
+
+        The one way to put the two together, for SFT, preferences, reward models and judges: `prompt`'s tokens, then
+        what a policy draws to give the text `answer`, and nothing after its end. A text goes on without a blank of its
+        own, and ends with EOS; a chat's answer goes through the template, where a blank that the template or the
+        tokenizer writes before every answer, and that a policy's text has already, is not written twice. Raises
+        DataError.
+        """
+        if isinstance(prompt, str):
+            given, drawn = self.prompt(prompt), [*self._continuation(answer), self.end_of_text]
+            return [*given, *drawn], [False] * len(given) + [True] * len(drawn)
+        content = answer.removeprefix(self._lead)
+        before = plain_messages(prompt, key="prompt")
+        history = [number for number, each in enumerate(before) if each["role"] == ASSISTANT]
+        ids, answers = self.conversation([*before, {"role": ASSISTANT, "content": content}], history)
+        end = max((i for i, is_answer in enumerate(answers, start=1) if is_answer), default=len(ids))
+        return ids[:end], answers[:end]
+
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], untrained: Collection[int] = ()
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of whole messages, and which are answers: every assistant's turn with its end-of-turn token.
 
         An answer begins where the generation prompt ends, so it is what the model has to write at that place. Spans
-        are found in the rendered text and carried over by the tokenizer's offsets.
+        are found in the rendered text (`workloads.data.spans`) and carried over by the tokenizer's offsets.
+
+        Args:
+            untrained: messages, counted from 0, that are no answers though the assistant's.
 
         Raises DataError for messages that are none, that the template refuses, or whose answers it rewrites so that
         they can't be found (a template that drops an earlier answer's reasoning).
         """
         guarded = self._guarded(messages)
-        text = self._render(guarded)
-        spans = [
-            self._answer(text, guarded, number)
-            for number, each in enumerate(guarded)
-            if each["role"] == "assistant"
-        ]
+        text = self._rendered(guarded)
+        numbers = [number for number, each in enumerate(guarded) if each["role"] == ASSISTANT]
+        spans = self._marked(guarded) if _GENERATION.search(self.template) else []
+        if not spans or (untrained and len(spans) != len(numbers)):
+            spans = self._finder.find(text, guarded)
+        if untrained:
+            spans = [span for span, number in zip(spans, numbers, strict=True) if number not in untrained]
+        clean = [tuple(len(text[:at].translate(_MARKS)) for at in span) for span in spans]
         ids, offsets = self._tokens(text)
-        answers = [any(start < end and stop > begin for begin, end in spans) for start, stop in offsets]
-        return ids, answers
+        return ids, of_answers([(begin, end) for begin, end in clean], offsets)
+
+    def ends_of_turn(self) -> list[int]:
+        """The added tokens that the template writes right after an answer."""
+        added = {token.content: n for n, token in self.tokenizer.get_added_tokens_decoder().items()}
+        return [added[text] for text in ends_of_turn(self._render, [each for each in added if each.strip()])]
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of all that sequences depend on: tokenizer, template, ends, and how they are made here."""
+        names = {name: str(token) for name, token in self._transformers.special_tokens_map.items()}
+        return fingerprint([self.fingerprint, self.template, names, self.end_ids, self._leading, SEQUENCES])
 
     def save(self, directory: str | Path) -> None:
-        """Write what AutoTokenizer opens with equal ids: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
+        """Write what AutoTokenizer opens with equal ids: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+        With them generation_config.json, the ends of answers.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._transformers.save_pretrained(directory)
@@ -116,6 +166,7 @@ class ChatTokenizer:
         write_json(
             directory / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
         )
+        write_json(directory / GENERATION_CONFIG, generation_config(list(self.end_ids)))
 
     @cached_property
     def _leading(self) -> list[int]:
@@ -130,67 +181,88 @@ class ChatTokenizer:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
-        return re.compile("|".join(longest_first) or "(?!)")
+        return pattern_of(self._specials)
 
-    def _guarded(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+    def _guarded(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """The messages, checked, with marks around the special tokens that their texts spell out."""
-        guarded = []
+        return [
+            {**message, "content": self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", content.translate(_MARKS))}
+            for message in plain_messages(list(messages))
+            for content in [message["content"]]
+        ]
+
+    def _rendered(self, messages: list[Message], prompt: bool = False) -> str:
+        """The template's text of whole messages. Raises DataError where it leaves a tool's message out."""
+        text = self._render(messages, prompt)
         for number, message in enumerate(messages):
-            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-                raise DataError(f"message {number} is not an object of role and content: {message!r}.")
-            role, content = message["role"], message["content"]
-            if not isinstance(role, str) or not role.isidentifier() or not isinstance(content, str):
-                raise DataError(f"message {number} has no plain role, or no text as content: {message!r}.")
-            content = self._special.sub(rf"{_OPEN}\g<0>{_CLOSE}", content.translate(_MARKS))
-            guarded.append({"role": role, "content": content})
-        if not guarded:
-            raise DataError("there is no message.")
-        return guarded
+            if message["role"] != "tool":
+                continue
+            other = [*messages[:number], {**message, "content": PLACEHOLDER}, *messages[number + 1 :]]
+            if PLACEHOLDER not in self._render(other, prompt):
+                raise DataError(
+                    f"message {number + 1}: the chat template does not write messages of the role 'tool'.",
+                    "Remove the conversation, or use a tokenizer whose template knows tools.",
+                )
+        return text
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
+    def _render(self, messages: list[Message], prompt: bool = False) -> str:
         try:
             return str(
                 self._transformers.apply_chat_template(
                     messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a model's own program and raises what it likes
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"the chat template refuses messages of {roles}: {error}.") from error
 
-    def _answer(self, text: str, messages: list[dict[str, str]], number: int) -> tuple[int, int]:
-        """Where answer `number` is in the rendered text, marks left out: (begin, end)."""
-        through = self._render(messages[: number + 1])
-        content = messages[number]["content"].strip()
-        if number:
-            before = self._render(messages[:number], prompt=True)
-            begin = len(before) if text.startswith(before) else -1
-        else:  # nothing precedes it that could be rendered
-            begin = text.find(content)
-        if begin < 0:
-            raise DataError(
-                f"the chat template writes what precedes answer {number} differently in a longer one."
-            )
-        if text.startswith(through):
-            turn = text[begin : len(through)]
-        else:  # the last answer is written with more around it than an earlier one
-            at = text.find(content, begin)
-            if at < 0:
-                raise DataError(f"the chat template rewrites answer {number} in a longer conversation.")
-            rest = text[at + len(content) :]
-            ending = self._special.match(rest.lstrip())
-            spaces = len(rest) - len(rest.lstrip())
-            turn = text[begin : at + len(content) + (spaces + ending.end() if ending else 0)]
-        end = begin + len(self._without_tail(turn))
-        return len(text[:begin].translate(_MARKS)), len(text[:end].translate(_MARKS))
+    def _marked(self, messages: list[Message]) -> list[Span]:
+        """The spans that the template itself marks with {% generation %}."""
+        from transformers.utils.chat_template_utils import render_jinja_template
 
-    def _without_tail(self, turn: str) -> str:
-        """A turn without the white space after its end-of-turn token, which the model never has to write."""
-        ends = [found.end() for found in self._special.finditer(turn)]
-        return turn[: ends[-1]] if ends and not turn[ends[-1] :].strip() else turn
+        _, spans = render_jinja_template(  # type: ignore[misc]
+            [messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **self._transformers.special_tokens_map,
+        )
+        return [(begin, end) for begin, end in spans[0]]
+
+    @cached_property
+    def _finder(self) -> SpanFinder:
+        ends = frozenset(str(self.tokenizer.id_to_token(number)) for number in self.end_ids)
+        added = pattern_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values())
+        return SpanFinder(
+            self._render,
+            pattern_of({*self._specials, *ends}),
+            ends,
+            lambda text: self._special.search(text) is None and not added.sub("", text).strip(),
+        )
+
+    @cached_property
+    def _continuing(self) -> Tokenizer:
+        return without_prefix(self._plain)
+
+    def _continuation(self, text: str) -> list[int]:
+        """Token ids of a text that continues another one."""
+        return list(self._continuing.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _lead(self) -> str:
+        """The white space that the first answer to a prompt has before its text as a policy's response would have it:
+        the template's ("Assistant: "), or the tokenizer's own blank.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self.prompt(asked)
+            ids, answers = self.conversation([*asked, {"role": ASSISTANT, "content": "b"}])
+        except DataError:
+            return ""
+        if ids[: len(prompt)] != prompt:
+            return ""
+        drawn = [token for token, is_answer in zip(ids, answers, strict=True) if is_answer]
+        lead, found, _ = decoding_of(self.tokenizer).text(drawn, continues=True).partition("b")
+        return lead if found and not lead.strip() else ""
 
     def _tokens(self, marked: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text and their offsets in it, marks left out."""
@@ -236,11 +308,14 @@ class ChatTokenizer:
         return True
 
 
-def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
+def load_chat_tokenizer(path: str | Path, model: Path | None = None) -> ChatTokenizer:
     """The tokenizer and template in a Hugging Face directory, a tokenizer.json, or a .gguf file.
 
     One without a chat template gets PLAIN_TEMPLATE. A GGUF's is rebuilt by transformers, which does not know every
     pre-tokenizer: SmolLM2's splits of digits are lost, so numbers cost fewer tokens than in training.
+
+    Args:
+        model: another directory or .gguf file, that of the tokenizer's model, whose ends of generation count too.
 
     Raises NotFoundError, or DataError where there is no tokenizer, or none with an end-of-text token.
     """
@@ -271,10 +346,13 @@ def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
         own = Tokenizer.from_file(str(file))
         if own.get_vocab() == tokenizer.get_vocab():  # else tokenizer_config.json adds tokens
             tokenizer = own
-    return _assemble(tokenizer, theirs, str(path))
+    ends = [*generation_ends(path), *(generation_ends(model) if model is not None else [])]
+    return _assemble(tokenizer, theirs, str(path), ends)
 
 
-def _assemble(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast, name: str) -> ChatTokenizer:
+def _assemble(
+    tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast, name: str, ends: Sequence[int]
+) -> ChatTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -291,13 +369,16 @@ def _assemble(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast, name: str) 
     plain.encode_special_tokens = True
     for each in (plain, marked_up):
         each.post_processor = processors.Sequence([])  # ByteLevel's trims offsets
-    return ChatTokenizer(
+    chat = ChatTokenizer(
         tokenizer,
         str(theirs.get_chat_template()),
         vocabulary[theirs.eos_token],
+        (),
         max(vocabulary.values()) + 1,
         tokenizer_fingerprint(tokenizer),
         theirs,
         plain,
         marked_up,
     )
+    others = {*ends, *chat.ends_of_turn()} - {chat.end_of_text}
+    return replace(chat, end_ids=(chat.end_of_text, *sorted(others)))

@@ -255,7 +255,7 @@ def _hugging_face(corpus: HuggingFaceCorpus) -> Iterator[Named]:
             f"The data set {corpus.name} can't be loaded: {error}",
             "Check its name, subset, split and revision.",
         ) from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         text = row.get(corpus.text_key)
         if not isinstance(text, str):
             raise DataError(

@@ -1,26 +1,31 @@
 """Prompts and their answers in JSON lines: what supervised fine-tuning trains on, and what preferences share with it.
 
 A prompt is a text, or a chat: a list of messages {"role", "content"} that does not end with the assistant. A line is
-`prompt` and `completion`, or `messages` (one chat, whose assistant messages are the answers). Keys that are not read
-here may stand on a line: public data sets carry many.
+`prompt` and `completion`, or `messages` (one chat, whose assistant messages are the answers, but for those of
+`weight` 0). Which keys messages may have: `workloads.data.messages`. Other keys may stand on a line, since public data
+sets carry many; those that would change what is read (tools, a system prompt, ...) are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from escala.errors import DataError
 from workloads.data.corpus import unit_interval
+from workloads.data.messages import (
+    ASSISTANT,
+    Message,
+    plain_messages,
+    refuse_line_keys,
+    text_at,
+    untrained,
+)
 
-ROLES = ("system", "user", "assistant", "tool")
-ASSISTANT = "assistant"
-
-Message = dict[str, str]
 Prompt = str | list[Message]
 
 
@@ -46,9 +51,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat, of one turn or more, that ends with an answer; every assistant message is one."""
+    """A chat, of one turn or more, that ends with an answer; every assistant message is one.
+
+    Attributes:
+        untrained: the answers, counted among the messages from 0, that are read and not trained on.
+    """
 
     messages: list[Message]
+    untrained: frozenset[int] = frozenset()
 
     @property
     def prompt(self) -> list[Message]:
@@ -70,15 +80,33 @@ def read_dialogues(path: Path) -> Iterator[Dialogue]:
 
 
 def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:
-    if "messages" in record:
-        messages = _messages(where, "messages", record["messages"])
-        if messages[-1]["role"] != ASSISTANT:
-            raise DataError(f"{where}: the last of `messages` is no answer.", "End it with the assistant's.")
-        return Chat(messages)
+    if record.get("label") is False:
+        raise DataError(f"{where}: `label` is false: the answer is a bad one.", "Remove the line.")
+    if record.get("messages") is not None:
+        return _chat(where, record)
     prompt, completion = prompt_of(where, record), text_of(where, record, "completion")
     if isinstance(prompt, str):
         return Completion(prompt, completion)
-    return Chat([*prompt, {"role": ASSISTANT, "content": completion}])
+    return Chat([*prompt, {"role": ASSISTANT, "content": completion}], answers_in(prompt))
+
+
+def _chat(where: str, record: dict[str, Any]) -> Chat:
+    messages = plain_messages(record["messages"], where, weighted=True)
+    if record.get("completion") is not None:
+        raise DataError(f"{where}: both `messages` and `completion` are given.", "Keep one of them.")
+    if messages[-1]["role"] != ASSISTANT:
+        raise DataError(f"{where}: the last of `messages` is no answer.", "End it with the assistant's.")
+    left_out = untrained(record["messages"], where)
+    if left_out == answers_in(messages):
+        raise DataError(
+            f"{where}: every answer has `weight` 0, so nothing is trained on.", "Remove the line."
+        )
+    return Chat(messages, left_out)
+
+
+def answers_in(messages: Sequence[Message]) -> frozenset[int]:
+    """Which messages, counted from 0, are the assistant's."""
+    return frozenset(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> int:
@@ -94,7 +122,8 @@ def write_lines(path: Path, records: Iterable[Any]) -> int:
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line that is not blank; `where` names file and line.
 
-    Raises DataError where the file can't be read or holds no object, and where a line is not a JSON object.
+    Raises DataError where the file can't be read or holds no object, where a line is not a JSON object, and where it
+    has a key that would change what is read and isn't used (`workloads.data.messages.OF_A_LINE`).
     """
     try:
         stream = path.open("rb")
@@ -109,9 +138,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError as error:  # UnicodeDecodeError is one
-                raise DataError(f"{where} is not JSON: {error}.", "Mend or remove the line.") from error
+                raise DataError(f"{where} is not JSON: {error}.", "Correct or remove the line.") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where} is no JSON object.", 'Write {"prompt": ...} on each line.')
+            refuse_line_keys(where, record)
             yield where, record
     if empty:
         raise DataError(f"{path} is empty.", "Give a file with an example on each line.")
@@ -121,7 +151,7 @@ def prompt_of(where: str, record: dict[str, Any]) -> Prompt:
     """The prompt of a line: a text, or messages that do not end with the assistant. Raises DataError."""
     if not isinstance(record.get("prompt"), list):
         return text_of(where, record, "prompt", or_messages=True)
-    messages = _messages(where, "prompt", record["prompt"])
+    messages = plain_messages(record["prompt"], where, "prompt")
     if messages[-1]["role"] == ASSISTANT:
         raise DataError(
             f"{where}: the last message of `prompt` is the assistant's, so nothing is left to answer.",
@@ -132,31 +162,10 @@ def prompt_of(where: str, record: dict[str, Any]) -> Prompt:
 
 def text_of(where: str, record: dict[str, Any], key: str, or_messages: bool = False) -> str:
     """The text under `key`, which may be empty. Raises DataError."""
-    text = record.get(key)
-    if not isinstance(text, str):
-        kinds = "a text or a list of messages" if or_messages else "a text"
-        found = f"is {type(text).__name__}" if key in record else "is missing"
-        raise DataError(f"{where}: `{key}` must be {kinds}, but {found}.", "Mend or remove the line.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: `{key}` is not valid Unicode.", "Remove the lone surrogate.") from error
-    return text
-
-
-def _messages(where: str, key: str, value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: `{key}` must be a list of messages.", 'Write [{"role": ..., "content": ...}].'
-        )
-    messages = []
-    for number, message in enumerate(value, start=1):
-        inside = f"{where}, message {number} of `{key}`"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise DataError(f"{inside} has the role {role!r}.", f"Give one of {', '.join(ROLES)}.")
-        messages.append({"role": role, "content": text_of(inside, message, "content")})
-    return messages
+    kinds = "a text or a list of messages" if or_messages else "a text"
+    if key not in record:
+        raise DataError(f"{where}: `{key}` must be {kinds}, but is missing.", "Correct or remove the line.")
+    return text_at(where, key, record[key], kinds)
 
 
 def is_held_out(prompt: Prompt, fraction: float) -> bool:

@@ -52,6 +52,11 @@ class TextTokenizer:
     fingerprint: str
     _words: _WordTokens | None = field(repr=False, compare=False)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: of a model without a chat template its end of text."""
+        return (self.end_of_text,)
+
     def encode(self, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
         """Token ids of each text. A text that spells a special token out gets ordinary tokens.
 

@@ -8,9 +8,12 @@ without oneDNN, the batch's size may move a logit's last bits, and with them a d
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -25,7 +28,9 @@ from workloads.generation.protocol import (
     FinishReason,
     Output,
     Request,
+    RequestFailed,
     SamplingParams,
+    shown,
 )
 from workloads.generation.sampling import Draw, sample
 from workloads.generation.scheduler import Scheduler, Sequence, Work
@@ -33,6 +38,9 @@ from workloads.generation.text import TextStream
 from workloads.model.transformer import Transformer
 
 CACHE_BYTES = 1 << 30
+Drawn = tuple[int, float]
+"""A token and its log-probability."""
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -66,6 +74,7 @@ class Engine:
             torch.set_num_threads(threads)
         self._network, config = Network(model), model.config
         self._tokenizer = tokenizer
+        self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
         item = self._network.like.element_size()
         block_bytes = 2 * config.n_layers * config.kv_heads * config.head_size * block_tokens * item
         if cache_tokens is None:
@@ -109,7 +118,7 @@ class Engine:
         self._check(request)
         text = None
         if self._tokenizer is not None:
-            text = TextStream(self._tokenizer.tokenizer, request.params.stop)
+            text = TextStream(self._tokenizer.tokenizer, request.params.stop, continues=True)
         self._sequences[request.id] = self._scheduler.add(request, text)
 
     def cancel(self, request_id: str) -> bool:
@@ -117,9 +126,7 @@ class Engine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
-        text = sequence.text.finish() if sequence.text else ""
-        self._end(sequence)
-        self._cancelled.append(Output(request_id, (), (), text, "cancelled", self._version))
+        self._cancelled.append(self._leave(sequence))
         return True
 
     def step(self, admit: bool = True) -> list[Output]:
@@ -168,7 +175,9 @@ class Engine:
     def generate(
         self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams]
     ) -> list[Completion]:
-        """See EngineProtocol. Raises StateError while other requests are unfinished: their outputs would be lost."""
+        """See EngineProtocol. Raises StateError while other requests are unfinished: their outputs would be lost; and
+        the first error that ended a request, after the others are done.
+        """
         if self.has_work:
             raise StateError(
                 "The engine has unfinished requests.", "Step until has_work is False, then generate."
@@ -199,19 +208,46 @@ class Engine:
                 return []
             index = torch.tensor([i for i, _ in ends], device=hidden[0].device)
             logits_NV = self._network.logits(torch.cat(hidden).index_select(0, index))
-            drawn = sample(logits_NV, [_draw(sequence) for _, sequence in ends])
-        return [
-            self._append(sequence, token, logprob)
-            for (_, sequence), token, logprob in zip(ends, *drawn, strict=True)
-        ]
+            sequences = [sequence for _, sequence in ends]
+            drawn = _drawn(logits_NV, sequences)
+        return [self._advance(*each) for each in zip(sequences, drawn, strict=True)]
+
+    def _advance(self, sequence: Sequence, drawn: Drawn | EscalaError) -> Output:
+        """The output of a token that was drawn; where something of this request fails, its error, and its end."""
+        if isinstance(drawn, EscalaError):
+            return self._fail(sequence, drawn)
+        try:
+            return self._append(sequence, *drawn)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  a decoder's panic, say; the others' responses go on
+            return self._fail(sequence, _failed(sequence.request.id, error))
+
+    def _fail(self, sequence: Sequence, error: EscalaError) -> Output:
+        request = sequence.request.id
+        if request in self._sequences:
+            self._end(sequence)
+            self._finished += 1
+        return Output(request, (), (), "", "error", self._version, error)
+
+    def _leave(self, sequence: Sequence) -> Output:
+        """A cancelled request's end, with the text that was held back."""
+        try:
+            text = sequence.text.finish() if sequence.text else ""
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  as in `_advance`
+            return self._fail(sequence, _failed(sequence.request.id, error))
+        self._end(sequence)
+        return Output(sequence.request.id, (), (), text, "cancelled", self._version)
 
     def _append(self, sequence: Sequence, token: int, logprob: float) -> Output:
         sequence.tokens.append(token)
         self._generated += 1
         params, text, stream = sequence.request.params, "", sequence.text
         reason: FinishReason | None = None
-        end_of_text = None if self._tokenizer is None or params.ignore_eos else self._tokenizer.end_of_text
-        if token == end_of_text or token in params.stop_token_ids:
+        is_end = token in self._ends and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
             reason = "stop"
         elif stream is not None:
             text = stream.push(token)
@@ -231,43 +267,38 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raise SpecError where the request can never run."""
+        for what, fix in self._problems(request):
+            raise SpecError(f"Request {request.id!r} can't run: {what}.", fix)
+
+    def _problems(self, request: Request) -> Iterator[tuple[str, str]]:
+        """What is wrong and how to fix it; the cheap checks first, so that a long prompt is not read in vain."""
         params, prompt = request.params, request.prompt_token_ids
-        vocabulary, size = self._network.config.vocab_size, self._scheduler.block_tokens
-        outside = [t for t in (*prompt, *params.stop_token_ids) if not 0 <= t < vocabulary]
         total = len(prompt) + params.max_tokens
-        room = self._scheduler.pool.total * size + 1  # the last token's keys are never needed
-        taken = {*self._sequences, *(output.request_id for output in self._cancelled)}
-        problems: list[tuple[bool, str, str]] = [
-            (
-                request.id in taken,
-                "its id is in use",
-                "Give every unfinished request an id of its own.",
-            ),
-            (not prompt, "its prompt is empty", "Send one token at least, the end of text for instance."),
-            (
-                bool(outside),
-                f"token {outside[:1]} is not of the vocabulary of {vocabulary}",
-                "Use the model's tokenizer.",
-            ),
-            (
-                total > self.max_context_tokens,
-                f"prompt and max_tokens make {total} tokens, the context holds {self.max_context_tokens}",
-                "Shorten the prompt or lower max_tokens.",
-            ),
-            (
-                total > room,
-                f"prompt and max_tokens make {total} tokens, the cache holds {room}",
-                "Raise the engine's cache_tokens, or lower max_tokens.",
-            ),
-            (
-                bool(params.stop) and self._tokenizer is None,
-                "it has stop strings, the engine has no tokenizer",
-                "Use stop_token_ids.",
-            ),
-        ]
-        for problem, what, mend in problems:
-            if problem:
-                raise SpecError(f"Request {request.id!r} can't run: {what}.", mend)
+        room = (
+            self._scheduler.pool.total * self._scheduler.block_tokens + 1
+        )  # the last token's keys go nowhere
+        if request.id in {*self._sequences, *(output.request_id for output in self._cancelled)}:
+            yield "its id is in use", "Give every unfinished request an id of its own."
+        if not prompt:
+            yield "its prompt is empty", "Send one token at least, the end of text for instance."
+        if len(prompt) > self.max_context_tokens:
+            yield (
+                f"its prompt has {len(prompt)} tokens, the context holds {self.max_context_tokens}",
+                "Shorten it.",
+            )
+        vocabulary = self._network.config.vocab_size
+        for token in (*prompt, *params.stop_token_ids):
+            if not isinstance(token, Integral) or not 0 <= token < vocabulary:
+                wrong = f"token {shown(token)} is not of the vocabulary of {vocabulary}"
+                yield wrong, "Use the model's tokenizer."
+        for most, holder, fix in (
+            (self.max_context_tokens, "context", "Shorten the prompt or lower max_tokens."),
+            (room, "cache", "Raise the engine's cache_tokens, or lower max_tokens."),
+        ):
+            if total > most:
+                yield f"prompt and max_tokens make {shown(total)} tokens, the {holder} holds {most}", fix
+        if params.stop and self._tokenizer is None:
+            yield "it has stop strings, the engine has no tokenizer", "Use stop_token_ids."
 
 
 def _piece(work: Work) -> Piece:
@@ -278,8 +309,52 @@ def _draw(sequence: Sequence) -> Draw:
     return Draw(sequence.request.params, sequence.generated, sequence.tokens)
 
 
+def _drawn(logits_NV: Tensor, sequences: Many[Sequence]) -> list[Drawn | EscalaError]:
+    """Of each row its token, or what is wrong with it alone."""
+    draws = [_draw(sequence) for sequence in sequences]
+    try:
+        found = zip(*sample(logits_NV, draws), strict=True)
+    except Exception as error:
+        if len(draws) == 1:
+            return [_failed(sequences[0].request.id, error)]
+        log.exception("a batch of tokens was not drawn: row by row")
+        rows = zip(logits_NV.split(1), sequences, strict=True)
+        return [_drawn(row, [sequence])[0] for row, sequence in rows]
+    return [
+        (token, logprob) if math.isfinite(logprob) else _undrawable(row, sequence)
+        for (token, logprob), row, sequence in zip(found, logits_NV, sequences, strict=True)
+    ]
+
+
+def _undrawable(logits_V: Tensor, sequence: Sequence) -> EscalaError:
+    """Why a row has no finite distribution."""
+    name, params = sequence.request.id, sequence.request.params
+    if logits_V.isnan().any() or logits_V.amax().isinf():
+        return RequestFailed(
+            f"Request {name!r} ended: the model's logits are not finite after {len(sequence.tokens)} tokens.",
+            "Check the weights: some may be NaN or infinite.",
+        )
+    return SpecError(
+        f"Request {name!r} ended: temperature {params.temperature:g} and repetition_penalty "
+        f"{params.repetition_penalty:g} leave no finite distribution of this model's logits in fp32.",
+        "Take values nearer to 1, or temperature 0.",
+    )
+
+
+def _failed(request: str, error: BaseException) -> EscalaError:
+    if isinstance(error, EscalaError):
+        return error
+    log.error("request %s ended with an error of its own", request, exc_info=error)
+    return RequestFailed(
+        f"The response was ended by {type(error).__name__}: {shown(str(error))}.",
+        "Other requests are not touched; the log has the traceback. Please report it.",
+    )
+
+
 def _completion(outputs: list[Output]) -> Completion:
     last = outputs[-1]
+    if last.error is not None:
+        raise last.error
     if last.finish_reason is None:
         raise EscalaError(f"Request {last.request_id!r} ended without a reason.", "Please report it.")
     return Completion(

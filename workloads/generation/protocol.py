@@ -8,15 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from escala.errors import SpecError
+from escala.errors import EscalaError, SpecError, StateError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: a stop token or string, or end of text; length: `max_tokens`; cancelled: `cancel`."""
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""stop: a stop token or string, or end of text; length: `max_tokens`; cancelled: `cancel`; error: `Output.error`."""
+
+# Sampling computes in fp32: smaller divisors flush to 0, greater numbers are infinite.
+FP32_TINY, FP32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+INT64_MAX = 2**63 - 1
+# Every new token is searched for every one of them, by the one thread that steps the engine.
+STOP_STRINGS, STOP_CHARACTERS, STOP_TOKENS = 64, 1024, 1024
+
+
+class EngineStopped(StateError):
+    """The engine has died or was closed: the request may be right, and another replica can be asked."""
+
+
+class RequestFailed(EscalaError):
+    """Something failed while one request was served: an error of ours, which ended that request alone."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +43,23 @@ class SamplingParams:
 
     Args:
         max_tokens: tokens to generate at most, the stop token included.
-        temperature: the logits are divided by it; 0: the most probable token (the lowest id among equals).
+        temperature: the logits are divided by it, in fp32; 0: the most probable token (the lowest id among equals).
+            One that leaves no finite distribution of some step's logits ends the request with an error.
         top_k: keep the k most probable tokens (those equal to the k-th too); 0: all.
         top_p: keep the fewest most probable tokens whose probabilities sum to at least this (Holtzman et al. 2020).
         min_p: drop tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         repetition_penalty: logits of tokens in prompt or response are divided by it where positive, multiplied where
             negative (Keskar et al. 2019).
-        stop_token_ids: end after one of these; it is part of the response's tokens, not of its text.
-        stop: end before one of these strings, wherever token borders fall; the text ends before the string, the
-            tokens with the one that completed it.
+        stop_token_ids: end after one of these, STOP_TOKENS at most; it is part of the response's tokens, not of its
+            text.
+        stop: end before one of these strings, STOP_STRINGS of STOP_CHARACTERS at most, wherever token borders fall;
+            the text ends before the string, the tokens with the one that completed it. One that spells a special
+            token ends at the token.
         seed: of this request's own random numbers, 0 to 2^63 - 1: a client that wants different samples of one
             prompt gives different seeds.
-        ignore_eos: go on after the tokenizer's end of text.
+        ignore_eos: go on after every token that ends an answer by the model's files and template.
 
-    Raises SpecError where a value is out of range.
+    Raises SpecError where a value is out of range, or of another type.
     """
 
     max_tokens: int = 128
@@ -56,20 +74,52 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more, finite")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        _whole("seed", self.seed, 0)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            _check(name, getattr(self, name), _is(getattr(self, name), Real), "a number")
+        hot, penalty = self.temperature, self.repetition_penalty
+        _check("temperature", hot, hot == 0 or FP32_TINY <= hot <= FP32_MAX, f"0, or {_FP32}")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more, below 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < float("inf"), "above 0, finite")
-        _check("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
-        _check("stop", self.stop, not isinstance(self.stop, str) and "" not in self.stop, "non-empty strings")
+        _check("repetition_penalty", penalty, FP32_TINY <= penalty <= FP32_MAX, _FP32)
+        self._check_stops()
+
+    def _check_stops(self) -> None:
+        stop, ids = self.stop, self.stop_token_ids
+        listed = all(isinstance(each, (tuple, list)) for each in (stop, ids))
+        _check("stop", stop, listed and all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        short = len(stop) <= STOP_STRINGS and all(len(s) <= STOP_CHARACTERS for s in stop)
+        _check("stop", stop, short, f"{STOP_STRINGS} strings of {STOP_CHARACTERS} characters at most")
+        _check("stop_token_ids", ids, len(ids) <= STOP_TOKENS, f"{STOP_TOKENS} tokens at most")
+
+
+_FP32 = f"{FP32_TINY:.2g} to {FP32_MAX:.2g}: it is computed in fp32"
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    good = _is(value, Integral) and least <= value <= INT64_MAX
+    _check(name, value, good, f"a whole number from {least} to 2^63 - 1")
 
 
 def _check(name: str, value: object, good: bool, wanted: str) -> None:
     if not good:
-        raise SpecError(f"Sampling parameter {name} is {value!r}.", f"Make it {wanted}.")
+        raise SpecError(f"Sampling parameter {name} is {shown(value)}.", f"Make it {wanted}.")
+
+
+def shown(value: object) -> str:
+    """`value` in a message: short, whatever a client has sent."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (tuple, list)) and len(value) > 3:
+        return f"{len(value)} items"
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 @dataclass(frozen=True)
@@ -94,6 +144,8 @@ class Output:
             is decided; nothing is held back after the last output. Empty without a tokenizer.
         finish_reason: None while the request goes on.
         weights_version: of the weights that computed all of this request's tokens.
+        error: what ended this request, and no other one, where the reason is error: SpecError where its parameters
+            leave nothing to draw from, RequestFailed for anything else.
     """
 
     request_id: str
@@ -102,6 +154,7 @@ class Output:
     text: str
     finish_reason: FinishReason | None
     weights_version: int
+    error: EscalaError | None = None
 
 
 @dataclass(frozen=True)

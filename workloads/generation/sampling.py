@@ -54,10 +54,15 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
-    """The token of each row of fp32 logits, and its log-probability under softmax(logits / temperature)."""
+    """The token of each row of fp32 logits, and its log-probability under softmax(logits / temperature).
+
+    A row whose parameters leave no finite distribution gets NaN as its log-probability, and a token without meaning;
+    the others are what they would be without it.
+    """
     params, device = [d.params for d in draws], logits_NV.device
     greedy = torch.tensor([p.temperature == 0 for p in params], device=device)
-    temperature_N1 = torch.tensor([[p.temperature or 1.0] for p in params], device=device)
+    temperatures = [[float(p.temperature) or 1.0] for p in params]
+    temperature_N1 = torch.tensor(temperatures, dtype=logits_NV.dtype, device=device)
     scaled = any(p.temperature not in (0, 1) for p in params)
     plain_NV = logits_NV / temperature_N1 if scaled else logits_NV
     total_N = plain_NV.logsumexp(-1)
@@ -68,7 +73,12 @@ def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[fl
         tokens_N = drawn_NV.argmax(-1)
     else:
         tokens_N = torch.where(greedy, drawn_NV.argmax(-1), _draw(drawn_NV, draws))
+    tokens_N = tokens_N.clamp(max=logits_NV.shape[1] - 1)  # a search in NaN ends beyond the last
     logprobs_N = plain_NV.gather(1, tokens_N[:, None]).squeeze(1) - total_N
+    finite_N = logprobs_N.isfinite()
+    if drawn_NV is not plain_NV:
+        finite_N &= drawn_NV.amax(-1).isfinite()
+    logprobs_N = logprobs_N.masked_fill(~finite_N, float("nan"))
     return tokens_N.tolist(), logprobs_N.tolist()
 
 

@@ -64,15 +64,23 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32) -> Tra
     }
     tensors = _gguf_tensors(path, config, dtype) if path.suffix == ".gguf" else _safetensors(path)
     state: dict[str, Tensor] = {}
-    missing = set(parts)
+    missing, head = set(parts), None
     for name, tensor in tensors:
         if name in parts:
             _place(path, name, tensor.to(dtype), *parts[name], model, state)
             missing.discard(name)
-        elif not _is_spare(name, config):
+        elif config.tie_embeddings and name == "lm_head.weight":
+            head = tensor.to(dtype)
+        elif not name.endswith("rotary_emb.inv_freq"):  # old files': it follows from the config
             raise CheckpointError(f"{path} has a tensor that a {architecture.class_name} has not: {name}")
     if missing:
         raise CheckpointError(f"{path} lacks the tensor {min(missing)}")
+    if head is not None and not torch.equal(head, state["embedding.weight"]):
+        raise CheckpointError(
+            f"{path} has an lm_head.weight that is not the embedding's, and its config.json says that they are one "
+            "(tie_word_embeddings: true)",
+            "set tie_word_embeddings to false in its config.json, if the head in the file is meant",
+        )
     model.load_state_dict(state, assign=True)
     return model
 
@@ -160,11 +168,6 @@ def _gguf_tensors(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterat
         local_files_only=True,
     )
     yield from theirs.state_dict().items()
-
-
-def _is_spare(name: str, config: ModelConfig) -> bool:
-    """Tensors that say nothing: a tied head's copy, and old files' RoPE frequencies, which follow from the config."""
-    return (config.tie_embeddings and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
 
 def _place(

@@ -51,10 +51,15 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
     that the checkpoint was written with.
     """
     found = find_checkpoint(path)
-    if found is None:
-        return load_chat_tokenizer(path)
-    verify_tokenizer(found)
-    return load_chat_tokenizer(found.path.parent / TOKENIZER)
+    if found is not None:
+        verify_tokenizer(found)
+    return load_chat_tokenizer(beside(path))
+
+
+def beside(path: Path) -> Path:
+    """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
+    found = find_checkpoint(path)
+    return path if found is None else found.path.parent / TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:

@@ -9,44 +9,39 @@ future): Serve pickles the class by value while this module is being imported, w
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.errors import NotFoundError, SpecError
 from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.access import authorise
-from workloads.serving.client import cause_of
+from workloads.serving.guard import answer_error, answer_json, check_origin, describe, new_app, read_body
+from workloads.serving.loopback import keep_serve_on_loopback
 from workloads.serving.openai import (
+    CHOICES,
     Answer,
     ChatRequest,
     CompletionRequest,
     answer,
-    error_body,
     parse,
     server_sent,
 )
 from workloads.serving.owner import end_with_owner
-from workloads.serving.patience import ATTEMPTS, lost, patient
+from workloads.serving.patience import ATTEMPTS, again_or_raise, patient, together
 from workloads.serving.records import Generated, Piece, Prompt
 from workloads.serving.scores import CompareRequest, ScoreRequest
 
 CHAT_TOKENS = 1 << 20  # clipped to what the service and the context leave
 VERSION_HEADER = "x-escala-weights-version"
-STATUS = {
-    "SpecError": 400,
-    "DataError": 400,
-    "Unauthorized": 401,
-    "NotFoundError": 404,
-    "StaleWeights": 409,
-}
-"""HTTP status of an error by its class; 503 for the others: nothing is wrong with the request."""
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+app = new_app()
 
 
 def _there(handle: Any, name: str) -> Any:
@@ -57,15 +52,16 @@ def _there(handle: Any, name: str) -> Any:
     return handle
 
 
-async def _events(head: Answer, first: Piece, rest: AsyncIterator[Piece], usage: bool) -> AsyncIterator[str]:
+async def _events(head: Answer, first: Piece, rest: AsyncGenerator[Piece], usage: bool) -> AsyncIterator[str]:
     made = len(first.output.token_ids)
-    yield server_sent(head.event(0, first, first=True))
     try:
-        async for piece in rest:
-            made += len(piece.output.token_ids)
-            yield server_sent(head.event(0, piece, first=False))
-    except EscalaError as error:  # too late for a status: the client's library raises on this event
-        yield server_sent(error_body(error.message, error.hint, type(error).__name__))
+        async with aclosing(rest):
+            yield server_sent(head.event(0, first, first=True))
+            async for piece in rest:
+                made += len(piece.output.token_ids)
+                yield server_sent(head.event(0, piece, first=False))
+    except Exception as error:  # noqa: BLE001  too late for a status: the client's library raises on this event
+        yield server_sent(describe(error))
         return
     if usage:
         yield server_sent(head.usage_event(first.prompt_tokens, made))
@@ -77,6 +73,7 @@ class Api:
     """The ingress. `reward` and `judge` are None where the application has none."""
 
     def __init__(self, config: dict[str, Any], policy: Any, reward: Any = None, judge: Any = None) -> None:
+        keep_serve_on_loopback()
         self.config = ServeConfig.model_validate(config)
         self._policy, self._reward, self._judge = policy, reward, judge
 
@@ -91,11 +88,10 @@ class Api:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise SpecError(f"{len(each)} sampling parameters for {len(prompts)} prompts.", "Give one each.")
-        tasks = [
+        return await together(
             self._complete(prompt, one, min_version, max_staleness)
             for prompt, one in zip(prompts, each, strict=True)
-        ]
-        return list(await asyncio.gather(*tasks))
+        )
 
     async def score(self, prompts: list[Any], responses: list[str]) -> list[float]:
         """The reward of each response. Raises NotFoundError where the application has no reward."""
@@ -126,7 +122,7 @@ class Api:
 
         async def work() -> Response:
             model = {"id": self._name, "object": "model", "created": 0, "owned_by": "escala"}
-            return JSONResponse({"object": "list", "data": [model]})
+            return answer_json({"object": "list", "data": [model]})
 
         return await self._answered(request, work)
 
@@ -135,7 +131,7 @@ class Api:
         """OpenAI's completions."""
 
         async def work() -> Response:
-            asked = parse(CompletionRequest, await request.body())
+            asked = parse(CompletionRequest, await read_body(request))
             return await self._generate(asked, asked.prompts(), asked.max_tokens, clip=False)
 
         return await self._answered(request, work)
@@ -145,7 +141,7 @@ class Api:
         """OpenAI's chat completions."""
 
         async def work() -> Response:
-            asked = parse(ChatRequest, await request.body())
+            asked = parse(ChatRequest, await read_body(request))
             limit = asked.max_completion_tokens or asked.max_tokens
             return await self._generate(asked, [asked.messages], limit or CHAT_TOKENS, clip=limit is None)
 
@@ -156,8 +152,8 @@ class Api:
         """Rewards: {"prompts": [...], "responses": [...]} to {"scores": [...]}."""
 
         async def work() -> Response:
-            asked = parse(ScoreRequest, await request.body())
-            return JSONResponse({"scores": await self.score(asked.prompts, asked.responses)})
+            asked = parse(ScoreRequest, await read_body(request))
+            return answer_json({"scores": await self.score(asked.prompts, asked.responses)})
 
         return await self._answered(request, work)
 
@@ -166,8 +162,8 @@ class Api:
         """Verdicts: {"prompts", "first", "second"} to {"win": [...]}, each first response's probability to win."""
 
         async def work() -> Response:
-            asked = parse(CompareRequest, await request.body())
-            return JSONResponse({"win": await self.compare(asked.prompts, asked.first, asked.second)})
+            asked = parse(CompareRequest, await read_body(request))
+            return answer_json({"win": await self.compare(asked.prompts, asked.first, asked.second)})
 
         return await self._answered(request, work)
 
@@ -177,7 +173,7 @@ class Api:
 
         async def work() -> Response:
             store = await self.weights_store()
-            return JSONResponse(await store.describe.remote())
+            return answer_json(await store.describe.remote())
 
         return await self._answered(request, work)
 
@@ -189,10 +185,10 @@ class Api:
         """`work`, for those who may ask; errors in OpenAI's shape."""
         try:
             authorise(request, self.config.token_sha256)
+            check_origin(request)
             return await work()
-        except EscalaError as error:
-            kind = type(error).__name__
-            return JSONResponse(error_body(error.message, error.hint, kind), STATUS.get(kind, 503))
+        except Exception as error:  # noqa: BLE001  of this request alone
+            return answer_error(error)
 
     async def _generate(
         self, asked: CompletionRequest | ChatRequest, prompts: list[Prompt], max_tokens: int, clip: bool
@@ -201,6 +197,11 @@ class Api:
             raise NotFoundError(f"There is no model {asked.model!r} here.", f"Ask for {self._name}.")
         staleness = self.config.max_staleness if asked.max_staleness is None else asked.max_staleness
         head = answer(self._name, asked)
+        if len(prompts) * asked.n > CHOICES:
+            raise SpecError(
+                f"{len(prompts)} prompts of {asked.n} choices each are asked for.",
+                f"{CHOICES} at most at a time.",
+            )
         choices = [(prompt, params) for prompt in prompts for params in asked.sampling(max_tokens)]
         if asked.stream:
             if len(choices) > 1:
@@ -212,15 +213,16 @@ class Api:
             events = _events(head, first, pieces, asked.stream_options.include_usage)
             headers = {VERSION_HEADER: str(first.weights.version)}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        tasks = [self._complete(p, params, asked.min_version, staleness, clip) for p, params in choices]
-        generated = list(await asyncio.gather(*tasks))
+        generated = await together(
+            self._complete(prompt, params, asked.min_version, staleness, clip) for prompt, params in choices
+        )
         body = head.body(generated, sum(g.prompt_tokens for g in generated[:: asked.n]))
-        return JSONResponse(body, headers={VERSION_HEADER: str(body["weights_version"])})
+        return answer_json(body, headers={VERSION_HEADER: str(body["weights_version"])})
 
     async def _complete(self, *arguments: Any) -> Generated:
         return await patient(lambda: self._policy.complete.remote(*arguments))
 
-    async def _pieces(self, *arguments: Any) -> AsyncIterator[Piece]:
+    async def _pieces(self, *arguments: Any) -> AsyncGenerator[Piece]:
         """A response in pieces; another replica is asked where one dies before the first piece."""
         stream = self._policy.options(stream=True).stream
         for attempt in range(ATTEMPTS):
@@ -229,10 +231,7 @@ class Api:
                 async for piece in stream.remote(*arguments):
                     begun = True
                     yield piece
-            except RayTaskError as error:
-                raise cause_of(error) from None
-            except RayActorError as error:
-                if begun or attempt == ATTEMPTS - 1:
-                    raise lost(error) from error
+            except (RayTaskError, RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+                await again_or_raise(error, ATTEMPTS - 1 if begun else attempt)
             else:
                 return

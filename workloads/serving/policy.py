@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own says another one
 
-from escala.errors import SpecError, StaleWeights, StateError, WeightsNotLoaded
-from escala.rollouts.weights import Receiver, Weights, WeightVersion, actor_of
+from escala.errors import SpecError, StaleWeights, WeightsNotLoaded
+from escala.rollouts.weights import Receiver, Weights, WeightVersion
 from workloads.config.serve import ServeConfig
-from workloads.generation.protocol import SamplingParams
+from workloads.generation.protocol import SamplingParams, shown
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, Piece, Prompt
+from workloads.serving.replica import begin, end, own_name
 from workloads.serving.stepper import Stepper, join
+from workloads.serving.tokenising import Tokenising
 from workloads.serving.weights import unpack
 
 STORE = "weights"
@@ -39,14 +40,16 @@ class Policy:
         from workloads.serving.start import build_engine, initial_version
 
         self.config = ServeConfig.model_validate(config)
+        await begin(self.config)
         path = Path(self.config.model)
         model = await asyncio.to_thread(load_model, path)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
         initial = initial_version(model, self.config.precision)
         engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config)
         self.stepper = Stepper(engine)
+        self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
-        self.receiver = Receiver(self._store, _own_name(), self._apply, self.config.sync_seconds)
+        self.receiver = Receiver(self._store, own_name(), self._apply, self.config.sync_seconds)
         await self.receiver.start(initial)
         self._report = asyncio.create_task(self._report_forever(Metrics()))
 
@@ -65,10 +68,13 @@ class Policy:
                 newest.
             clip: lower max_tokens to what the service and the context leave, where they leave less.
 
-        Raises SpecError where the prompt or the parameters don't fit the engine; StaleWeights where the bound can't
-        be kept; WeightsNotLoaded or DigestMismatch where this replica has refused weights.
+        Raises SpecError where the prompt or the parameters don't fit the engine; DataError for a chat that the model's
+        template refuses; StaleWeights where the bound can't be kept; WeightsNotLoaded or DigestMismatch where this
+        replica has refused weights; RequestFailed for an error of this response alone; EngineStopped where another
+        replica can be asked.
         """
-        pieces = [piece async for piece in self.stream(prompt, params, min_version, max_staleness, clip)]
+        async with aclosing(self.stream(prompt, params, min_version, max_staleness, clip)) as stream:
+            pieces = [piece async for piece in stream]
         completion = join([piece.output for piece in pieces])
         return Generated(completion, pieces[-1].weights, pieces[-1].prompt_tokens)
 
@@ -79,18 +85,19 @@ class Policy:
         min_version: int = 0,
         max_staleness: int | None = None,
         clip: bool = False,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """One response in pieces. Raises as `complete`, before the first piece or, where the engine dies, after it."""
         await self.receiver.require(min_version, max_staleness)
-        tokens = self.tokens(prompt)
+        tokens = await self.prompts.tokens(prompt)
         params = self._limit(params, len(tokens), clip)
-        async for output in self.stepper.outputs(tokens, params):
-            if output.weights_version < min_version:
-                raise StaleWeights(
-                    f"The response is from version {output.weights_version}, not {min_version} or newer.",
-                    "This is an error of the engine: please report it.",
-                )
-            yield Piece(output, self._versions[output.weights_version], len(tokens))
+        async with aclosing(self.stepper.outputs(tokens, params)) as outputs:
+            async for output in outputs:
+                if output.weights_version < min_version:
+                    raise StaleWeights(
+                        f"The response is from version {output.weights_version}, not {min_version} or newer.",
+                        "This is an error of the engine: please report it.",
+                    )
+                yield Piece(output, self._versions[output.weights_version], len(tokens))
 
     def _limit(self, params: SamplingParams, prompt_tokens: int, clip: bool) -> SamplingParams:
         most = self.config.engine.max_response_tokens
@@ -99,16 +106,10 @@ class Policy:
             return replace(params, max_tokens=max(1, min(params.max_tokens, most, room)))
         if params.max_tokens > most:
             raise SpecError(
-                f"{params.max_tokens} tokens are asked for; this service gives {most} at most.",
+                f"{shown(params.max_tokens)} tokens are asked for; this service gives {most} at most.",
                 "Ask for fewer, or raise engine.max_response_tokens.",
             )
         return params
-
-    def tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in any form. Raises DataError for a chat that the model's template refuses."""
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
-            return list(self.tokenizer.prompt(prompt))
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
 
     async def describe(self) -> dict[str, Any]:
         """The model's name, the engine's context, the weights that this replica serves, the requests that it runs."""
@@ -147,6 +148,8 @@ class Policy:
             self._report.cancel()
             await self.receiver.stop()
             await self.stepper.close()
+            self.prompts.close()
+        await end(self.config)
 
     async def _apply(self, version: WeightVersion, weights: Weights) -> None:
         mine = self._versions[0]
@@ -176,16 +179,3 @@ class Policy:
                 -1 if failed else self.receiver.current.version,
             )
             await asyncio.sleep(REPORT_SECONDS)
-
-
-def _own_name() -> str:
-    """NAMESPACE/NAME of this replica's actor, by which `publish` finds out that it lives.
-
-    Raises StateError where it is not found by it: it would be taken for dead, and its weights for nobody's concern.
-    """
-    name = f"{SERVE_NAMESPACE}/{ray.get_runtime_context().get_actor_name()}"
-    if actor_of(name) is None:
-        raise StateError(
-            f"This replica is not found as {name}.", "Ray Serve names its actors in another way now."
-        )
-    return name

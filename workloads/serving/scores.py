@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from workloads.config.serve import ServeConfig
+from workloads.data.messages import plain_messages
+from workloads.serving.replica import begin, end
+
+Chat = Annotated[list[dict[str, Any]], AfterValidator(plain_messages)]
 
 
 class ScoreRequest(BaseModel):
@@ -15,7 +19,7 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     responses: list[str]
 
     @model_validator(mode="after")
@@ -30,7 +34,7 @@ class CompareRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: list[str | list[dict[str, str]]]
+    prompts: list[str | Chat]
     first: list[str]
     second: list[str]
 
@@ -46,13 +50,14 @@ class CompareRequest(BaseModel):
 class RewardReplica:
     """The weighted sum of the configuration's rewards."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
         from workloads.alignment.scoring import build_reward
 
-        sections = ServeConfig.model_validate(config).reward
-        self._reward = build_reward(sections, _device(torch))
+        self.config = ServeConfig.model_validate(config)
+        await begin(self.config)
+        self._reward = await asyncio.to_thread(build_reward, self.config.reward, _device(torch))
         self._turn = asyncio.Lock()  # a forward pass at a time: more threads than cores cost up to 10x
 
     async def score(self, prompts: list[Any], responses: list[str]) -> list[float]:
@@ -60,29 +65,39 @@ class RewardReplica:
         async with self._turn:
             return await asyncio.to_thread(self._reward.score, prompts, responses)
 
+    async def __del__(self) -> None:
+        """Serve calls this once when the replica leaves."""
+        await end(self.config)
+
 
 class JudgeReplica:
     """A chat model that prefers one of two responses; both orders are asked."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
         from workloads.alignment.judge import load_judge_model
 
-        section = ServeConfig.model_validate(config).judge
-        if section is None:
+        self.config = ServeConfig.model_validate(config)
+        await begin(self.config)
+        if self.config.judge is None:
             raise ValueError("a judge was deployed without a judge section")
-        self._first_wins = load_judge_model(section, _device(torch))
+        self._first_wins = await asyncio.to_thread(load_judge_model, self.config.judge, _device(torch))
         self._turn = asyncio.Lock()
 
     async def compare(self, prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
         """The probability that each first response is the better one, mean of both orders. Raises DataError."""
         from workloads.alignment.judge import compare
+        from workloads.alignment.scoring import finite
 
         questions = list(zip(prompts, first, second, strict=True))
         async with self._turn:
             verdicts = await asyncio.to_thread(compare, self._first_wins, questions)
-        return [verdict.win for verdict in verdicts]
+        return finite([verdict.win for verdict in verdicts], "verdict")
+
+    async def __del__(self) -> None:
+        """Serve calls this once when the replica leaves."""
+        await end(self.config)
 
 
 def _device(torch: Any) -> Any:

@@ -2,25 +2,30 @@
 
 The thread is the only one that touches the engine. Tasks post commands (add, cancel, load weights), which it runs
 between two steps. Weights are loaded when every started request has ended: none is of two versions.
+
+A task may be cancelled at any moment. A command whose task left before it began is not run; what it does after that
+is answered to nobody. No command's error reaches the thread: only a step's does, and then everybody is told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from escala.errors import EscalaError, StateError
+from escala.errors import EscalaError
 from workloads.generation.protocol import (
     Completion,
     EngineProtocol,
     EngineStats,
+    EngineStopped,
     Output,
     Request,
     SamplingParams,
@@ -30,14 +35,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+U = TypeVar("U")
+log = logging.getLogger(__name__)
 SPEED_SECONDS = 10.0  # of stepping, over which tokens/s is a mean
 
 
-@dataclass(frozen=True)
-class _Load:
-    state: Mapping[str, Tensor]
-    version: int
-    done: Future[None]
+class _Command:
+    """Something that the engine's thread does once, and the future of who asked for it."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.done: Future[Any] = Future()
+        self._action = action
+
+    def run(self) -> None:
+        """Do it, unless nobody waits for it any more."""
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._action()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  of this command's own; who asked is told
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(result)
+
+    def refuse(self, error: Exception) -> None:
+        """It will not be done."""
+        if self.done.set_running_or_notify_cancel():
+            self.done.set_exception(error)
 
 
 class Stepper:
@@ -47,12 +73,12 @@ class Stepper:
         self.engine = engine
         self.stats: EngineStats = engine.stats()
         self._loop = asyncio.get_running_loop()
-        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._loads: deque[_Load] = deque()
-        self._waiting: dict[str, asyncio.Queue[Output | BaseException]] = {}
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._loads: deque[_Command] = deque()
+        self._waiting: dict[str, asyncio.Queue[Output | EngineStopped]] = {}
         self._ids = itertools.count()
         self._speed = SpeedMeter(self.stats)
-        self._failure: BaseException | None = None
+        self._failure: EngineStopped | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -62,12 +88,17 @@ class Stepper:
         return self._speed.tokens_per_second
 
     def check(self) -> None:
-        """Raise StateError where the thread has died: nothing more will be generated here."""
-        if self._failure is not None or not self._thread.is_alive():
-            raise StateError(f"The engine has stopped: {self._failure!r}.", "Its log says why; replace it.")
+        """Raise EngineStopped where the thread has died: nothing more will be generated here."""
+        if self._failure is not None:
+            raise EngineStopped(self._failure.message, self._failure.hint)
+        if not self._thread.is_alive():
+            raise EngineStopped("The engine's thread has ended.", "Its log says why; replace it.")
 
-    async def outputs(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Output]:
-        """One request's outputs as they come. Leaving the iteration cancels it. Raises as `EngineProtocol.add`."""
+    async def outputs(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Output]:
+        """One request's outputs as they come. Leaving the iteration cancels it.
+
+        Raises as `EngineProtocol.add`, the error that ended this request, or EngineStopped.
+        """
         self.check()
         request = Request(f"r{next(self._ids)}", tuple(prompt), params)
         inbox = self._waiting[request.id] = asyncio.Queue()
@@ -76,62 +107,64 @@ class Stepper:
             await self._call(lambda: self.engine.add(request))
             while not ended:
                 item = await inbox.get()
-                if isinstance(item, BaseException):
-                    ended = True
-                    raise item
-                ended = item.finish_reason is not None
+                error = item if isinstance(item, EngineStopped) else item.error
+                ended = error is not None or item.finish_reason is not None
+                if error is not None:
+                    raise error
                 yield item
         finally:
             self._waiting.pop(request.id, None)
             if not ended:
-                self._commands.put(lambda: self.engine.cancel(request.id))
+                self._commands.put(_Command(lambda: self.engine.cancel(request.id)))
 
     async def complete(self, prompt: Sequence[int], params: SamplingParams) -> Completion:
         """One request's whole response. Raises as `EngineProtocol.add`."""
-        parts = [part async for part in self.outputs(prompt, params)]
+        async with aclosing(self.outputs(prompt, params)) as outputs:
+            parts = [part async for part in outputs]
         return join(parts)
 
     async def load(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Load weights once the started requests have ended; those that wait run on the new ones.
+        """Load weights once the started requests have ended; those that wait run on the new ones. Who is cancelled
+        while it waits takes the load back, unless it has begun.
 
-        Raises as `EngineProtocol.load_weights`.
+        Raises as `EngineProtocol.load_weights`, or EngineStopped.
         """
-        self.check()
-        load = _Load(state, version, Future())
-        await self._call(lambda: self._loads.append(load))
-        await asyncio.wrap_future(load.done)
+        load = _Command(lambda: self.engine.load_weights(state, version))
+        try:
+            await self._call(lambda: self._loads.append(load))
+            await asyncio.wrap_future(load.done)
+        except asyncio.CancelledError:
+            load.done.cancel()
+            raise
 
     async def close(self) -> None:
-        """End the thread after its present step; requests that have not ended raise StateError."""
+        """End the thread after its present step; requests that have not ended raise EngineStopped."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
     async def _call(self, action: Callable[[], T]) -> T:
-        done: Future[T] = Future()
-
-        def command() -> None:
-            try:
-                done.set_result(action())
-            except EscalaError as error:
-                done.set_exception(error)
-
+        command = _Command(action)
         self._commands.put(command)
-        self.check()  # a thread that died in between has run its last command
-        return await asyncio.wrap_future(done)
+        self.check()  # a thread that died in between has seen its last command
+        result: T = await asyncio.wrap_future(command.done)
+        return result
 
     def _run(self) -> None:
         try:
             while self._obey():
-                if self._loads and self.engine.stats().started == 0:
-                    self._load(self._loads.popleft())
+                self._take_loads()
                 outputs = self.engine.step(admit=not self._loads) if self.engine.has_work else []
                 self.stats = self.engine.stats()
                 self._speed.add(self.stats)
                 if outputs:
-                    self._loop.call_soon_threadsafe(self._deliver, outputs)
-            self._fail(StateError("The engine was closed before the response was complete.", "Ask again."))
-        except BaseException as error:  # noqa: BLE001  whatever ended the thread, those who wait must hear of it
-            self._fail(error)
+                    self._tell(self._deliver, outputs)
+            self._fail(EngineStopped("The engine was closed before the response was complete.", "Ask again."))
+        except BaseException as error:
+            log.exception("the engine has stopped")
+            said = f"{type(error).__name__}: {error}"
+            self._fail(
+                EngineStopped(f"The engine has stopped: {said}.", "Ask again: its replica is replaced.")
+            )
 
     def _obey(self) -> bool:
         """Run the commands that have come, waiting for one where nothing else is to do. False: close."""
@@ -143,16 +176,17 @@ class Stepper:
                 return True
             if command is None:
                 return False
-            command()
+            command.run()
             idle = False
 
-    def _load(self, load: _Load) -> None:
-        try:
-            self.engine.load_weights(load.state, load.version)
-        except EscalaError as error:
-            load.done.set_exception(error)
-        else:
-            load.done.set_result(None)
+    def _take_loads(self) -> None:
+        """Load what is asked for, once nothing of the old weights runs; what nobody waits for holds nothing up."""
+        while self._loads and (self._loads[0].done.cancelled() or self.engine.stats().started == 0):
+            load = self._loads.popleft()
+            load.run()
+            error = None if load.done.cancelled() else load.done.exception()
+            if error is not None and not isinstance(error, EscalaError):
+                raise error  # perhaps a half of the weights is new: nothing may be generated by them
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -160,19 +194,27 @@ class Stepper:
             if inbox is not None:
                 inbox.put_nowait(output)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: EngineStopped) -> None:
         self._failure = error
-        while not self._commands.empty():  # their callers must not wait for ever
+        while not self._commands.empty():  # their callers must not wait indefinitely
             command = self._commands.get()
             if command is not None:
-                command()
+                command.refuse(error)
         for load in self._loads:
-            load.done.set_exception(error)
-        self._loop.call_soon_threadsafe(self._tell_all, error)
+            load.refuse(error)
+        self._tell(self._tell_all, error)
 
-    def _tell_all(self, error: BaseException) -> None:
+    def _tell_all(self, error: EngineStopped) -> None:
         for inbox in self._waiting.values():
-            inbox.put_nowait(error)
+            inbox.put_nowait(EngineStopped(error.message, error.hint))
+
+    def _tell(self, what: Callable[[U], None], about: U) -> None:
+        """Have `what` called in the event loop."""
+        try:
+            self._loop.call_soon_threadsafe(what, about)
+        except RuntimeError:
+            if not self._loop.is_closed():  # else nobody is left to hear it
+                raise
 
 
 class SpeedMeter:

@@ -2,7 +2,7 @@
 
 Made ready once, by the driver:
 
-    ROOT/tokenizers/FINGERPRINT/     the start's tokenizer, in Hugging Face's files
+    ROOT/tokenizers/HASH/            the start's tokenizer, in Hugging Face's files; HASH of template and ends, too
     ROOT/examples/HASH/              HASH of files, tokenizer and context: {train,held_out}.safetensors, margins.json
 """
 
@@ -26,12 +26,12 @@ from escala.tracking.lineage import fingerprint
 from workloads.config import FineTuneConfig
 from workloads.data.batches import Batch
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
-from workloads.data.dialogues import Message, Prompt, split
+from workloads.data.dialogues import Prompt, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences
 from workloads.data.store import check_directory, is_stored, new_directory
 from workloads.model.lora import add_lora
-from workloads.model.start import load_tokenizer, new_model
+from workloads.model.start import beside, load_tokenizer, new_model
 from workloads.model.transformer import Transformer
 from workloads.training.driver import WorkerInputs
 from workloads.training.run import Prepared
@@ -70,18 +70,21 @@ def prepare(
     data, root = config.data, Path(spec.data)
     files = [Path(data.train), *([Path(data.held_out)] if data.held_out else [])]
     key = [spec.workload, [_sha256(f) for f in files], data.held_out_fraction, config.context_tokens]
-    directory = root / "examples" / fingerprint([*key, tokenizer.fingerprint])
+    directory = root / "examples" / fingerprint([*key, tokenizer.identity])
     if not is_stored(directory):
         train, held_out = list(read(files[0])), list(read(files[1])) if data.held_out else None
+        places = _places(files, [train, held_out or []])
         if held_out is None:
             train, held_out = split(train, data.held_out_fraction)
         with new_directory(directory) as new:
             for name, examples in (("train", train), ("held_out", held_out)):
-                fitting = _fitting(name, examples, config.context_tokens, lambda x: tokenise(tokenizer, x))
+                fitting = _fitting(
+                    name, examples, config.context_tokens, lambda x: _at(places, x, tokenise, tokenizer)
+                )
                 Sequences.of([s for _, found in fitting for s in found]).save(new / f"{name}.safetensors")
                 write_json(new / f"{name}_margins.json", [margin(example) for example, _ in fitting])
     check_directory(directory)
-    kept = keep_chat_tokenizer(tokenizer, root)
+    kept = store_tokenizer(tokenizer, root)
     held_out_hash = file_sha256(directory / "held_out.safetensors")
     fingerprints = {
         "corpus": file_sha256(directory / "train.safetensors"),
@@ -100,6 +103,27 @@ def _sha256(file: Path) -> str:
         ) from error
 
 
+def _places(files: Sequence[Path], examples: Sequence[Sequence[Any]]) -> dict[int, str]:
+    """Where each example is from, by its `id`, counted from 1."""
+    pairs = zip(files, examples, strict=False)
+    return {
+        id(x): f"{file}, example {number}" for file, some in pairs for number, x in enumerate(some, start=1)
+    }
+
+
+def _at(
+    places: dict[int, str],
+    example: X,
+    tokenise: Callable[[ChatTokenizer, X], list[Tokenised]],
+    tokenizer: ChatTokenizer,
+) -> list[Tokenised]:
+    """`tokenise`, its errors with the example's place."""
+    try:
+        return tokenise(tokenizer, example)
+    except DataError as error:
+        raise DataError(f"{places[id(example)]}: {error.message}", error.hint) from error
+
+
 def _fitting(
     name: str, examples: Sequence[X], context: int, tokenise: Callable[[X], list[Tokenised]]
 ) -> list[tuple[X, list[Tokenised]]]:
@@ -114,33 +138,28 @@ def _fitting(
 
 
 def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
-    """The tokenizer that the configuration names, or the one that stands with its start. Raises DataError."""
+    """The tokenizer that the configuration names, or the one that stands with its start; its ends of generation are the
+    start's, too. Raises DataError.
+    """
+    start = None if config.start is None or config.start.path is None else Path(config.start.path)
     if config.tokenizer is not None:
-        return load_chat_tokenizer(Path(config.tokenizer))
-    if config.start is None or config.start.path is None:
+        return load_chat_tokenizer(Path(config.tokenizer), None if start is None else beside(start))
+    if start is None:
         raise DataError("There is no tokenizer.", "Set tokenizer, or start from a model that has one.")
-    return load_tokenizer(Path(config.start.path))
+    return load_tokenizer(start)
 
 
-def keep_chat_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
-    """The tokenizer's directory in the store, written where it is not there. Raises DataError where it is damaged."""
-    kept = root / "tokenizers" / tokenizer.fingerprint
+def store_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
+    """The directory in the store `root` that holds `tokenizer`, written where it is not there.
+
+    Raises DataError where it is damaged.
+    """
+    kept = root / "tokenizers" / tokenizer.identity
     if not is_stored(kept):
         with new_directory(kept) as new:
             tokenizer.save(new)
     check_directory(kept)
     return kept
-
-
-def answered(tokenizer: ChatTokenizer, prompt: Prompt, answer: str) -> Tokenised:
-    """A prompt with its answer, as token ids and which of them are the answer's, end of text or of turn included."""
-    if isinstance(prompt, str):
-        before, after = tokenizer.prompt(prompt), [*tokenizer.encode(answer), tokenizer.end_of_text]
-        return [*before, *after], [False] * len(before) + [True] * len(after)
-    messages: list[Message] = [*prompt, {"role": "assistant", "content": answer}]
-    ids, is_answer = tokenizer.conversation(messages)
-    last = len(tokenizer.prompt(prompt))  # of several answers, the last is the one that is asked about
-    return ids, [a and i >= last for i, a in enumerate(is_answer)]
 
 
 def prepare_pairs(

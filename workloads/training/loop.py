@@ -18,7 +18,8 @@ import torch
 import torch.distributed
 
 from escala.attempt import STOP_REASONS, Watch, check_fence
-from escala.errors import Diverged, Superseded
+from escala.errors import CheckpointError, Diverged, Superseded
+from escala.files import no_room
 from escala.manifests import Checkpoint, read_checkpoint
 from escala.records import AttemptFiles, Progress
 from workloads.config import ResourcesConfig
@@ -33,6 +34,7 @@ from workloads.training.step import accumulate
 from workloads.training.task import Evaluation, Task, on_device
 from workloads.training.traffic import Traffic
 
+FULL_SECONDS = 5.0  # between two tries to write a checkpoint on a full disk
 STOP_CODES = (None, *STOP_REASONS, "superseded")
 
 
@@ -313,9 +315,34 @@ class Trainer:
             **self.own_state(),
         }
         keep, directory = self.config.training.keep_checkpoints, Path(self.spec.checkpoints)
-        saved = checkpoint.save(self.engine, directory, count.step, manifest, keep, self.engines_beside())
+        saved = self._insist(
+            lambda: checkpoint.save(self.engine, directory, count.step, manifest, keep, self.engines_beside())
+        )
         self._tell(checkpoint=str(saved.path))
         return saved
+
+    def _insist(self, save: Callable[[], Checkpoint]) -> Checkpoint:
+        """Save; on a full disk all ranks, which learn of it together, wait and try again. A request to stop ends
+        that: the job then goes on from its last checkpoint.
+        """
+        said = False
+        while True:
+            try:
+                return save()
+            except CheckpointError as error:
+                if not no_room(error) or self._asked_to_stop():
+                    raise
+                if self.rank == 0 and not said:
+                    print(f"escala: {error.message}: waiting until there is room", flush=True)
+                said = True
+                time.sleep(FULL_SECONDS)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether rank 0 has been, agreed by all."""
+        asked = torch.tensor(int(self.rank == 0 and AttemptFiles(self.spec.directory).control.exists()))
+        asked = asked.to(self.device)
+        torch.distributed.broadcast(asked, 0)
+        return bool(asked)
 
     def _finish(self, stop: str | None) -> None:
         """Leave the driver what the record needs."""

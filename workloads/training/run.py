@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 import time
-import traceback
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -25,6 +24,7 @@ from escala.errors import CheckpointError, EscalaError, SpecError
 from escala.files import replacing, set_aside
 from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
 from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_json, read_record
+from escala.redaction import hide_in, print_exception
 from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "generation_config.json",  # the tokens that end an answer
 )
 
 
@@ -148,7 +149,7 @@ class Run:
             else f"{spec.name} (attempt {spec.attempt})"
         )
         self.run_id = tracker.start(key, spec.experiment, name, tags, flatten(resolved))
-        tracker.text(self.run_id, "config.json", json.dumps(resolved, indent=1, sort_keys=True))
+        tracker.text(self.run_id, "config.json", json.dumps(hide_in(resolved), indent=1, sort_keys=True))
 
     def succeed(self) -> int:
         """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""
@@ -166,7 +167,7 @@ class Run:
         failure = classify(error, self.nodes)
         if failure.kind in ("internal", "worker_lost", "node_lost"):
             # The others say themselves what is to be done.
-            traceback.print_exception(error)
+            print_exception(error)
         outcome = Outcome(failure.kind, failure.message, failure.hint)
         if failure.kind == "superseded":
             # In this attempt's own directory; its tracker run is the control plane's now.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render
+from escala.cli import progress, render
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -22,14 +22,17 @@ def up(json: Json = False) -> None:
     """Start what is missing: Ray head, MLflow server, reconcile loop, its watchdog. Safe to repeat."""
     from escala import api
 
-    render.cluster(api.up(report=render.note), json)
+    with progress.reporting("starting the cluster", json) as report:
+        found = api.up(report=report)
+    render.cluster(found, json)
 
 
 def down() -> None:
     """Stop the processes that `up` started; queued jobs and all history stay."""
     from escala import api
 
-    api.down(report=render.note)
+    with progress.reporting("stopping the cluster", False) as report:
+        api.down(report=report)
 
 
 def status(json: Json = False) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import demo_rlhf, render, render_laws, render_plans, render_sweeps
+from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
+from escala.cli.jobs import follow_job
 from escala.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
@@ -45,19 +46,20 @@ def run() -> None:
     from escala.planning.limits import Limits
 
     render.step(f"1. the sweep {SPACE}")
-    sweep = api.sweep(SPACE, report=render.note)
-    if render.follow(api.watch(sweep.id)).state != "succeeded":
-        raise typer.Exit(1)
+    with progress.reporting("submitting", False) as report:
+        sweep = api.sweep(SPACE, report=report)
+    follow_job(sweep.id)
     points = api.sweep_points(sweep.id)
     render_sweeps.points(points, sweep.id, False)
 
     render.step("2. the law")
-    fitted = api.fit_sweeps([sweep.id], LAW)
+    with progress.working("fitting the law"):
+        fitted = api.fit_sweeps([sweep.id], LAW)
     render_laws.fitted(fitted, False)
 
     budget = AHEAD * float(points.points["compute_flops"].max())
     law = fitted.stored.reference
-    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {budget:.3g} FLOPs")
+    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {render.number(budget)} FLOPs")
     try:
         render_plans.plan(api.plan_law(law, Limits(compute_flops=budget)), False)
     except LawError as refusal:
@@ -65,18 +67,19 @@ def run() -> None:
         return
 
     render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
-    job = api.submit(
-        "pretrain",
-        overrides=[f"resources.workers={WORKERS}"],
-        options={"name": LAW},
-        report=render.note,
-        compute_flops=budget,
-        law=law,
-        base=api.space_base(SPACE),
-    )
-    if render.follow(api.watch(job.id)).state != "succeeded":
-        raise typer.Exit(1)
-    record = api.finished_run(job.id)
+    with progress.reporting("submitting", False) as report:
+        job = api.submit(
+            "pretrain",
+            overrides=[f"resources.workers={WORKERS}"],
+            options={"name": LAW},
+            report=report,
+            compute_flops=budget,
+            law=law,
+            base=api.space_base(SPACE),
+        )
+    follow_job(job.id)
+    with progress.working("waiting for the run's record in MLflow"):
+        record = api.finished_run(job.id)
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from escala.cli import render
+from escala.cli import progress, render
+from escala.cli.jobs import follow_job
 
 if TYPE_CHECKING:
     from escala.records import RunRecord
@@ -82,16 +83,17 @@ def run() -> None:
 def _submitted(workload: str, spec: dict[str, Any], name: str) -> str:
     from escala import api
 
-    return api.submit(workload, base=spec, options={"name": name}).id
+    with progress.reporting("submitting", False) as report:
+        return api.submit(workload, base=spec, options={"name": name}, report=report).id
 
 
 def _ended(job: str) -> RunRecord:
     """The run of a job that is followed to its end. Exits with 1 where it fails."""
     from escala import api
 
-    if render.follow(api.watch(job)).state != "succeeded":
-        raise typer.Exit(1)
-    return api.finished_run(job)
+    follow_job(job)
+    with progress.working("waiting for the run's record in MLflow"):
+        return api.finished_run(job)
 
 
 def _compare(learned: RunRecord) -> None:

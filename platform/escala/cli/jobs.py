@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from escala.cli import render, render_plans
+from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
 
 if TYPE_CHECKING:
     from escala.api import Watched
+    from escala.jobs.model import Job
 
-JobName = Annotated[str, typer.Argument(help="A job's id, the start of one, or its name.")]
+JobName = Annotated[
+    str,
+    typer.Argument(
+        help="A job's id, the start of one, or its name: the newest of it that succeeded or runs."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: a.b=value.", metavar="A.B=C")
 ]
@@ -23,6 +29,21 @@ Files = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved spec and its cost; start nothing.")
+]
+Code = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where your modules (reward functions) are; they are copied. [default: this directory]",
+        metavar="DIR",
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--idempotency-key",
+        help="Any text of yours: the same key again is the same job, not a second one.",
+        metavar="KEY",
+    ),
 ]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the progress.")]
 
@@ -57,6 +78,8 @@ def submit(
     ] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    code: Code = None,
+    idempotency_key: Key = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -71,16 +94,19 @@ def submit(
         "after": after,
         "max_flops": max_flops,
         "max_seconds": max_seconds,
+        "idempotency_key": idempotency_key,
     }
     if dry_run:
-        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law)
+        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
         render_plans.resolved(answer, *api.cost(answer), json)
         return
-    report = render.quiet if json else render.note
-    job = api.submit(workload, files or (), overrides or (), options, report, compute_flops, law)
+    with progress.reporting("submitting", json) as report:
+        job = api.submit(
+            workload, files or (), overrides or (), options, report, compute_flops, law, code=code
+        )
     render.submitted(job, json)
     if follow:
-        follow_job(job.id)
+        follow_job(job.id, json)
 
 
 def ps(
@@ -91,10 +117,15 @@ def ps(
     """List the jobs that wait or run."""
     from escala import api
 
-    found = api.jobs(everything=everything, limit=limit)
-    render.jobs(found, json)
-    if len(found) == limit:
-        render.note(f"the first {limit}; --limit shows more")
+    api.check_limit(limit)
+    found = api.jobs(everything=everything, limit=min(limit + 1, api.MOST_ROWS))
+    render.jobs(found[:limit], json)
+    if len(found) > limit:
+        render.note(f"the first {limit:,}; --limit shows more")
+    elif not found:
+        render.note(
+            "there are no jobs" if everything else "no jobs wait or run; `escala ps --all` shows others"
+        )
     if any(job.state not in api.FINAL for job in found) and (why := api.trouble()):
         render.note(why)
 
@@ -107,11 +138,11 @@ def logs(job: JobName, follow: Follow = False) -> None:
         render.raw(line)
 
 
-def stop(job: JobName) -> None:
-    """Ask a job to write a checkpoint and stop."""
+def stop(job: JobName, json: Json = False) -> None:
+    """Ask a job to write a checkpoint and stop; one that has not made a step stops at once."""
     from escala import api
 
-    render.submitted(api.stop(job), False)
+    render.submitted(api.stop(job), json)
 
 
 def gc(
@@ -136,7 +167,9 @@ def export(
     """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
     from escala import api
 
-    render.exported(api.export(run, to, adapter), adapter)
+    with progress.working("exporting"):
+        written = api.export(run, to, adapter)
+    render.exported(written, adapter)
 
 
 def show(job: JobName, json: Json = False) -> None:
@@ -146,33 +179,45 @@ def show(job: JobName, json: Json = False) -> None:
     render.job(api.job(job), json)
 
 
-def retry(job: JobName, follow: Follow = False) -> None:
+def retry(job: JobName, follow: Follow = False, json: Json = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
     from escala import api
 
-    again = api.retry(job, report=render.note)
-    render.submitted(again, False)
+    with progress.reporting("submitting", json) as report:
+        again = api.retry(job, report=report)
+    render.submitted(again, json)
     if follow:
-        follow_job(again.id)
+        follow_job(again.id, json)
 
 
-def resume(job: JobName, overrides: Overrides = None, follow: Follow = False, json: Json = False) -> None:
+def resume(
+    job: JobName,
+    overrides: Overrides = None,
+    idempotency_key: Key = None,
+    follow: Follow = False,
+    json: Json = False,
+) -> None:
     """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
     from escala import api
 
-    new = api.resume(job, overrides or (), report=render.quiet if json else render.note)
+    with progress.reporting("submitting", json) as report:
+        new = api.resume(job, overrides or (), report, idempotency_key)
     render.submitted(new, json)
     if follow:
-        follow_job(new.id)
+        follow_job(new.id, json)
 
 
-def follow_job(job_id: str) -> None:
-    """Progress until the job ends; exit 1 unless it succeeded or stopped as asked."""
+def follow_job(job_id: str, json: bool = False) -> None:
+    """Progress until the job ends; exit 1 unless it succeeded."""
+    if followed(job_id, json).state != "succeeded":
+        raise typer.Exit(1)
+
+
+def followed(job_id: str, json: bool = False) -> Job:
+    """Progress until the job ends, and whatever keeps it from moving on meanwhile; the job as it ended."""
     from escala import api
 
-    ended = render.follow(_with_trouble(api.watch(job_id)))
-    if ended.state != "succeeded":
-        raise typer.Exit(1)
+    return progress.follow(_with_trouble(api.watch(job_id)), json)
 
 
 def _with_trouble(states: Iterator[Watched]) -> Iterator[Watched]:

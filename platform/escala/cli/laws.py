@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from escala.cli import render, render_laws
+from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
 from escala.errors import LawError
+
+if TYPE_CHECKING:
+    from escala.laws.service import Preview
 
 Name = Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its champion.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the tracker which version is champion now.")]
@@ -31,13 +34,16 @@ def register(app: typer.Typer) -> None:
 
 
 def fit(
-    name: Annotated[str, typer.Option(help="The law's name; its versions are counted from 1.")],
+    name: Annotated[
+        str | None, typer.Option(help="The law's name; its versions are counted from 1. Not for --dry-run.")
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(help="A sweep's job, by id or name (then the newest); several are put together."),
     ] = None,
     points: Annotated[
-        Path | None, typer.Option(help="A CSV, or the JSON of `escala runs list --json`.")
+        Path | None,
+        typer.Option(help="A CSV (also with ;, | or tabs), or the JSON of `escala runs list --json`."),
     ] = None,
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
@@ -49,25 +55,57 @@ def fit(
     size: Annotated[
         str, typer.Option(help="The N of nd and ndt: n_active, n_total, n_non_embedding.")
     ] = "n_active",
-    bootstrap: Annotated[int, typer.Option(help="Replicates behind the intervals; 0: none.")] = 1000,
+    bootstrap: Annotated[
+        int, typer.Option(help="Replicates behind the intervals; fewer than 20: none.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap; the fit depends on none.")] = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what was understood, what is refused, and the law; store nothing."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fit a law to sweeps, or to a table of measured runs, and store it as the next version of its name."""
-    from escala import api
-
     if (points is None) == (not sweep):
         raise LawError("A law is fitted to --sweep, or to --points.", "Give one of the two.")
     if map_ and points is None:
         raise LawError(
             "--map renames the columns of --points; a sweep's need no renaming.", "Take --map out."
         )
+    rename = _pairs(map_ or [])
     settings = {"form": form, "group": group, "size": size, "bootstrap": bootstrap, "seed": seed}
-    if points is None:
-        found = api.fit_sweeps(sweep or [], name, **settings)
-    else:
-        found = api.fit_file(points, name, rename=_pairs(map_ or []), **settings)
+    if dry_run:
+        render_laws.preview(_preview(points, rename, sweep or [], settings), json)
+        return
+    if name is None:
+        raise LawError("The law has no name to be stored under.", "Give --name NAME, or --dry-run.")
+    from escala import api
+
+    with progress.working("fitting") as now:
+        if points is None:
+            found = api.fit_sweeps(sweep or [], name, **settings, report=lambda text: now.update(facts=text))
+        else:
+            found = api.fit_file(
+                points, name, rename=rename, **settings, report=lambda text: now.update(facts=text)
+            )
     render_laws.fitted(found, json)
+
+
+def _preview(
+    points: Path | None, rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
+) -> Preview:
+    with progress.working("fitting") as now:
+        if points is not None:  # of a file: neither a database nor a tracker
+            from escala.laws import service
+
+            return service.preview_file(
+                points, rename=rename, **settings, report=lambda text: now.update(facts=text)
+            )
+        from escala import api
+
+        return api.preview_sweeps(sweeps, **settings, report=lambda text: now.update(facts=text))
 
 
 def list_(
@@ -166,10 +204,14 @@ def promote(
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
+    pairs = dict[str, str]()
     for text in texts:
-        old, equals, new = text.partition("=")
+        old, equals, new = (part.strip() for part in text.rpartition("="))  # a file's name may hold "="
         if not (old and equals and new):
             raise LawError(f"--map '{text}' is not FILE_COLUMN=name.", "For example --map params=n_active.")
+        if old in pairs:
+            raise LawError(
+                f"--map names the file's column {old} twice: as {pairs[old]} and as {new}.", "Give it once."
+            )
         pairs[old] = new
     return pairs

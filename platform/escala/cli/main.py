@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 
@@ -11,6 +12,7 @@ import typer
 from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
 from escala.errors import ClusterError, EscalaError
 from escala.files import no_room
+from escala.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",
@@ -29,11 +31,23 @@ rollouts.register(app)
 demo.register(app)
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, as the CLI's own lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        render.warning(self.format(record))
+
+
 def main() -> None:
     """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
+    hide_in_tracebacks()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
+    hide_in_tracebacks()
+    warnings = logging.getLogger("escala")
+    warnings.addHandler(_Warnings(logging.WARNING))
+    warnings.propagate = False
     try:
         app()
     except EscalaError as error:

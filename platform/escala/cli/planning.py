@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import laws, render, render_plans
+from escala.cli import laws, progress, render, render_plans
 from escala.cli.cluster import Json
 from escala.cli.jobs import Follow, Overrides, follow_job
 from escala.cli.laws import Name, Refresh
@@ -61,8 +61,9 @@ def device(
     """Measure one worker's speed, memory and link while all work, and write the cluster's file."""
     from escala import api
 
-    job = api.bench_device(workers, gpus_per_worker, report=render.quiet if json else render.note)
-    follow_job(job.id)
+    with progress.reporting("submitting", json) as report:
+        job = api.bench_device(workers, gpus_per_worker, report=report)
+    follow_job(job.id, json)
     render_plans.device(api.write_cluster(job.id, to), to, json)
 
 
@@ -126,14 +127,18 @@ def plan(
         if front is not None:
             from escala.planning.plots import plot_front
 
-            plans = [each.plan for each in service.plan_front(law, limits, question)]
+            with progress.working("planning smaller budgets", quiet=json):
+                plans = [each.plan for each in service.plan_front(law, limits, question)]
             plot_front(plans, front, planned.law.reference)
             render_plans.front(plans, front, json)
     if submit:
         from escala import api
 
-        best, report = planned.plan, render.quiet if json else render.note
-        job = api.submit_run(planned.law.reference, best.n_active, best.n_total, best.tokens, report=report)
+        best = planned.plan
+        with progress.reporting("submitting", json) as report:
+            job = api.submit_run(
+                planned.law.reference, best.n_active, best.n_total, best.tokens, report=report
+            )
         render.submitted(job, json)
 
 
@@ -157,31 +162,32 @@ def propose(
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
     from escala.planning import service
 
-    found = service.propose_runs(
-        law,
-        target_flops,
-        max_flops,
-        aim=aim,
-        count=count,
-        unit=unit,
-        cluster=cluster,
-        precision=render_plans.precision(precision),
-        width=width,
-        refresh=refresh,
-    )
+    with progress.working("weighing the candidates", quiet=json):
+        found = service.propose_runs(
+            law,
+            target_flops,
+            max_flops,
+            aim=aim,
+            count=count,
+            unit=unit,
+            cluster=cluster,
+            precision=render_plans.precision(precision),
+            width=width,
+            refresh=refresh,
+        )
     render_plans.proposals(found, json)
     if submit:
         from escala import api
 
-        report = render.quiet if json else render.note
-        started = [
-            api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
-            for p in found.proposals
-        ]
+        with progress.reporting("submitting", json) as report:
+            started = [
+                api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
+                for p in found.proposals
+            ]
         for job in started:
             render.submitted(job, json)
         for job in started if follow else ():
-            follow_job(job.id)
+            follow_job(job.id, json)
 
 
 def explore(
@@ -198,11 +204,11 @@ def explore(
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
     from escala import api
 
-    report = render.quiet if json else render.note
     last = None
-    for last in api.explore(
-        law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
-    ):
-        if not json:
-            render_plans.round_(last)
+    with progress.reporting("exploring", json) as report:
+        for last in api.explore(
+            law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
+        ):
+            if not json:
+                render_plans.round_(last)
     render_plans.exploration(last, json)

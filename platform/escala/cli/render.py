@@ -5,10 +5,12 @@ stderr.
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,29 +19,41 @@ from rich.markup import escape
 from rich.table import Table
 
 from escala.errors import EscalaError
-from escala.records import Progress, RunRecord
+from escala.records import RunRecord
+from escala.redaction import hide, hide_in
 from escala.tracking.pages import table_beside
 
 if TYPE_CHECKING:
-    from escala.api import Garbage, JobDetails, Watched
+    from escala.api import Garbage, JobDetails
     from escala.cluster import ClusterStatus
     from escala.jobs.model import Attempt, HistoryEvent, Job
 
+REWARD_HEAD = "reward_head.safetensors"  # beside an exported reward model's trunk
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def is_terminal() -> bool:
+    """Whether stderr is one, where progress is shown."""
+    return err_console.is_terminal
 
 
 def error(failure: EscalaError) -> None:
     """What and why, then the mend."""
-    _err.print(f"[bold red]error:[/] {escape(failure.message)}")
+    err_console.print(f"[bold red]error:[/] {escape(failure.message)}")
     if failure.hint:
-        _err.print(f"[bold]hint:[/] {escape(failure.hint)}")
+        err_console.print(f"[bold]hint:[/] {escape(failure.hint)}")
 
 
 def note(text: str) -> None:
     """A line about what is going on; on stderr, so that stdout stays the answer."""
-    _err.print(f"[dim]{escape(text)}[/]")
+    err_console.print(f"[dim]{escape(hide(text))}[/]")
+
+
+def warning(text: str) -> None:
+    """What went wrong beside the answer, which stands; on stderr, with `--json` too."""
+    err_console.print(f"[bold yellow]warning:[/] {escape(hide(text))}")
 
 
 def quiet(text: str) -> None:
@@ -48,12 +62,21 @@ def quiet(text: str) -> None:
 
 def raw(text: str) -> None:
     """A line as it is."""
-    _out.print(text, markup=False)
+    _out.print(hide(text), markup=False)
 
 
 def as_json(value: Any) -> None:
-    """One JSON document."""
-    print(jsonlib.dumps(value, indent=1, default=str))
+    """One JSON document; a number that JSON has no text for (NaN, an infinity) is null."""
+    shown = _finite(hide_in(value))
+    print(jsonlib.dumps(shown, indent=1, default=lambda other: hide(str(other)), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def cluster(status: ClusterStatus, json: bool) -> None:
@@ -79,8 +102,16 @@ def submitted(view: Job, json: bool) -> None:
         note(f"next: escala logs -f {view.id}, or escala jobs show {view.id}")
 
 
+def ended(view: Job, json: bool = False) -> None:
+    """How a job that was followed ended, with the whole reason. With `json` stdout stays one document."""
+    if not json:
+        submitted(view, False)
+    if view.state == "failed":
+        _reason(view, err_console)
+
+
 def jobs(views: Sequence[Job], json: bool) -> None:
-    """Jobs, a row each."""
+    """Jobs, a row each; under them why some failed."""
     if json:
         as_json([asdict(v) for v in views])
         return
@@ -89,8 +120,18 @@ def jobs(views: Sequence[Job], json: bool) -> None:
         for v in views
     ]
     table(("job", "name", "workload", "state", "reason", "priority", "attempts", "submitted"), rows)
-    if not views:
-        note("no jobs wait or run; `escala ps --all` shows finished ones")
+    for view in views:
+        if view.state == "failed":
+            _reason(view, _out, f"{view.id} ")
+
+
+def _reason(view: Job, console: Console, subject: str = "") -> None:
+    """Why a job failed, under the table, which would cut it, and the hint."""
+    console.print(
+        f"[bold red]{subject}failed:[/] {escape(view.message or view.reason or 'no reason was given')}"
+    )
+    if view.hint:
+        console.print(f"[bold]hint:[/] {escape(view.hint)}")
 
 
 def job(details: JobDetails, json: bool) -> None:
@@ -98,31 +139,34 @@ def job(details: JobDetails, json: bool) -> None:
     if json:
         as_json(asdict(details))
         return
-    pairs({k: v for k, v in asdict(details.job).items() if k != "config" and v is not None})
+    hidden = {"config", "spec_hash"} | ({"idempotency_key"} if details.job.has_own_key else set())
+    shown = {k: v for k, v in asdict(details.job).items() if k not in hidden}
+    pairs({k: v for k, v in shown.items() if v not in (None, "", {}, [])})
     raw("\ntotals over the attempts")
     pairs(asdict(details.totals))
     raw("")
     table(
-        ("attempt", "ended as", "run", "step", "loss", "seconds", "checkpoint"),
+        ("attempt", "ended as", "run", "step", "loss", "time"),
         [_attempt_row(a, run) for a, run in zip(details.attempts, details.runs, strict=True)],
     )
-    raw("")
-    table(("when", "attempt", "state", "why"), [_event_row(e) for e in details.events])
+    for attempt in details.attempts:
+        if attempt.checkpoint:
+            raw(f"attempt {attempt.number} left the checkpoint {attempt.checkpoint}")
+    raw("\nhistory")
+    for event in details.events:
+        raw(_event(event))
 
 
 def _attempt_row(attempt: Attempt, run: str | None) -> tuple[Any, ...]:
     progress = attempt.progress or {}
-    loss, seconds = number(progress.get("loss_nats")), number(attempt.wall_seconds)
-    return attempt.number, attempt.outcome, run, progress.get("step"), loss, seconds, attempt.checkpoint
+    loss, seconds = number(progress.get("loss_nats")), value("wall_seconds", attempt.wall_seconds)
+    return attempt.number, attempt.outcome, run, number(progress.get("step")), loss, seconds
 
 
-def _event_row(event: HistoryEvent) -> tuple[Any, ...]:
-    return (
-        ago(event.at),
-        event.attempt or "",
-        event.state,
-        " ".join(filter(None, (event.reason, event.message))),
-    )
+def _event(event: HistoryEvent) -> str:
+    attempt = f"attempt {event.attempt}" if event.attempt else ""
+    why = " ".join(filter(None, (event.reason, event.message)))
+    return f"  {moment(event.at)}  {attempt:<11}  {event.state:<9}  {why}".rstrip()
 
 
 def runs(records: Sequence[RunRecord], json: bool) -> None:
@@ -130,7 +174,7 @@ def runs(records: Sequence[RunRecord], json: bool) -> None:
     if json:
         as_json([asdict(r) for r in records])
         return
-    columns = ("run", "job", "name", "status", "held-out loss", "tokens", "N", "FLOPs", "seconds")
+    columns = ("run", "job", "name", "status", "held-out loss", "tokens", "N", "FLOPs", "time")
     rows = [
         (
             (r.run_id or "")[:8],
@@ -141,11 +185,14 @@ def runs(records: Sequence[RunRecord], json: bool) -> None:
             number(r.train_tokens),
             number(r.n_total),
             number(r.compute_flops),
-            number(r.wall_seconds),
+            value("wall_seconds", r.wall_seconds),
         )
         for r in records
     ]
     table(columns, rows)
+    for r in records:
+        if r.reason and r.status not in ("succeeded", "user", "budget"):
+            raw(f"{r.job_id}-{r.attempt} {r.status}: {r.reason}")
 
 
 def run(record: RunRecord, url: str, json: bool) -> None:
@@ -169,7 +216,10 @@ def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:
         as_json(values)
         return
     names = [str(n) for n in values["run_id"]]
-    table(("", *names), [(key, *row) for key, row in values.items() if key != "run_id"])
+    table(
+        ("", *names),
+        [(key, *(value(key, each) for each in row)) for key, row in values.items() if key != "run_id"],
+    )
 
 
 def samples(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
@@ -186,6 +236,12 @@ def exported(directory: Path, adapter: bool) -> None:
     """Where an export lies, and how it is opened."""
     raw(f"{directory}")
     name = repr(str(directory))
+    if (directory / REWARD_HEAD).is_file():
+        note(
+            f"a reward model: workloads.alignment.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
+        )
+        note(f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk alone")
+        return
     opens = f"peft.PeftModel.from_pretrained(base, {name})"
     note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")
 
@@ -202,91 +258,80 @@ def garbage(found: Garbage, deleted: bool, json: bool) -> None:
         note(f"left alone: {reason}; delete it yourself when you do not need it")
 
 
-def follow(states: Iterable[Watched]) -> Job:
-    """A progress bar over the states of a job as they come; returns the last."""
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(30),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-    )
-    last: Watched | None = None
-    with Bar(*columns, TextColumn("{task.fields[facts]}"), console=_err) as bar:
-        task = bar.add_task("queued", total=1, facts="")
-        for last in states:
-            progress = last.progress
-            bar.update(
-                task,
-                description=last.job.state,
-                completed=progress.step if progress else 0,
-                total=progress.total_steps if progress else 1,
-                facts=_facts(progress) if progress else last.doing,
-            )
-    if last is None:
-        raise EscalaError("the job vanished while it was followed", "escala ps --all")
-    submitted(last.job, False)
-    if last.job.state == "failed" and last.job.message:
-        _err.print(f"[bold red]failed:[/] {escape(last.job.message)}")
-    return last.job
-
-
-def _facts(progress: Progress) -> str:
-    parts = []
-    if progress.loss_nats is not None:
-        parts.append(f"loss {progress.loss_nats:.3f}")
-    if progress.tokens_per_second:
-        parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
-    if progress.model_flops_utilization is not None:
-        parts.append(f"MFU {progress.model_flops_utilization:.0%}")
-    left = progress.remaining_seconds
-    if left is None and progress.step:
-        left = progress.wall_seconds / progress.step * (progress.total_steps - progress.step)
-    if left is not None:
-        parts.append(f"{duration(left)} left")
-    return "  ".join(parts)
-
-
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Rows under their headings; an empty cell for None."""
     grid = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+        grid.add_row(*("" if cell is None else escape(hide(str(cell))) for cell in row))
     _out.print(grid)
 
 
 def pairs(values: Mapping[str, Any]) -> None:
-    """A name and its value a line."""
+    """A name and its value a line; the name says whether it is a time or a duration."""
     width = max((len(k) for k in values), default=0)
-    for key, value in values.items():
-        raw(f"  {key:<{width}}  {number(value)}")
+    for key, each in values.items():
+        raw(f"  {key:<{width}}  {value(key, each)}")
+
+
+def value(name: str, given: Any) -> str:
+    """What is called `name`, for people: `..._at` is a moment, `..._seconds` a duration, all else a `number`."""
+    if isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given):
+        if name.endswith("_at"):
+            return moment(given)
+        if name.endswith("_seconds") or name == "seconds":
+            return duration(given)
+    return number(given)
 
 
 def number(value: Any) -> str:
-    """A number for people: rounded, with separators."""
+    """A number for people, everywhere the same: floats to four digits below one and five above, thousands separated,
+    a power of ten from a million on and below a thousandth; counts whole.
+    """
     if value is None:
         return "-"
     if isinstance(value, float):
-        return (
-            f"{value:.4g}"
-            if abs(value) >= 1e5 or 0 < abs(value) < 1e-3
-            else f"{value:,.4f}".rstrip("0").rstrip(".")
-        )
+        if value == 0 or not math.isfinite(value):
+            return f"{value:g}"
+        if not 1e-3 <= abs(value) < 999_995:
+            return f"{value:.4g}"
+        digits = 5 if abs(value) >= 1 else 4
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{float(f'{value:.{digits}g}'):,.{decimals}f}"
+        return text.rstrip("0").rstrip(".") if decimals else text
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, or hours too."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    """How long: "0.25 s", "42 s", "12 min 05 s", "1 h 02 min", "3 d 04 h"."""
+    if seconds < 0 or not math.isfinite(seconds):
+        return number(float(seconds))
+    if seconds < 9.95:
+        return f"{float(f'{seconds:.2g}'):g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def moment(at: float) -> str:
+    """A Unix time where we are: "2026-03-01 14:05:09 +0100". One that no calendar has stays a number."""
+    try:
+        return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    except (OverflowError, OSError, ValueError):
+        return number(at)
 
 
 def ago(at: float | None) -> str:
     """How long since a Unix time."""
-    return "" if at is None else f"{duration(max(0.0, time.time() - at))} ago"
+    return "" if at is None else f"{duration(max(0.0, round(time.time() - at)))} ago"
 
 
 def step(text: str) -> None:

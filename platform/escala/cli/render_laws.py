@@ -16,9 +16,37 @@ if TYPE_CHECKING:
     from escala.laws.law import Law
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
-    from escala.laws.service import Answer, Comparison, Fitted
+    from escala.laws.service import Answer, Comparison, Fitted, Preview
 
 INSIDE = 1.0005  # a factor that prints as 1
+REFUSED_ROWS = 20  # of which a person sees each; --json has all
+
+
+def preview(found: Preview, json: bool) -> None:
+    """A law that was not stored: how its table was understood, what was refused, what came of it."""
+    law = found.law
+    if json:
+        as_json(
+            {
+                "understood": found.understood,
+                "refused": _refused(law),
+                "parameters": law.parameters,
+                "intervals": _intervals(law),
+                "findings": list(law.findings),
+                "healthy": law.healthy,
+            }
+        )
+        return
+    raw("understood")
+    pairs({key: _said(value) for key, value in found.understood.items() if value not in (None, {}, [], 0)})
+    raw("")
+    _law("not stored", law)
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {each}" for key, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def fitted(found: Fitted, json: bool) -> None:
@@ -27,7 +55,7 @@ def fitted(found: Fitted, json: bool) -> None:
     if json:
         as_json({**_plain(stored), "champion": found.champion})
         return
-    _law(stored)
+    _law(stored.reference, stored.law)
     raw("")
     if found.champion == stored.version:
         raw(f"stored as {stored.reference}, champion of {stored.name}")
@@ -67,29 +95,44 @@ def law(stored: Stored, json: bool) -> None:
     if json:
         as_json(_plain(stored))
         return
-    _law(stored)
+    _law(stored.reference, stored.law)
     raw("\nprovenance")
     told = {k: v for k, v in stored.provenance.items() if v not in (None, []) and not isinstance(v, dict)}
     pairs({key: ago(value) if key == "created_at" else _listed(value) for key, value in told.items()})
 
 
-def _law(stored: Stored) -> None:
-    law = stored.law
-    raw(f"{stored.reference}   loss = {law.form.formula}   (N is {law.size})")
-    intervals = law.intervals(0.9) if len(law.replicates_BP) else {}
-    absent = {term.exponent for term in law.form.terms if not law.parameters[term.coefficient]}
-    rows = [
-        (name, "not identified", "", "")
-        if name in absent
-        else (name, number(value), *(number(end) for end in intervals.get(name, (None, None))))
-        for name, value in law.parameters.items()
-    ]
-    table(("parameter", "value", "90 % from", "to"), rows)
-    for name, (low, high) in law.ranges.items():
-        raw(f"  measured  {name} {low:.4g} to {high:.4g}")
+def _law(name: str, law: Law) -> None:
+    raw(f"{name}   loss = {law.form.formula}   (N is {law.size})")
+    table(("parameter", "value", "90 % from", "to"), parameter_rows(law))
+    for column, (low, high) in law.ranges.items():
+        raw(f"  measured  {column} {number(low)} to {number(high)}")
     raw(f"  healthy   {'yes' if law.healthy else 'no'}")
     for finding in law.findings:
         raw(f"  finding   {finding}")
+    refused = law.refusals
+    for row, reason in refused[:REFUSED_ROWS]:
+        raw(f"  refused   row {row}: {reason}")
+    if len(refused) > REFUSED_ROWS:
+        raw(f"  refused   {len(refused) - REFUSED_ROWS} more; --json lists them all")
+
+
+def parameter_rows(law: Law) -> list[tuple[str, str, str, str]]:
+    """Each parameter with its 90 % interval, as text; "none" where there is no interval."""
+    intervals = _intervals(law) or {}
+    absent = {term.exponent for term in law.form.terms if not law.parameters[term.coefficient]}
+    rows = []
+    for name, value in law.parameters.items():
+        low, high = (number(end) for end in intervals[name]) if name in intervals else ("none", "")
+        rows.append((name, "not identified", "", "") if name in absent else (name, number(value), low, high))
+    return rows
+
+
+def _refused(law: Law) -> list[dict[str, Any]]:
+    return [{"row": row, "reason": reason} for row, reason in law.refusals]
+
+
+def _intervals(law: Law) -> dict[str, tuple[float, float]] | None:
+    return law.intervals(0.9) if law.has_intervals else None
 
 
 def prediction(answer: Answer, json: bool) -> None:
@@ -127,11 +170,10 @@ def verdict(answer: Answer, record: RunRecord, url: str) -> None:
 
 
 def interval(low: float | None, high: float | None, what: str) -> str:
-    return (
-        "no interval: fitted without a bootstrap"
-        if low is None
-        else f"{what} {number(low)} to {number(high)}"
-    )
+    """A law's interval in words; an end that is None is not known (of an allocation: never reached)."""
+    if low is None and high is None:
+        return f"{what}: none"
+    return f"{what} {number(low)} to {number(high)}"
 
 
 def caveats(stored: Stored, extrapolation: Mapping[str, float], assumed: Sequence[str]) -> None:
@@ -177,7 +219,7 @@ def _value(law: Law, name: str) -> str:
     if name not in law.parameters:
         return "-"
     value = number(law.parameters[name])
-    if not len(law.replicates_BP):
+    if not law.has_intervals:
         return value
     low, high = law.intervals(0.9)[name]
     return f"{value}  ({number(low)} to {number(high)})"
@@ -208,10 +250,7 @@ def calibration(found: Calibration, json: bool) -> None:
             c.name,
             number(c.compute_flops),
             f"{c.extrapolation:.3g}x",
-            number(c.predicted),
-            number(c.low),
-            number(c.high),
-            number(c.obtained),
+            *(number(value) for value in (c.predicted, c.low, c.high, c.obtained)),
             f"{c.error:+.2%}",
             "ALARM" if c.alarm else "" if c.inside else "outside",
         )
@@ -250,12 +289,13 @@ def _plain(stored: Stored) -> dict[str, Any]:
         "formula": law.form.formula,
         "size": law.size,
         "parameters": law.parameters,
-        "intervals_90": law.intervals(0.9) if len(law.replicates_BP) else None,
+        "intervals_90": _intervals(law),
         "objective": asdict(law.objective),
         "objective_value": law.objective_value,
         "ranges": law.ranges,
         "healthy": law.healthy,
         "findings": list(law.findings),
+        "refused": _refused(law),
         "settings": law.settings,
         "provenance": stored.provenance,
     }

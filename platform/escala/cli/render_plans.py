@@ -24,14 +24,14 @@ GB = 1e9
 
 def resolved(answer: Resolved, found: Cost, cluster: Cluster, json: bool) -> None:
     """The spec in full, what was derived, what it costs."""
-    import yaml
+    from escala import documents
 
     options = answer.spec.options.model_dump(mode="json")
     spec = {"workload": answer.spec.workload, "job": options, **answer.spec.plain()}
     if json:
         as_json({"spec": spec, "derived": answer.derived, "cost": _plain(found)})
         return
-    raw(yaml.safe_dump(spec, sort_keys=False).rstrip())
+    raw(documents.dump(spec).rstrip())
     raw("\nderived")
     pairs(answer.derived)
     raw("\ncost")
@@ -45,22 +45,22 @@ def cost(found: Cost, cluster: Cluster, json: bool) -> None:
         return
     memory, moved, limit = found.memory, found.communication, cluster.device.memory_bytes.value
     parts = ("weights", "gradients", "optimizer", "buckets", "activations", "runtime")
-    listed = ", ".join(f"{name} {getattr(memory, name) / GB:.3g}" for name in parts)
+    listed = ", ".join(f"{name} {number(getattr(memory, name) / GB)}" for name in parts)
     raw(
-        f"parameters      {found.n_total:,}"
-        + ("" if found.n_active == found.n_total else f" ({found.n_active:,} active)")
+        f"parameters      {number(found.n_total)}"
+        + ("" if found.n_active == found.n_total else f" ({number(found.n_active)} active)")
     )
-    raw(f"tokens          {found.train_tokens:,} in {found.steps:,} steps")
-    raw(f"FLOPs           {found.compute_flops:.4g}")
+    raw(f"tokens          {number(found.train_tokens)} in {number(found.steps)} steps")
+    raw(f"FLOPs           {number(found.compute_flops)}")
     raw(
-        f"memory          {memory.total / GB:.3g} GB a device of {limit / GB:.3g}: {listed}"
+        f"memory          {number(memory.total / GB)} GB a device of {number(limit / GB)}: {listed}"
         + ("" if found.fits else "  DOES NOT FIT")
     )
-    raw(f"KV cache        {found.kv_cache_bytes_per_token / 1e3:.4g} kB a token in generation")
-    raw(f"communication   {moved.sent_bytes / GB:.4g} GB a device and step, {moved.messages} messages")
+    raw(f"KV cache        {number(found.kv_cache_bytes_per_token / 1e3)} kB a token in generation")
+    raw(f"communication   {number(moved.sent_bytes / GB)} GB a device and step, {moved.messages} messages")
     raw(
-        f"time            {duration(found.wall_seconds)} at {found.step_seconds:.4g} s a step "
-        f"(compute {found.compute_seconds:.4g}, exposed communication {found.exposed_seconds:.4g}), "
+        f"time            {duration(found.wall_seconds)} at {number(found.step_seconds)} s a step "
+        f"(compute {number(found.compute_seconds)}, exposed communication {number(found.exposed_seconds)}), "
         f"MFU {found.model_flops_utilization:.0%}"
     )
     raw(f"energy          {_energy(found.energy_joules)}")
@@ -86,12 +86,16 @@ def plan(planned: Planned, json: bool) -> None:
     _split(planned.plan)
     best = planned.plan
     if best.inference_flops:
-        raw(f"inference       {best.inference_flops:.4g} FLOPs beside {best.compute_flops:.4g} of training")
+        raw(
+            f"inference       {number(best.inference_flops)} FLOPs beside {number(best.compute_flops)} of training"
+        )
     if best.epochs > 1:
-        raw(f"repeats         {best.epochs:.3g} epochs, worth {best.effective_tokens:.4g} unique tokens")
+        raw(
+            f"repeats         {number(best.epochs)} epochs, worth {number(best.effective_tokens)} unique tokens"
+        )
     known = (("hours", best.hours), ("USD", best.usd), ("kWh", best.kwh))
     if any(value is not None for _, value in known):
-        raw("spends          " + ", ".join(f"{v:.4g} {unit}" for unit, v in known if v is not None))
+        raw("spends          " + ", ".join(f"{number(v)} {unit}" for unit, v in known if v is not None))
     raw(f"binding         {', '.join(best.binding)}")
     _caveats(planned)
 
@@ -111,7 +115,7 @@ def target(planned: Planned, found: Target, json: bool) -> None:
         return
     _split(planned.plan)
     ends = interval(found.compute_low_flops, found.compute_high_flops, "90 % interval")
-    raw(f"compute         {planned.plan.compute_flops:.4g} FLOPs  ({ends})")
+    raw(f"compute         {number(planned.plan.compute_flops)} FLOPs  ({ends})")
     joules = _joules(planned, found)
     if joules is not None:
         low, value, high = joules
@@ -134,12 +138,12 @@ def _joules(planned: Planned, found: Target) -> tuple[float | None, float, float
 def _split(best: Plan) -> None:
     size = interval(best.n_active_low, best.n_active_high, "90 % interval")
     loss = interval(best.low_nats, best.high_nats, "90 % predictive interval")
-    raw(f"N active        {best.n_active:.4g}  ({size})")
+    raw(f"N active        {number(best.n_active)}  ({size})")
     if best.n_total != best.n_active:
-        raw(f"N total         {best.n_total:.4g}")
-    raw(f"tokens          {best.tokens:.4g}  ({best.tokens_per_parameter:.3g} per active parameter)")
+        raw(f"N total         {number(best.n_total)}")
+    raw(f"tokens          {number(best.tokens)}  ({number(best.tokens_per_parameter)} per active parameter)")
     if best.context_tokens is not None:
-        raw(f"context         {best.context_tokens:.4g} tokens")
+        raw(f"context         {number(best.context_tokens)} tokens")
     raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
 
 
@@ -158,11 +162,11 @@ def front(plans: Sequence[Plan], path: Path, json: bool) -> None:
     columns = ("FLOPs", "N", "tokens", "loss", "90 % from", "to", "hours", "USD", "kWh")
     rows = [
         (
-            f"{p.compute_flops + p.inference_flops:.3g}",
-            f"{p.n_active:.3g}",
-            f"{p.tokens:.3g}",
+            number(p.compute_flops + p.inference_flops),
+            number(p.n_active),
+            number(p.tokens),
             *(number(x) for x in (p.loss_nats, p.low_nats, p.high_nats)),
-            *("" if x is None else f"{x:.3g}" for x in (p.hours, p.usd, p.kwh)),
+            *("" if x is None else number(x) for x in (p.hours, p.usd, p.kwh)),
         )
         for p in plans
     ]
@@ -195,11 +199,11 @@ def proposals(found: Proposed, json: bool) -> None:
     )
     rows = [
         (
-            f"{p.n_active:.4g}",
-            f"{p.tokens:.4g}",
-            f"{p.compute_flops:.3g}",
-            f"{p.cost:.3g} {p.unit}",
-            f"{p.information_nats:.3g} nats",
+            number(p.n_active),
+            number(p.tokens),
+            number(p.compute_flops),
+            f"{number(p.cost)} {p.unit}",
+            f"{number(p.information_nats)} nats",
             f"{p.width_now:.2%}",
             f"{p.width_expected:.2%}",
             *(number(x) for x in (p.predicted_loss_nats, p.low_nats, p.high_nats)),
@@ -216,16 +220,18 @@ def round_(state: Exploration) -> None:
     """The round that has just ended: what was expected, what was obtained."""
     last = state.rounds[-1]
     for each in last.obtained or ():
-        inside = "inside" if each["low"] <= each["obtained"] <= each["high"] else "OUTSIDE"
+        low, high = each["low"], each["high"]
+        inside = "no interval" if low is None else "inside" if low <= each["obtained"] <= high else "OUTSIDE"
         raw(
-            f"round {len(state.rounds)}: N {each['n_active']:.4g}, tokens {each['tokens']:.4g}: expected "
+            f"round {len(state.rounds)}: N {number(each['n_active'])}, tokens {number(each['tokens'])}: expected "
             f"{number(each['predicted'])} ({number(each['low'])} to {number(each['high'])}), "
             f"obtained {number(each['obtained'])}, {inside}"
         )
     for each in last.refused or ():
         raw(f"round {len(state.rounds)}: {each['name']}: {each['reason']}")
     expected = last.proposals[-1]["width_expected"]
-    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {last.width_obtained:.2%}")
+    obtained = "none" if last.width_obtained is None else f"{last.width_obtained:.2%}"
+    raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {obtained}")
 
 
 def exploration(state: Exploration | None, json: bool) -> None:
@@ -235,7 +241,9 @@ def exploration(state: Exploration | None, json: bool) -> None:
     elif json:
         as_json(asdict(state))
     else:
-        raw(f"spent {state.spent_flops:.4g} of {state.budget_flops:.4g} FLOPs in {len(state.rounds)} rounds")
+        raw(
+            f"spent {number(state.spent_flops)} of {number(state.budget_flops)} FLOPs in {len(state.rounds)} rounds"
+        )
 
 
 def device(cluster: Cluster, path: Path, json: bool) -> None:
@@ -246,16 +254,17 @@ def device(cluster: Cluster, path: Path, json: bool) -> None:
     found = cluster.device
     for precision, peak in found.peak_flops_per_second.items():
         speed = (found.training or {}).get(precision)
-        widths = ", ".join(f"{v / 1e9:.3g} at {w}" for w, v in speed.block.items()) if speed else "-"
+        widths = ", ".join(f"{number(v / 1e9)} at {w}" for w, v in speed.block.items()) if speed else "-"
         raw(
-            f"{precision}            peak {peak.value / 1e9:.3g} GFLOP/s; blocks by d_model: {widths} GFLOP/s"
+            f"{precision}            peak {number(peak.value / 1e9)} GFLOP/s; blocks by d_model: {widths} GFLOP/s"
         )
     raw(
-        f"memory          {found.memory_bytes.value / GB:.3g} GB, {found.memory_bytes_per_second.value / GB:.3g} GB/s"
+        f"memory          {number(found.memory_bytes.value / GB)} GB, "
+        f"{number(found.memory_bytes_per_second.value / GB)} GB/s"
     )
     if found.link_bytes_per_second is not None and found.link_seconds is not None:
         link, latency = found.link_bytes_per_second.value, found.link_seconds.value
-        raw(f"link            {link / GB:.3g} GB/s, {number(latency * 1e3)} ms")
+        raw(f"link            {number(link / GB)} GB/s, {number(latency * 1e3)} ms")
     raw(f"written to      {path}")
 
 
@@ -266,8 +275,8 @@ def _plain(found: Cost) -> dict[str, Any]:
 def _energy(joules: float | None) -> str:
     if joules is None:
         return "unknown: the cluster's file lacks static_watts, joules_per_flop or joules_per_byte"
-    return f"{joules:.4g} J, an estimate ({joules / 3.6e6:.4g} kWh)"
+    return f"{number(joules)} J, an estimate ({number(joules / 3.6e6)} kWh)"
 
 
 def _unknown(value: float | None, unit: str, key: str) -> str:
-    return f"unknown: the cluster's file lacks {key}" if value is None else f"{value:.4g} {unit}"
+    return f"unknown: the cluster's file lacks {key}" if value is None else f"{number(value)} {unit}"

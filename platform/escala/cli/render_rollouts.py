@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from escala.cli.render import as_json, note, raw, table
+from escala.cli.render import as_json, note, number, raw, table
 
 if TYPE_CHECKING:
     from escala.rollouts.service import Deployment, RolloutsStatus
@@ -25,7 +25,7 @@ def status(found: RolloutsStatus, json: bool) -> None:
     table(
         ("deployment", "status", "replicas", "bounds", "requests per replica"),
         [
-            (d.name, d.status, d.target_replicas, _bounds(d), d.requests_per_replica)
+            (d.name, d.status, d.target_replicas, _bounds(d), number(d.requests_per_replica))
             for d in found.deployments
         ],
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from escala.cli.render import as_json, duration, note, number, raw, table
+from escala.laws.files import REFUSAL
 
 if TYPE_CHECKING:
     from escala.sweeps.plan import Plan
@@ -30,7 +31,7 @@ def plan(found: Plan, json: bool) -> None:
             number(t.context_tokens),
             number(training["batch_sequences"] * t.context_tokens),
             number(training["optimizer"]["learning_rate"]),
-            f"{t.compute_flops:.3g}",
+            number(t.compute_flops),
         )
         rows.append((*(number(t.values.get(key)) for key in axes), *facts))
     table(columns, rows)
@@ -40,8 +41,8 @@ def plan(found: Plan, json: bool) -> None:
         )
     raw("")
     raw(f"trials    {len(found.trials)}")
-    raw(f"tokens    {found.train_tokens:,}")
-    raw(f"FLOPs     {found.compute_flops:.4g}")
+    raw(f"tokens    {number(found.train_tokens)}")
+    raw(f"FLOPs     {number(found.compute_flops)}")
     if found.wall_seconds is None:
         raw(f"time      as many trials at once as the cluster holds ({found.speed_source})")
     else:
@@ -57,7 +58,9 @@ def points(found: SweepPoints, job: str, json: bool) -> None:
         as_json(
             {
                 "points": jsonlib.loads(found.points.to_json(orient="records")),
-                "refused": jsonlib.loads(found.refused.to_json(orient="records")),
+                "refused": jsonlib.loads(
+                    found.refused.drop(columns=REFUSAL, errors="ignore").to_json(orient="records")
+                ),
                 "noise": found.noise,
             }
         )
@@ -66,7 +69,7 @@ def points(found: SweepPoints, job: str, json: bool) -> None:
     if len(found.points):
         compute = found.points["compute_flops"]
         raw(
-            f"compute   {compute.min():.3g} to {compute.max():.3g} FLOPs ({compute.max() / compute.min():.0f}x)"
+            f"compute   {number(compute.min())} to {number(compute.max())} FLOPs ({compute.max() / compute.min():.0f}x)"
         )
         name, unit = ("reward", "") if "reward" in found.points else ("loss_nats", " nats per token")
         values = found.points[name]

@@ -9,6 +9,7 @@ import typer
 
 from escala.cli import render, render_rollouts
 from escala.cli.cluster import Json
+from escala.cli.jobs import Code
 
 Name = Annotated[str, typer.Option(help="The service's name on the cluster.")]
 nouns = typer.Typer(help="Rollouts: a policy served, with versions of its weights.", no_args_is_help=True)
@@ -31,12 +32,13 @@ def up(
         list[str] | None, typer.Option("--set", help="KEY=VALUE of the arguments, e.g. model=DIRECTORY.")
     ] = None,
     name: Name = "escala",
+    code: Code = None,
     json: Json = False,
 ) -> None:
     """Start the service, or bring it to this configuration. Loopback only, unless ESCALA_ROLLOUTS_TOKEN is set."""
     from escala import api
 
-    render_rollouts.status(api.rollouts_up(files or [], set_ or [], name, render.note), json)
+    render_rollouts.status(api.rollouts_up(files or [], set_ or [], name, render.note, code), json)
 
 
 def status(name: Name = "escala", json: Json = False) -> None:

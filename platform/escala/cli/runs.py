@@ -62,8 +62,7 @@ def samples(
     """Show what the policy of a `ppo` run said, and what it was rewarded with."""
     from escala import api
 
-    found = api.samples(api.run(run))
-    render.samples(found[-last:] if last else found, json)
+    render.samples(api.samples(api.run(run), last), json)
 
 
 def open_(run: Run) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render, render_sweeps
+from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
-from escala.cli.jobs import DryRun, Follow, Overrides
+from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides, followed
 
 
 def register(app: typer.Typer) -> None:
@@ -27,9 +27,11 @@ def sweep(
     after: Annotated[str | None, typer.Option(help="A job that must succeed first.", metavar="JOB")] = None,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
+    idempotency_key: Key = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
+    code: Code = None,
     follow: Follow = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -44,15 +46,16 @@ def sweep(
         "after": after,
         "max_flops": max_flops,
         "max_seconds": max_seconds,
+        "idempotency_key": idempotency_key,
     }
     if dry_run:
-        render_sweeps.plan(api.plan_sweep(space, overrides or ()), json)
+        render_sweeps.plan(api.plan_sweep(space, overrides or (), code), json)
         return
-    report = render.quiet if json else render.note
-    job = api.sweep(space, overrides or (), options, resume, report)
+    with progress.reporting("submitting", json) as report:
+        job = api.sweep(space, overrides or (), options, resume, report, code)
     render.submitted(job, json)
     if follow:
-        ended = render.follow(api.watch(job.id))
+        ended = followed(job.id, json)
         render_sweeps.points(api.sweep_points(job.id), job.id, json)
         if ended.state != "succeeded":
             raise typer.Exit(1)

@@ -29,7 +29,7 @@ from escala.jobs import tables
 from escala.jobs.rows import dump_json, load_json
 
 log = logging.getLogger("escala.database")
-HEAD = "0001"
+HEAD = "0002"
 """The revision that this program reads and writes (the last file in migrations/versions)."""
 
 BUSY_SECONDS = 30.0  # a writer waits this long for another one; transactions here take milliseconds
@@ -176,16 +176,23 @@ def _refuse_an_orphaned_home(home: Path | None, shown: str) -> None:
 
 def _parse(url: str) -> URL:
     hint = "use sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE"
-    try:
-        address = make_url(url)
-    except ArgumentError:
-        # the address may hold a password: it is not shown
-        raise SpecError("the job database's address is not a URL", hint) from None
+    if url.startswith("sqlite:///"):  # a path, whatever is in it: ?, # and % mean nothing there
+        address = URL.create("sqlite", database=url.removeprefix("sqlite:///"))
+    else:
+        address = _network(url, hint)
     if address.get_backend_name() not in ("sqlite", "postgresql"):
         raise SpecError(f"the job database cannot be {address.get_backend_name()}", hint)
     if address.get_backend_name() == "sqlite" and address.database in (None, "", ":memory:"):
         raise SpecError("the job database must be a file: several processes share it", hint)
     return address
+
+
+def _network(url: str, hint: str) -> URL:
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):  # ValueError: a port that is no number
+        # the address may hold a password: it is not shown
+        raise SpecError("the job database's address is not a URL", hint) from None
 
 
 def _sqlite(address: URL, file: Path) -> Engine:

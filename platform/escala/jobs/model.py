@@ -10,11 +10,13 @@ from escala.jobs.state import JobView, Queued, State
 from escala.records import Progress, Totals
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
+OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
 
 
 @dataclass(frozen=True)
 class NewJob:
-    """What somebody asks for. `after` and `parent` name jobs by id, unique name or unique prefix of an id."""
+    """What somebody asks for. `after` and `parent` name jobs, as JobStore.get takes them."""
 
     workload: str
     entry_point: str
@@ -30,6 +32,9 @@ class NewJob:
     parent: str | None = None  # the job that this one retries or resumes
     experiment: str = "escala"
     tags: dict[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = (
+        None  # the same key again is the same job; None: one for this submission alone
+    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,19 @@ class Job:
     compute_flops: float | None
     wall_seconds: float | None
     energy_joules: float | None
+    idempotency_key: str | None = None
+    spec_hash: str | None = None
 
     @property
     def view(self) -> JobView:
         """What the state machine reads."""
         stop = self.reason if self.state == "stopping" else None
         return JobView(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+
+    @property
+    def has_own_key(self) -> bool:
+        """Whether nobody gave its idempotency key."""
+        return self.idempotency_key is None or self.idempotency_key.startswith(OWN_KEY)
 
     @property
     def place(self) -> Queued:

@@ -150,6 +150,8 @@ class Reconciler:
                 self._gone(job, attempt, progress, "the Ray head was restarted and has lost the job's driver")
             case "ended":
                 self._gone(job, attempt, progress, "the job's driver ended without an outcome")
+            case _ if job.state == "stopping" and not _has_trained(progress):
+                self._end_at_once(job, attempt, files, progress)
             case status:
                 self._at_work(job, attempts, progress, working=status == "running")
 
@@ -171,6 +173,18 @@ class Reconciler:
         earlier = sum(a.wall_seconds or 0.0 for a in attempts[:-1])
         if _overrun_seconds(job, attempt, earlier, progress, now) > self._timing.budget_grace:
             self._apply(job, BudgetOverrun())
+
+    def _end_at_once(
+        self, job: Job, attempt: Attempt, files: AttemptFiles, progress: Progress | None
+    ) -> None:
+        """Stop a driver that still starts: there is no checkpoint to wait for, and Ray Train, DeepSpeed or Serve may
+        take minutes until they look at the request. Should it outlive the kill, it stops at its first step.
+        """
+        self._backend.kill(attempt.submission_id)
+        log.info("%s is stopped before its first step: its driver is killed", attempt.submission_id)
+        outcome = Outcome(job.reason or "user", "stopped before its first step")
+        write_json(files.outcome, outcome)  # without a record: delivery closes the run as KILLED
+        self._finish(job, outcome, progress)
 
     def _gone(self, job: Job, attempt: Attempt, progress: Progress | None, message: str) -> None:
         if self._waited("gone", attempt) >= self._timing.lost_grace:
@@ -318,6 +332,11 @@ def _keep_fence(files: AttemptFiles, number: int) -> None:
     if damaged:
         log.warning("%s names no attempt; it is written again", files.current)
         write_json(files.current, number)
+
+
+def _has_trained(progress: Progress | None) -> bool:
+    """Whether the attempt has made a step; of a sweep, any of the trials that it started."""
+    return progress is not None and progress.train_tokens > 0
 
 
 def _overrun_seconds(

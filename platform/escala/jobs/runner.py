@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala import user_code
 from escala.errors import ClusterError, EscalaError
 from escala.files import no_room
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
+from escala.redaction import hide_in_logs
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -89,6 +91,7 @@ def main() -> int:
 
     form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
+    hide_in_logs()
     ending = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ending.set())
@@ -130,7 +133,9 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
             "resources", {}
         )  # or a sweep's
         threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
-        return runtime_env(ray_address, threads, gpus, tracking_uri)
+        digest = job.tags.get(user_code.TAG)
+        code = user_code.directory(settings.home, digest) if digest else None
+        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code)
 
     return Reconciler(
         store,

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from escala.errors import NotFoundError, SpecError, StateError
-from escala.jobs.service import POLL_SECONDS, job, open_store
+from escala.jobs.service import POLL_SECONDS, check_limit, job, open_store
 from escala.records import SAMPLES, RunRecord
 from escala.settings import Settings
 
@@ -25,10 +25,12 @@ def runs(
 ) -> Sequence[RunRecord]:
     """Runs in the tracker that match all filters given, newest first.
 
-    Raises NotFoundError for an unknown job (id or name), ClusterError where the tracker does not answer.
+    Raises NotFoundError for an unknown job (id or name), SpecError for a limit that is none, ClusterError where the
+    tracker does not answer.
     """
     from escala.tracking.runs import list_runs
 
+    check_limit(limit)
     if job is not None:
         with open_store() as store:
             job = store.get(job).id
@@ -87,12 +89,17 @@ def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
     return metric_history(Settings().tracker, str(record.run_id), metric)
 
 
-def samples(record: RunRecord) -> list[dict[str, Any]]:
-    """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished. Raises NotFoundError."""
+def samples(record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
+    """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished; the newest `last`, None: all.
+
+    Raises NotFoundError, and SpecError for a `last` that is no number of rows.
+    """
     from escala.tracking.runs import read_table
 
     hint = "only `ppo` stores samples, and its first after an iteration"
-    return read_table(Settings().tracker, str(record.run_id), SAMPLES, hint)
+    check_limit(last, "--last")
+    found = read_table(Settings().tracker, str(record.run_id), SAMPLES, hint)
+    return found if last is None else found[-last:]
 
 
 def run_url(record: RunRecord) -> str:

@@ -6,6 +6,8 @@ Everything heavy (ray, the database) is imported by the function that needs it.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,20 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escala import manifests, spec
-from escala.errors import NotFoundError, SpecError, StateError
+from escala import manifests, spec, user_code
+from escala.errors import ClusterError, EscalaError, NotFoundError, SpecError, StateError
 from escala.hardware import load_cluster
+from escala.jobs.model import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.records import AttemptFiles, JobFiles, Progress, Totals, read_record
+from escala.redaction import hide_arguments
 from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
 
+log = logging.getLogger("escala.jobs")
 Report = Callable[[str], None]
 POLL_SECONDS = 0.5
-RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
+MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
 SWEEP = "sweep"  # the workload of a sweep's job
 
 
@@ -56,13 +62,21 @@ class Watched:
 
 
 def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
-    """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first."""
+    """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first.
+
+    At most `limit` of them, and no more is read. Raises SpecError for a limit that is none.
+    """
+    check_limit(limit)
     with open_store() as store:
         if everything:
             return store.list(limit=limit)[::-1]
-        waiting = sorted(store.list(("queued",)), key=lambda job: (-job.priority, job.order))
-        found = [*store.active(), *waiting]
-        return found[:limit] if limit is not None else found
+        return [*store.active(), *store.waiting(limit)][:limit]
+
+
+def check_limit(limit: int | None, name: str = "--limit") -> None:
+    """Raise SpecError for a number of rows that cannot be listed; None is all of them."""
+    if limit is not None and not 1 <= limit <= MOST_ROWS:
+        raise SpecError(f"{name} is {limit}", f"give a number from 1 to {MOST_ROWS:,}")
 
 
 def job(name: str) -> JobDetails:
@@ -83,19 +97,22 @@ def stop(name: str) -> Job:
 def retry(name: str, report: Report = silent) -> Job:
     """Queue a failed or stopped job again, its retries renewed; it continues from its last checkpoint.
 
-    Raises NotFoundError, StateError for a job that has not failed or been stopped.
+    Raises NotFoundError, StateError for a job that has not failed or been stopped. A cluster that cannot be brought up:
+    see `enqueue`.
     """
     with open_store() as store:
         job = store.request_retry(name)
-    _up(report)
+    _up_for(job, report)
     return job
 
 
-def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) -> Job:
+def resume(
+    name: str, overrides: Iterable[str] = (), report: Report = silent, idempotency_key: str | None = None
+) -> Job:
     """A new job that starts from the last good checkpoint of another one, its spec overridden.
 
     Raises NotFoundError where the job has no checkpoint, CheckpointError where none of those that it has is good,
-    SpecError for a bad override.
+    SpecError for a bad override. A repeated key: see `enqueue`.
     """
     with open_store() as store:
         old = store.get(name)
@@ -108,8 +125,9 @@ def resume(name: str, overrides: Iterable[str] = (), report: Report = silent) ->
             f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
+    options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    return start(job, report, resume_from=str(checkpoints), parent=old.id)
+    return start(job, report, resume_from=str(checkpoints), parent=old.id, code=old.tags.get(user_code.TAG))
 
 
 def logs(name: str, follow: bool = False) -> Iterator[str]:
@@ -131,9 +149,15 @@ def logs(name: str, follow: bool = False) -> Iterator[str]:
 
 
 def watch(name: str) -> Iterator[Watched]:
-    """The job's state and progress, again and again, until it has ended; the last item is the final state."""
+    """The job's state and progress, again and again, until it has ended; the last item is the final state.
+
+    Raises NotFoundError, and ClusterError where nothing runs that would start the job.
+    """
     with open_store() as store:
-        job_id = store.get(name).id
+        found = store.get(name)
+        job_id = found.id
+        if found.state not in FINAL:
+            _check_served(found)
         while True:
             job = store.get(job_id)
             files = _files(job_id, max(1, job.attempts))
@@ -157,9 +181,17 @@ def _check_room(job: spec.JobSpec) -> None:
 
 
 def start(
-    job: spec.JobSpec, report: Report, resume_from: str | None = None, parent: str | None = None
+    job: spec.JobSpec,
+    report: Report,
+    resume_from: str | None = None,
+    parent: str | None = None,
+    code: str | None = None,
 ) -> Job:
-    """Queue a checked job. Raises SpecError for one that the embedded head can never hold, ClusterError."""
+    """Queue a checked job. Raises SpecError for one that the embedded head can never hold; and as `enqueue`.
+
+    Args:
+        code: the digest of the copy of the user's modules (escala.user_code).
+    """
     from escala.jobs.model import NewJob
 
     _check_room(job)
@@ -178,39 +210,74 @@ def start(
         resume_from=resume_from,
         parent=parent,
         experiment=Settings().experiment,
+        tags={user_code.TAG: code} if code else {},
+        idempotency_key=options.idempotency_key,
     )
     return enqueue(new, report)
 
 
 def enqueue(new: NewJob, report: Report) -> Job:
-    """Store a job, and bring the cluster up where none is configured.
+    """Store a job, and bring the cluster up where none is configured. Returns the job that `new.idempotency_key` has
+    queued before, where it has.
 
-    Raises ClusterError; SpecError, NotFoundError for the cluster's file (ESCALA_CLUSTER), whose prices and energy it
-    takes along.
+    What is raised, was raised before anything was queued: ClusterError for a job database that does not answer;
+    SpecError, NotFoundError for the cluster's file (ESCALA_CLUSTER), whose prices and energy the job takes along;
+    SpecError where the key has queued another spec. A job that is queued stays so: where the cluster cannot be brought
+    up, a warning in the log of `escala.jobs` says why, and what to do.
     """
     rates = json.dumps(asdict(load_cluster(Settings().cluster).rates()), sort_keys=True)
     with open_store() as store:
-        queued = store.submit(replace(new, tags={**new.tags, RATES_TAG: rates}))
-    _up(report)
+        shown = hide_arguments(new.command)
+        queued = store.submit(replace(new, command=shown, tags={**new.tags, RATES_TAG: rates}))
+    _up_for(queued, report)
     return queued
 
 
-def _up(report: Report) -> None:
+def _up_for(job: Job, report: Report) -> None:
+    """Bring the cluster up for a job that is queued, and say its id first: whatever happens now, it is known."""
     from escala import cluster
 
-    cluster.up(Settings(), report)
+    if job.state in FINAL:  # found by its key
+        return
+    report(f"job {job.id} is {job.state}")
+    try:
+        cluster.up(Settings(), report)
+    except (EscalaError, OSError) as error:
+        message, hint = (error.message, error.hint) if isinstance(error, EscalaError) else (str(error), "")
+        log.warning(
+            "job %s is queued, but the cluster cannot be brought up: %s\n%sit starts once `escala up` has succeeded; "
+            "do not submit it again",
+            job.id,
+            message.rstrip(),
+            f"{hint}; " if hint else "",
+        )
+    except BaseException:  # Ctrl-C above all
+        log.warning("job %s is queued; it starts once `escala up` has succeeded", job.id)
+        raise
+
+
+def _check_served(job: Job) -> None:
+    """Raise ClusterError where no reconcile loop runs: the job would be followed for ever."""
+    from escala.processes import Processes
+
+    if Processes(Settings().home).alive("runner") is None:
+        raise ClusterError(
+            f"job {job.id} is {job.state}, and cannot be followed: the cluster's reconcile loop does not run",
+            f"`escala up`, then `escala logs -f {job.id}`",
+        )
 
 
 def _doing(job: Job, files: AttemptFiles) -> str:
-    """What a job without progress does, from the last line of its log."""
+    """What a job without progress does, from the last line of its log that says something."""
     if job.state == "queued":
         return "waits for a free slot" if not job.after else f"waits for a free slot, or for {job.after}"
     if not files.log.exists():
         return "starts"
     with files.log.open("rb") as stream:
         stream.seek(max(0, files.log.stat().st_size - 2000))
-        lines = stream.read().decode(errors="replace").splitlines()
-    return lines[-1][:100] if lines else "starts"
+        lines = _COLOURS.sub("", stream.read().decode(errors="replace")).splitlines()
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return said[:100] or "starts"
 
 
 def _at_work(store: JobStore, job_id: str, number: int) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from escala.errors import SpecError
+from escala.documents import Section
+from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.service import open_store
 from escala.jobs.state import FINAL
 from escala.manifests import check_readable
@@ -21,6 +23,7 @@ def resolve_jobs(written: Written, options: Written) -> tuple[Written, Written]:
     for one that trains no model, and where two must be waited for, CheckpointError for one whose checkpoints are all
     refused.
     """
+    places = written.places if isinstance(written, Section) else {}
     written, options = _with_start(written, options)
     if isinstance(written.get("critic"), dict):
         critic, options = _with_start(written["critic"], options)
@@ -31,7 +34,37 @@ def resolve_jobs(written: Written, options: Written) -> tuple[Written, Written]:
             resolved, options = _with_model(reward, options)
             rewards.append(resolved)
         written = {**written, "rewards": rewards}
-    return written, options
+    return Section(written, places), options
+
+
+def resolve_rollouts(arguments: Written) -> Written:
+    """The rollout service's arguments with jobs as where their checkpoints are: `model`, where no such path is there,
+    and `job` of rewards. Raises NotFoundError; SpecError for a job that trains no model, StateError for one that has
+    not ended.
+    """
+    model = arguments.get("model")
+    if isinstance(model, str) and model and not Path(model).expanduser().exists():
+        arguments = {**arguments, "model": _ended(model)}
+    if isinstance(arguments.get("reward"), list):
+        rewards = [_with_model(reward, {})[0] for reward in arguments["reward"]]
+        for reward in rewards:
+            if isinstance(reward, dict) and isinstance(reward.get("job"), str):
+                _ended(reward["job"])
+        arguments = {**arguments, "reward": rewards}
+    return arguments
+
+
+def _ended(name: str) -> str:
+    """The checkpoints of a job that has ended."""
+    try:
+        place, _, options = _checkpoints(name, {})
+    except NotFoundError:
+        raise NotFoundError(
+            f"there is no path and no job {name!r}", "give a model's directory, or a job's id or name"
+        ) from None
+    if options:
+        raise StateError(f"job {place['job']} has not ended", "wait for it, or give the path of a checkpoint")
+    return place["path"]
 
 
 def _with_start(written: Written, options: Written) -> tuple[Written, Written]:

@@ -10,7 +10,7 @@
 5. A starting job whose driver is seen at work is `running`.
 6. A stop that a user asks for ends a queued job at once: `stopped`, reason "user". A starting or running
    job becomes `stopping`: the attempt is asked to write a checkpoint and end; after a grace its driver is
-   killed.
+   killed. One that has not made a step yet has nothing to write: its driver is killed at once.
 7. A starting or running job that overruns its budget of seconds becomes `stopping` in the same way, reason
    "budget".
 8. An attempt ends with an outcome, or is found lost (outcome "driver_lost"). From starting, running or
@@ -40,6 +40,11 @@ State = Literal["queued", "starting", "running", "stopping", "succeeded", "faile
 
 STATES: tuple[State, ...] = ("queued", "starting", "running", "stopping", "succeeded", "failed", "stopped")
 ACTIVE: tuple[State, ...] = ("starting", "running", "stopping")  # an attempt may be at work
+ALIVE: tuple[State, ...] = (
+    "queued",
+    *ACTIVE,
+    "succeeded",
+)  # what a name means: a failed namesake does not count
 FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
 LOST = frozenset({"worker_lost", "node_lost", "driver_lost"})  # retried while retries are left
 ATTEMPTS_CAP = 100  # preemptions use up no retry; this bounds them

@@ -16,13 +16,15 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, or_, select, update
 from sqlalchemy.sql import Select
 
-from escala.errors import NotFoundError, StateError
+from escala.errors import ClusterError, NotFoundError, StateError
 from escala.jobs import tables
 from escala.jobs.database import open_engine, reading, writing
+from escala.jobs.identity import check_same, own_key, spec_hash
 from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
 from escala.jobs.rows import Rows
 from escala.jobs.state import (
     ACTIVE,
+    ALIVE,
     STATES,
     AttemptEnded,
     Claimed,
@@ -37,6 +39,7 @@ from escala.jobs.state import (
 from escala.records import Outcome, Progress
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
+SUBMIT_WAITS = (0.1, 0.5)  # seconds between the tries of a submission whose connection is lost
 USER_TRIES = 10  # a user's word must not lose a race against a progress of the job
 
 
@@ -73,7 +76,11 @@ class JobStore:
     # What a user does
 
     def submit(self, new: NewJob) -> Job:
-        """Queue a job. Raises NotFoundError where `after` or `parent` names no job."""
+        """Queue a job; or find the one that its idempotency key has queued before, whatever has become of it.
+
+        So it may be repeated: one whose answer was lost with the connection is found, not doubled.
+        Raises NotFoundError where `after` or `parent` names no job, SpecError where the key has another spec.
+        """
         now = self._clock()
         values = asdict(new) | {
             "name": new.name or new.workload,
@@ -83,20 +90,43 @@ class JobStore:
         }
         values |= {"submitted_at": now, "changed_at": now, "state": "queued", "message": "", "hint": ""}
         values |= {"revision": 0, "attempts": 0, "retries_used": 0, "stop_requested": False}
+        values |= {"idempotency_key": new.idempotency_key or own_key(), "spec_hash": spec_hash(values)}
+        for wait in SUBMIT_WAITS:
+            try:
+                return self._queue_once(values)
+            except ClusterError:  # the connection was lost, or another process used the key first
+                time.sleep(wait)
+        return self._queue_once(values)
+
+    def _queue_once(self, values: dict[str, Any]) -> Job:
+        """One try of `submit`."""
+        job, key = tables.job, values["idempotency_key"]
         with writing(self._engine) as connection:
+            found = connection.execute(select(job).where(job.c.idempotency_key == key)).mappings().first()
+            if found is not None:
+                check_same(dict(found), values)
+                return self._rows.one(Job, found)
             job_id = new_id()
-            while connection.execute(select(tables.job.c.id).where(tables.job.c.id == job_id)).first():
+            while connection.execute(select(job.c.id).where(job.c.id == job_id)).first():
                 job_id = new_id()
-            connection.execute(insert(tables.job).values(**values, id=job_id))
-            _note(connection, job_id, 0, Decision("queued", at=now))
+            connection.execute(insert(job).values(**values, id=job_id))
+            _note(connection, job_id, 0, Decision("queued", at=values["submitted_at"]))
             return self._job(connection, job_id)
 
-    def get(self, name: str) -> Job:
-        """The job with this id, else unique name, else unique prefix of an id. Raises NotFoundError."""
+    def get(self, name: str, wanted: Sequence[State] = ALIVE) -> Job:
+        """The job with this id; else the newest of this name that is in one of these states, or, where none is, the
+        newest of this name; else the one whose id begins so. Raises NotFoundError.
+        """
         job = tables.job.c
-        for matches in (job.id == name, job.name == name, job.id.startswith(name, autoescape=True)):
+        newest = (job.state.in_(wanted).desc(), job.order.desc())
+        for matches, most in (
+            (job.id == name, 1),
+            (job.name == name, 1),
+            (job.id.startswith(name, autoescape=True), 6),
+        ):
+            query = select(tables.job).where(matches).order_by(*newest).limit(most)
             with reading(self._engine) as connection:
-                found = connection.execute(select(tables.job).where(matches).limit(6)).mappings().all()
+                found = connection.execute(query).mappings().all()
             if len(found) == 1:
                 return self._rows.one(Job, found[0])
             if found:
@@ -105,19 +135,29 @@ class JobStore:
         raise NotFoundError(f"there is no job {name!r}", "`escala ps --all` lists the jobs")
 
     def request_stop(self, name: str) -> Job:
-        """Stop a job: at once if queued, else it becomes `stopping`. Raises StateError if it has ended."""
-        return self._insist(name, StopRequested())
+        """Stop a job: at once if queued, else it becomes `stopping`. Of several of this name, the newest that has not
+        ended. Raises StateError if it has.
+        """
+        return self._insist(name, StopRequested(), ("queued", *ACTIVE))
 
     def request_retry(self, name: str) -> Job:
-        """Queue a failed or stopped job again, its retries renewed. Raises StateError for any other."""
-        return self._insist(name, RetryRequested())
+        """Queue a failed or stopped job again, its retries renewed. Of several of this name, the newest that failed or
+        was stopped. Raises StateError for any other.
+        """
+        return self._insist(name, RetryRequested(), ("failed", "stopped"))
 
-    def _insist(self, name: str, event: Event) -> Job:
+    def _insist(self, name: str, event: Event, wanted: Sequence[State]) -> Job:
         for _ in range(USER_TRIES):
+            job = self.get(name, wanted)
             try:
-                return self.apply(self.get(name), event)
+                return self.apply(job, event)
             except LostRace:
                 continue  # it moved on meanwhile: decide on what it is now
+            except ClusterError:
+                now = self.get(job.id)
+                if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
+                    return now  # the answer alone was lost
+                raise
         raise LostRace(f"job {name} changes too fast", "try again")
 
     # What the reconcile loop does
@@ -238,6 +278,12 @@ class JobStore:
     def active(self) -> Sequence[Job]:
         """Jobs with an attempt that may be at work."""
         return self.list(ACTIVE)
+
+    def waiting(self, limit: int | None = None) -> Sequence[Job]:
+        """The first `limit` queued jobs in the order in which they start, those that wait for another one too."""
+        job = tables.job.c
+        query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
+        return self._jobs(query, limit)
 
     def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
         """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""

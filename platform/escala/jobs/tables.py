@@ -60,6 +60,8 @@ job = Table(
     Column("compute_flops", Float(53), nullable=True),
     Column("wall_seconds", Float(53), nullable=True),
     Column("energy_joules", Float(53), nullable=True),
+    Column("idempotency_key", String(200), nullable=True, unique=True, index=True),
+    Column("spec_hash", String(64), nullable=True),  # identity.spec_hash
     Index("job_queue", "state", "priority", "order"),
 )
 

@@ -19,6 +19,7 @@ from typing import Any
 from escala import lines
 from escala.attempt import flatten
 from escala.fields import build
+from escala.laws.intervals import resolves
 from escala.laws.reference import Cache, Stored
 from escala.records import AttemptFiles, AttemptSpec, Outcome, read_record
 from escala.tracking.spool import SpoolTracker
@@ -84,12 +85,14 @@ def check(
     stored: Stored, record: Mapping[str, Any], run_id: str, config: Mapping[str, Any], at: float
 ) -> Checked | None:
     """The run against the law; None where they cannot be compared: the run did not succeed, is one of the law's own
-    points, reads other text, or the law has no interval or needs an input that the run lacks.
+    points, reads other text, or the law has no interval of the alarm's level or needs an input that the run lacks.
     """
     law, origin = stored.law, stored.provenance
     loss = record.get("held_out_loss_nats")
     same_text = all(origin.get(name) and origin[name] == record.get(name) for name in FINGERPRINTS)
-    if record.get("status") != "succeeded" or loss is None or not same_text or not len(law.replicates_BP):
+    if record.get("status") != "succeeded" or loss is None or not same_text:
+        return None
+    if not resolves(len(law.replicates_BP), 1 - FALSE_ALARMS):
         return None
     if run_id in origin.get("run_ids", ()):
         return None

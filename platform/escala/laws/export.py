@@ -25,7 +25,7 @@ def write_plain(law: Law, provenance: dict[str, Any], directory: Path) -> list[P
     texts = {"law.json": law.to_json(), "provenance.json": json.dumps(provenance, indent=1)}
     texts["points.csv"] = law.points.to_csv(index=False)
     if len(law.refused):
-        texts["refused.csv"] = law.refused.to_csv(index=False)
+        texts["refused.csv"] = law.refused.to_csv(index_label="row")
     for name, text in texts.items():
         (directory / name).write_text(text)
     return [*(directory / name for name in texts), *write_plots(law, directory / "plots")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,19 @@ from escala.laws.forms import (
     to_natural,
 )
 from escala.laws.health import Evidence, problems, remarks
-from escala.laws.intervals import bootstrap_weights, residual_draws
+from escala.laws.intervals import (
+    FEWEST_HEALTHY,
+    FEWEST_REPLICATES,
+    SMALLEST_SHARE,
+    bootstrap_weights,
+    residual_draws,
+)
 from escala.laws.law import Law, plain_frame
+from escala.laws.sample import Sample, by_curve
 from escala.laws.search import best_fit, replicate_fits
 from escala.laws.solve import Objective, Problem, huber, residuals
 from escala.laws.table import Table, read_points
+from escala.laws.units import contradictions
 
 Priors = Mapping[str, tuple[float, float]]
 
@@ -40,6 +48,7 @@ def fit_law(
     priors: Priors | None = None,
     size: str = "n_active",
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Law:
     """Fit a law to measured runs: the global minimum of the sum of Huber losses, with a bootstrap.
 
@@ -47,12 +56,14 @@ def fit_law(
         points: one row per run or checkpoint: `loss_nats` and the form's inputs; other columns are kept.
         form: "nd", "ndt", "moe", "moe_cf", "c" (loss against compute) or "joules" (against energy).
         objective: residual space and Huber's delta; delta 1e-8 is the L1 limit.
-        bootstrap: replicates; 0 for none (no intervals then).
-        group: column whose values are resampled together (checkpoints of one run are not independent).
+        bootstrap: replicates; fewer than 20 give no intervals, and a law without intervals is not healthy.
+        group: column whose values are resampled together (checkpoints of one run are not independent). Copies of a row
+            count once; fewer than 8 independent units give no intervals.
         fixed: parameters held at a value of the formula.
         priors: {name: (mean, sd)}, normal on the log of coefficients and L_inf, on exponents as they are.
         size: the N of forms nd and ndt: "n_active", "n_total" or "n_non_embedding".
         seed: of the bootstrap alone; the fit depends on no seed.
+        progress: told how many replicates are done, and of how many.
 
     Raises:
         LawError: a missing column, several tokenizers or evaluation sets, no usable point, fewer points than
@@ -64,16 +75,17 @@ def fit_law(
     table = read_points(points, chosen, size, group)
     problem = _problem(chosen, table, objective, fixed, priors)
     free = int((problem.low_P < problem.high_P).sum())
-    if len(table.loss_N) < free and not priors:
+    if table.sample.rows < free and not priors:
         raise LawError(
-            f"{len(table.loss_N)} points cannot determine {free} parameters of form {form}.",
-            "Measure more runs, fix parameters with fixed=, or give priors=.",
+            f"{table.sample.rows} points cannot determine {free} parameters of form {form}.",
+            "Measure more runs, or fit a form of fewer parameters, e.g. c. (In Python: fit_law(fixed=, priors=).)",
         )
     problem = _scale_priors(problem)
     theta_P, _ = best_fit(problem)
+    residual_N = residuals(problem, losses(chosen, theta_P[None], problem.features))[0]
+    sample = by_curve(table.sample, table.columns, residual_N)
     rng = np.random.default_rng(seed)
-    weight_BN = bootstrap_weights(bootstrap, len(table.loss_N), table.group_N, rng)
-    replicates_BP = replicate_fits(problem, theta_P, weight_BN) if bootstrap else np.empty((0, len(theta_P)))
+    replicates_BP, missing = _replicates(problem, theta_P, sample, bootstrap, rng, progress)
     settings: dict[str, Any] = {
         "bootstrap": bootstrap,
         "group": group,
@@ -81,7 +93,36 @@ def fit_law(
         "priors": priors,
         "seed": seed,
     }
-    return _assemble(problem, table, theta_P, replicates_BP, settings, size, rng)
+    wrong = (*sample.problems, *missing, *contradictions(table.points))
+    return _assemble(
+        problem, replace(table, sample=sample), theta_P, replicates_BP, wrong, settings, size, rng
+    )
+
+
+def _replicates(
+    problem: Problem,
+    theta_P: Floats,
+    sample: Sample,
+    bootstrap: int,
+    rng: np.random.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Floats, tuple[str, ...]]:
+    """The bootstrap's parameters (B, P), and why there are none where they would not be worth an interval."""
+    none = np.empty((0, len(theta_P)))
+    if bootstrap < FEWEST_REPLICATES:
+        few = f"{bootstrap} bootstrap replicates; at least {FEWEST_REPLICATES} are needed, better 1000"
+        return none, (f"no intervals: {few if bootstrap else 'fitted without a bootstrap'}",)
+    if not sample.resamplable:
+        return none, ()  # the sample says so itself
+    weight_BN = bootstrap_weights(bootstrap, sample.unit_N, rng)
+    replicates_BP = replicate_fits(problem, theta_P, weight_BN, progress)
+    finite_B = np.isfinite(replicates_BP).all(axis=1)
+    if finite_B.mean() < SMALLEST_SHARE:
+        return none, (f"no intervals: {1 - finite_B.mean():.0%} of the bootstrap replicates have no fit",)
+    if finite_B.sum() < FEWEST_HEALTHY:
+        said = f"few bootstrap replicates ({finite_B.sum()}): the ends of the intervals are left to chance; use 1000"
+        return replicates_BP[finite_B], (said,)
+    return replicates_BP[finite_B], ()
 
 
 def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, bootstrap: int) -> None:
@@ -145,6 +186,7 @@ def _assemble(
     table: Table,
     theta_P: Floats,
     replicates_BP: Floats,
+    wrong: tuple[str, ...],
     settings: dict[str, Any],
     size: str,
     rng: np.random.Generator,
@@ -152,19 +194,24 @@ def _assemble(
     form, features = problem.form, problem.features
     natural_P = to_natural(form, theta_P[None], features)[0]
     natural_BP = to_natural(form, replicates_BP, features)
+    if not np.isfinite(natural_P).all():
+        raise LawError(
+            "The law's coefficients are beyond what a number can hold.", "Check the units of the inputs."
+        )
     residual_N = residuals(problem, losses(form, theta_P[None], features))[0]
     free_P = problem.low_P < problem.high_P
     count = len(replicates_BP)
-    draws_B = residual_draws(residual_N, count, int(free_P.sum()), rng) if count else np.empty(0)
+    rows = table.sample.rows
+    draws_B = residual_draws(residual_N, count, int(free_P.sum()), rng, rows) if count else np.empty(0)
     evidence = _evidence(problem, table, theta_P, natural_P, natural_BP, size)
-    found = problems(evidence)
+    found = (*wrong, *problems(evidence))
     return Law(
         form_name=form.name,
         size=size,
         objective=problem.objective,
         parameters=dict(zip(form.names, natural_P.tolist(), strict=True)),
         objective_value=float(huber(residual_N, problem.objective.huber_delta).sum()),
-        findings=(*found, *remarks(evidence), *table.notes, *_notes(table, settings)),
+        findings=(*found, *remarks(evidence), *table.notes, *_notes(settings)),
         healthy=not found,
         ranges=_ranges(table, size),
         replicates_BP=natural_BP,
@@ -210,6 +257,7 @@ def _evidence(
         problem.low_P < problem.high_P,
         problem.prior_weight_P > 0,
         unused,
+        table.sample.rows,
     )
 
 
@@ -218,18 +266,12 @@ def _inputs_of(table: Table) -> set[str]:
     return {name for name in ("n_active", "n_total", "n_non_embedding") if name in table.points}
 
 
-def _notes(table: Table, settings: Mapping[str, Any]) -> list[str]:
+def _notes(settings: Mapping[str, Any]) -> list[str]:
     notes = []
     if settings["priors"]:
         notes.append(f"priors shrink: {', '.join(settings['priors'])}")
     if settings["fixed"]:
         notes.append(f"held fixed: {', '.join(settings['fixed'])}")
-    if (
-        settings["group"] is None
-        and "run_id" in table.points
-        and table.points["run_id"].dropna().duplicated().any()
-    ):
-        notes.append("several points share a run_id: they are not independent; resample with group='run_id'")
     return notes
 
 

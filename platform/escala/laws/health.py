@@ -42,6 +42,7 @@ class Evidence:
     free_P: np.ndarray  # not fixed
     prior_P: np.ndarray  # has a prior
     unused: dict[str, Floats]  # numeric columns that the form does not use
+    rows: int  # without copies of other rows
 
 
 def problems(e: Evidence) -> list[str]:
@@ -50,7 +51,7 @@ def problems(e: Evidence) -> list[str]:
 
 
 def _few_points(e: Evidence) -> list[str]:
-    n, p = len(e.loss_N), int(e.free_P.sum())
+    n, p = e.rows, int(e.free_P.sum())
     if n >= 2 * p + 2 or e.prior_P.any():
         return []
     return [f"few points: {n} for {p} free parameters; intervals from fewer than {2 * p + 2} mean little"]

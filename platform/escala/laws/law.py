@@ -15,7 +15,7 @@ import numpy as np
 
 from escala.errors import LawError
 from escala.laws.forms import Features, Floats, Form, Optimum, closed_form_optimum, get_form, losses
-from escala.laws.intervals import quantile_pair
+from escala.laws.intervals import FEWEST_REPLICATES, check_level, quantile_pair, resolves
 from escala.laws.solve import Objective
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """Loss in nats per token with its interval (None without a bootstrap).
+    """Loss in nats per token with its interval (None for a law without intervals).
 
     `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the
     data; 1 is inside.
@@ -99,7 +99,7 @@ class Law:
     replicates_BP: Floats  # bootstrap parameters, in the order of the form's names
     residual_draws_B: Floats  # one inflated residual per replicate, in the objective's space
     residual_N: Floats
-    settings: dict[str, Any]  # bootstrap, group, fixed, priors, seed
+    settings: dict[str, Any]  # bootstrap, group, fixed, priors, seed, as asked
     table: dict[str, Any] = field(repr=False)
     refused_table: dict[str, Any] = field(repr=False)
 
@@ -115,21 +115,53 @@ class Law:
 
     @property
     def refused(self) -> pd.DataFrame:
-        """The points that were not, each with its `reason`."""
+        """The points that were not, each with its `reason`; the table's own column of that name: `table_reason`."""
         return _frame(self.refused_table)
 
+    @property
+    def refusals(self) -> list[tuple[Any, str]]:
+        """(row, reason) of each refused point; a file's rows are its lines, counted from 1."""
+        reasons: list[str] = next(
+            (c["values"] for c in self.refused_table["columns"] if c["name"] == "reason"), []
+        )
+        return list(zip(self.refused_table["index"], reasons, strict=True))
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether the law has a bootstrap; where not, its findings say why."""
+        return len(self.replicates_BP) > 0
+
     def intervals(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap interval of each parameter. Raises LawError without a bootstrap."""
-        if not len(self.replicates_BP):
-            raise LawError("This law was fitted without a bootstrap.", "Fit it with bootstrap=1000.")
+        """Percentile bootstrap interval of each parameter. Raises LawError for a law that has none."""
+        self._check_level(level)
+        if not self.has_intervals:
+            raise LawError(
+                f"This law has no intervals: {self._why_none}.",
+                "Fit it with a bootstrap of 1000 (--bootstrap 1000) to more independent runs.",
+            )
         names = self.form.names
         return {name: quantile_pair(self.replicates_BP[:, i], level) for i, name in enumerate(names)}
+
+    @property
+    def _why_none(self) -> str:
+        said = (f.removeprefix("no intervals: ") for f in self.findings if f.startswith("no intervals: "))
+        return next(said, "it was fitted without a bootstrap")
+
+    def _check_level(self, level: float) -> None:
+        check_level(level)
+        count = len(self.replicates_BP)
+        if count and not resolves(count, level):
+            raise LawError(
+                f"{count} bootstrap replicates cannot give an interval of level {level:g}.",
+                f"Fit the law with --bootstrap {max(1000, round(10 / (1 - level)))}, or ask a lower level.",
+            )
 
     def predict(self, level: float = 0.9, **point: float) -> Prediction:
         """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit
         and residual.
 
-        Raises LawError for an input that is missing, unknown or not positive.
+        Raises LawError for an input that is missing, unknown or not positive, and for a level that takes more
+        replicates.
         """
         return self._answer(level, point, residual=True)
 
@@ -140,6 +172,7 @@ class Law:
         return self._answer(level, point, residual=False)
 
     def _answer(self, level: float, point: Mapping[str, float], residual: bool) -> Prediction:
+        self._check_level(level)
         columns = self._columns(point)
         loss = float(self.curve(columns)[0])
         low, high = None, None
@@ -261,7 +294,7 @@ class Law:
         replicates_BP = self.replicates_BP[(self.replicates_BP[:, 1:3] > 0).all(axis=1)]
         thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
         sizes = np.array([best(theta).size for theta in thetas])
-        return quantile_pair(sizes, 0.9) if len(sizes) else (None, None)
+        return quantile_pair(sizes, 0.9) if len(sizes) >= FEWEST_REPLICATES else (None, None)
 
     def backtest(self, share: float = 0.1) -> Backtest:
         """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines."""

@@ -6,6 +6,7 @@ law's inputs: n_active, tokens, ... Any other column of the law's inputs only co
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """A row for each row: loss_nats, low_nats, high_nats, farthest (1: inside the data)."""
+        """A row for each row: loss_nats, low_nats, high_nats (NaN: the law has no intervals), farthest (1: inside)."""
         level = float((params or {}).get("level", 0.9))
         known = [name for name in INPUTS if name in model_input]
         rows = []
@@ -34,8 +35,8 @@ class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             rows.append(
                 {
                     "loss_nats": answer.loss_nats,
-                    "low_nats": answer.low_nats,
-                    "high_nats": answer.high_nats,
+                    "low_nats": math.nan if answer.low_nats is None else answer.low_nats,
+                    "high_nats": math.nan if answer.high_nats is None else answer.high_nats,
                     "farthest": answer.farthest,
                 }
             )

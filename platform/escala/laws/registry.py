@@ -1,13 +1,17 @@
 """Laws as `name@version` in MLflow: append-only, with provenance, the champion under the alias `champion`.
 
 One run per version holds parameters, intervals and health, law.json, the points, plots and a pyfunc model; the
-registered model's version points at that run. The first healthy version becomes champion by itself; after that
-the champion changes only by `promote`, so that nobody's answers change because somebody else fitted a law.
+registered model's version points at that run. MLflow begins every run as RUNNING; a law's is set to KILLED at once, and
+to FINISHED when all of it is there, so that a client that dies leaves no run RUNNING (`close_abandoned` ends those of
+the moment between). The first healthy version becomes champion by itself; after that the champion changes only by
+`promote`, so that nobody's answers change because somebody else fitted a law.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import tempfile
 import time
 import uuid
@@ -17,17 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from escala.errors import LawError, NotFoundError
+from escala.laws import note
 from escala.laws.law import Law
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.mlflow_tracker import MlflowTracker, open_client, tracker_error
+from escala.tracking.mlflow_tracker import KEY_TAG, MlflowTracker, open_client, tracker_error
 
 if TYPE_CHECKING:
     from escala.tracking.tracker import Tracker
 
 ALIAS = "champion"
+KEY = "law"  # a law's run has the key law:HOST:PID:RANDOM, of the client that writes it
+ABANDONED_SECONDS = 60.0  # a law's run is RUNNING for a moment; one that is so for longer has lost its client
 KIND, OUR_KIND = "escala.kind", "law"
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
 
@@ -88,12 +97,17 @@ class Registry:
             _ensure_model(client, name)
             tracker = MlflowTracker(self._uri)
             tags = {KIND: OUR_KIND, "escala.law": name, **_tags(law, provenance)}
-            run_id = tracker.start(f"law-{uuid.uuid4().hex}", experiment, f"law {name}", tags, _params(law))
+            _close_abandoned(client, experiment)
+            key, title = f"{KEY}:{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}", f"law {name}"
+            run_id = tracker.start(key, experiment, title, {}, {})
+            tracker.finish(run_id, "KILLED")  # until all of it is there
             provenance["law_run_id"] = run_id
             status = "FAILED"
             try:
+                tracker.start(key, experiment, title, tags, _params(law))
                 _write_artifacts(law, provenance, Path(directory))
                 client.log_artifacts(run_id, directory)
+                client.log_inputs(run_id, datasets=[note.dataset(law, provenance)])
                 _log_metrics(tracker, run_id, law)
                 status = "FINISHED"
             finally:
@@ -103,6 +117,7 @@ class Registry:
                 name, source, run_id, tags=_summary(law, provenance), await_creation_for=None
             )
             version = int(made.version)
+            _name(client, run_id, law, f"{name}@{version}", provenance)
             champion = _champion(client, name)
             if law.healthy and champion is None:
                 client.set_registered_model_alias(name, ALIAS, str(version))
@@ -139,6 +154,11 @@ class Registry:
                 found += [_row(row, champion) for row in rows if KIND in row.tags]
         return sorted(found, key=lambda row: (row.name, -row.version))
 
+    def close_abandoned(self, experiment: str) -> None:
+        """End the laws' runs that a client which died left RUNNING. Raises ClusterError."""
+        with self._client() as client:
+            _close_abandoned(client, experiment)
+
     def promote(self, text: str, force: bool = False) -> Stored:
         """Make NAME@VERSION the champion. Raises LawError for an unhealthy law without `force`."""
         asked = parse(text)
@@ -162,7 +182,7 @@ class Registry:
         if version is None:
             raise NotFoundError(
                 f"the law {name} has no champion: none of its versions is healthy",
-                f"`escala laws list` shows why; ask a version, e.g. {name}@1, or promote one with --force",
+                f"`escala laws show {name}@1` says why; ask a version by its number, or promote one with --force",
             )
         return version
 
@@ -211,6 +231,33 @@ def load_law(reference: str, *, refresh: bool = False) -> Law:
     """
     settings = Settings()
     return Registry(settings.tracker, settings.home).load(reference, refresh=refresh).law
+
+
+def _close_abandoned(client: Any, experiment: str) -> None:
+    """Set to KILLED what a client that died left RUNNING between the two calls that begin a law's run."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return
+    wanted = f"attributes.status = 'RUNNING' and tags.`{KEY_TAG}` LIKE '{KEY}:%'"
+    for run in client.search_runs([found.experiment_id], wanted, max_results=1000):
+        old = time.time() - run.info.start_time / 1000 > ABANDONED_SECONDS
+        if old or _client_is_gone(run.data.tags[KEY_TAG]):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _client_is_gone(key: str) -> bool:
+    """Whether the process that began the run was on this machine and has ended."""
+    _, host, pid, _ = key.split(":")
+    return host == socket.gethostname() and not psutil.pid_exists(int(pid))
+
+
+def _name(client: Any, run_id: str, law: Law, reference: str, provenance: dict[str, Any]) -> None:
+    """What a person reads of the run and of the model's version."""
+    text = note.note(law, reference, provenance)
+    name, _, version = reference.partition("@")
+    client.update_run(run_id, name=note.headline(law, reference))
+    client.set_tag(run_id, "mlflow.note.content", text)
+    client.update_model_version(name, version, text)
 
 
 def _provenance(

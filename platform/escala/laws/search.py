@@ -8,6 +8,8 @@ seed of the caller.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from escala.laws.forms import Floats, losses
@@ -110,8 +112,10 @@ def _l1_round(
     return theta_BP[i], float(value_B[i])
 
 
-def replicate_fits(problem: Problem, start_P: Floats, weight_BN: Floats) -> Floats:
-    """Minima (B, P) for each row of weights, from the full fit."""
+def replicate_fits(
+    problem: Problem, start_P: Floats, weight_BN: Floats, progress: Callable[[int, int], None] | None = None
+) -> Floats:
+    """Minima (B, P) for each row of weights, from the full fit. `progress` is told (done, of how many)."""
     out = []
     chunk = max(30_000 // len(problem.loss_N), 20)  # the rows of a chunk stay in the cache
     first = min(3 * _typical_residual(problem, start_P), 20 * problem.objective.huber_delta)
@@ -121,4 +125,6 @@ def replicate_fits(problem: Problem, start_P: Floats, weight_BN: Floats) -> Floa
         start_BP = np.repeat(start_P[None], len(rows_BN), axis=0)
         theta_BP, _ = descend(problem, start_BP, rows_BN, first_delta=first, ratio=4.0, tolerance=1e-6)
         out.append(theta_BP)
+        if progress is not None:
+            progress(at + len(rows_BN), len(weight_BN))
     return np.concatenate(out)

@@ -5,16 +5,12 @@ it; the CLI imports it from here, since a query should not wait for the rest of 
 from __future__ import annotations
 
 import getpass
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.errors import LawError, NotFoundError
 from escala.laws.law import Law, Prediction
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
@@ -23,24 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from escala.laws.drift import Calibration
+    from escala.laws.files import PointsFile
     from escala.laws.registry import LawVersion, Registry
 
-KNOWN = (
-    "loss_nats",
-    "n_total",
-    "n_active",
-    "n_non_embedding",
-    "tokens",
-    "context_tokens",
-    "capacity_factor",
-    "compute_flops",
-    "energy_joules",
-    "run_id",
-    "tokenizer_fingerprint",
-    "evaluation_fingerprint",
-)
-RUN_COLUMNS = {"held_out_loss_nats": "loss_nats", "train_tokens": "tokens"}  # of a RunRecord
-RUN_LABELS = ("job_id", "name", "seed")
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +31,14 @@ class Fitted:
 
     stored: Stored
     champion: int | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A law that was fitted and not stored. `understood`: how its table was read, as plain data."""
+
+    law: Law
+    understood: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,6 +89,7 @@ def fit_file(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    report: Report | None = None,
 ) -> Fitted:
     """Fit a law to the table in `file` (CSV, or JSON: a list of records) and store it as the next version of
     `name`.
@@ -106,13 +97,62 @@ def fit_file(
     Args:
         rename: {column of the file: column of a law's points}, e.g. {"params": "n_active"}.
         form, group, size, bootstrap, seed: see `fit_law`.
+        report: told what is being done.
 
     Raises NotFoundError, LawError, ClusterError.
     """
-    points, source = read_points_file(file, rename or {})
+    parse(name)  # a bad name is an error before the file is read
+    read, group = _read(file, rename or {}, group)
     return fit_points(
-        points, name, sources=[source], form=form, group=group, size=size, bootstrap=bootstrap, seed=seed
+        read.points,
+        name,
+        sources=[read.source],
+        form=form,
+        group=group,
+        size=size,
+        bootstrap=bootstrap,
+        seed=seed,
+        report=report,
     )
+
+
+def preview_file(
+    file: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    form: str = "nd",
+    group: str | None = None,
+    size: str = "n_active",
+    bootstrap: int = 1000,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Preview:
+    """The law of `fit_file`, and how the file was understood; stores nothing and asks no tracker.
+
+    Raises NotFoundError, LawError.
+    """
+    read, group = _read(file, rename or {}, group)
+    law = _fitted(read.points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    return Preview(law, {**read.understood, **_understood(law, read.points)})
+
+
+def preview_points(
+    points: pd.DataFrame,
+    *,
+    sources: Sequence[str],
+    form: str = "nd",
+    group: str | None = None,
+    size: str = "n_active",
+    bootstrap: int = 1000,
+    seed: int = 0,
+    report: Report | None = None,
+    configuration: Mapping[str, str] | None = None,
+) -> Preview:
+    """The law of `fit_points`; stores nothing. Args and errors as there."""
+    law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    columns = [str(name) for name in points.columns]
+    understood = {"sources": list(sources), "columns": columns, "rows": len(points)}
+    return Preview(law, {**understood, **_understood(law, points)})
 
 
 def fit_points(
@@ -125,6 +165,7 @@ def fit_points(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    report: Report | None = None,
     configuration: Mapping[str, str] | None = None,
 ) -> Fitted:
     """Fit a law to `points` and store it as the next version of `name`.
@@ -132,14 +173,15 @@ def fit_points(
     Args:
         sources: where the points came from, in words.
         form, group, size, bootstrap, seed: see `fit_law`.
+        report: told what is being done.
         configuration: what all points share, dotted keys; a drift alarm compares a run with it.
 
     Raises LawError, ClusterError.
     """
-    from escala.laws.fit import fit_law
-
     parse(name)  # a bad name is an error before the fit
-    law = fit_law(points, form, bootstrap=bootstrap, group=group, size=size, seed=seed)
+    law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    if report is not None:
+        report("storing the law in the tracker")
     settings = Settings()
     registry = _registry(settings)
     version = registry.save(
@@ -153,69 +195,52 @@ def fit_points(
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
 
 
-def read_points_file(file: str | Path, rename: Mapping[str, str]) -> tuple[pd.DataFrame, str]:
-    """The table, its columns renamed, and where it came from: its name and the start of its SHA-256.
+def _read(file: str | Path, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:
+    """The table, and the column that it is resampled by: of our own runs, whose ids are known to be such, run_id."""
+    from escala.laws.files import read_points_file
 
-    Raises NotFoundError for an absent file, LawError for one that is no table or lacks a column to rename.
-    """
-    import pandas as pd
-
-    path = Path(file)
-    if not path.is_file():
-        raise NotFoundError(f"there is no file {path}", "give a CSV, or what `escala runs list --json` wrote")
-    try:
-        if path.suffix == ".json":
-            frame = _points_of_runs(pd.DataFrame(json.loads(path.read_text())))
-        else:
-            frame = pd.read_csv(path)
-    except (ValueError, AttributeError) as error:  # pandas' parser errors are ValueErrors
-        said = str(error).splitlines()[0]
-        raise LawError(f"{path} is no table: {said}.", "A CSV with a header, or a JSON list.") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return _renamed(frame, rename), f"{path.name} sha256={digest}"
+    read = read_points_file(file, rename, [group] if group else [])
+    group = read.understood["mapping"].get(group, group)  # --group may say the file's own name
+    ours = read.understood.get("runs_of_escala") and "run_id" in read.points
+    if group is None and ours and read.points["run_id"].dropna().duplicated().any():
+        group = "run_id"
+    return read, group
 
 
-def _points_of_runs(frame: pd.DataFrame) -> pd.DataFrame:
-    """The points of `escala runs list --json`; another table is left as it is.
+def _fitted(points: pd.DataFrame, report: Report | None, **settings: Any) -> Law:
+    from escala.laws.fit import fit_law
 
-    What a run measured besides its loss (seconds, memory, training loss) goes: no law is a function of it. Raises
-    LawError where a run did not succeed: its loss is not that of its planned tokens.
-    """
-    if not {"workload", "status", *RUN_COLUMNS} <= set(frame.columns):
-        return frame
-    bad = frame["status"][frame["status"] != "succeeded"]
-    if len(bad):
-        raise LawError(
-            f"{len(bad)} of {len(frame)} runs did not succeed ({', '.join(sorted(set(bad)))}).",
-            "`escala runs list --status succeeded --json` leaves them out.",
-        )
-    frame = frame.rename(columns=RUN_COLUMNS).dropna(axis="columns", how="all")
-    return frame[[name for name in (*KNOWN, *RUN_LABELS) if name in frame]]
+    def progress(done: int, total: int) -> None:
+        if report is not None:
+            report(f"{done:,} of {total:,} bootstrap replicates")
+
+    if report is not None:
+        report(f"fitting {len(points):,} points")
+    return fit_law(points, progress=progress, **settings)
 
 
-def _renamed(frame: pd.DataFrame, rename: Mapping[str, str]) -> pd.DataFrame:
-    columns = [str(name) for name in frame.columns]
-    for old, new in rename.items():
-        if old not in columns:
-            if new in columns and old in KNOWN:
-                raise LawError(
-                    f"The file has no column '{old}'.", f"The file's name first: --map {new}={old}"
-                )
-            near = get_close_matches(old, columns, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(columns)}"
-            raise LawError(f"The file has no column '{old}'.", hint)
-        if new not in KNOWN:
-            near = get_close_matches(new, KNOWN, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"they are: {', '.join(KNOWN)}"
-            raise LawError(f"A law's points have no column '{new}'.", hint)
-        if new in columns and new not in rename:
-            raise LawError(f"The file has a column '{new}' already.", "Take that column out first.")
-    return frame.rename(columns=dict(rename))
+def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
+    """What the fit made of the table."""
+    derived = {}
+    if "compute_flops" in law.ranges and "compute_flops" not in points:
+        size = next(name for name in ("n_active", law.size, "n_total") if name in points)
+        derived["compute_flops"] = f"6 {size} tokens"
+    return {
+        "form": law.form_name,
+        "formula": law.form.formula,
+        "size": law.size,
+        "group": law.settings["group"],
+        "derived": derived,
+        "used": len(law.points),
+    }
 
 
 def laws(name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
-    return _registry(Settings()).versions(name)
+    settings = Settings()
+    registry = _registry(settings)
+    registry.close_abandoned(law_experiment(settings))
+    return registry.versions(name)
 
 
 def law(reference: str, refresh: bool = False) -> Stored:

@@ -10,23 +10,27 @@ import numpy as np
 import pandas as pd
 
 from escala.errors import LawError
+from escala.laws import cells
+from escala.laws.files import QUANTITIES, REFUSAL
 from escala.laws.forms import Floats, Form
+from escala.laws.sample import SIZES, Sample, effective_sample
 
-SIZES = ("n_active", "n_total", "n_non_embedding")
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
 KAPPA = 6.0  # FLOPs per parameter and token (SPEC.md D.2), where a table has no compute_flops
 
 
 @dataclass(frozen=True)
 class Table:
-    """The usable points, the refused ones (with a `reason` column), and notes for the law's findings."""
+    """The usable points, the refused ones (with a `reason` column), what is resampled together, and notes for the law's
+    findings.
+    """
 
     points: pd.DataFrame
     refused: pd.DataFrame
     columns: dict[str, Floats]
     loss_N: Floats
     compute_N: Floats | None
-    group_N: np.ndarray | None
+    sample: Sample
     notes: tuple[str, ...]
 
 
@@ -36,9 +40,9 @@ def _needed(form: Form, size: str) -> list[str]:
 
 def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) -> Table:
     """Check `points` for `form`; a row with a missing, non-finite or non-positive number is refused with its
-    reason.
+    reason. So is a row that states one itself, in the column `escala_refusal`.
 
-    Raises LawError for missing columns and for points that do not belong in one law: several tokenizers or
+    Raises LawError for missing or doubled columns and for points that do not belong in one law: several tokenizers or
     evaluation sets, since their losses cannot be compared (SPEC.md D.1).
     """
     if size not in SIZES:
@@ -46,6 +50,11 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
     if not isinstance(points, pd.DataFrame):
         raise LawError(
             f"Points are a pandas DataFrame, not a {type(points).__name__}.", "pd.DataFrame(rows) makes one."
+        )
+    doubled = sorted({str(name) for name in points.columns[points.columns.duplicated()]})
+    if doubled:
+        raise LawError(
+            f"The table has two columns called {', '.join(doubled)}.", "Rename or remove all but one of them."
         )
     frame, notes = _with_compute(points, form)
     missing = [name for name in ["loss_nats", *_needed(form, size)] if name not in frame]
@@ -58,61 +67,100 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
         )
     reasons = _reasons(frame, form, size, group)
     bad = reasons != ""
-    used = (frame[~bad] if bad.any() else frame).drop(columns="reason", errors="ignore")
+    if REFUSAL in frame and "reason" in frame and frame.loc[~bad, "reason"].isna().all():
+        frame = frame.drop(columns="reason")  # of a sweep's table: the same in words for people
+    frame = frame.drop(columns=REFUSAL, errors="ignore")
+    used = frame[~bad] if bad.any() else frame
     _refuse_mixtures(used)
-    refused = frame[bad].assign(reason=reasons[bad])
+    refused = frame[bad].rename(columns={"reason": "table_reason"}).assign(reason=reasons[bad])
     if len(refused):
         notes = (*notes, f"{len(refused)} of {len(frame)} points were refused; each keeps its reason.")
     if not len(used):
         raise LawError(
-            f"No usable point: {reasons[0] if len(reasons) else 'the table is empty'}.", "See .refused."
+            f"No usable point among {len(frame)} rows: {_told(refused)}.",
+            "Correct the rows, or name their columns with --map.",
         )
-    columns = {name: _floats(used[size if name == "size" else name]) for name in form.columns}
-    groups = None if group is None else np.asarray(pd.factorize(used[group])[0])
-    return Table(used, refused, columns, _floats(used["loss_nats"]), _compute(used), groups, notes)
+    columns = {name: floats(used[size if name == "size" else name]) for name in form.columns}
+    loss_N = floats(used["loss_nats"])
+    sample = effective_sample(used, columns, loss_N, group)
+    notes = (*notes, *sample.notes)
+    return Table(_plain_types(used), refused, columns, loss_N, _compute(used), sample, notes)
 
 
-def _floats(series: pd.Series) -> Floats:
-    return np.asarray(pd.to_numeric(series, errors="coerce"), dtype=np.float64)
+def _told(refused: pd.DataFrame) -> str:
+    """Why rows were refused, the commonest reason first, with the first row of each."""
+    if not len(refused):
+        return "the table is empty"
+    found = refused["reason"].value_counts(sort=True)
+    rows = {reason: refused.index[refused["reason"] == reason][0] for reason in found.index}
+    said = [
+        f"{reason} (row {rows[reason]}" + (f" and {count - 1} more)" if count > 1 else ")")
+        for reason, count in found.items()
+    ]
+    return "; ".join(said[:3]) + (f"; and {len(said) - 3} other reasons" if len(said) > 3 else "")
+
+
+def floats(series: pd.Series) -> Floats:
+    """Numbers; NaN for what is none (a word, a boolean, a date)."""
+    if series.dtype.kind in "iuf":
+        return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
+    if series.dtype.kind != "O":
+        return np.full(len(series), np.nan)
+    found = (cells.to_float(value) for value in series.tolist())
+    return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+
+
+def _plain_types(used: pd.DataFrame) -> pd.DataFrame:
+    """The usable rows with numbers as numbers: a column that a refused row's word made one of texts, too."""
+    changed = {}
+    for name in (name for name in QUANTITIES if name in used and used[name].dtype.kind == "O"):
+        values_N = floats(used[name])
+        if not np.isnan(values_N).any():
+            changed[name] = values_N
+    return used.assign(**changed) if changed else used
 
 
 def _with_compute(points: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Form c needs compute_flops; a table that has none gets 6 N_active D, and a note says so."""
     if form.name != "c" or "compute_flops" in points or not {"n_active", "tokens"} <= set(points.columns):
         return points, ()
-    derived = KAPPA * _floats(points["n_active"]) * _floats(points["tokens"])
+    derived = KAPPA * floats(points["n_active"]) * floats(points["tokens"])
     return points.assign(compute_flops=derived), ("The table has no compute_flops: 6 N_active D was used.",)
 
 
 def _compute(used: pd.DataFrame) -> Floats | None:
     """FLOPs of each point where the table can tell them (for extrapolation and cross-validation)."""
     if "compute_flops" in used:
-        compute = _floats(used["compute_flops"])
+        compute = floats(used["compute_flops"])
         if np.isfinite(compute).all() and (compute > 0).all():
             return compute
     for size in SIZES:
         if size in used and "tokens" in used:
-            compute = KAPPA * _floats(used[size]) * _floats(used["tokens"])
+            compute = KAPPA * floats(used[size]) * floats(used["tokens"])
             return compute if np.isfinite(compute).all() and (compute > 0).all() else None
     return None
 
 
 def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> np.ndarray:
     """Why each row cannot be used; empty where it can. The first reason found stands."""
-    stated = frame["reason"] if "reason" in frame else pd.Series(None, index=frame.index, dtype=object)
-    reasons_N = stated.fillna("").astype(object).to_numpy(copy=True)  # refused by whoever made the table
+    stated = frame[REFUSAL] if REFUSAL in frame else pd.Series(None, index=frame.index, dtype=object)
+    texts = ["" if cells.is_missing(value) else str(value) for value in stated.tolist()]
+    reasons_N = np.array(texts, dtype=object)  # refused by whoever made the table
 
     def refuse(bad_N: np.ndarray, reason: str) -> None:
         reasons_N[bad_N & (reasons_N == "")] = reason
 
     for name in ["loss_nats", *_needed(form, size)]:
-        values_N = _floats(frame[name])
-        refuse(np.isnan(values_N), f"{name} is missing or not a number")
+        values_N = floats(frame[name])
+        for i in np.flatnonzero(np.isnan(values_N) & (reasons_N == "")):
+            value = frame[name].iloc[i]
+            said = "missing or" if cells.is_missing(value) else f"'{value}',"
+            reasons_N[i] = f"{name} is {said} not a number"
         refuse(np.isinf(values_N), f"{name} is infinite")
         refuse(values_N <= 0, f"{name} is not positive")
     if form.mixed:
         refuse(
-            _floats(frame["n_total"]) < _floats(frame["n_active"]) * (1 - 1e-9),
+            floats(frame["n_total"]) < floats(frame["n_active"]) * (1 - 1e-9),
             "n_total is less than n_active",
         )
     if group is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from escala.errors import LawError
 from escala.laws.forms import Floats
-from escala.laws.intervals import quantile_pair
+from escala.laws.intervals import FEWEST_REPLICATES, quantile_pair
 from escala.laws.law import Law
 from escala.planning import split
 from escala.planning.advice import advise
@@ -190,8 +190,8 @@ def _plan(law: Law, q: Question, best: Split, replicates: Split, speed: Speed | 
 
 
 def _interval(values_B: Floats) -> tuple[float | None, float | None]:
-    """The 90 % interval; an end that is never reached is None."""
-    if not len(values_B):
+    """The 90 % interval; an end that is never reached is None, and both are where hardly a replicate has an optimum."""
+    if len(values_B) < FEWEST_REPLICATES:
         return None, None
     with np.errstate(invalid="ignore"):  # between two that are never reached lies nothing
         low, high = quantile_pair(values_B, 0.9)

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from escala import spec
+from escala import documents, spec
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.hardware import Cluster
 from escala.jobs import service
@@ -69,7 +67,7 @@ def write_cluster(name: str, path: Path) -> Cluster:
     run = next((run for run in reversed(details.runs) if run), None)
     day = time.strftime("%Y-%m-%d", time.gmtime(details.job.submitted_at))
     source = f"escala bench device, {day}, run {run or details.job.id}"
-    old = spec.read_yaml(path) if path.is_file() else {}
+    old = documents.read_yaml(path) if path.is_file() else {}
     kept = old.get("device")
     if isinstance(kept, str):
         raise SpecError(f"{path} names a device of devices.yaml", "give --to another file")
@@ -88,7 +86,7 @@ def write_cluster(name: str, path: Path) -> Cluster:
         }
     cluster: Cluster = spec.validate(Cluster, data, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(data, sort_keys=False, width=110))
+    path.write_text(documents.dump(data))
     return cluster
 
 

@@ -7,14 +7,14 @@ next version of the law is fitted. What was expected and what was obtained stay 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from escala import documents
 from escala.errors import LawError, SpecError, StateError
 from escala.jobs import service as jobs
 from escala.jobs.service import Report, silent
@@ -34,6 +34,9 @@ class Round:
 
     law: str  # that proposed
     proposals: list[dict[str, Any]]
+    key: str | None = (
+        None  # under which its sweep is submitted: once, also where this process is killed in between
+    )
     job_id: str | None = None  # the sweep's
     spent_flops: float | None = None  # by all its trials, refused ones too
     points: int | None = None
@@ -134,7 +137,8 @@ def _next(state: Exploration, report: Report) -> Round | None:
         return None
     if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
         raise StateError(
-            f"the last {GIVE_UP} rounds gave no point", f"escala sweep points; {_path(state.name)}"
+            f"the last {GIVE_UP} rounds gave no point",
+            f"`escala logs {state.rounds[-1].job_id}` and {_path(state.name)} say why",
         )
     left = state.budget_flops - state.spent_flops
     smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]
@@ -157,7 +161,7 @@ def _next(state: Exploration, report: Report) -> Round | None:
     except LawError as error:
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
         return None
-    return Round(law, [asdict(p) for p in chosen]) if chosen else None
+    return Round(law, [asdict(p) for p in chosen], key=f"explore-{uuid.uuid4().hex}") if chosen else None
 
 
 def fitting(
@@ -204,7 +208,7 @@ def _finish(state: Exploration, current: Round, report: Report) -> Round:
     if current.job_id is None:
         space = _write_space(state, current.law, current.proposals)
         left = state.budget_flops - state.spent_flops
-        options = {"name": f"explore-{state.name}", "max_flops": left}
+        options = {"name": f"explore-{state.name}", "max_flops": left, "idempotency_key": current.key}
         current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
         _save(replace(state, rounds=[*state.rounds[:-1], current]))
     *_, last = jobs.watch(str(current.job_id))
@@ -222,7 +226,7 @@ def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) 
     cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
     path = _path(state.name).with_name(f"{state.name}-round.yaml")
-    path.write_text(yaml.safe_dump(space, sort_keys=False))
+    path.write_text(documents.dump(space))
     return path
 
 
@@ -258,8 +262,16 @@ def _fit(state: Exploration, current: Round) -> Round:
         obtained=obtained,
         refused=refused,
         fitted=fitted,
-        width_obtained=width_at(fitted, state.target_flops),
+        width_obtained=_width(fitted, state.target_flops),
     )
+
+
+def _width(law: str, target_flops: float) -> float | None:
+    """`width_at`; None where the law has no interval or no optimum there."""
+    try:
+        return width_at(law, target_flops)
+    except LawError:
+        return None
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:
@@ -295,5 +307,8 @@ def width_at(reference: str, target_flops: float) -> float:
     }
     found = law.predict_mean(0.9, **point)
     if found.low_nats is None or found.high_nats is None:
-        raise LawError(f"{reference} has no bootstrap.", "Fit it with bootstrap=1000.")
+        raise LawError(
+            f"{reference} has no intervals, so there is no width to narrow.",
+            f"`escala laws show {reference}` says why; fit it with `escala laws fit --bootstrap 1000` to more runs.",
+        )
     return (found.high_nats - found.low_nats) / found.loss_nats

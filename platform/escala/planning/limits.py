@@ -98,7 +98,7 @@ class Limits:
         if lacking and speed is None:
             raise LawError(
                 f"A budget in {', '.join(lacking)} needs the cluster's speed.",
-                "Give speed=Speed(flops_per_second, usd_per_hour, watts).",
+                "Name a --cluster; in Python give speed=Speed(flops_per_second, usd_per_hour, watts).",
             )
         prices = {"compute_flops": 1.0} | (speed.spending(1.0) if speed else {})  # of one FLOP
         return {name: budget / _known(prices[name], name) for name, budget in given.items()}
@@ -107,7 +107,10 @@ class Limits:
 def _known(price: float | None, budget: str) -> float:
     if price is None:
         field = NEEDED[budget]
-        raise LawError(f"A budget in {budget} needs the speed's {field}.", f"Give Speed(..., {field}=...).")
+        raise LawError(
+            f"A budget in {budget} needs the speed's {field}.",
+            f"Name a --cluster whose file has it; in Python Speed({field}=).",
+        )
     return price
 
 

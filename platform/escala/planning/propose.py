@@ -95,7 +95,10 @@ def candidates(
     if law.form_name == "moe_cf":
         raise LawError("Runs are not proposed for form moe_cf.", "Fit form moe at one capacity factor.")
     if law.form_name == "ndt" and not len(context_tokens):
-        raise LawError("This law depends on the context T.", "Give context_tokens, e.g. [512, 2048].")
+        raise LawError(
+            "This law depends on the context T.",
+            "Fit a law of runs that share one context; in Python candidates(context_tokens=[512, 2048]).",
+        )
     if min_flops is None:
         min_flops = min(law.ranges.get("compute_flops", (max_flops / 1000,))[0], max_flops / 10)
     bounds = (min_flops, max_flops, *tokens_per_parameter, reach, n_total_over_active, *context_tokens)
@@ -123,7 +126,7 @@ def candidates(
     if not kept_K.any():
         raise LawError(
             f"No run of {min_flops:g} to {max_flops:g} FLOPs has N within {reach:g}x of the law's.",
-            "Widen reach= or the FLOPs.",
+            "Raise --max-flops.",
         )
     return {name: column_K[kept_K] for name, column_K in columns.items()}
 
@@ -170,7 +173,10 @@ def propose(
     draws_BK = np.log(law._evaluate(law.replicates_BP[kept_B], columns))
     covariance = winsorised_covariance(np.column_stack([draws_B, draws_BK]))
     if not covariance[0, 0] > 0:
-        raise LawError("All replicates agree on the target: there is nothing to learn.", "Fit fewer fixed=.")
+        raise LawError(
+            "All replicates agree on the target: there is nothing to learn.",
+            "Fit the law with fewer parameters held fixed, or propose for another target.",
+        )
     noise = noise_variance(law)
     wanted = min(width or width_now / 2, NEAREST_GOAL * width_now)
     goal = covariance[0, 0] * (wanted / width_now) ** 2
@@ -249,7 +255,7 @@ def _check(law: Law, aim: str, count: int, width: float | None, runs: int) -> No
     if len(law.replicates_BP) < 20:
         raise LawError(
             f"A proposal needs a bootstrap; this law has {len(law.replicates_BP)} replicates.",
-            "Fit it with bootstrap=1000.",
+            "Fit it with `escala laws fit --bootstrap 1000`; the law's findings say where more runs are needed.",
         )
     if aim not in ("loss", "n_active"):
         raise LawError(f"There is no aim '{aim}'.", "Choose loss or n_active.")

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from escala import spec
+from escala import documents, spec
 from escala.errors import LawError, SpecError
 from escala.hardware import Cluster, Precision, load_cluster
 from escala.laws import service as laws
@@ -241,7 +239,7 @@ def base_of(stored: Stored) -> dict[str, Any]:
         node = base
         for section in sections:
             node = node.setdefault(section, {})
-        node[last] = yaml.load(text, spec.Loader)
+        node[last] = documents.parse_value(text, key) if text else text
     return base
 
 

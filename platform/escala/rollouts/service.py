@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from escala import spec
+from escala import preflight, spec, user_code
 from escala.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
 from escala.manifests import check_readable
@@ -31,6 +31,7 @@ IMPORT_PATH = "workloads.serve:application"
 POLICY = "policy"
 START_SECONDS = 600.0
 POLL_SECONDS = 0.5
+TELL_SECONDS = 15.0  # what takes long says at least so often that it goes on
 ANSWER_SECONDS = 60.0  # Serve's first start happens within one request
 Report = Callable[[str], None]
 WEIGHTS_SECONDS = 5.0
@@ -83,12 +84,16 @@ def up(
     name: str = APPLICATION,
     report: Report = lambda line: None,
     wait_seconds: float = START_SECONDS,
+    code: str | Path | None = None,
+    resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RolloutsStatus:
     """Start the service, or bring it to this configuration, and wait until it answers.
 
     Args:
         files: Serve configuration files with one application, ours; later ones override earlier ones.
         overrides: `a.b=value` of the application's arguments (`workloads.config.serve.ServeConfig`).
+        code: the directory of the user's modules (see `preflight.ready`).
+        resolve: arguments that name jobs -> arguments with their checkpoints.
 
     Raises SpecError for what does not validate, and for an address beyond loopback without a token; CheckpointError for
     a job's checkpoints that are all refused; StateError where Serve runs without HTTP; ClusterError where the cluster
@@ -98,7 +103,9 @@ def up(
     document = read(files, overrides)
     http: dict[str, Any] = {"host": rollouts.host, "port": rollouts.port}
     http |= document.get("http_options") or {}
-    application = prepare(document["applications"][0], name, settings, rollouts)
+    written = document["applications"][0]
+    written = {**written, "args": resolve(written["args"])}
+    application = prepare(written, name, settings, rollouts, code)
     if (model := Path(str(application["args"]["model"]))).is_dir():
         check_readable(model)
     if settings.ray_address is None:
@@ -120,6 +127,7 @@ def up(
         "http_options": http,
         "applications": [*others.values(), application],
     }
+    report(f"{name}: asking Ray Serve for it")
     _call(settings, "PUT", payload)
     return _wait(settings, name, wait_seconds, report)
 
@@ -202,7 +210,8 @@ def read(files: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any
     """
     document = spec.written(files, ())
     applications = document.get("applications") or [{"import_path": IMPORT_PATH}]
-    if len(applications) != 1 or applications[0].get("import_path") != IMPORT_PATH:
+    ours = isinstance(applications, list) and len(applications) == 1 and isinstance(applications[0], dict)
+    if not ours or applications[0].get("import_path") != IMPORT_PATH:
         raise SpecError(
             "the file does not hold one application, of the rollout service",
             f"write `applications:` with one item, whose import_path is {IMPORT_PATH}",
@@ -215,7 +224,11 @@ def read(files: Iterable[str | Path], overrides: Iterable[str]) -> dict[str, Any
 
 
 def prepare(
-    application: dict[str, Any], name: str, settings: Settings, rollouts: RolloutsSettings
+    application: dict[str, Any],
+    name: str,
+    settings: Settings,
+    rollouts: RolloutsSettings,
+    code: str | Path | None = None,
 ) -> dict[str, Any]:
     """The application as it is sent: arguments checked and complete, environment, bounds. Raises SpecError."""
     args = dict(application["args"])
@@ -223,14 +236,20 @@ def prepare(
         args.setdefault(
             "token_sha256", hashlib.sha256(rollouts.token.get_secret_value().encode()).hexdigest()
         )
+    args.setdefault("hold_places", settings.ray_address is None)
     config = spec.load_rollouts(args)
     overrides = [d for d in application.get("deployments") or [] if d.get("name") != POLICY]
-    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0)
+    plain = config.model_dump(mode="json")
+    digest = None
+    if plain["reward"]:
+        digest = preflight.ready("rollouts", plain, settings.home, code)
+    copy = user_code.directory(settings.home, digest) if digest else None
+    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
     return {
         "route_prefix": "/",
         **application,
         "name": name,
-        "args": config.model_dump(mode="json"),
+        "args": plain,
         "runtime_env": application.get("runtime_env") or environment,
         "deployments": [*overrides, {"name": POLICY, "autoscaling_config": config.autoscaling()}],
     }
@@ -262,13 +281,14 @@ def _wait(
     settings: Settings, name: str, seconds: float, report: Report, scaling: dict[str, Any] | None = None
 ) -> RolloutsStatus:
     """Until the service runs (None), or has the bounds of `scaling`, or has failed."""
-    deadline, last = time.monotonic() + seconds, ""
+    started = time.monotonic()
+    deadline, last, told = started + seconds, "", started
     while True:
-        found = _status(_details(settings), name)
+        found, now = _status(_details(settings), name), time.monotonic()
         line = f"{found.status}" + "".join(f", {d.name} {d.status}" for d in found.deployments)
-        if line != last:
-            report(f"{name}: {line}")
-            last = line
+        if line != last or now - told >= TELL_SECONDS:
+            report(f"{name}: {line}" + (f" ({now - started:.0f} s)" if line == last else ""))
+            last, told = line, now
         if found.status == "RUNNING" if scaling is None else _has_bounds(found, scaling):
             return found
         if found.status in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.attempt import flatten
+from escala.laws.files import REFUSAL
 from escala.records import Outcome, TrialFiles, read_record
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import Planned, read_planned
@@ -44,9 +45,9 @@ def objective(record: Mapping[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """`points` and `refused` (with `reason`), a row a trial: the columns of `fit_law`, the trial, and what was
-    varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`: pooled relative standard deviation of the loss
-    between seeds; None without repeats.
+    """`points` and `refused` (with `reason`; in the column REFUSAL, too, for `fit_law` of both), a row a trial: the
+    columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`:
+    pooled relative standard deviation of the loss between seeds; None without repeats.
     `configuration`: dotted keys that have one value in all points.
     """
 
@@ -77,7 +78,7 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     table = pd.DataFrame([row for row in rows if row["reason"] is None]).drop(
         columns="reason", errors="ignore"
     )
-    refused = pd.DataFrame([row for row in rows if row["reason"] is not None])
+    refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
     return SweepPoints(table, refused, _noise(table, planned), in_common([flatten(c) for c in used]))
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import spec
+from escala import preflight, spec, user_code
 from escala.errors import NotFoundError, SpecError, StateError
 from escala.jobs.service import SWEEP, Report, enqueue, open_store, retry, silent
 from escala.jobs.starts import resolve_jobs
 from escala.settings import Settings
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from escala.jobs.model import Job
     from escala.jobs.store import JobStore
-    from escala.laws.service import Fitted
+    from escala.laws.service import Fitted, Preview
     from escala.sweeps.plan import Plan
     from escala.sweeps.points import SweepPoints
     from escala.sweeps.space import Space
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 ENTRY_POINT = "escala.sweeps.tuner"
 
 
-def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
+def plan_sweep(space: str, overrides: Iterable[str] = (), code: str | Path | None = None) -> Plan:
     """What a sweep would train and cost; starts nothing.
 
     Args:
@@ -32,8 +35,17 @@ def plan_sweep(space: str, overrides: Iterable[str] = ()) -> Plan:
 
     Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
     """
-    name, loaded, _ = _loaded(space, overrides, {})
-    return _plan(name, loaded)
+    name, loaded, options = _loaded(space, overrides, {})
+    plan = _plan(name, loaded)
+    _ready(loaded, plan, code, waits=bool(options.get("after")), keep=False)
+    return plan
+
+
+def _ready(space: Space, plan: Plan, code: str | Path | None, waits: bool, keep: bool = True) -> str | None:
+    """What the first trial needs, checked; the digest of the user's modules."""
+    return preflight.ready(
+        space.workload, plan.trials[0].config, Settings().home, code, waits=waits, keep=keep
+    )
 
 
 def sweep(
@@ -42,11 +54,13 @@ def sweep(
     options: Mapping[str, Any] | None = None,
     resume: bool = False,
     report: Report = silent,
+    code: str | Path | None = None,
 ) -> Job:
     """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
 
     Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
-    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume.
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
+    `jobs.service.enqueue`.
     """
     from escala.jobs.model import NewJob
 
@@ -56,8 +70,14 @@ def sweep(
     plan = _plan(name, loaded)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
+        if given.get("idempotency_key"):
+            raise SpecError(
+                "--idempotency-key is for a new sweep, and --resume queues an old one again",
+                "leave one of the two out",
+            )
         return retry(_interrupted(name, config).id, report)
     checked: spec.JobOptions = spec.validate(spec.JobOptions, {"name": name, **given}, "job")
+    digest = _ready(loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
         workload=SWEEP,
@@ -65,7 +85,7 @@ def sweep(
         config=config,
         command=tuple(sys.argv),
         experiment=Settings().experiment,
-        tags={"escala.space": name},
+        tags={"escala.space": name} | ({user_code.TAG: digest} if digest else {}),
         **checked.model_dump(),
     )
     return enqueue(new, report)
@@ -136,14 +156,29 @@ def sweep_points(name: str) -> SweepPoints:
 def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
     """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
 
-    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed): see
+    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed, report): see
     `laws.service.fit_points`.
     Raises NotFoundError, LawError, ClusterError.
     """
+    from escala.laws import service
+
+    points, sources, shared = _put_together(names)
+    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)
+
+
+def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
+    """The law of `fit_sweeps`, not stored. Args and errors as there."""
+    from escala.laws import service
+
+    points, sources, shared = _put_together(names)
+    return service.preview_points(points, sources=sources, configuration=shared, **settings)
+
+
+def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+    """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.errors import LawError
-    from escala.laws import service
     from escala.sweeps.points import in_common
 
     found = [sweep_points(name) for name in names]
@@ -152,8 +187,8 @@ def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
             raise LawError(
                 f"the trials of {name} have no held-out loss", "a law is fitted to pretraining runs"
             )
-    points = pd.concat([part for each in found for part in (each.points, each.refused)])
-    points = points.drop_duplicates("trial").reset_index(drop=True)
-    shared = in_common([each.configuration for each in found])
-    sources = [f"sweep {name}" for name in names]
-    return service.fit_points(points, law, sources=sources, configuration=shared, **settings)
+    points = pd.concat([part for each in found for part in (each.points, each.refused)]).drop_duplicates(
+        "trial"
+    )
+    points.index = pd.RangeIndex(1, len(points) + 1)
+    return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])

@@ -11,26 +11,31 @@ base: {model: {vocab_size: 1024}, resources: {workers: 1}}   # everything else; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
 import tune_spaces
-from escala import spec
+from escala import documents, spec
 from escala.errors import NotFoundError
 from tune_spaces.recipes import AXES
+from workloads.config.base import Strict
 
 Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
 Value = bool | int | float | str
+
+
+def _level(value: Any) -> Value:
+    if not isinstance(value, Value) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("a level is a finite number, a text, true or false")
+    return value
+
+
+Level = Annotated[Value, PlainValidator(_level)]
 SPLITS = ("n_total", "n_active", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
-
-
-class Strict(BaseModel):
-    """Unknown keys fail; values are frozen once checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Range(Strict):
@@ -86,8 +91,8 @@ class Space(Strict):
     workload: Literal["pretrain", "ppo"] = "pretrain"
     aim: Literal["law", "search"] = "law"
     design: Design = "grid"
-    vary: dict[str, list[Value] | Range] = Field(default_factory=dict)
-    cells: list[dict[str, Value]] = Field([{}], min_length=1, description="each is crossed with the design")
+    vary: dict[str, list[Level] | Range] = Field(default_factory=dict)
+    cells: list[dict[str, Level]] = Field([{}], min_length=1, description="each is crossed with the design")
     within: dict[str, Bounds] = Field(
         default_factory=dict,
         description="points outside are left out; of compute_flops, n_total, n_active, tokens, tokens_per_parameter",
@@ -118,9 +123,18 @@ class Space(Strict):
             raise ValueError(
                 f"{what} is for aim: search; a law's points are chosen beforehand and run to their end"
             )
+        self._check_sizes()
         self._check_design()
         self._check_workload()
         return self
+
+    def _check_sizes(self) -> None:
+        """Axes of the recipes are amounts."""
+        levels = [(k, level) for k, axis in self.vary.items() if isinstance(axis, list) for level in axis]
+        levels += [item for cell in self.cells for item in cell.items()]
+        for key, level in levels:
+            if key in AXES and (isinstance(level, bool | str) or level <= 0):
+                raise ValueError(f"{key} is a number above 0, not {level!r}")
 
     def _check_design(self) -> None:
         drawn = self.design in ("sobol", "random", "optuna")
@@ -177,7 +191,7 @@ def load_space(name: str, overrides: Iterable[str] = ()) -> tuple[str, Space]:
                 f"there is no space {name!r}",
                 f"one of {', '.join(names())}; or give the path of a YAML file",
             )
-    data = spec.read_yaml(path)
+    data = documents.read_yaml(path)
     for override in overrides:
         spec.apply_override(data, override)
     space: Space = spec.validate(Space, data, path.name)

@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,6 +31,7 @@ from escala.records import (
     TrialFiles,
     read_record,
 )
+from escala.redaction import print_exception
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import objective, read_points
@@ -211,7 +211,7 @@ class Sweep:
         if isinstance(error, EscalaError):
             outcome, code = Outcome(error.kind, error.message, error.hint), error.exit_code
         else:
-            traceback.print_exception(error)
+            print_exception(error)
             lost = isinstance(error, ray.exceptions.RayError | ConnectionError)
             outcome, code = (
                 Outcome("worker_lost" if lost else "internal", f"{type(error).__name__}: {error}"),

@@ -9,7 +9,16 @@ from typing import Any
 
 from escala import lines
 from escala.files import no_room
-from escala.records import TRIALS, AttemptFiles, AttemptSpec, Outcome, RunRecord, TrialFiles, read_record
+from escala.records import (
+    STOP_REASONS,
+    TRIALS,
+    AttemptFiles,
+    AttemptSpec,
+    Outcome,
+    RunRecord,
+    TrialFiles,
+    read_record,
+)
 from escala.tracking.delivery import Delivery
 from escala.tracking.notes import NOTE_TAG, run_note
 from escala.tracking.spool import close_spool
@@ -75,7 +84,8 @@ class FamilyDelivery:
         ended = trial.outcome.exists()
         ended = ended or over or not last
         if ended:
-            self._close(trial)
+            killed = over and _status(read_record(Outcome, sweep.outcome), "FAILED") == "KILLED"
+            self._close(trial, "KILLED" if killed else "FAILED")
         if not self._delivery.deliver(trial.spool, {PARENT_TAG: parent.read_text().strip()}):
             return False
         if ended and self._look_back(trial.directory) and not self._delivery.deliver(trial.spool):
@@ -84,7 +94,7 @@ class FamilyDelivery:
             self._settled.add(key)
         return ended
 
-    def _close(self, files: AttemptFiles) -> None:
+    def _close(self, files: AttemptFiles, without: str = "FAILED") -> None:
         """Complete the spool of an attempt that has ended: a killed driver could not, and what it wrote may be
         damaged. Trouble is logged, and tried again.
         """
@@ -92,8 +102,8 @@ class FamilyDelivery:
             return
         try:
             spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome))
-            close_spool(files.spool, _status(outcome), start, tags)
+            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome, without))
+            close_spool(files.spool, _status(outcome, without), start, tags)
             self._closed.add(files.directory)
         except OSError as error:
             if not no_room(error):  # else the delivery says so
@@ -108,28 +118,34 @@ class FamilyDelivery:
             return False
 
 
-def _status(outcome: Outcome | None) -> str:
-    """MLflow's word for an attempt that did not close its run by itself."""
-    words = {"succeeded": "FINISHED", "budget": "FINISHED", "user": "KILLED", "preempted": "KILLED"}
-    return words.get(outcome.kind, "FAILED") if outcome is not None else "FAILED"
+def _status(outcome: Outcome | None, without: str) -> str:
+    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that.
+
+    A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
+    """
+    if outcome is None:
+        return without
+    if outcome.kind in STOP_REASONS:
+        return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
+    return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
 
 
-def _note(spec: AttemptSpec, outcome: Outcome | None) -> dict[str, str]:
-    """The note of an attempt that could not write its own."""
-    kind, message = (
-        (outcome.kind, outcome.message) if outcome is not None else ("driver_lost", "its driver was killed")
-    )
+def _note(spec: AttemptSpec, outcome: Outcome | None, without: str) -> dict[str, str]:
+    """The note of an attempt that could not write its own; `without` an outcome, with that end."""
+    if outcome is None:
+        lost = Outcome("driver_lost", "its driver was killed")
+        outcome = Outcome("user", "stopped with its sweep") if without == "KILLED" else lost
     record = RunRecord(
         None,
         spec.job_id,
         spec.attempt,
         spec.name,
         spec.workload,
-        kind,
+        outcome.kind,
         started_at=0.0,
-        reason=message or None,
+        reason=outcome.message or None,
     )
-    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint if outcome is not None else "")}
+    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint)}
 
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
+from escala.redaction import hide, hide_in
 from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 KEY_TAG = "escala.key"
@@ -103,7 +104,7 @@ class MlflowTracker:
         """See Tracker. A value over MLflow's limit goes in parts (`joined_tag` puts them together again)."""
         from mlflow.entities import RunTag
 
-        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, value))
+        flat = (RunTag(k, v) for key, value in tags.items() for k, v in split_tag(key, hide(value)))
         while batch := list(islice(flat, TAGS)):
             self._client.log_batch(run_id, tags=batch)
 
@@ -116,7 +117,7 @@ class MlflowTracker:
             name=dataset.name[:KEY_CHARACTERS],
             digest=dataset.digest[:DIGEST_CHARACTERS],
             source_type="escala",
-            source=json.dumps(dataset.source, sort_keys=True),
+            source=json.dumps(hide_in(dataset.source), sort_keys=True),
             profile=json.dumps(dataset.profile, sort_keys=True),
         )
         given = DatasetInput(entity, [InputTag(CONTEXT_TAG, dataset.context)])
@@ -151,7 +152,7 @@ class MlflowTracker:
 
         flat = (
             Param(k[:KEY_CHARACTERS], v if len(v) <= PARAM_CHARACTERS else v[: PARAM_CHARACTERS - 1] + "…")
-            for k, v in params.items()
+            for k, v in ((key, _hidden(key, value)) for key, value in params.items())
         )
         while batch := list(islice(flat, PARAMS)):
             self._client.log_batch(run_id, params=batch)
@@ -195,6 +196,10 @@ def joined_tag(tags: Mapping[str, str], key: str) -> str | None:
         value += tags[f"{key}.{number}"]
         number += 1
     return value
+
+
+def _hidden(key: str, value: str) -> str:
+    return str(hide_in({key.rpartition(".")[2]: value}).popitem()[1])
 
 
 def _quoted(text: str) -> str:

@@ -1,0 +1,165 @@
+"""What can be known of a job before it is queued: that functions import and take (prompts, responses), that files are
+there, not empty, and hold what the workload reads, that a critic reads the actor's tokens. Started by `escala submit`
+(escala.preflight) in a process of its own, since it imports what users wrote. No torch here.
+
+Reads a request {workload, config, waits} as JSON from stdin; writes the problems found, each [message, hint], as JSON
+to the file that is named.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from escala.errors import DataError, EscalaError
+from escala.manifests import MANIFEST, TOKENIZER
+from workloads.alignment.functions import import_function
+from workloads.data.chat import load_chat_tokenizer
+from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
+from workloads.data.preferences import read_preferences
+
+FIRST_LINES = 100
+Config = dict[str, Any]
+Check = Callable[[], object]
+
+
+def problems(workload: str, config: Config, waits: bool) -> list[tuple[str, str]]:
+    """(message, hint) of each check that failed.
+
+    Args:
+        waits: the job starts after another one, which may write its files.
+    """
+    found = []
+    for check in checks(workload, config, waits):
+        try:
+            check()
+        except EscalaError as error:
+            found.append((error.message, error.hint))
+    return found
+
+
+def checks(workload: str, config: Config, waits: bool) -> Iterator[Check]:
+    """What is to be checked of this configuration, one by one."""
+    for reward in [*config.get("rewards", []), *config.get("reward", [])]:
+        if reward["kind"] == "function":
+            yield lambda name=reward["function"]: import_function(name)  # type: ignore[misc]
+        for path, read in _reward_files(reward):
+            yield from _file(path, read, waits)
+    for path, read in _files(workload, config):
+        yield from _file(path, read, waits)
+    for corpus in (config.get("data") or {}).get("corpora", []):
+        if corpus["kind"] == "files":
+            yield lambda corpus=corpus: _globs(corpus)  # type: ignore[misc]
+        if corpus["kind"] == "jsonl":
+            yield from _file(corpus["path"], lambda path, key=corpus["text_key"]: _texts(path, key), waits)  # type: ignore[misc]
+    yield lambda: _same_tokens(config)
+
+
+def _files(workload: str, config: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
+    """The JSON lines that a workload reads, and by what."""
+    data = config.get("data") or {}
+    if workload == "sft":
+        yield data["train"], read_dialogues
+        yield data["held_out"], read_dialogues
+    elif workload in ("reward", "dpo"):
+        yield data["train"], read_preferences
+        yield data["held_out"], read_preferences
+    elif workload == "ppo":
+        yield config["prompts"], lambda path: (prompt_of(where, record) for where, record in read_lines(path))
+    elif workload == "judge":
+        yield config["responses"], lambda path: (prompt_of(where, line) for where, line in read_lines(path))
+        yield config["judge"]["model"], _any_model
+
+
+def _reward_files(reward: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
+    if reward["kind"] == "judge":
+        yield reward["references"], _references
+        yield reward["judge"]["model"], _any_model
+    elif reward["kind"] == "model" and not reward.get("job"):
+        yield reward["model"], _any_model
+
+
+def _file(path: str | None, read: Callable[[Path], Iterable[Any]], waits: bool) -> Iterator[Check]:
+    """That the file is there and its first lines can be read; not where another job may still write it."""
+    if path is None or (waits and not Path(path).exists()):
+        return
+    yield lambda: list(islice(_regular(Path(path), read), FIRST_LINES))
+
+
+def _regular(path: Path, read: Callable[[Path], Iterable[Any]]) -> Iterable[Any]:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}.", "Check the path.") from None
+    if read is not _any_model and not stat.S_ISREG(mode):
+        raise DataError(f"{path} is no regular file.", "Give a file of JSON lines.")
+    return read(path)
+
+
+def _any_model(path: Path) -> Iterable[Any]:
+    """A model is a file or a directory; what is in it, the run itself checks."""
+    if path.is_dir() and not any(path.iterdir()):
+        raise DataError(f"{path} is empty.", "Give the directory that holds the model.")
+    return ()
+
+
+def _references(path: Path) -> Iterable[Any]:
+    return ((prompt_of(where, line), text_of(where, line, "response")) for where, line in read_lines(path))
+
+
+def _texts(path: str | Path, key: str) -> Iterable[Any]:
+    return (text_of(where, line, key) for where, line in read_lines(Path(path)))
+
+
+def _globs(corpus: Config) -> None:
+    root = Path(corpus["root"])
+    if not root.is_dir():
+        raise DataError(f"{root} is no directory.", "Check data.corpora[].root.")
+    files = (path for pattern in corpus["globs"] for path in root.glob(pattern))
+    if not any(path.is_file() and path.stat().st_size for path in files):
+        raise DataError(
+            f"No file with text in {root} matches {', '.join(corpus['globs'])}.",
+            "Check data.corpora[].globs.",
+        )
+
+
+def _same_tokens(config: Config) -> None:
+    """Raise DataError for a critic that reads other tokens than the actor. GGUF files are left to the run: to read them
+    takes long.
+    """
+    actor = config.get("tokenizer") or (config.get("start") or {}).get("path")
+    critic = ((config.get("critic") or {}).get("start") or {}).get("path")
+    for path in (actor, critic):
+        if path is None or path.endswith(".gguf") or not Path(path).exists():
+            return
+    if (
+        load_chat_tokenizer(_beside(Path(actor))).fingerprint
+        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
+    ):
+        raise DataError(
+            f"The critic at {critic} has another tokenizer than the actor.",
+            "Train the reward model from the same base, or leave critic.start out.",
+        )
+
+
+def _beside(path: Path) -> Path:
+    """Where the tokenizer of a model is: beside a checkpoint, among a job's checkpoints, or with the model."""
+    if (path / MANIFEST).is_file():
+        return path.parent / TOKENIZER
+    return path / TOKENIZER if (path / TOKENIZER).is_dir() else path
+
+
+def main(result: str) -> int:
+    """The process."""
+    request = json.load(sys.stdin)
+    Path(result).write_text(json.dumps(problems(request["workload"], request["config"], request["waits"])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -112,7 +112,7 @@ def test_a_note_fits_into_a_tag_whatever_people_wrote() -> None:
         (["/lib/escala/__main__.py", "sweep", "smoke"], "escala sweep smoke"),
         (
             ["escala", "submit", "sft", "--set", "data.train=s3://user:hunter2@host/x?token=hunter2&a=1"],
-            "escala submit sft --set 'data.train=s3://***@host/x?token=***&a=1'",
+            "escala submit sft --set 'data.train=s3://user:***@host/x?token=***&a=1'",
         ),
         (["ipykernel_launcher.py", "-f", "x"], None),
         ([], None),

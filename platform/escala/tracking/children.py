@@ -102,7 +102,7 @@ class FamilyDelivery:
             return
         try:
             spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome))
+            start, tags = (None, None) if spec is None else (_start(spec), _note(spec, outcome, without))
             close_spool(files.spool, _status(outcome, without), start, tags)
             self._closed.add(files.directory)
         except OSError as error:
@@ -130,22 +130,22 @@ def _status(outcome: Outcome | None, without: str) -> str:
     return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
 
 
-def _note(spec: AttemptSpec, outcome: Outcome | None) -> dict[str, str]:
-    """The note of an attempt that could not write its own."""
-    kind, message = (
-        (outcome.kind, outcome.message) if outcome is not None else ("driver_lost", "its driver was killed")
-    )
+def _note(spec: AttemptSpec, outcome: Outcome | None, without: str) -> dict[str, str]:
+    """The note of an attempt that could not write its own; `without` an outcome, with that end."""
+    if outcome is None:
+        lost = Outcome("driver_lost", "its driver was killed")
+        outcome = Outcome("user", "stopped with its sweep") if without == "KILLED" else lost
     record = RunRecord(
         None,
         spec.job_id,
         spec.attempt,
         spec.name,
         spec.workload,
-        kind,
+        outcome.kind,
         started_at=0.0,
-        reason=message or None,
+        reason=outcome.message or None,
     )
-    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint if outcome is not None else "")}
+    return {NOTE_TAG: run_note(spec, record, hint=outcome.hint)}
 
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:

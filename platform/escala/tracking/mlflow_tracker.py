@@ -117,7 +117,7 @@ class MlflowTracker:
             name=dataset.name[:KEY_CHARACTERS],
             digest=dataset.digest[:DIGEST_CHARACTERS],
             source_type="escala",
-            source=json.dumps(dataset.source, sort_keys=True),
+            source=json.dumps(hide_in(dataset.source), sort_keys=True),
             profile=json.dumps(dataset.profile, sort_keys=True),
         )
         given = DatasetInput(entity, [InputTag(CONTEXT_TAG, dataset.context)])

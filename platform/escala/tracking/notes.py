@@ -5,20 +5,18 @@ Pure functions of records. MLflow renders a note's tables and code; what people 
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from escala.records import AttemptSpec, RunRecord
+from escala.redaction import hide_arguments
 
 NOTE_TAG = "mlflow.note.content"  # MLflow's own
 COMMAND_TAG = "escala.command"  # what was typed, passwords left out
 TRIAL_TAG, SWEEP_TAG = "escala.trial", "escala.sweep"
 NOTE_CHARACTERS = 7900  # MLflow's limit of a tag is 8,000
-_USER_INFO = re.compile(r"://[^/\s]*@")
-_NAMED_SECRET = re.compile(r"((?:password|passwd|token|secret|key)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def run_note(
@@ -65,8 +63,7 @@ def command_tag(command: Sequence[str]) -> dict[str, str]:
     """What was typed, as a run's tag, passwords left out; nothing where it was no command of escala's (a notebook)."""
     if not command or "escala" not in PurePath(command[0]).parts:
         return {}
-    text = shlex.join(["escala", *command[1:]])
-    return {COMMAND_TAG: _NAMED_SECRET.sub(r"\1***", _USER_INFO.sub("://***@", text))[: NOTE_CHARACTERS // 2]}
+    return {COMMAND_TAG: shlex.join(["escala", *hide_arguments(command[1:])])[: NOTE_CHARACTERS // 2]}
 
 
 def next_commands(spec: AttemptSpec, status: str, checkpoint: str | None) -> list[str]:

@@ -38,15 +38,18 @@ class _Warnings(logging.Handler):
         render.warning(self.format(record))
 
 
+WARNINGS = _Warnings(logging.WARNING)
+
+
 def main() -> None:
     """Run one command; an EscalaError prints what, why and the fix, and sets the exit code."""
     hide_in_tracebacks()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding has not
             stream.reconfigure(errors="replace")
-    warnings = logging.getLogger("escala")
-    warnings.addHandler(_Warnings(logging.WARNING))
-    warnings.propagate = False
+    library = logging.getLogger("escala")
+    library.addHandler(WARNINGS)
+    library.propagate = False
     try:
         app()
     except EscalaError as error:

@@ -91,7 +91,7 @@ def test_ends_are_those_of_files_tokenizer_and_template(
     found = load_chat_tokenizer(tmp_path)
     assert ends(found) == expected
     found.save(tmp_path / "saved")  # an export, or what is kept beside checkpoints
-    keep_tokenizer(tmp_path / "saved", tmp_path / "checkpoints")
+    keep_tokenizer(tmp_path / "saved", tmp_path / "checkpoints", None)
     for again in (tmp_path / "saved", tmp_path / "checkpoints" / "tokenizer"):
         assert load_chat_tokenizer(again) == found
         theirs = transformers.GenerationConfig.from_pretrained(again)

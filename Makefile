@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-fast test-docs lint bench clean
+.PHONY: setup demo test test-fast test-docs lint bench fuzz clean
 
 setup: .setup-done
 
@@ -46,6 +46,11 @@ bench: setup
 	$(BIN)/python benchmarks/rollouts.py
 	$(BIN)/python benchmarks/moe.py
 	$(BIN)/python benchmarks/rlhf.py
+	$(BIN)/python benchmarks/submits.py
+
+# Hostile requests and clients that leave, against the rollout service in one process (a few minutes).
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz_requests.py
 
 clean:
 	rm -rf $(VENV) .setup-done

@@ -37,9 +37,9 @@ MOST_DIGITS = 40  # of a number, signs and underscores included
 HINT = "correct the line that is named"
 
 _DIGITS = r"\d+(_\d+)*"
-_INTEGER = re.compile(rf"[-+]?{_DIGITS}$")
+_INTEGER = re.compile(rf"[-+]?{_DIGITS}$", re.ASCII)
 _BASED = re.compile(r"0(o[0-7]+|x[0-9a-fA-F]+)$")
-_FLOAT = re.compile(rf"[-+]?(\.{_DIGITS}|{_DIGITS}(\.({_DIGITS})?)?)([eE][-+]?\d+)?$")
+_FLOAT = re.compile(rf"[-+]?(\.{_DIGITS}|{_DIGITS}(\.({_DIGITS})?)?)([eE][-+]?\d+)?$", re.ASCII)
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _WORDS: dict[str, bool | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"), None)
 _WORDS |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
@@ -155,7 +155,7 @@ def _read(text: str, name: str) -> tuple[Any, int]:
     try:
         reading = _Reading(iter(yaml.parse(io.StringIO(text))), name)
         return reading.document(), reading.end
-    except (YAMLError, ValueError) as error:  # ValueError: an escape beyond Unicode
+    except (YAMLError, ValueError, AssertionError) as error:  # an escape beyond Unicode; %YAML 1.3
         raise _explained(error, name) from None
 
 
@@ -240,7 +240,7 @@ class _Reading:
             key, line = self._key(event), event.start_mark.line + 1
             if str(key) in lines:
                 raise SpecError(
-                    f"{self._name}: the key {_short(key)} is there twice, in lines {lines[str(key)]} and {line}",
+                    f"{self._name}: the key {short(key)} is there twice, in lines {lines[str(key)]} and {line}",
                     "keep one of them",
                 )
             lines[str(key)] = line
@@ -304,10 +304,11 @@ def _scalar(text: str, name: str) -> Any:
         )
     if _BASED.match(text):
         return int(text, 0)
-    if re.match(r"[-+]?0_?\d", text):
+    if re.match(r"[-+]?0_?[0-9]", text):
         raise SpecError(f"{name}: {text} has a leading zero", "take it out; quote it if it is a text")
     return int(text.replace("_", "")) if _INTEGER.match(text) else float(text.replace("_", ""))
 
 
-def _short(key: object) -> str:
+def short(key: object) -> str:
+    """A key as an error shows it, however long it is."""
     return str(key) if len(str(key)) <= 60 else str(key)[:59] + "…"

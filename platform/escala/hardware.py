@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from escala import documents, spec
 from escala.errors import NotFoundError, SpecError
@@ -106,6 +106,13 @@ class Cluster(Strict):
     usd_per_device_hour: Sourced | None = None
     gco2e_per_kwh: Sourced | None = Field(None, description="of the grid: grams of CO2 equivalent")
     power_usage_effectiveness: Sourced | None = Field(None, description="of the site; None: 1")
+
+    @field_validator("power_usage_effectiveness")
+    @classmethod
+    def _at_least_one(cls, value: Sourced | None) -> Sourced | None:
+        if value is not None and value.value < 1:
+            raise ValueError("a site takes at least what its devices take: 1 or more")
+        return value
 
     @property
     def site_factor(self) -> float:

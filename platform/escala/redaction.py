@@ -35,23 +35,25 @@ _NAME = (
     r"[\w.-]{0,60}(?:password|passwd|passphrase|passwort|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|credential)"
     r"s?(?:[_-](?:key|value|token|id))*"
 )
-_TOKEN = r"(?:[\w.-]{0,60}[_.-])?(?:auth|access|bearer|refresh|session|security|id|api|sas|hf|hub|job)[_-]?token|token"
-_IN_QUERY = rf"(?:{_NAME}|{_TOKEN}|sig|signature|[\w.-]+[_-]signature|[\w.-]*auth|key|code)"
+_TOKEN = r"(?:[\w.-]{0,60}[_.-])?(?:auth|access|bearer|refresh|session|security|private|id|api|sas|hf|hub|job)[_-]?token|token"
+_IN_QUERY = rf"(?:{_NAME}|{_TOKEN}|sig|signature|[\w.-]+[_-]signature|[\w.-]*auth|key|code|pw|pass|jwt)"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s<>`]+")
 _USERINFO = re.compile(r"([^\s:/?#@'\",]*)(:.*)?@")
 _PORT = re.compile(r"[^\s:/?#@]*:\d{1,5}([/?#'\",)\]}]|$)")
-_PAIR = re.compile(rf"([?&;](?:{_IN_QUERY})=)[^&;#\s'\"]*", re.IGNORECASE)
+_PAIR = re.compile(r"([?&;#])([^=?&;#\s'\"]+)=([^&;#\s'\"]*)")
 _SECRET_SEGMENT = re.compile(r"(/(?:tokens?|secrets?|keys?|auth|passwords?)/)[^/?#'\"]+", re.IGNORECASE)
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _RANDOM_SEGMENT = re.compile(
     rf"(?<=/)(?=[^/?#]*\d)(?=[^/?#]*[A-Za-z])(?:[A-Za-z0-9_~]{{20,}}|{_UUID})(?=[/?#'\",)\]}}]|$)"
 )
 _BARE_USERINFO = re.compile(r"(?<![\w/:@.+-])([\w.+-]+):([^\s:@/'\"]+)@(?=[\w\[])")
+_NO_SCHEME = re.compile(r"(?<![\w:])(//[^\s:/@]{1,200}):[^\s@/'\"]{1,500}@")
 _STATED = re.compile(
     rf"(?<![\w.-])((?:--?)?(?:{_NAME})['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,;&'\"{{}}\[\]]+)",
     re.IGNORECASE,
 )
-_OPTION = re.compile(rf"(?<!\S)(--(?:{_NAME}|{_TOKEN})\s+)(\S+)", re.IGNORECASE)
+_OPTION = re.compile(rf"(?<!\S)(--(?:{_NAME}|{_TOKEN})(?:\s+|=))(\S+)", re.IGNORECASE)
+_HEADER = re.compile(r"\b((?:authorization|cookie)['\"]?\s*:\s*['\"]?)[^\r\n'\"]+", re.IGNORECASE)
 _BEARER = re.compile(r"\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 _ISSUED = re.compile(
     r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|xox[abprs]-|sk-|dapi|AKIA|ASIA)[A-Za-z0-9_-]{12,}"
@@ -66,8 +68,10 @@ def hide(text: str) -> str:
     text = known.sub(HIDDEN, text) if known else text
     text = _URL.sub(lambda found: _hide_url(found.group()), text)
     text = _BARE_USERINFO.sub(rf"\1:{HIDDEN}@", text)
+    text = _NO_SCHEME.sub(rf"\1:{HIDDEN}@", text)
     text = _STATED.sub(_stated, text)
     text = _OPTION.sub(rf"\1{HIDDEN}", text)
+    text = _HEADER.sub(rf"\1{HIDDEN}", text)
     text = _BEARER.sub(rf"\1{HIDDEN}", text)
     return _ISSUED.sub(HIDDEN, text)
 
@@ -123,8 +127,11 @@ class _Hiding(logging.Formatter):
 
 
 def _hide_under(key: str, value: Any) -> Any:
-    if isinstance(value, str) and value and re.fullmatch(rf"(?:{_NAME}|{_TOKEN})", key, re.IGNORECASE):
-        return HIDDEN
+    if value and re.fullmatch(rf"(?:{_NAME}|{_TOKEN})", key, re.IGNORECASE):
+        if isinstance(value, str):
+            return HIDDEN
+        if isinstance(value, list | tuple):
+            return [_hide_under(key, item) for item in value]
     return hide_in(value)
 
 
@@ -136,12 +143,24 @@ def _hide_url(url: str) -> str:
         user, password = found.groups()
         shown = HIDDEN if web else f"{user}:{HIDDEN}" if password else user
         rest = f"{shown}@{rest[found.end() :]}"
-    rest = _PAIR.sub(rf"\1{HIDDEN}", rest)
+    rest = _PAIR.sub(_hide_pair, rest)
     if web:
         path, mark, fragment = rest.partition("#")
         path = _RANDOM_SEGMENT.sub(HIDDEN, _SECRET_SEGMENT.sub(rf"\1{HIDDEN}", path))
         rest = path + mark + fragment
     return f"{scheme}://{rest}"
+
+
+def _hide_pair(found: re.Match[str]) -> str:
+    """A pair of a query or a fragment: its value is hidden for its name's sake, or for what it holds (another URL, a
+    connection string), percent-encoded or not.
+    """
+    mark, name, value = found.groups()
+    inside = unquote(value)
+    secret = re.fullmatch(_IN_QUERY, unquote(name), re.IGNORECASE)
+    if secret or (("=" in inside or "://" in inside) and hide(f"?{inside}") != f"?{inside}"):
+        value = HIDDEN
+    return f"{mark}{name}={value}"
 
 
 def _stated(found: re.Match[str]) -> str:

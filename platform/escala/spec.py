@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +23,8 @@ from workloads.config import WORKLOADS, JudgeConfig, TrainedConfig
 from workloads.config.base import Strict
 from workloads.config.serve import ServeConfig
 from workloads.flops import parameter_counts, training_flops_per_token
+
+MOST_TOLD = 10  # of what is wrong with a file, in one message
 
 
 class JobOptions(Strict):
@@ -93,10 +94,11 @@ def load_job(
     data = written(files, overrides, base)
     job = data.pop("job", {})
     stated = {k: v for k, v in (options or {}).items() if v is not None}
+    flags = Section(stated, {name: f"--{name.replace('_', '-')}" for name in stated})
     return JobSpec(
         workload,
         entry_point,
-        validate(JobOptions, {**_mapping(job, "job"), **stated}, "job"),
+        validate(JobOptions, merge(_mapping(job, "job"), flags), "job", "job."),
         validate(config_class, data, workload),
     )
 
@@ -111,7 +113,7 @@ def written(
     files: Iterable[str | Path], overrides: Iterable[str], base: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What the user wrote, on top of `base`, not yet checked. Raises NotFoundError, SpecError."""
-    data: dict[str, Any] = Section(deepcopy(dict(base or {})))
+    data: dict[str, Any] = merge({}, deepcopy(base or {}))
     for file in files:
         data = merge(data, documents.read_yaml(Path(file)))
     for override in overrides:
@@ -181,8 +183,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         )
     value = documents.parse_value(text, f"--set {override!r}")
     node: Any = data
-    for here, following in pairwise(parts):
-        node = _step_into(node, here, following, override)
+    for depth, following in enumerate(parts[1:], 1):
+        node = _step_into(node, parts[:depth], following, override)
     if isinstance(node, list):
         node[_index(node, parts[-1], override)] = value
         return
@@ -191,12 +193,18 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         node.places[parts[-1]] = "--set"
 
 
-def _step_into(node: Any, part: str, following: str, override: str) -> Any:
+def _step_into(node: Any, path: list[str], following: str, override: str) -> Any:
+    part = path[-1]
     if isinstance(node, list):
         child = node[_index(node, part, override)]
     else:
-        child = node.setdefault(part, Section())
-        if child is None:  # `section:` without a key below it
+        child = node.get(part)
+        if child is None and following.isdecimal():
+            raise SpecError(
+                f"--set {override!r}: no file writes {'.'.join(path)}, so it has no item {following} to change",
+                f"write the list whole: --set '{'.'.join(path)}=[...]', or in a file",
+            )
+        if child is None:  # not there, or `section:` without a key below it
             child = node[part] = Section()
     if not isinstance(child, dict | list):
         raise SpecError(
@@ -213,20 +221,28 @@ def _index(items: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def validate(kind: type[Any], data: dict[str, Any], root: str) -> Any:
-    """`data` as the pydantic model `kind`. Raises SpecError; an unknown key is answered with the nearest one."""
+def validate(kind: type[Any], data: dict[str, Any], root: str, section: str = "") -> Any:
+    """`data` as the pydantic model `kind`. Raises SpecError; an unknown key is answered with the nearest one.
+
+    Args:
+        root: what an error of the whole names.
+        section: what stands before each key that an error names.
+    """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _spec_error(kind, error, data, root) from None
+        raise _spec_error(kind, error, data, root, section) from None
 
 
-def _spec_error(kind: type[BaseModel], error: ValidationError, data: Any, root: str) -> SpecError:
+def _spec_error(
+    kind: type[BaseModel], error: ValidationError, data: Any, root: str, section: str
+) -> SpecError:
     messages, hints = [], []
     for item in error.errors(include_url=False):
         written = documents.place(data, item["loc"])
         at = f" ({written})" if written else ""
-        where = ".".join(str(p) for p in item["loc"] if not _of_pydantic(p)) or root
+        path = [documents.short(p) or "''" for p in item["loc"] if not _of_pydantic(p)]
+        where = section + ".".join(path) if path else root
         if item["type"] == "extra_forbidden":
             messages.append(f"unknown key {where}{at}")
             hints.append(_nearest(str(item["loc"][-1]), _keys_at(kind, item["loc"][:-1])))
@@ -235,7 +251,9 @@ def _spec_error(kind: type[BaseModel], error: ValidationError, data: Any, root: 
             shown = f" (given {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
             messages.append(f"{where}{at}: {item['msg'].removeprefix('Value error, ')}{shown}")
     hint = "; ".join(dict.fromkeys(hints)) or "`--dry-run` prints the spec in full, with every key"
-    return SpecError("; ".join(dict.fromkeys(messages)), hint)
+    told = [*dict.fromkeys(messages)]
+    more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+    return SpecError("; ".join(told[:MOST_TOLD] + more), hint)
 
 
 def _of_pydantic(part: int | str) -> bool:

@@ -227,6 +227,11 @@ def test_a_cluster_s_mistakes_are_named(tmp_path: Path) -> None:
     path.write_text(dump({"device": "h1000", "devices": 4}))
     with pytest.raises(SpecError, match="no device 'h1000'"):
         load_cluster(path)
+    path.write_text(
+        dump({"device": PLAIN, "devices": 4, "power_usage_effectiveness": {"value": 0.5, "source": "x"}})
+    )
+    with pytest.raises(SpecError, match="1 or more"):
+        load_cluster(path)
     path.write_text(dump({"device": {**PLAIN, "utilization": None}, "devices": 4}))
     with pytest.raises(SpecError, match="utilization"):
         load_cluster(path)

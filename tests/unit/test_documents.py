@@ -25,7 +25,7 @@ def parse(text: str) -> Any:
         ("2_000_000", 2_000_000), ("4e5", 4e5), ("1e-3", 1e-3), ("1.", 1.0), (".5", 0.5), ("+.5e-3", 5e-4),
         ("0o17", 15), ("0x1F", 31), ("0b1", "0b1"), ("1__0", "1__0"), ("1_", "1_"), ("0", 0), ("0.0", 0.0),
         ("'010'", "010"), ('"yes"', "yes"), ("a#b", "a#b"), ("v1.0.1", "v1.0.1"), ("-3", -3), ("1e30", 1e30),
-        ("[1, yes]", [1, "yes"]), ("{a: 1}", {"a": 1}), ("|\n  # text\n", "# text\n"),
+        ("５", "５"), ("١.٥", "١.٥"), ("[1, yes]", [1, "yes"]), ("{a: 1}", {"a": 1}), ("|\n  # text\n", "# text\n"),
     ],
 )  # fmt: skip
 def test_values_are_yaml_1_2(text: str, value: Any) -> None:
@@ -54,6 +54,7 @@ def test_values_are_yaml_1_2(text: str, value: Any) -> None:
         ("!!set {a}", "a tag"),
         ("a: ! 5", "a tag"),
         ("%YAML 1.1\n---\na: yes", "%YAML asks for another version"),
+        ("%YAML 1.3\n---\na: yes", "not YAML"),
         ("x: 1\n1.5: 2", "line 2: a key that is no text"),
         ("~: 1", "a key that is no text"),
         ("true: 1", "a key that is no text"),

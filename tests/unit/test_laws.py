@@ -322,6 +322,8 @@ def test_every_bad_question_is_refused():
         ({"priors": {"alpha": (0.3, 0.0)}}, "prior"),
         ({"fixed": {"alpha": 0.3}, "priors": {"alpha": (0.3, 0.1)}}, "both"),
         ({"bootstrap": -1}, "bootstrap"),
+        ({"bootstrap": 10**9}, "at most 100,000"),
+        ({"seed": -1}, "seed"),
         ({"group": "run"}, "lacks run"),
         ({"points": sweep(n=30).drop(columns="tokens")}, "lacks tokens"),
         ({"points": sweep(n=3)}, "cannot determine"),

@@ -1,9 +1,11 @@
 """Specs: the grammar (defaults < files < overrides), and what each mistake says."""
 
+import math
+
 import pytest
 
 from escala.errors import NotFoundError, SpecError
-from escala.spec import load_job, merge, resolve
+from escala.spec import load_job, merge, resolve, written
 
 
 def test_defaults_are_a_valid_job() -> None:
@@ -135,6 +137,35 @@ def test_a_mistake_in_a_file_is_shown_with_its_line(tmp_path) -> None:
         load_job("pretrain", [file])
     assert f"learning_rate ({file}, line 3)" in caught.value.message
     assert f"unknown key model.n_layer ({file}, line 4)" in caught.value.message
+
+
+def test_a_mistake_is_shown_where_it_was_made(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("job:\n  priority: yes\n  nam: a\n")
+    with pytest.raises(SpecError) as caught:
+        load_job("pretrain", [], ["mode=1"], {"max_seconds": math.inf}, written([file], []))
+    for said in (
+        f"job.priority ({file}, line 2)",
+        f"unknown key job.nam ({file}, line 3)",
+        "(--max-seconds)",
+    ):
+        assert said in caught.value.message
+    file.write_text("training: {steps: 5}\nmode:\n'':\n")
+    with pytest.raises(SpecError) as caught:
+        load_job("pretrain", base=written([file], []))
+    assert f"unknown key mode ({file}, line 2); unknown key '' ({file}, line 3)" in caught.value.message
+
+
+def test_an_item_of_a_list_that_no_file_writes_is_refused_with_what_to_write() -> None:
+    for key in ("data.corpora[0].root", "data.corpora.0.root", "data.corpora[0]"):
+        with pytest.raises(SpecError, match=r"no file writes data\.corpora, so it has no item 0") as caught:
+            load_job("pretrain", [], [f"{key}=/x"])
+        assert "--set 'data.corpora=[...]'" in caught.value.hint
+
+
+def test_a_number_is_finite_in_fp32() -> None:
+    with pytest.raises(SpecError, match="at most 3e"):
+        load_job("pretrain", [], ["training.optimizer.learning_rate=1e39"])
 
 
 def test_a_start_written_twice_is_not_lost(tmp_path) -> None:

@@ -366,6 +366,9 @@ def test_the_monitor_passes_a_stop_on_and_sees_the_budget(tmp_path: Path):
         ("vary: {n_total: [1e5]}\nseeds: [true]", "seeds.0"),
         ("vary: {n_total: [1e5]}\ndesign: sobol\npoints: 1e30", "points"),
         ("vary: {n_total: [1e5]}\nseeds: [yes]", "seeds.0"),
+        ("vary: {n_total: [1e5]}\nseeds: [-1]", "seeds.0"),
+        ("vary: {n_total: [1e5]}\nrepeats: {seeds: [-1]}", "repeats.seeds.0"),
+        ("vary: {n_total: [1e5], tokens: []}", "tokens is an empty list"),
     ],
 )
 def test_a_space_is_read_as_strictly_as_a_spec(tmp_path: Path, text: str, says: str) -> None:

@@ -18,6 +18,8 @@ from pydantic import (
 
 LARGEST = 1e18
 """Of any whole number: above all tokens, bytes and seeds that there are, and within 64 bits."""
+LARGEST_FLOAT = 3e38
+"""Of any other number: what is computed from it in fp32 is finite."""
 LARGEST_OF: dict[str, float] = {
     "n_layers": 10_000,
     "d_model": 1e6,
@@ -98,8 +100,8 @@ class Strict(BaseModel):
     def _of_a_machine(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         for number in _numbers(value):
-            most = LARGEST_OF.get(name, LARGEST if isinstance(number, int) else None)
-            if most is not None and abs(number) > most:
+            most = LARGEST_OF.get(name, LARGEST if isinstance(number, int) else LARGEST_FLOAT)
+            if abs(number) > most:
                 raise ValueError(f"must be at most {most:g}: no machine has more")
         return value
 

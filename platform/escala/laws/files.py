@@ -79,10 +79,8 @@ def read_points_file(file: str | Path, rename: Mapping[str, str], names: Collect
     """
     path = Path(file)
     if not path.is_file():
-        said = "is no regular file" if path.exists() else "is not there"
-        raise NotFoundError(
-            f"there is no file {path}: it {said}", "give a CSV, or what `escala runs list --json` wrote"
-        )
+        said = f"{path} is no regular file" if path.exists() else f"there is no file {path}"
+        raise NotFoundError(said, "give a CSV, or what `escala runs list --json` wrote")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -149,7 +147,8 @@ def _csv_cells(text: str, path: Path) -> _Raw:
             rows.append(_fitted(row, names, number, path))
             numbers.append(number)
     if len(rows) == len(comments):
-        raise LawError(f"{path} has a header and no rows.", "Add a row for each run.")
+        beside = " but comments (lines that begin with #)" if comments else ""
+        raise LawError(f"{path} has a header and no rows{beside}.", "Add a row for each run.")
     columns = [list(column) for column in zip(*rows, strict=True)]
     while names and not names[-1] and not any(columns[-1]):  # a separator ends every line
         names, columns = names[:-1], columns[:-1]

@@ -35,6 +35,7 @@ from escala.laws.solve import Objective, Problem, huber, residuals
 from escala.laws.table import Table, read_points
 from escala.laws.units import contradictions
 
+MOST_REPLICATES = 100_000  # beyond, memory and law.json grow, the intervals do not change
 Priors = Mapping[str, tuple[float, float]]
 
 
@@ -71,7 +72,7 @@ def fit_law(
     """
     chosen = get_form(form)
     fixed, priors = dict(fixed or {}), {k: (float(m), float(s)) for k, (m, s) in (priors or {}).items()}
-    _check_settings(chosen, fixed, priors, bootstrap)
+    _check_settings(chosen, fixed, priors, bootstrap, seed)
     table = read_points(points, chosen, size, group)
     problem = _problem(chosen, table, objective, fixed, priors)
     free = int((problem.low_P < problem.high_P).sum())
@@ -125,7 +126,9 @@ def _replicates(
     return replicates_BP[finite_B], ()
 
 
-def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, bootstrap: int) -> None:
+def _check_settings(
+    form: Form, fixed: Mapping[str, float], priors: Priors, bootstrap: int, seed: int
+) -> None:
     for name in (*fixed, *priors):
         if name not in form.names:
             raise LawError(
@@ -142,8 +145,12 @@ def _check_settings(form: Form, fixed: Mapping[str, float], priors: Priors, boot
     for name, (mean, sd) in priors.items():
         if not (math.isfinite(mean) and math.isfinite(sd) and sd > 0):
             raise LawError(f"The prior of {name} is ({mean}, {sd}).", "Give (mean, sd) with sd > 0.")
-    if bootstrap < 0:
-        raise LawError(f"bootstrap cannot be {bootstrap}.", "Use 1000, or 0 for none.")
+    if not 0 <= bootstrap <= MOST_REPLICATES:
+        raise LawError(
+            f"bootstrap cannot be {bootstrap}.", f"Use 1000, or 0 for none, and at most {MOST_REPLICATES:,}."
+        )
+    if seed < 0:
+        raise LawError(f"seed cannot be {seed}.", "Use 0, or any whole number above.")
 
 
 def _problem(

@@ -215,7 +215,7 @@ def _fitted(points: pd.DataFrame, report: Report | None, **settings: Any) -> Law
             report(f"{done:,} of {total:,} bootstrap replicates")
 
     if report is not None:
-        report(f"fitting {len(points):,} points")
+        report(f"{len(points):,} points")
     return fit_law(points, progress=progress, **settings)
 
 

@@ -166,12 +166,17 @@ def by_recipe(written: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, 
             raise SpecError(
                 f"{axis} and {both[0]} are both given, and decide the same", f"take out {both[0]}"
             )
-    spec.validate(TrainingConfig, dict(written.get("training", {})), "training")
+    spec.validate(TrainingConfig, written.get("training", {}), "training", "training.")
     try:
         found: dict[str, Any] = recipes.sections(written, **{key: float(v) for key, v in axes.items()})
     except ValidationError as error:
         asked = ", ".join(f"{key} {float(value):g}" for key, value in axes.items())
-        why = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        why = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}".removeprefix(
+                ": "
+            )
+            for item in error.errors()
+        )
         hint = "correct the model section, or ask for less"
         raise SpecError(f"{asked} with this spec is no model: {why}", hint) from None
     return found

@@ -35,6 +35,7 @@ def _level(value: Any) -> Value:
 
 
 Level = Annotated[Value, PlainValidator(_level)]
+Seed = Annotated[int, Field(ge=0)]
 SPLITS = ("n_total", "n_active", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
 
 MOST_TRIALS = 10_000
@@ -72,7 +73,7 @@ class Repeats(Strict):
     """The cheapest `points` are trained once more with each of these `seeds`: the noise of a run."""
 
     points: int = Field(1, gt=0)
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
 
 
 class EarlyStopping(Strict):
@@ -101,7 +102,7 @@ class Space(Strict):
     )
     points: int | None = Field(None, gt=0, description="of sobol, random and optuna")
     design_seed: int = Field(0, ge=0, description="of sobol, random and optuna")
-    seeds: list[int] = Field([0], min_length=1, description="every point is trained with each")
+    seeds: list[Seed] = Field([0], min_length=1, description="every point is trained with each")
     repeats: Repeats | None = None
     concurrency: int | None = Field(None, gt=0, description="None: as many as the cluster holds")
     early_stopping: EarlyStopping | None = None
@@ -132,7 +133,10 @@ class Space(Strict):
         return self
 
     def _check_sizes(self) -> None:
-        """Axes of the recipes are amounts."""
+        """No axis is empty; axes of the recipes are amounts."""
+        empty = [key for key, axis in self.vary.items() if axis == []]
+        if empty:
+            raise ValueError(f"{empty[0]} is an empty list")
         levels = [(k, level) for k, axis in self.vary.items() if isinstance(axis, list) for level in axis]
         levels += [item for cell in self.cells for item in cell.items()]
         for key, level in levels:

@@ -18,6 +18,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from escala.errors import EscalaError
+from escala.records import TEXT_CHARACTERS
 from escala.redaction import hide
 
 LOST = (
@@ -115,9 +116,7 @@ def classify(error: BaseException, nodes: NodeWatch | None) -> Failure:
         return Failure(first.kind, first.message, first.hint, first.exit_code)
     for one in chain:
         if _is_out_of_memory(one):
-            return Failure(
-                "out_of_memory", f"a worker ran out of memory: {_first_lines(one)}", MEMORY_HINT, 9
-            )
+            return Failure("out_of_memory", f"a worker ran out of memory: {_said(one)}", MEMORY_HINT, 9)
     lost = next((e for e in chain if isinstance(e, LOST) or _broken_connection(e)), None)
     if nodes is not None and (lost is not None or isinstance(error, ray.exceptions.RayError)):
         killed = nodes.killed_for_memory()
@@ -129,9 +128,9 @@ def classify(error: BaseException, nodes: NodeWatch | None) -> Failure:
                 "node_lost", f"the cluster lost {len(gone)} node(s) during training: {sorted(gone)}"
             )
     if any(isinstance(e, ray.exceptions.NodeDiedError) or _says(e, NODE_WORDS) for e in chain):
-        return Failure("node_lost", f"a node of the cluster died during training: {_first_lines(chain[-1])}")
+        return Failure("node_lost", f"a node of the cluster died during training: {_said(chain[-1])}")
     if lost is not None:
-        return Failure("worker_lost", f"a worker died during training: {_first_lines(lost)}")
+        return Failure("worker_lost", f"a worker died during training: {_said(lost)}")
     text = hide("".join(traceback.format_exception_only(chain[-1])).strip())
     return Failure("internal", text, "the log has the traceback; please report it")
 
@@ -159,8 +158,9 @@ def _says(error: BaseException, words: tuple[str, ...]) -> bool:
     return any(word.lower() in text for word in words)
 
 
-def _first_lines(error: BaseException, limit: int = 500) -> str:
-    return hide(" ".join(str(error).split()))[:limit]
+def _said(error: BaseException) -> str:
+    """Its text on one line; whole, since the end of Ray's errors names the cause, up to what the database takes."""
+    return hide(" ".join(str(error).split()))[:TEXT_CHARACTERS]
 
 
 def _alive_nodes() -> set[str]:

@@ -9,6 +9,7 @@ import errno
 import io
 import logging
 import os
+import stat
 import sys
 import time
 import uuid
@@ -107,6 +108,16 @@ def private_directory(path: Path) -> None:
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077 and not any(path.iterdir()):
         path.chmod(0o700)
+
+
+def make_private(path: Path) -> None:
+    """Take others' rights to a file or directory of ours away, where there is one: an earlier version of escala, or a
+    copy, may have left it open. A file system that cannot do that is trusted.
+    """
+    with suppress(OSError):
+        found = path.lstat()
+        if found.st_uid == os.getuid() and found.st_mode & 0o077 and not stat.S_ISLNK(found.st_mode):
+            path.chmod(found.st_mode & 0o700)
 
 
 def insist(act: Callable[[], T], what: str, every: float = 1.0) -> T:

@@ -26,13 +26,14 @@ from pathlib import Path
 import psutil
 
 from escala.errors import ClusterError
-from escala.files import private_directory, set_aside, sync
+from escala.files import make_private, private_directory, set_aside, sync
 from escala.records import load_record, write_json
 
 CLUSTER_ID = "ESCALA_CLUSTER_ID"
 PROCESS_NAME = "ESCALA_PROCESS"
 PROCESS_KEY = "ESCALA_PROCESS_KEY"  # Command.key: a damaged record is made again from the process itself
 SAME_START_SECONDS = 60.0  # where the kernel gives a start time by the wall clock only: less than it steps
+PRIVATE = ("run", "logs", "jobs", "trials", "data", "mlflow.db", "mlflow-artifacts")  # under HOME
 TAIL_BYTES, TAIL_LINES = 64 * 1024, 15
 
 
@@ -80,7 +81,8 @@ class Processes:
             private_directory(self.run.parent)
             for directory in (self.run, self.logs):
                 directory.mkdir(mode=0o700, exist_ok=True)
-                directory.chmod(0o700)
+            for name in PRIVATE:
+                make_private(self.run.parent / name)
         except OSError as error:
             raise ClusterError(
                 f"cannot write in {self.run.parent}: {error.strerror or error}",

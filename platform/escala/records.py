@@ -20,6 +20,7 @@ from escala.files import set_aside, write_whole
 
 T = TypeVar("T")
 LARGEST_BYTES = 64 * 2**20  # of a record's file
+TEXT_CHARACTERS = 20_000  # of an outcome's message and hint: the database keeps no more
 TRIALS = "trials.jsonl"
 STOP_REASONS = ("user", "budget", "preempted")  # Control.stop, and the outcomes of those that obey
 

@@ -122,6 +122,14 @@ class TestJobStore:
         assert store.submit(tuned) == first
         assert first.after == base.id
 
+    def test_a_list_of_one_workload_or_name(self, store):
+        jobs = [
+            store.submit(replace(NEW, workload=w, name=n))
+            for w, n in (("sweep", "a"), ("pretrain", "a"), ("sweep", "b"), ("sweep", "a"))
+        ]
+        assert list(store.list(workload="sweep")) == [jobs[0], jobs[2], jobs[3]]
+        assert list(store.list(workload="sweep", name="a", limit=1)) == [jobs[3]]
+
     def test_one_key_of_four_processes_at_once_is_one_job(self, store, database_url):
         with ProcessPoolExecutor(4, mp_context=SPAWN) as executor:
             ids = set(executor.map(submit_with_key, [database_url] * 4))
@@ -595,6 +603,9 @@ class TestDamagedFile:
         assert {"escala.db", "escala.db-wal"} <= modes.keys()
         assert set(modes.values()) == {0o600}
         assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
+        (tmp_path / "home" / "escala.db").chmod(0o644)  # as earlier versions left it
+        JobStore(f"sqlite:///{tmp_path}/home/escala.db").close()
+        assert (tmp_path / "home" / "escala.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_full_disk_is_an_error_that_says_so_and_passes(disk):

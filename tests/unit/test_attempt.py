@@ -80,3 +80,9 @@ def test_the_most_telling_cause_names_the_failure(error: BaseException, kind: st
 def test_our_own_error_keeps_its_words_and_exit_code() -> None:
     failure = classify(wrapped(DataError("no text", "give some")), None)
     assert (failure.message, failure.hint, failure.exit_code) == ("no text", "give some", DataError.exit_code)
+
+
+def test_the_reason_of_a_failure_is_whole() -> None:
+    """Ray's errors name the cause at their end."""
+    said = "The actor died unexpectedly. " + "frame " * 1000 + "killed by SIGKILL"
+    assert classify(ray.exceptions.RaySystemError(said), None).message.endswith("killed by SIGKILL")

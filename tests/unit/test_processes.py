@@ -225,6 +225,15 @@ def test_what_a_process_writes_is_private(processes: Processes) -> None:
     assert [p.stat().st_mode & 0o777 for p in (processes.logs, processes.run)] == [0o700, 0o700]
 
 
+def test_what_an_earlier_version_left_open_is_made_private(tmp_path: Path) -> None:
+    for name in ("jobs", "logs"):
+        (tmp_path / name).mkdir(mode=0o755)
+    (tmp_path / "mlflow.db").touch(mode=0o644)
+    Processes(tmp_path).make_directories()
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("jobs", "logs", "run", "mlflow.db")]
+    assert modes == [0o700, 0o700, 0o700, 0o600]
+
+
 def test_the_tail_of_a_huge_log_is_cheap(processes: Processes) -> None:
     with (processes.logs / "one.log").open("wb") as file:
         file.truncate(2**32)

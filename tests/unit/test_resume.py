@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed
 
 from escala import api
 from escala.errors import CheckpointError
+from escala.files import no_room
 from escala.manifests import (
     FORMAT_VERSION,
     MANIFEST,
@@ -25,10 +29,12 @@ from escala.manifests import (
 )
 from escala.records import JobFiles
 from escala.sealed import seal
+from tests.small_disk import Disk
 from workloads.config import ModelConfig
 from workloads.config.pretrained import model_config_of
 from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
-from workloads.training.checkpoint import _begin, _publish, load_weights
+from workloads.training import zero
+from workloads.training.checkpoint import _begin, _publish, load_weights, save
 from workloads.training.run import choose_checkpoint, keep_tokenizer
 
 MODEL = ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2)
@@ -126,7 +132,7 @@ def test_a_new_checkpoint_sets_a_damaged_one_of_its_step_aside(tmp_path: Path) -
     make(tmp_path, 5, format_version=1)
     for number, others in ((1, 1), (2, 1)):  # the second time a good one is replaced: nothing is left of it
         partial = tmp_path / (checkpoint_name(5) + PARTIAL)
-        _begin(partial)
+        assert _begin(partial) == ""
         (partial / "rank.safetensors").write_bytes(b"new %d" % number)
         files = {"rank.safetensors": file_entry(partial / "rank.safetensors")}
         manifest = {"format_version": FORMAT_VERSION, "step": 5, "files": files}
@@ -190,3 +196,28 @@ def test_gc_frees_good_ones_and_reports_damaged_ones(tmp_path: Path, monkeypatch
     assert "step-00000008 has format 2" in damaged
     api.collect_garbage("j1", keep=1, delete=True)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000007", "step-00000008"]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """This process as the only rank."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_disk_without_room_for_the_directory_is_told_as_full(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero, "parameter_shapes", lambda engine: {"w": (2,)})
+    monkeypatch.setattr(zero, "link_state", lambda engine: None)
+    monkeypatch.setattr(zero, "gather_state", lambda *_: torch.ones(2))
+    monkeypatch.setattr(zero, "adam_step", lambda engine: 3)
+    engine, directory = SimpleNamespace(zero_optimization_stage=lambda: 0), disk.path / "checkpoints"
+    disk.fill()
+    with pytest.raises(CheckpointError, match="No space left") as caught:
+        save(engine, directory, 7, {}, keep=2)
+    assert no_room(caught.value)  # so that the loop waits, and tries again
+    disk.free()
+    assert save(engine, directory, 7, {}, keep=2).step == 7

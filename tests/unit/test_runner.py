@@ -471,6 +471,17 @@ def test_a_huge_outcome_is_kept_in_part(tmp_path):
     assert (found.state, found.reason, len(found.message)) == ("failed", "k" * 32, 20_000)
 
 
+def test_an_outcome_that_no_database_takes_ends_its_job(tmp_path):
+    world = World(tmp_path, {"x": ["hang"]})
+    job = world.submit("x")
+    world.until(lambda: world.store.get(job).state == "running")
+    said = "No such file: 'caf\udce9.txt' \0"  # a name that is not UTF-8, as Python's errors show it
+    REAL_WRITE(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("user_error", said, said, said))
+    world.run()
+    found = world.store.get(job)
+    assert (found.state, found.message) == ("failed", "No such file: 'caf\\udce9.txt' \\x00")
+
+
 def test_a_full_disk_is_waited_for(disk, tmp_path, caplog):
     world = World(tmp_path, {})
     world.home = world.cluster.home = disk.path

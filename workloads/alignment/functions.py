@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from escala.errors import SpecError, StateError
+from escala.records import TEXT_CHARACTERS
 from escala.redaction import print_exception
 
 CODE = "ESCALA_CODE"  # the directory of the user's modules (escala.user_code)
@@ -167,7 +168,10 @@ def import_function(name: str) -> Callable[..., Any]:
         raise
     except BaseException as error:
         raise SpecError(
-            f"The reward function {name} can't be imported: {type(error).__name__}: {error}"[:500], HINT
+            f"The reward function {name} can't be imported: {type(error).__name__}: {error}"[
+                :TEXT_CHARACTERS
+            ],
+            HINT,
         ) from error
     if not callable(function):
         raise SpecError(f"The reward function {name} is no function but {type(function).__name__}.", HINT)
@@ -240,7 +244,7 @@ def _call(name: str, function: Callable[..., Any], request: list[Any]) -> list[f
     except BaseException as error:
         print_exception(error)
         raise SpecError(
-            f"The reward function {name} raised {type(error).__name__}: {error}"[:500],
+            f"The reward function {name} raised {type(error).__name__}: {error}"[:TEXT_CHARACTERS],
             "Correct the function; the log has the traceback.",
         ) from error
     finally:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,12 @@ def save(
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = checkpoint_name(step)
     partial = directory / (name + PARTIAL)
-    if rank == 0:
-        _begin(partial)
+    unmade = _begin(partial) if rank == 0 else ""
     torch.distributed.barrier()
     stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, ranks)
     entries, failure = _write_share(stem, _share(engines, ranks), file_bytes)
     gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, (entries, failure))
+    torch.distributed.all_gather_object(gathered, (entries, unmade or failure))
     files = {file: facts for found, _ in gathered for file, facts in found.items()}
     whole = manifest | {
         "format_version": FORMAT_VERSION,
@@ -103,11 +102,16 @@ def save(
     return read_checkpoint(directory / name)
 
 
-def _begin(partial: Path) -> None:
-    """An empty directory to write into. What goes wrong here goes wrong again, and is told, where a file is written."""
+def _begin(partial: Path) -> str:
+    """An empty directory to write into. Returns what went wrong ("" if nothing): the ranks' writes fail after it, and
+    would only say that there is no such directory.
+    """
     shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
-    with suppress(OSError):
+    try:
         partial.mkdir(parents=True)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _from_first(failures: list[str]) -> list[str]:

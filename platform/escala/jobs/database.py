@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from escala.errors import ClusterError, SpecError, VersionError
-from escala.files import no_room, private_directory
+from escala.files import make_private, no_room, private_directory
 from escala.jobs import tables
 from escala.jobs.rows import dump_json, load_json
 
@@ -217,9 +217,8 @@ def _sqlite(address: URL, file: Path) -> Engine:
         if not file.is_file():
             if file.exists():
                 raise FileExistsError(f"{file} is no regular file")
-            os.close(
-                os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            )  # its log and index follow it
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        make_private(file)  # its log and index follow it
     except OSError as error:
         why = "there is no room on its disk" if no_room(error) else error.strerror or str(error)
         raise ClusterError(f"the job database {file} cannot be made: {why}", _owner_hint(file)) from error

@@ -37,6 +37,7 @@ from escala.jobs.state import (
 )
 from escala.jobs.store import JobStore, LostRace
 from escala.records import (
+    TEXT_CHARACTERS,
     AttemptFiles,
     AttemptSpec,
     Control,
@@ -51,7 +52,7 @@ from escala.tracking.notes import command_tag
 log = logging.getLogger("escala.runner")
 P = ParamSpec("P")
 
-KIND_CHARACTERS, TEXT_CHARACTERS = 32, 20_000  # of an outcome, in the database
+KIND_CHARACTERS = 32  # of an outcome, in the database
 LOOK_AHEAD = 64  # queued jobs looked at in one step; more only matter once these have started
 
 
@@ -192,8 +193,10 @@ class Reconciler:
             self._finish(job, Outcome("driver_lost", message, hint), progress)
 
     def _finish(self, job: Job, outcome: Outcome, progress: Progress | None) -> None:
-        outcome = replace(outcome, kind=outcome.kind[:KIND_CHARACTERS], message=outcome.message[:TEXT_CHARACTERS],
-                          hint=outcome.hint[:TEXT_CHARACTERS])  # fmt: skip
+        kind = _storable(outcome.kind, KIND_CHARACTERS)
+        message, hint = (_storable(text, TEXT_CHARACTERS) for text in (outcome.message, outcome.hint))
+        checkpoint = outcome.checkpoint and _storable(outcome.checkpoint, TEXT_CHARACTERS)
+        outcome = replace(outcome, kind=kind, message=message, hint=hint, checkpoint=checkpoint)
         self._log(self._store.finish(job, outcome, Usage.of(progress, outcome.record)))
 
     def _note_progress(self, attempt: Attempt, progress: Progress | None) -> None:
@@ -332,6 +335,11 @@ def _keep_fence(files: AttemptFiles, number: int) -> None:
     if damaged:
         log.warning("%s names no attempt; it is written again", files.current)
         write_json(files.current, number)
+
+
+def _storable(text: str, characters: int) -> str:
+    """What a database takes of a text: no bytes of a file name that were no UTF-8, no NUL, no more than so much."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")[:characters]
 
 
 def _has_trained(progress: Progress | None) -> bool:

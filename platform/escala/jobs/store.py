@@ -285,11 +285,24 @@ class JobStore:
         query = select(tables.job).where(job.state == "queued").order_by(job.priority.desc(), job.order)
         return self._jobs(query, limit)
 
-    def list(self, states: Iterable[State] | None = None, limit: int | None = None) -> Sequence[Job]:
-        """Jobs in these states (None: all) in submit order; with a limit, the last ones submitted."""
-        query = select(tables.job).order_by(tables.job.c.order.desc())
+    def list(
+        self,
+        states: Iterable[State] | None = None,
+        limit: int | None = None,
+        workload: str | None = None,
+        name: str | None = None,
+    ) -> Sequence[Job]:
+        """Jobs in these states, of this workload and name (None: all) in submit order; with a limit, the last ones
+        submitted.
+        """
+        job = tables.job.c
+        query = select(tables.job).order_by(job.order.desc())
         if states is not None:
-            query = query.where(tables.job.c.state.in_(tuple(states)))
+            query = query.where(job.state.in_(tuple(states)))
+        if workload is not None:
+            query = query.where(job.workload == workload)
+        if name is not None:
+            query = query.where(job.name == name)
         return self._jobs(query, limit)[::-1]
 
     def _jobs(self, query: Select[Any], limit: int | None = None) -> Sequence[Job]:

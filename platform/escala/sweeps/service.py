@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from escala.jobs.model import Job
-    from escala.jobs.store import JobStore
     from escala.laws.service import Fitted, Preview
     from escala.sweeps.plan import Plan
     from escala.sweeps.points import SweepPoints
@@ -118,7 +117,8 @@ def space_base(space: str) -> dict[str, Any]:
 def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     """The last sweep of this space, if it was interrupted."""
     with open_store() as store:
-        last = _newest(store, lambda job: job.tags.get("escala.space") == space)
+        sweeps = store.list(workload=SWEEP)
+    last = next((each for each in reversed(sweeps) if each.tags.get("escala.space") == space), None)
     if last is None:
         raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
     if last.state not in ("failed", "stopped"):
@@ -134,11 +134,6 @@ def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     return last
 
 
-def _newest(store: JobStore, wanted: Callable[[Job], bool]) -> Job | None:
-    """The sweep submitted last of those that are `wanted`."""
-    return next((j for j in reversed(store.list()) if j.workload == SWEEP and wanted(j)), None)
-
-
 def sweep_points(name: str) -> SweepPoints:
     """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest sweep is meant.
 
@@ -147,7 +142,8 @@ def sweep_points(name: str) -> SweepPoints:
     from escala.sweeps.points import read_points
 
     with open_store() as store:
-        found = _newest(store, lambda job: job.name == name) or store.get(name)
+        newest = store.list(limit=1, workload=SWEEP, name=name)
+        found = newest[0] if newest else store.get(name)
     if found.workload != SWEEP:
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
     return read_points(Settings().home, found.id)

@@ -69,6 +69,19 @@ def ends(tokenizer: ChatTokenizer) -> set[str]:
             "{% endfor %}",
             {"<|endoftext|>", "<|eot_id|>", "<|im_end|>"},
         ),
+        (  # earlier answers end as the default system prompt does
+            None,
+            None,
+            "<|im_start|>system\nYou are.<|im_end|>{% for m in messages %}<|im_start|>"
+            "{{ m['role'] + '\n' + m['content'] }}{{ '<|eot_id|>' if loop.last else '<|im_end|>' }}{% endfor %}",
+            {"<|endoftext|>", "<|eot_id|>", "<|im_end|>"},
+        ),
+        (  # every turn is opened by the same token, and none is ended
+            None,
+            None,
+            "<s>{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}{% endfor %}",
+            {"<|endoftext|>"},
+        ),
     ],
 )
 def test_ends_are_those_of_files_tokenizer_and_template(
@@ -112,6 +125,13 @@ def test_the_models_ends_count_with_another_tokenizer_and_bad_ones_are_refused(t
             load_chat_tokenizer(tmp_path / "tokenizer", model)
 
 
+def test_several_templates_without_a_default_are_refused(tmp_path: Path) -> None:
+    several = [{"name": "rag", "template": CHATML}]
+    write(tmp_path, byte_level(), None, eos_token="<|im_end|>", chat_template=several)
+    with pytest.raises(DataError, match="no default"):
+        load_chat_tokenizer(tmp_path)
+
+
 def test_other_templates_and_ends_are_other_sequences(tmp_path: Path) -> None:
     one = load_chat_tokenizer(write(tmp_path / "1", byte_level(), CHATML, eos_token="<|im_end|>"))
     other = load_chat_tokenizer(write(tmp_path / "2", byte_level(), ZEPHYR, eos_token="<|im_end|>"))
@@ -122,7 +142,7 @@ def test_other_templates_and_ends_are_other_sequences(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers "Hi", ends its turn, and would go on for ever; EOS is another token."""
+    """A model that answers "Hi", ends its turn, and would go on without end; EOS is another token."""
     directory = tmp_path_factory.mktemp("model")
     tokenizer = byte_level()
     write(directory, tokenizer, CHATML, eos_token="<|endoftext|>")

@@ -69,6 +69,21 @@ QWEN3 = (  # thoughts are written after the last question alone, empty ones wher
     "<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PHI3 = (  # the whole ends with another token, unless an answer is asked for
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|eot_id|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+HARMONY = (  # the last answer ends otherwise than earlier ones, which end as the default system prompt does
+    "<|im_start|>system<|start_header_id|>You are ChatGPT.<|im_end|>{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ '<|start_header_id|>' + m['content'] }}"
+    "{% if loop.last %}<|eot_id|>{% else %}<|im_end|>{% endif %}{% endgeneration %}"
+    "{% else %}{{ '<|start_header_id|>' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
 TEMPLATES = {
     "chatml": (CHATML, "<|im_end|>"),
     "llama3": (LLAMA3, "<|eot_id|>"),
@@ -76,6 +91,8 @@ TEMPLATES = {
     "gemma": (GEMMA, "<end_of_turn>"),
     "zephyr": (ZEPHYR, "<|endoftext|>"),
     "qwen3": (QWEN3, "<|im_end|>"),
+    "phi3": (PHI3, "<|endoftext|>"),
+    "harmony": (HARMONY, "<|eot_id|>"),
 }
 CONTENTS = [
     "You",  # the default system prompt begins with it

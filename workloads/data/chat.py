@@ -362,13 +362,17 @@ def _assemble(
         )
     if not theirs.chat_template:
         theirs.chat_template = PLAIN_TEMPLATE
+    try:
+        template = str(theirs.get_chat_template())
+    except ValueError as error:  # several, none of them the default
+        raise DataError(f"The tokenizer {name} has no chat template to take: {error}") from error
     plain, marked_up = (Tokenizer.from_str(tokenizer.to_str()) for _ in range(2))
     plain.encode_special_tokens = True
     for each in (plain, marked_up):
         each.post_processor = processors.Sequence([])  # ByteLevel's trims offsets
     chat = ChatTokenizer(
         tokenizer,
-        str(theirs.get_chat_template()),
+        template,
         vocabulary[theirs.eos_token],
         (),
         max(vocabulary.values()) + 1,

@@ -99,12 +99,15 @@ class SpanFinder:
 
     @cached_property
     def _header(self) -> str | None:
-        """What the generation prompt adds to a conversation; None where it changes what precedes."""
+        """What the generation prompt adds to a conversation, in the place of special tokens that end the whole (Phi-3);
+        None where it changes what precedes.
+        """
         try:
             plain, asked = self.render(_PROBE, False), self.render(_PROBE, True)
         except DataError:
             return None
-        return asked[len(plain) :] if asked.startswith(plain) else None
+        same = _same_tokens(plain, asked, self.special)
+        return None if self.special.sub("", plain[same:]).strip() else asked[same:]
 
     @cached_property
     def _lead(self) -> str:
@@ -137,14 +140,27 @@ def ends_of_turn(render: Callable[[list[Message], bool], str], tokens: Collectio
     first: list[Message] = [*_PROBE, {"role": ASSISTANT, "content": PLACEHOLDER}]
     more: list[Message] = [*first, *_PROBE, {"role": ASSISTANT, "content": "b"}]
     try:
-        opening = render([{"role": "user", "content": PLACEHOLDER}], False).partition(PLACEHOLDER)[0]
         last, earlier = (render(messages, False).partition(PLACEHOLDER)[2] for messages in (first, more))
+        opening = _opening(render, pattern_of(tokens))
     except DataError:
         return []
     found = [pattern_of(tokens).match(text.lstrip()) for text in (last, earlier)]
     return [
         ending.group() for ending in found if ending and (ending is found[0] or ending.group() not in opening)
     ]
+
+
+def _opening(render: Callable[[list[Message], bool], str], token: re.Pattern[str]) -> str:
+    """What opens a conversation's first user's turn, without what an assistant's first turn has as well but does not
+    begin with: a default system prompt, which may end as answers do.
+    """
+    text = render([{"role": "user", "content": PLACEHOLDER}], False).partition(PLACEHOLDER)[0]
+    try:
+        other = render([{"role": ASSISTANT, "content": PLACEHOLDER}], False).partition(PLACEHOLDER)[0]
+    except DataError:
+        return text
+    begin = re.match(rf"(?:{token.pattern}|\s)*", text)
+    return (begin.group() if begin else "") + text[_same_tokens(text, other, token) :]
 
 
 def pattern_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -157,6 +173,12 @@ def _same(one: str, other: str) -> int:
     """Length of the longest text that both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _same_tokens(one: str, other: str, token: re.Pattern[str]) -> int:
+    """As `_same`, but no token of `one` is cut."""
+    same = _same(one, other)
+    return next((found.start() for found in token.finditer(one) if found.start() < same < found.end()), same)
 
 
 def _not_found(number: int, reason: str) -> DataError:

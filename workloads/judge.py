@@ -123,7 +123,7 @@ def _responses(where: str, record: dict[str, Any]) -> Responses:
     texts = record.get("responses")
     if not isinstance(texts, list) or len(texts) < 2:
         raise DataError(
-            f"{where}: `responses` must be a list of two texts or more.", "Mend or remove the line."
+            f"{where}: `responses` must be a list of two texts or more.", "Correct or remove the line."
         )
     numbered = {f"responses[{i}]": text for i, text in enumerate(texts)}
     return Responses(prompt_of(where, record), [text_of(where, numbered, key) for key in numbered])

@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 def check(client: Mapping[str, str]) -> None:
     """Compare the versions that submitted a job with this process's.
 
-    Raises VersionError, with the numbers and the mend.
+    Raises VersionError, with the numbers and the fix.
     """
     here = versions()
     differing = [name for name in MUST_BE_EQUAL if client.get(name) != here.get(name)]
@@ -42,7 +42,7 @@ def check(client: Mapping[str, str]) -> None:
         for name in differing
     )
     wanted = [f"{name}=={client[name]}" for name in differing if name != "python" and name in client]
-    mends = [f"install {' '.join(wanted)} on the cluster"] if wanted else []
+    fixes = [f"install {' '.join(wanted)} on the cluster"] if wanted else []
     if "python" in differing and "python" in client:
-        mends.append(f"run the cluster with Python {client['python']}")
-    raise VersionError(said, " and ".join([*mends, "or submit from an environment equal to the cluster's"]))
+        fixes.append(f"run the cluster with Python {client['python']}")
+    raise VersionError(said, " and ".join([*fixes, "or submit from an environment equal to the cluster's"]))

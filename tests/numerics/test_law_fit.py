@@ -1,4 +1,4 @@
-"""The fit reaches the global minimum: against scipy from random starts, on an objective written out anew."""
+"""The fit reaches the global minimum: against scipy from random starts, on an objective written out again."""
 
 from __future__ import annotations
 

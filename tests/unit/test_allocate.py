@@ -1,4 +1,4 @@
-"""The best split under limits, against closed forms and brute force (scipy on the loss written out anew)."""
+"""The best split under limits, against closed forms and brute force (scipy on the loss written out again)."""
 
 from __future__ import annotations
 

@@ -88,6 +88,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 3 is not JSON"),
+        ("[" * 100_000, "line 3 is not JSON"),
         ('{"body": "x"}', "line 3 has no text under the key 'text'"),
         ('["text"]', "line 3 has no text"),
         ('{"text": "\\ud800"}', "line 3 is not valid Unicode"),

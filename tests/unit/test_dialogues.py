@@ -43,6 +43,7 @@ def test_dialogues_of_all_three_kinds(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ("[1]", "line 2 is no JSON object"),
         ({"prompt": "p"}, "line 2: `completion` must be a text, but is missing"),
         (

@@ -78,6 +78,8 @@ REFUSED = [
     ({"role": "function", "content": "x"}, "function"),
     ({"role": "developer", "content": "x"}, "developer"),
     ({"content": "x"}, "role"),
+    ({"role": "nobody" * 10_000, "content": "x"}, "nobody"),
+    ({"role": "user", "content": "x", "other" * 10_000: 1}, "other"),
 ]
 
 
@@ -89,6 +91,7 @@ def test_what_would_change_the_meaning_is_refused_by_name(
     with pytest.raises(DataError) as caught:
         PLACES[place](tmp_path / "some.jsonl", [USER, message, USER])
     assert word in caught.value.message
+    assert len(caught.value.message) < 300 + len(str(tmp_path))
     assert "message 2" in caught.value.message
     if place in ("prompt", "preferences", "references"):
         assert f"{tmp_path / 'some.jsonl'}, line 2" in caught.value.message

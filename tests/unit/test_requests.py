@@ -93,6 +93,7 @@ def test_clients_that_leave_at_random_moments_end_only_their_own_streams(tmp_pat
         {"max_tokens": 2**70},
         {"temperature": True},
         {"stop_token_ids": [2**64]},
+        {"stop_token_ids": [True]},
         {"stop": ["x"] * 65},
         {"stop": "x" * 1025},
         {"stop": [""]},

@@ -28,11 +28,11 @@ from typing import Any
 from escala.errors import SpecError, StateError
 from escala.records import TEXT_CHARACTERS
 from escala.redaction import print_exception
+from workloads.generation.protocol import FP32_MAX
 
 CODE = "ESCALA_CODE"  # the directory of the user's modules (escala.user_code)
 IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 ALARM_SECONDS = 10.0  # after its limit a process that nobody ended (its worker was killed) ends by itself
-FP32_MAX = (2 - 2.0**-23) * 2.0**127
 HINT = "Submit from the directory that holds the module, or give it by --code."
 
 

@@ -193,7 +193,7 @@ def value_loss(
 
 
 class _Entropy(torch.autograd.Function):
-    """Entropy of the softmax of some rows (rows, V). Backward computes the softmax anew, chunk by chunk, where
+    """Entropy of the softmax of some rows (rows, V). Backward computes the softmax again, chunk by chunk, where
     autograd would hold two more tensors of the logits' size.
     """
 

@@ -116,7 +116,7 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig
 
 
 def policy_directory(config: PpoConfig, target: Path) -> Path:
-    """Where the service finds the run's first model and its tokenizer: the start itself; or, for a model drawn anew or
+    """Where the service finds the run's first model and its tokenizer: the start itself; or, for a random model or
     another tokenizer, `target`, written in Hugging Face's layout.
     """
     if config.start is not None and config.start.path is not None and config.tokenizer is None:

@@ -42,7 +42,7 @@ class LoraConfig(Strict):
 
 
 class FineTuneConfig(TrainedConfig):
-    """What the three share. `model` follows from `start`; a model drawn anew, without one, needs a tokenizer."""
+    """What the three share. `model` follows from `start`; a model drawn at random, without one, needs a tokenizer."""
 
     start: StartConfig | None = None
     tokenizer: StoredPath | None = Field(
@@ -64,7 +64,7 @@ class FineTuneConfig(TrainedConfig):
     @model_validator(mode="after")
     def _has_tokenizer(self) -> FineTuneConfig:
         if self.start is None and self.tokenizer is None:
-            raise ValueError("give start (a model to start from), or tokenizer for a model drawn anew")
+            raise ValueError("give start (a model to start from), or tokenizer for a model drawn at random")
         experts = {"gate", "up", "down"} & set(self.lora.targets if self.lora else ())
         if self.model.moe is not None and experts:
             raise ValueError(

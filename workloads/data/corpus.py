@@ -233,8 +233,8 @@ def _text_of(name: str, line: bytes, key: str) -> str:
     """The text under `key` of one JSON line."""
     try:
         record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise DataError(f"{name} is not JSON: {error}.", "Mend or remove the line.") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
+        raise DataError(f"{name} is not JSON: {error}.", "Correct or remove the line.") from error
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise DataError(f"{name} has no text under the key {key!r}.", "Set data.corpora[].text_key.")

@@ -137,7 +137,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where, empty = f"{path}, line {number}", False
             try:
                 record = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
                 raise DataError(f"{where} is not JSON: {error}.", "Correct or remove the line.") from error
             if not isinstance(record, dict):
                 raise DataError(f"{where} is no JSON object.", 'Write {"prompt": ...} on each line.')

@@ -116,7 +116,7 @@ def untrained(messages: Sequence[Mapping[str, Any]], where: str) -> frozenset[in
             continue
         inside = f"{where}, message {number + 1} of `messages`"
         if isinstance(weight, bool) or weight not in (0, 1):
-            raise DataError(f"{inside}: `weight` is {weight!r}.", "Give 0 (not trained on) or 1.")
+            raise DataError(f"{inside}: `weight` is {repr(weight)[:100]}.", "Give 0 (not trained on) or 1.")
         if message["role"] == ASSISTANT and weight == 0:
             found.add(number)
         elif message["role"] != ASSISTANT and weight == 1:
@@ -148,12 +148,13 @@ def _plain(message: object, inside: str, weighted: bool) -> Message:
         raise DataError(f"{inside} is no object of role and content.", 'Write {"role": ..., "content": ...}.')
     role = message.get("role")
     if role not in ROLES:
-        raise DataError(f"{inside} has the role {role!r}.", f"Give one of {', '.join(ROLES)}.")
+        raise DataError(f"{inside} has the role {repr(role)[:100]}.", f"Give one of {', '.join(ROLES)}.")
     used = {"role", "content", *(["weight"] if weighted else [])}
     for key in sorted(map(str, message.keys() - used - WITHOUT_MEANING)):
         if not is_neutral(message[key]):
             raise DataError(
-                f"{inside}: the key `{key}` is not used here, and without it the message would mean something else.",
+                f"{inside}: the key `{key[:100]}` is not used here, and without it the message would mean something "
+                "else.",
                 "Write what it says into `content`, or remove the key or the conversation.",
             )
     if "content" not in message:
@@ -168,14 +169,15 @@ def _content(inside: str, content: object) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text":
-            told = f"a part of the type {kind!r}" if kind is not None else "no text as content"
+            told = f"a part of the type {repr(kind)[:100]}" if kind is not None else "no text as content"
             raise DataError(
                 f"{inside}: `content` has {told}; only text is read.", "Write `content` as a text."
             )
         others = [key for key in part.keys() - {"type", "text"} if not is_neutral(part[key])]
         if others:
             raise DataError(
-                f"{inside}: the key `{others[0]}` of a part of `content` is not used.", "Remove it."
+                f"{inside}: the key `{str(others[0])[:100]}` of a part of `content` is not used.",
+                "Remove it.",
             )
     if len(content) != 1:
         raise DataError(

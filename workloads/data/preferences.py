@@ -43,7 +43,7 @@ def _margin(where: str, record: dict[str, Any]) -> float:
     if margin is None:
         return 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
-        raise DataError(f"{where}: the margin {margin!r} is no number >= 0.", "Mend it, or leave it out.")
+        raise DataError(f"{where}: the margin {margin!r} is no number >= 0.", "Correct it, or leave it out.")
     return float(margin)
 
 

@@ -28,7 +28,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew from torch's global generator."""
+        """Draw the weights again from torch's global generator."""
         nn.init.normal_(self.weight, std=self.init_std)
 
 

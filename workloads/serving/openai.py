@@ -21,6 +21,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -113,7 +114,7 @@ class _Asked(BaseModel):
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[StrictInt] = []
     ignore_eos: bool = False
     min_version: int = Field(0, ge=0)
     max_staleness: int | None = Field(None, ge=0)

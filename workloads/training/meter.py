@@ -101,7 +101,7 @@ def _measure_peak(dtype: torch.dtype, device: torch.device, threads: int, precis
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to count the peak anew: a process may train one model after another."""
+    """Begin to count the peak again: a process may train one model after another."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

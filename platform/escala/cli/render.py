@@ -40,7 +40,7 @@ def is_terminal() -> bool:
 
 
 def error(failure: EscalaError) -> None:
-    """What and why, then the mend."""
+    """What and why, then the fix."""
     err_console.print(f"[bold red]error:[/] {escape(failure.message)}")
     if failure.hint:
         err_console.print(f"[bold]hint:[/] {escape(failure.hint)}")

@@ -186,7 +186,7 @@ def _illegal(job: JobView, event: Event) -> StateError:
         what = "already stopping" if job.state == "stopping" else f"already {job.state}"
         return StateError(f"job {job.id} is {what}", "only a queued, starting or running job can be stopped")
     if isinstance(event, RetryRequested):
-        hint = "`escala submit` starts it anew" if job.state == "succeeded" else "stop it first"
+        hint = "`escala submit` starts it again" if job.state == "succeeded" else "stop it first"
         return StateError(
             f"job {job.id} is {job.state}", f"only a failed or stopped job can be retried; {hint}"
         )

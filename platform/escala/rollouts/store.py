@@ -1,4 +1,4 @@
-"""The store actor of one deployment's weight versions. Serve starts it beside the replicas, and anew where it died.
+"""The store actor of one deployment's weight versions. Serve starts it beside the replicas, and again where it died.
 
 A restarted store has lost the weights but not the number of the newest version, which lies in the cluster's
 key-value store: it gives nobody older ones in their place, and says that they must be published again.

@@ -207,7 +207,7 @@ class Receiver:
     """A replica's side: knows its version, follows the store's, and answers for every request's bound.
 
     Args:
-        find_store: the store actor's handle, looked up anew after it died.
+        find_store: the store actor's handle, looked up again after it died.
         name: NAMESPACE/NAME of the replica's actor.
         apply: loads verified weights; it returns when every later response is of them. Its EscalaErrors are refusals.
         wait_seconds: how long a request waits for a version that is announced and not loaded yet.

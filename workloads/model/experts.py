@@ -26,7 +26,7 @@ class Experts(nn.Module):
     """E feed-forwards down(silu(gate(x)) * up(x)), their weights stacked in three parameters.
 
     Stacked, because which experts get tokens depends on the data, and which modules run must not: under ZeRO-3 a rank
-    that skips an expert's module leaves the others waiting in its gather for ever. Here all ranks gather the same three
+    that skips an expert's module leaves the others waiting in its gather forever. Here all ranks gather the same three
     parameters, and an expert without tokens has a gradient of zeros; so there is nothing to mark by
     `deepspeed.utils.set_z3_leaf_modules`. Nor does a slice of a stack cost a gradient of the whole stack: the backward
     pass writes each expert's part in place.

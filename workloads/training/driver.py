@@ -116,7 +116,7 @@ def start_workers(
 
 
 def _warn_if_scarce(needed: dict[str, float]) -> None:
-    """Ray waits for ever for what a cluster does not have; an autoscaling one may yet get it."""
+    """Ray waits forever for what a cluster does not have; an autoscaling one may yet get it."""
     have = ray.cluster_resources()
     short = [
         f"{amount:g} {name} (it has {have.get(name, 0):g})"

@@ -118,7 +118,7 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc]  # Ray is untyped to us
-        """With time limits: Ray's own client waits for ever."""
+        """With time limits: Ray's own client waits forever."""
 
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **({"timeout": TIMEOUT_SECONDS} | options))

@@ -125,7 +125,7 @@ class Reconciler:
 
     def _advance(self, job: Job) -> None:
         attempts = self._store.attempts(job.id)
-        if not attempts or attempts[-1].number != job.attempts:  # it would keep its slot for ever
+        if not attempts or attempts[-1].number != job.attempts:  # it would keep its slot forever
             message = f"its attempt {job.attempts} cannot be read from the job database"
             self._finish(
                 job, Outcome("internal", message, f"`escala jobs retry {job.id}` starts another"), None

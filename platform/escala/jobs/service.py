@@ -169,7 +169,7 @@ def watch(name: str) -> Iterator[Watched]:
 
 
 def _check_room(job: spec.JobSpec) -> None:
-    """Refuse what the embedded head can never start: Ray would wait for ever. An existing cluster may grow."""
+    """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
     settings, resources = Settings(), job.config.resources
     cpus = resources.workers * resources.cpus_per_worker
     if settings.ray_address is None and cpus > settings.num_cpus:
@@ -257,7 +257,7 @@ def _up_for(job: Job, report: Report) -> None:
 
 
 def _check_served(job: Job) -> None:
-    """Raise ClusterError where no reconcile loop runs: the job would be followed for ever."""
+    """Raise ClusterError where no reconcile loop runs: the job would be followed forever."""
     from escala.processes import Processes
 
     if Processes(Settings().home).alive("runner") is None:

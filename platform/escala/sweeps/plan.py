@@ -81,7 +81,7 @@ def served(trial: Trial) -> dict[str, float]:
 def fitting(
     trials: Sequence[Trial], have: Mapping[str, float], asked: int | None, cores: int | None = None
 ) -> int:
-    """How many trials may run at once, such that each has all its workers: else they wait for each other for ever.
+    """How many trials may run at once, such that each has all its workers: else they wait for each other forever.
 
     Args:
         have: what the cluster has; its CPUs may be logical ones.

@@ -1,4 +1,4 @@
-"""Sends events to a run, and leaves out what the tracker refuses for what it says: it would do so for ever, and hold
+"""Sends events to a run, and leaves out what the tracker refuses for what it says: it would do so forever, and hold
 up all that comes after it.
 """
 

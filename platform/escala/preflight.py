@@ -49,7 +49,7 @@ def ready(
         return None
     with tempfile.TemporaryDirectory(prefix="escala-code-") as elsewhere:
         place = home if keep else Path(elsewhere)
-        digest = None if source is None else user_code.snapshot(source, place)
+        digest = None if source is None else user_code.snapshot(source, place, _roots(functions(config)))
         check(workload, config, None if digest is None else user_code.directory(place, digest), waits)
         return digest
 
@@ -57,11 +57,16 @@ def ready(
 def _source(names: list[str], code: str | Path | None) -> Path | None:
     if code is not None:
         return Path(code).expanduser().absolute()
-    roots = {name.partition(":")[0].partition(".")[0] for name in names} - {*user_code.OURS}
+    roots = _roots(names)
     if not roots:
         return None
     here = Path(os.getcwd())
     return here if any((here / root).is_dir() or (here / f"{root}.py").is_file() for root in roots) else None
+
+
+def _roots(names: list[str]) -> set[str]:
+    """The user's top-level modules that functions are in."""
+    return {name.partition(":")[0].partition(".")[0] for name in names} - {*user_code.OURS}
 
 
 def _reads_files(workload: str, config: Mapping[str, Any]) -> bool:

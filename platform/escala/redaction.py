@@ -35,7 +35,10 @@ _NAME = (
     r"[\w.-]{0,60}(?:password|passwd|passphrase|passwort|pwd|secret|api[_-]?key|access[_-]?key|private[_-]?key|credential)"
     r"s?(?:[_-](?:key|value|token|id))*"
 )
-_TOKEN = r"(?:[\w.-]{0,60}[_.-])?(?:auth|access|bearer|refresh|session|security|private|id|api|sas|hf|hub|job)[_-]?token|token"
+_TOKEN = (
+    r"(?:[\w.-]{0,60}[_.-])?"
+    r"(?:auth|access|bearer|refresh|session|security|private|id|api|sas|hf|hub|job)[_-]?token|token"
+)
 _IN_QUERY = rf"(?:{_NAME}|{_TOKEN}|sig|signature|[\w.-]+[_-]signature|[\w.-]*auth|key|code|pw|pass|jwt)"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s<>`]+")
 _USERINFO = re.compile(r"([^\s:/?#@'\",]*)(:.*)?@")
@@ -188,11 +191,17 @@ def _known(variables: tuple[tuple[str, str], ...]) -> re.Pattern[str] | None:
 
 
 def _secrets_of(url: str) -> set[str]:
-    """Passwords in an address, and the user where that is the secret; none that is another part of it as well."""
+    """Passwords in an address, tokens in its path, and the user where that is the secret; no password that is another
+    part of it as well.
+    """
     scheme, _, rest = url.partition("://")
     place, at, behind = rest.rpartition("@")
     user, colon, password = place.partition(":")
     found = ({password} if colon else {user} if scheme.startswith("http") else set()) if at else set()
-    pairs = parse_qsl(behind.partition("?")[2].partition("#")[0], keep_blank_values=True)
-    found |= {value for key, value in pairs if re.fullmatch(_IN_QUERY, key, re.IGNORECASE)}
-    return {value for value in found if value != user or not colon} - set(re.split(r"[/:?#]", behind))
+    pairs = [pair for part in re.split(r"[?#;]", behind)[1:] for pair in parse_qsl(part)]
+    named = {value for key, value in pairs if re.fullmatch(_IN_QUERY, key, re.IGNORECASE)}
+    path = f"/{behind.partition('#')[0].partition('/')[2]}" if scheme.startswith("http") else ""
+    in_path = {part.group() for part in _RANDOM_SEGMENT.finditer(path)}
+    in_path |= {part.group().rpartition("/")[2] for part in _SECRET_SEGMENT.finditer(path)}
+    others = set(re.split(r"[/:?#]", behind))
+    return ({value for value in found | named if value != user or not colon} - others) | in_path

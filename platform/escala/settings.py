@@ -25,7 +25,11 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="ESCALA_", frozen=True, extra="ignore", populate_by_name=True
+        env_prefix="ESCALA_",
+        env_ignore_empty=True,  # as if unset: an empty home would be the present directory
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
     )
 
     home: Path = Path("~/.escala")

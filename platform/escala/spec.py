@@ -24,6 +24,7 @@ from workloads.config.base import Strict
 from workloads.config.serve import ServeConfig
 from workloads.flops import parameter_counts, training_flops_per_token
 
+CORRECT = "correct what is named; `escala submit pretrain --dry-run` prints a spec with every key"
 MOST_TOLD = 10  # of what is wrong with a file, in one message
 
 
@@ -92,15 +93,19 @@ def load_job(
         raise SpecError(f"there is no workload {workload!r}", _nearest(workload, WORKLOADS))
     entry_point, config_class = WORKLOADS[workload]
     data = written(files, overrides, base)
-    job = data.pop("job", {})
-    stated = {k: v for k, v in (options or {}).items() if v is not None}
-    flags = Section(stated, {name: f"--{name.replace('_', '-')}" for name in stated})
-    return JobSpec(
-        workload,
-        entry_point,
-        validate(JobOptions, merge(_mapping(job, "job"), flags), "job", "job."),
-        validate(config_class, data, workload),
-    )
+    job = _mapping(data.pop("job", {}), "job")
+    return JobSpec(workload, entry_point, job_options(job, options), validate(config_class, data, workload))
+
+
+def job_options(written: Mapping[str, Any], stated: Mapping[str, Any] | None) -> JobOptions:
+    """The scheduling half: what a file's `job` section holds, under the command line's flags (None: not given).
+
+    Raises SpecError.
+    """
+    given = {k: v for k, v in (stated or {}).items() if v is not None}
+    flags = Section(given, {name: f"--{name.replace('_', '-')}" for name in given})
+    options: JobOptions = validate(JobOptions, merge(written, flags), "job", "job.")
+    return options
 
 
 def load_rollouts(args: Mapping[str, Any]) -> ServeConfig:
@@ -250,7 +255,7 @@ def _spec_error(
             given = item.get("input")
             shown = f" (given {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
             messages.append(f"{where}{at}: {item['msg'].removeprefix('Value error, ')}{shown}")
-    hint = "; ".join(dict.fromkeys(hints)) or "`--dry-run` prints the spec in full, with every key"
+    hint = "; ".join(dict.fromkeys(hints)) or CORRECT
     told = [*dict.fromkeys(messages)]
     more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
     return SpecError("; ".join(told[:MOST_TOLD] + more), hint)

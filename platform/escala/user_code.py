@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from escala.errors import SpecError
@@ -26,12 +26,15 @@ def directory(home: Path, digest: str) -> Path:
     return home / "code" / digest
 
 
-def snapshot(source: Path, home: Path) -> str:
+def snapshot(source: Path, home: Path, named: Collection[str] = ()) -> str:
     """Copy the modules of `source` into the home, unless they are there; the copy's digest.
+
+    Args:
+        named: folders to copy even if only their subfolders hold Python (packages without an __init__.py).
 
     Raises SpecError where `source` is no directory, cannot be read, or holds more than a person writes.
     """
-    files = modules(source)
+    files = modules(source, named)
     digest = hashlib.sha256()
     contents = {}
     for name, path in files.items():
@@ -44,7 +47,7 @@ def snapshot(source: Path, home: Path) -> str:
     return found
 
 
-def modules(source: Path) -> dict[str, Path]:
+def modules(source: Path, named: Collection[str] = ()) -> dict[str, Path]:
     """The files to copy, by their path inside: `*.py` of the directory itself, and its folders that hold Python, with
     all that is in them. escala's own packages, hidden folders and environments stay out. Raises SpecError.
     """
@@ -54,7 +57,7 @@ def modules(source: Path) -> dict[str, Path]:
         )
     found: dict[str, Path] = {}
     size = 0
-    for path in _candidates(source):
+    for path in _candidates(source, named):
         name, size = str(path.relative_to(source)), size + path.stat().st_size
         found[name] = path
         if len(found) > MOST_FILES or size > MOST_BYTES:
@@ -65,14 +68,14 @@ def modules(source: Path) -> dict[str, Path]:
     return found
 
 
-def _candidates(source: Path) -> Iterator[Path]:
+def _candidates(source: Path, named: Collection[str]) -> Iterator[Path]:
     for entry in sorted(source.iterdir()):
         if entry.name.startswith(".") or entry.name in (*SKIPPED, *OURS):
             continue
         if entry.suffix == ".py" and entry.is_file():
             yield entry
-        elif entry.is_dir() and entry.name.isidentifier() and any(entry.glob("*.py")) and not _is_venv(entry):
-            yield from _inside(entry)
+        elif entry.is_dir() and entry.name.isidentifier() and not _is_venv(entry):
+            yield from _inside(entry) if entry.name in named or any(entry.glob("*.py")) else ()
 
 
 def _inside(package: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def crashes(prompts, responses): os.kill(os.getpid(), 11)
 def one(prompts): return prompts
 def three(prompts, responses, rubric): return prompts
 async def waits(prompts, responses): return [1.0]
+class Waiting:
+    async def __call__(self, prompts, responses): return [1.0]
+waiting = Waiting()
+async def streams(prompts, responses): yield 1.0
 def yields(prompts, responses): yield from (1.0 for _ in responses)
 def none(prompts, responses): return None
 def huge(prompts, responses): return [10**400 for _ in responses]
@@ -68,7 +73,9 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("waits", SpecError, "is a coroutine"),
         ("none", SpecError, "raised TypeError"),
         ("huge", SpecError, "for response 1"),
-        ("absent", SpecError, "can't be imported: AttributeError"),
+        ("absent", SpecError, "is not there"),
+        ("waiting", SpecError, "is a coroutine"),
+        ("streams", SpecError, "is a coroutine"),
     ],
 )
 def test_a_function_s_end_is_its_own_error(code: Path, name: str, kind: type[EscalaError], says: str) -> None:
@@ -119,7 +126,10 @@ def test_a_snapshot_is_the_modules_by_content(code: Path, tmp_path: Path) -> Non
         "helper.py",
         *(f"mine/{n}" for n in ("crashes.py", "exits.py", "loops.py", "rewards.py", "words.txt")),
     }
+    (code / "data" / "scripts").mkdir()
+    (code / "data" / "scripts" / "x.py").write_text("")
     assert set(user_code.modules(code)) == found
+    assert set(user_code.modules(code, ["data"])) == found | {"data/large.bin", "data/scripts/x.py"}
     digest = user_code.snapshot(code, tmp_path / "home")
     copy = user_code.directory(tmp_path / "home", digest)
     assert (copy / "mine" / "words.txt").read_text() == "good"
@@ -175,6 +185,11 @@ def test_functions_of_the_present_directory_are_found_and_copied(
     assert (user_code.directory(home, digest) / "mine" / "rewards.py").is_file()
     assert preflight.ready("ppo", ppo(tmp_path), tmp_path / "other", keep=False) == digest
     assert not (tmp_path / "other").exists()
+    (code / "spread" / "inner").mkdir(parents=True)  # Python in a subfolder alone, and no __init__.py
+    (code / "spread" / "inner" / "r.py").write_text("def score(prompts, responses): return []")
+    spread = ppo(tmp_path, rewards=[{"kind": "function", "function": "spread.inner.r:score"}])
+    assert preflight.ready("ppo", spread, home) not in (None, digest)
+    shutil.rmtree(code / "spread")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match="No module named 'mine'"):
         preflight.ready("ppo", ppo(tmp_path), home)

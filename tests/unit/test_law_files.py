@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[str | bytes, dict[str, str], str]] = {
     "empty": ("", {}, "is empty"),
     "blank": (" \n\n", {}, "is empty"),
     "header only": (HEADER + "\n", {}, "a header and no rows"),
-    "comments only": (HEADER + "\n# 1,2,3\n", {}, "a header and no rows"),
+    "comments only": (HEADER + "\n# 1,2,3\n", {}, "a header and no rows but comments"),
     "no header": ("\n".join(BASE.splitlines()[1:]), {}, "line 1: numbers where the names"),
     "header as a comment": ("# " + BASE, {}, "line 2: numbers where the names"),
     "one column": (BASE.replace(",", "  "), {}, "is one column"),

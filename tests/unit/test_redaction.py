@@ -111,6 +111,9 @@ def test_what_a_variable_holds_is_hidden_in_every_form(monkeypatch: pytest.Monke
     monkeypatch.setenv("MAX_TOKENS", "100000")
     text = hide("FATAL: 'p@ss word' or p%40ss%20word, an-other, tracker-pw; escala runs 100000 tokens")
     assert text == "FATAL: '***' or ***, ***, ***; escala runs 100000 tokens"
+    monkeypatch.setenv("ESCALA_TRACKING_URI", "http://h/abcdefghijklmnopqrstuv12/x?a=1#token=in-fragment")
+    said = "with url: /abcdefghijklmnopqrstuv12/api/2.0/x, in-fragment"
+    assert hide(said) == "with url: /***/api/2.0/x, ***"
     monkeypatch.setenv("ESCALA_DATABASE_URL", "postgresql://escala:escala@db/escala")
     assert hide("escala logs") == "escala logs"
 

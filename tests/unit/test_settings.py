@@ -58,6 +58,11 @@ def test_our_variable_goes_before_mlflows(monkeypatch: pytest.MonkeyPatch) -> No
     assert Settings().tracker == "http://ours"
 
 
+def test_an_empty_home_is_not_the_present_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESCALA_HOME", "")
+    assert Settings().home == Path("~/.escala").expanduser()
+
+
 def test_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCALA_RAY_ADDRESS", "")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")

@@ -17,6 +17,7 @@ from escala.records import AttemptSpec, JobFiles, Outcome, RunRecord, TrialFiles
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import read_points
+from escala.sweeps.service import plan_sweep
 from escala.sweeps.space import Space, load_space, names
 from escala.sweeps.trials import Planned
 from tests.conftest import wait_for
@@ -410,6 +411,13 @@ def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypat
 def test_a_recipe_refuses_what_makes_no_model(written: dict, axes: dict, says: str) -> None:
     with pytest.raises(SpecError, match=says):
         design.by_recipe(written, axes)
+
+
+def test_a_dry_run_checks_the_job_s_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESCALA_HOME", str(tmp_path))
+    for options, says in (({"name": "a b"}, "--name"), ({"max_flops": float("inf")}, "--max-flops")):
+        with pytest.raises(SpecError, match=says):
+            plan_sweep("smoke", options=options)
 
 
 def test_a_space_of_too_many_trials_is_refused_before_they_are_made(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ CODE = "ESCALA_CODE"  # the directory of the user's modules (escala.user_code)
 IMPORT_SECONDS = 120.0  # a module may import torch on a busy machine
 ALARM_SECONDS = 10.0  # after its limit a process that nobody ended (its worker was killed) ends by itself
 HINT = "Submit from the directory that holds the module, or give it by --code."
+CORRECT = "Correct the module; importing it should only define functions."
 
 
 class UserFunction:
@@ -163,7 +164,6 @@ def import_function(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
         _check_origin(name, module, code)
-        function: Any = getattr(module, attribute)
     except SpecError:
         raise
     except BaseException as error:
@@ -171,11 +171,15 @@ def import_function(name: str) -> Callable[..., Any]:
             f"The reward function {name} can't be imported: {type(error).__name__}: {error}"[
                 :TEXT_CHARACTERS
             ],
-            HINT,
+            HINT if isinstance(error, ModuleNotFoundError) else CORRECT,
         ) from error
+    function = getattr(module, attribute, None)
     if not callable(function):
-        raise SpecError(f"The reward function {name} is no function but {type(function).__name__}.", HINT)
-    if inspect.iscoroutinefunction(function):
+        said = (
+            f"is no function but {type(function).__name__}" if hasattr(module, attribute) else "is not there"
+        )
+        raise SpecError(f"The reward function {name} {said}.", f"Name a function that {module_name} defines.")
+    if any(map(_is_async, (function, getattr(function, "__call__", None)))):  # noqa: B004 - of an instance
         raise SpecError(f"The reward function {name} is a coroutine.", "Write it with def, not async def.")
     try:
         inspect.signature(function).bind([], [])
@@ -188,6 +192,10 @@ def import_function(name: str) -> Callable[..., Any]:
     except ValueError:
         pass  # built in, and without a signature
     return function  # type: ignore[no-any-return]
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _check_origin(name: str, module: Any, code: str | None) -> None:

@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    workload: Annotated[str, typer.Argument(help="What to run: pretrain, sft, reward, dpo, judge.")],
+    workload: Annotated[str, typer.Argument(help="What to run: pretrain, sft, reward, dpo, ppo, judge.")],
     files: Files = None,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="For people; need not be unique.")] = None,

@@ -49,7 +49,7 @@ def sweep(
         "idempotency_key": idempotency_key,
     }
     if dry_run:
-        render_sweeps.plan(api.plan_sweep(space, overrides or (), code), json)
+        render_sweeps.plan(api.plan_sweep(space, overrides or (), code, options), json)
         return
     with progress.reporting("submitting", json) as report:
         job = api.sweep(space, overrides or (), options, resume, report, code)

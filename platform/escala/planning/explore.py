@@ -201,10 +201,14 @@ def fitting(
     return []
 
 
+def _job_name(state: Exploration) -> str:
+    return f"explore-{state.name}"
+
+
 def _planned_flops(state: Exploration, law: str, chosen: list[Proposal]) -> float:
     """What the runs take as they will be configured: the shape near N, whole steps, attention."""
     space = _write_space(state, law, [asdict(p) for p in chosen])
-    return sweeps.plan_sweep(str(space)).compute_flops
+    return sweeps.plan_sweep(str(space), options={"name": _job_name(state)}).compute_flops
 
 
 def _finish(state: Exploration, current: Round, report: Report) -> Round:
@@ -212,7 +216,7 @@ def _finish(state: Exploration, current: Round, report: Report) -> Round:
     if current.job_id is None:
         space = _write_space(state, current.law, current.proposals)
         left = state.budget_flops - state.spent_flops
-        options = {"name": f"explore-{state.name}", "max_flops": left, "idempotency_key": current.key}
+        options = {"name": _job_name(state), "max_flops": left, "idempotency_key": current.key}
         current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
         _save(replace(state, rounds=[*state.rounds[:-1], current]))
     *_, last = jobs.watch(str(current.job_id))

@@ -25,18 +25,24 @@ if TYPE_CHECKING:
 ENTRY_POINT = "escala.sweeps.tuner"
 
 
-def plan_sweep(space: str, overrides: Iterable[str] = (), code: str | Path | None = None) -> Plan:
+def plan_sweep(
+    space: str,
+    overrides: Iterable[str] = (),
+    code: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
     """What a sweep would train and cost; starts nothing.
 
     Args:
         space: the name of one in `tune_spaces/`, or a YAML file's path.
         overrides: `a.b=value` on the space's keys.
+        options: as of `sweep`; checked.
 
     Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
     """
-    name, loaded, options = _loaded(space, overrides, {})
+    name, loaded, checked = _loaded(space, overrides, options)
     plan = _plan(name, loaded)
-    _ready(loaded, plan, code, waits=bool(options.get("after")), keep=False)
+    _ready(loaded, plan, code, waits=checked.after is not None, keep=False)
     return plan
 
 
@@ -63,19 +69,16 @@ def sweep(
     """
     from escala.jobs.model import NewJob
 
-    name, loaded, given = _loaded(
-        space, overrides, {k: v for k, v in (options or {}).items() if v is not None}
-    )
+    name, loaded, checked = _loaded(space, overrides, options)
     plan = _plan(name, loaded)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
-        if given.get("idempotency_key"):
+        if checked.idempotency_key:
             raise SpecError(
                 "--idempotency-key is for a new sweep, and --resume queues an old one again",
                 "leave one of the two out",
             )
         return retry(_interrupted(name, config).id, report)
-    checked: spec.JobOptions = spec.validate(spec.JobOptions, {"name": name, **given}, "job")
     digest = _ready(loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
@@ -91,14 +94,14 @@ def sweep(
 
 
 def _loaded(
-    space: str, overrides: Iterable[str], options: dict[str, Any]
-) -> tuple[str, Space, dict[str, Any]]:
+    space: str, overrides: Iterable[str], options: Mapping[str, Any] | None
+) -> tuple[str, Space, spec.JobOptions]:
     """(name, the space with the jobs that its base builds on resolved, the sweep's options)."""
     from escala.sweeps.space import load_space
 
     name, loaded = load_space(space, overrides)
-    base, options = resolve_jobs(dict(loaded.base), options)
-    return name, loaded.model_copy(update={"base": base}), options
+    base, given = resolve_jobs(dict(loaded.base), dict(options or {}))
+    return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
 
 
 def _plan(name: str, space: Space) -> Plan:

@@ -50,7 +50,7 @@ class RayBackend:
     """Ray's job server.
 
     Args:
-        address: the dashboard's, http://HOST:PORT; or what finds it anew: a restarted head may have moved.
+        address: the dashboard's, http://HOST:PORT; or what finds it again: a restarted head may have moved.
     """
 
     def __init__(self, address: str | Callable[[], str]) -> None:
@@ -107,7 +107,7 @@ class RayBackend:
         except (RuntimeError, ConnectionError, requests.RequestException) as error:
             if absent and "status code 404" in str(error):
                 return absent["absent"]
-            self._client = None  # the next call connects anew: the head may come back elsewhere
+            self._client = None  # the next call connects again: the head may come back elsewhere
             raise ClusterError(
                 f"Ray's job server does not serve us: {str(error).strip().splitlines()[-1]}",
                 "`escala status` shows the cluster; `escala up` restarts it",

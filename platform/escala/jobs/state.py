@@ -186,7 +186,7 @@ def _illegal(job: JobView, event: Event) -> StateError:
         what = "already stopping" if job.state == "stopping" else f"already {job.state}"
         return StateError(f"job {job.id} is {what}", "only a queued, starting or running job can be stopped")
     if isinstance(event, RetryRequested):
-        hint = "`escala submit` starts it anew" if job.state == "succeeded" else "stop it first"
+        hint = "`escala submit` starts it again" if job.state == "succeeded" else "stop it first"
         return StateError(
             f"job {job.id} is {job.state}", f"only a failed or stopped job can be retried; {hint}"
         )
@@ -221,10 +221,11 @@ class Spent:
 
 def budget_spent(max_flops: float | None, max_seconds: float | None, spent: Spent) -> str | None:
     """Why no further attempt may start, with the numbers; None while budget is left."""
-    if max_flops is not None and (spent.compute_flops or 0.0) >= max_flops:
-        return f"its attempts used {spent.compute_flops:.4g} FLOPs of {max_flops:.4g}"
-    if max_seconds is not None and (spent.wall_seconds or 0.0) >= max_seconds:
-        return f"its attempts used {spent.wall_seconds:.1f} s of {max_seconds:.1f} s"
+    flops, seconds = spent.compute_flops or 0.0, spent.wall_seconds or 0.0
+    if max_flops is not None and flops >= max_flops:
+        return f"its attempts used {flops:.4g} FLOPs of {max_flops:.4g}"
+    if max_seconds is not None and seconds >= max_seconds:
+        return f"its attempts used {seconds:.1f} s of {max_seconds:.1f} s"
     return None
 
 

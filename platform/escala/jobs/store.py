@@ -44,7 +44,7 @@ USER_TRIES = 10  # a user's word must not lose a race against a progress of the 
 
 
 class LostRace(StateError):
-    """Another process changed the job since it was read: read it again and decide anew."""
+    """Another process changed the job since it was read: read it again and decide again."""
 
 
 def new_id() -> str:

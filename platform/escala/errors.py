@@ -1,6 +1,6 @@
 """One error tree. A user's error says what happened, why, and how to fix it.
 
-Every error carries a `message` (what and why), a `hint` (the fix) and an exit code; the CLI prints both and
+Every error carries a `message` (what and why), a `hint` (how to fix it) and an exit code; the CLI prints both and
 exits with the code. `kind` is the failure class that the retry rule reads (see `jobs/state.py`).
 """
 

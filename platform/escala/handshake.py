@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 def check(client: Mapping[str, str]) -> None:
     """Compare the versions that submitted a job with this process's.
 
-    Raises VersionError, with the numbers and the fix.
+    Raises VersionError, with the numbers and how to fix it.
     """
     here = versions()
     differing = [name for name in MUST_BE_EQUAL if client.get(name) != here.get(name)]

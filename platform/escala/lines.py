@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ def append(path: Path, lines: bytes) -> None:
 
 
 def whole(path: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Each whole line from `offset` on, without its end, and the offset after it. One that is too long is empty.
-    Raises OSError.
+    """Each whole line from `offset` on, without its end, and the offset after it. One that is too long is empty; a
+    directory or a pipe in the file's place has none. Raises OSError.
     """
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its writer
+        log.warning("%s is no regular file, and is left out", path)
+        return
     with path.open("rb") as file:
         file.seek(offset)
         while line := file.readline(LONGEST_BYTES):

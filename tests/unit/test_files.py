@@ -140,6 +140,8 @@ def test_a_line_after_a_cut_one_is_a_line(tmp_path: Path) -> None:
     lines.append(path, b'{"d":3}\n')
     assert lines.objects(path) == [{"a": 1}, {"c": 2}, {"d": 3}]
     assert lines.objects(tmp_path / "none") == []
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    assert lines.objects(tmp_path / "pipe") == lines.objects(tmp_path) == []
 
 
 def test_a_line_without_end_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

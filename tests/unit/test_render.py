@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -105,3 +106,13 @@ def test_the_reason_of_a_run_is_whole(capsys: pytest.CaptureFixture[str]) -> Non
     )
     render.runs([run], False)
     assert f"j0000001-1 user_error: {REASON}\n" in capsys.readouterr().out
+
+
+def test_a_reason_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "cannot connect to postgresql://me:hunter2@db/jobs"
+    failed = replace(JOB, state="failed", message=said, hint=said)
+    render.jobs([failed], False)
+    render.ended(failed)
+    shown = capsys.readouterr()
+    assert "hunter2" not in shown.out + shown.err
+    assert shown.out.count("me:") == 2

@@ -471,6 +471,21 @@ def test_a_huge_outcome_is_kept_in_part(tmp_path):
     assert (found.state, found.reason, len(found.message)) == ("failed", "k" * 32, 20_000)
 
 
+def test_a_job_that_cannot_be_started_takes_nobodys_place(tmp_path):
+    world = World(tmp_path, {})
+    world.reconciler._limit = 1
+    spent, odd, good = (
+        world.submit(name, priority=90 - i) for i, name in enumerate(("spent", "odd", "good"))
+    )
+    with sqlite3.connect(tmp_path / "jobs.db") as connection:
+        connection.execute("UPDATE job SET max_flops = 0 WHERE id = ?", (spent,))
+        connection.execute("INSERT INTO attempt (job_id, number, claimed_at, message, hint, delivered) "
+                           "VALUES (?, 1, 0, '', '', TRUE)", (odd,))  # fmt: skip
+    connection.close()
+    world.until(lambda: world.store.get(good).state == "succeeded")
+    assert [world.store.get(job).state for job in (spent, odd)] == ["stopped", "queued"]
+
+
 def test_an_outcome_that_no_database_takes_ends_its_job(tmp_path):
     world = World(tmp_path, {"x": ["hang"]})
     job = world.submit("x")

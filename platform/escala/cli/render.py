@@ -40,7 +40,7 @@ def is_terminal() -> bool:
 
 
 def error(failure: EscalaError) -> None:
-    """What and why, then the fix."""
+    """What and why, then how to fix it."""
     err_console.print(f"[bold red]error:[/] {escape(failure.message)}")
     if failure.hint:
         err_console.print(f"[bold]hint:[/] {escape(failure.hint)}")
@@ -128,10 +128,10 @@ def jobs(views: Sequence[Job], json: bool) -> None:
 def _reason(view: Job, console: Console, subject: str = "") -> None:
     """Why a job failed, under the table, which would cut it, and the hint."""
     console.print(
-        f"[bold red]{subject}failed:[/] {escape(view.message or view.reason or 'no reason was given')}"
+        f"[bold red]{subject}failed:[/] {escape(hide(view.message or view.reason or 'no reason was given'))}"
     )
     if view.hint:
-        console.print(f"[bold]hint:[/] {escape(view.hint)}")
+        console.print(f"[bold]hint:[/] {escape(hide(view.hint))}")
 
 
 def job(details: JobDetails, json: bool) -> None:

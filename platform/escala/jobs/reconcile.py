@@ -209,19 +209,34 @@ class Reconciler:
     # Jobs that start
 
     def _start(self) -> None:
-        active, queue = len(self._store.active()), {}
-        if active >= self._limit:
+        """Start what may start. A job that cannot be started takes nobody's place."""
+        if len(self._store.active()) >= self._limit:
             return
+        queue: dict[str, Job] = {}
         for job in self._store.queue(LOOK_AHEAD):
-            why = budget_spent(job.max_flops, job.max_seconds, Spent(job.compute_flops, job.wall_seconds))
-            if why is None:
-                queue[job.id] = job
-            else:
-                self._apply(job, BudgetSpent(why))
-        for place in next_to_start([job.place for job in queue.values()], active, self._limit):
-            attempt = self._store.claim_start(queue[place.id])
-            log.info("%s: attempt %d is claimed", attempt.job_id, attempt.number)
-            self._advance(self._store.get(place.id))
+            self._guard(job.id, self._line_up, job, queue)
+        while first := self._next(queue):
+            self._guard(first, self._begin, queue.pop(first))
+
+    def _line_up(self, job: Job, queue: dict[str, Job]) -> None:
+        """Add a job to `queue`, or end it where its budget is spent."""
+        why = budget_spent(job.max_flops, job.max_seconds, Spent(job.compute_flops, job.wall_seconds))
+        if why is None:
+            queue[job.id] = job
+        else:
+            self._apply(job, BudgetSpent(why))
+
+    def _next(self, queue: Mapping[str, Job]) -> str | None:
+        """The job of `queue` that starts next; None where none may."""
+        places = [job.place for job in queue.values()]
+        return next(
+            (place.id for place in next_to_start(places, len(self._store.active()), self._limit)), None
+        )
+
+    def _begin(self, job: Job) -> None:
+        attempt = self._store.claim_start(job)
+        log.info("%s: attempt %d is claimed", attempt.job_id, attempt.number)
+        self._advance(self._store.get(job.id))
 
     def _submit(self, job: Job, attempt: Attempt, files: AttemptFiles) -> None:
         """Write the attempt's directory and fence, then submit. Repeating any part of it changes nothing."""

@@ -21,6 +21,9 @@ from escala.jobs.tables import JOB_ID
 
 log = logging.getLogger("escala.store")
 T = TypeVar("T", Job, Attempt, HistoryEvent)
+COUNTS = {"attempts", "revision", "retries", "retries_used"}
+TIMES = {"submitted_at", "changed_at", "claimed_at", "running_at", "stopping_at", "ended_at", "at"}
+MOST_SECONDS = 1e12  # since 1970: some 30,000 years
 OPTIONAL = ("progress", "record")  # of an attempt: without them it is as before its first report
 
 
@@ -109,4 +112,10 @@ def _checked(kind: type[Any], row: RowMapping | dict[str, Any]) -> tuple[dict[st
         return values, problem
     if not JOB_ID.fullmatch(values["id" if kind is Job else "job_id"]):
         return values, "its id is none"
+    for name in values.keys() & COUNTS:
+        if not 0 <= values[name] < 2**31:
+            return values, f"its {name} is {values[name]}"
+    for name in values:
+        if name in TIMES and not abs(values[name] or 0.0) < MOST_SECONDS:
+            return values, f"its {name} is {values[name]}"
     return values, ""

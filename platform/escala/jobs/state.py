@@ -221,10 +221,11 @@ class Spent:
 
 def budget_spent(max_flops: float | None, max_seconds: float | None, spent: Spent) -> str | None:
     """Why no further attempt may start, with the numbers; None while budget is left."""
-    if max_flops is not None and (spent.compute_flops or 0.0) >= max_flops:
-        return f"its attempts used {spent.compute_flops:.4g} FLOPs of {max_flops:.4g}"
-    if max_seconds is not None and (spent.wall_seconds or 0.0) >= max_seconds:
-        return f"its attempts used {spent.wall_seconds:.1f} s of {max_seconds:.1f} s"
+    flops, seconds = spent.compute_flops or 0.0, spent.wall_seconds or 0.0
+    if max_flops is not None and flops >= max_flops:
+        return f"its attempts used {flops:.4g} FLOPs of {max_flops:.4g}"
+    if max_seconds is not None and seconds >= max_seconds:
+        return f"its attempts used {seconds:.1f} s of {max_seconds:.1f} s"
     return None
 
 

@@ -21,7 +21,7 @@ from escala import lines
 from escala.files import no_room, write_whole
 from escala.records import read_record, write_json
 from escala.tracking.events import parse_event
-from escala.tracking.sending import Sender, refused
+from escala.tracking.sending import Sender, is_away, refused
 from escala.tracking.tracker import Tracker, open_tracker
 
 log = logging.getLogger("escala.delivery")
@@ -187,20 +187,6 @@ class _Teller:
         if (self._spool, what) not in self._told:
             self._told.add((self._spool, what))
             log.error("%s: %s: %.200s (the like is not said again)", self._spool, what, detail)
-
-
-def is_away(error: BaseException | None) -> bool:
-    """Whether the tracker did not answer at all: no connection, or none in time."""
-    import requests
-
-    away = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, away):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _chunks(path: Path, offset: int, tell: Callable[..., None]) -> Iterator[tuple[list[dict[str, Any]], int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from escala.errors import ClusterError, EscalaError, SpecError
 from escala.redaction import hide, hide_in
+from escala.tracking.sending import is_away
 from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 KEY_TAG = "escala.key"
@@ -54,10 +55,12 @@ def open_client(uri: str) -> Any:
 
 def tracker_error(uri: str, error: Exception) -> EscalaError:
     """What a user reads when a call to MLflow failed."""
+    if is_away(error):
+        return ClusterError(
+            f"the tracker at {uri} does not answer", "`escala status`; `escala up` restarts it"
+        )
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ClusterError(
-        f"the tracker at {uri} failed: {said[:300]}", "`escala status`; `escala up` restarts it"
-    )
+    return ClusterError(f"the tracker at {uri} failed: {said}", "`escala status`; `escala up` restarts it")
 
 
 class MlflowTracker:

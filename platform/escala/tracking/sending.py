@@ -1,5 +1,5 @@
-"""Sends events to a run, and leaves out what the tracker refuses for what it says: it would do so forever, and hold
-up all that comes after it.
+"""Sends events to a run, and leaves out what the tracker refuses for what it says: it would do so each time,
+and hold up all that comes after it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,20 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"
 def refused(error: BaseException) -> bool:
     """Whether the tracker answered that it will not do this, now or later."""
     return getattr(error, "error_code", "") in _REFUSALS
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether the tracker did not answer at all: no connection, or none in time."""
+    import requests
+
+    away = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, away):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Sender:

@@ -24,6 +24,8 @@ TEXT_CHARACTERS = 20_000  # of an outcome's message and hint: the database keeps
 TRIALS = "trials.jsonl"
 STOP_REASONS = ("user", "budget", "preempted")  # Control.stop, and the outcomes of those that obey
 
+ONE_NODE = "ESCALA_ONE_NODE"
+"""Set in a job's environment where its cluster has one node and gets no other."""
 SAMPLES = "samples.json"  # the table of what a policy said, an artifact of its run
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from escala import user_code
+from escala.records import ONE_NODE
 from escala.redaction import hide
 
 PACKAGES = ("escala", "workloads", "tune_spaces")
@@ -25,6 +26,7 @@ def runtime_env(
     tracking_uri: str | None = None,
     environ: Mapping[str, str] = os.environ,
     code: Path | None = None,
+    one_node: bool = False,
 ) -> dict[str, Any]:
     """A runtime_env for a job.
 
@@ -36,6 +38,8 @@ def runtime_env(
         tracking_uri: passed on when it is a server's address without a password: Ray's dashboard shows a runtime_env.
         environ: what the fixed list PASSED_ON is read from.
         code: the copy of the user's modules (escala.user_code).
+        one_node: whether the cluster is this machine alone, as the embedded one is: a job's rollout service holds its
+            places there (ServeConfig.hold_places).
     """
     variables = {
         "RAY_ADDRESS": ray_address,
@@ -57,6 +61,8 @@ def runtime_env(
         variables["MLFLOW_TRACKING_URI"] = tracking_uri
     if code is not None:
         variables[user_code.VARIABLE] = str(code)
+    if one_node:
+        variables[ONE_NODE] = "1"
     variables |= {name: environ[name] for name in PASSED_ON if name in environ}
     return {"env_vars": variables}
 

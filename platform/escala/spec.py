@@ -300,3 +300,13 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
     names = sorted(set(valid))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
+
+
+def served(config: Mapping[str, Any]) -> dict[str, float]:
+    """CPUs and GPUs of what runs beside the workers of a job with this configuration: PPO's rollout service."""
+    service = config.get("rollouts")
+    if service is None:
+        return {"CPU": 0.0, "GPU": 0.0}
+    rewards = any(section["kind"] != "function" for section in config["rewards"])
+    replicas = service["replicas"] + rewards
+    return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}

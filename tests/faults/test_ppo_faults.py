@@ -185,6 +185,11 @@ def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     assert details.job.state == "succeeded", "".join(api.logs(undisturbed))[-3000:]
     record = api.finished_run(undisturbed)
     assert record.measures["reward"] > 0.9
+    lines = "".join(api.logs(undisturbed)).splitlines()
+    assert [
+        line for line in lines if " -- CALL " in line or "ServeReplica" in line
+    ] == []  # Serve's, per response
+    assert len(lines) < ITERATIONS * 5 + 100
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4
     checkpoints = JobFiles(Settings().home, undisturbed).checkpoints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -113,6 +113,7 @@ SOME_TOKENS = st.lists(st.one_of(st.sampled_from(LIKELY), st.integers(0, len(PIE
 @pytest.mark.parametrize("name", DECODERS)
 @settings(max_examples=60, deadline=None)
 @given(tokens=SOME_TOKENS)
+@example(tokens=[3, len(PIECES) + 3, 3 + 0xE4])  # an id of no token parts no run of bytes
 def test_pieces_are_the_decoders_text_whatever_the_tokens(name: str, tokens: list[int]) -> None:
     tokenizer = TOKENIZERS[name]
     assert "".join(streamed(tokens, (), tokenizer)[0]) == tokenizer.decode(tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from escala import api, spec
 from escala.errors import SpecError
 from workloads.config import PpoConfig
+from workloads.config.serve import OwnerConfig
 from workloads.flops import ppo_flops_per_token, training_flops_per_token
 
 BASE: dict[str, Any] = {
@@ -95,3 +98,53 @@ def test_it_can_be_planned() -> None:
     found, _ = api.cost(answer)
     assert found.wall_seconds > 0
     assert any("PPO" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_response(
+    monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    from escala.runtime_env import runtime_env
+    from workloads.alignment import service
+
+    variables = runtime_env("127.0.0.1:1", environ={}, one_node=local)["env_vars"]
+    monkeypatch.delenv("ESCALA_ONE_NODE", raising=False)
+    for name in variables.keys() & {"ESCALA_ONE_NODE"}:
+        monkeypatch.setenv(name, variables[name])
+    judged = config(rewards=[{"kind": "model", "model": "rated"}], rollouts={"replica_cpus": 0.5})
+    me = OwnerConfig(token="a/b", lock="lock")
+    made: list[Any] = []
+    monkeypatch.setattr(service.serve, "status", lambda: SimpleNamespace(applications={}))
+    monkeypatch.setattr(service.serve, "run", lambda app, **options: made.append((app, options)))
+    monkeypatch.setattr(service, "_own_logs_only", lambda: None)
+    arguments = service.serve_config(judged, Path("model"), me).model_dump(mode="json")
+    service._run("ppo-j", arguments)
+    ((app, options),) = made
+    api_deployment = app._bound_deployment
+    assert options["logging_config"]["enable_access_log"] is False
+    served = [
+        each._bound_deployment for each in api_deployment.init_args if hasattr(each, "_bound_deployment")
+    ]
+    assert {each.name for each in served} == {"policy", "reward"}
+    for each in [api_deployment, *served]:
+        assert each._deployment_config.logging_config is None  # the application's holds
+    for each in served:  # a place is counted once: by who holds it
+        places = [a for a in each._deployment_config.deployment_actors if a.name == "places"]
+        assert [a.init_kwargs for a in places] == ([{"cpus": 0.5}] if local else [])
+        assert each.ray_actor_options["num_cpus"] == (0 if local else 0.5)
+
+
+def test_a_job_has_room_for_its_service_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from escala.jobs.service import _check_room
+
+    def job(workers: int, **changes: Any) -> Any:
+        found = config(resources={"workers": workers}, **changes)
+        return SimpleNamespace(config=found, plain=lambda: found.model_dump(mode="json"))
+
+    monkeypatch.setenv("ESCALA_NUM_CPUS", "4")
+    monkeypatch.delenv("ESCALA_RAY_ADDRESS", raising=False)
+    _check_room(job(2, rollouts={"replicas": 2}))  # all of the head's
+    with pytest.raises(SpecError, match="and 1 of the rollout service are 5 CPUs"):
+        _check_room(job(4))
+    monkeypatch.setenv("ESCALA_RAY_ADDRESS", "10.0.0.7:6379")
+    _check_room(job(4))  # a cluster that may grow

@@ -12,9 +12,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.serve._private import replica as serve_replica
+from tokenizers import decoders, pre_tokenizers
 
 from benchmarks import fuzz_requests
 from escala.errors import DataError, SpecError, StateError
@@ -267,6 +269,40 @@ def test_a_template_s_own_error_is_that_request_s(tokenizer: Any, monkeypatch: p
     served(tokenizer, test)
 
 
+def test_panics_of_the_tokenizers_library_end_their_own_requests(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path)
+    plain = tokenizer._plain
+
+    async def test(policy: Policy) -> None:
+        tokenizer.tokenizer.decoder = decoders.Strip("Ġ", 0, 9)  # reads before a token's first letter
+        blank = tokenizer.tokenizer.token_to_id("Ġ")
+        bad = {**GOOD, "top_k": 1, "prompt": [blank], "stop": "x"}
+        with pytest.raises(BaseException, match="index out of bounds") as found:
+            tokenizer.tokenizer.decode([blank])
+        assert not isinstance(found.value, Exception)
+        policy.stepper.engine._ends = frozenset()  # type: ignore[attr-defined]
+        draws = iter([blank])
+        original = engine_module.sample
+
+        def sample(logits: Any, given: Any) -> Any:
+            tokens, logprobs = original(logits, given)
+            return [
+                next(draws, t) if d.params.top_k == 1 else t for t, d in zip(tokens, given, strict=True)
+            ], logprobs
+
+        with mock.patch.object(engine_module, "sample", sample):
+            answer = await ask(COMPLETIONS, bad)
+        assert (answer.status, answer.json()["error"]["type"]) == (500, "RequestFailed")
+        assert "PanicException" in answer.text
+        plain.pre_tokenizer = pre_tokenizers.FixedLength(0)
+        answer = await ask(COMPLETIONS, {**GOOD, "prompt": "hello"})
+        assert (answer.status, "PanicException" in answer.text) == (400, True)
+        tokenizer.tokenizer.decoder = decoders.ByteLevel()
+        assert (await ask(COMPLETIONS, GOOD)).status == 200
+
+    served(tokenizer, test)
+
+
 def test_when_an_engine_dies_clients_are_told_and_its_replica_is_unhealthy(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +466,25 @@ def test_beside_prompts_of_ten_megabytes_others_are_answered(
             assert [a.status for a in answers] == [200, 200]
         go_on.append(True)
         assert [(await task).status for task in long] == [200] * 3
+
+    served(tokenizer, test)
+
+
+def test_while_a_long_prompt_is_tokenised_others_are_answered(tokenizer: Any) -> None:
+    """The tokenizer itself at work: in a thread that held the interpreter's lock meanwhile, nobody would be."""
+    text = "the cat sat on the dog, and " * 10_000  # half a second or more
+
+    async def test(policy: Policy) -> None:
+        policy.prompts.most_characters = 1 << 30
+        for path, body in (
+            (COMPLETIONS, {"prompt": text}),
+            (CHAT, {"messages": [{"role": "user", "content": text}]}),
+        ):
+            long, answered = asyncio.create_task(ask(path, body)), 0
+            while not long.done():
+                answered += (await ask(COMPLETIONS, {"prompt": "the dog", "max_tokens": 2})).status == 200
+            assert (await long).status == 400  # tokenised, and longer than the context
+            assert answered >= 5
 
     served(tokenizer, test)
 

@@ -5,6 +5,7 @@ The application is the one that `escala rollouts up` builds, under the job's own
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ray import serve
 from ray.util import get_current_placement_group
 
 from escala.errors import ClusterError
-from escala.records import AttemptSpec
+from escala.records import ONE_NODE, AttemptSpec
 from workloads.alignment.rollouts import served_rewards
 from workloads.config import PpoConfig
 from workloads.config.serve import EngineConfig, OwnerConfig, ScalingConfig, ServeConfig
@@ -109,6 +110,7 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig
         reward=served_rewards(config),
         replica_cpus=service.replica_cpus,
         replica_gpus=service.replica_gpus,
+        hold_places=ONE_NODE in os.environ,
         sync_seconds=service.timeout_seconds,
         shutdown_seconds=SHUTDOWN_SECONDS,
         owner=me,

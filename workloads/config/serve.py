@@ -69,7 +69,7 @@ class ServeConfig(Strict):
     hold_places: bool = Field(
         False,
         description="hold the CPUs of replicas beside them, so that a dead one's are not given to a job meanwhile; for "
-        "a cluster of one node (`up` sets it for the local one), and not with GPUs",
+        "a cluster of one node (set for the local one, also for a job's own service), and not with GPUs",
     )
     max_staleness: int | None = Field(
         None,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,10 +117,17 @@ class Engine:
     def add(self, request: Request) -> None:
         """See EngineProtocol."""
         self._check(request)
-        text = None
-        if self._tokenizer is not None:
-            text = TextStream(self._tokenizer.tokenizer, request.params.stop, continues=True)
-        self._sequences[request.id] = self._scheduler.add(request, text)
+        self._sequences[request.id] = self._scheduler.add(request, self._stream(request))
+
+    def _stream(self, request: Request) -> TextStream | None:
+        if self._tokenizer is None:
+            return None
+        try:
+            return TextStream(self._tokenizer.tokenizer, request.params.stop, continues=True)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # as in `_advance`
+            raise _failed(request.id, error) from error
 
     def cancel(self, request_id: str) -> bool:
         """See EngineProtocol."""
@@ -287,10 +295,9 @@ class Engine:
                 "Shorten it.",
             )
         vocabulary = self._network.config.vocab_size
-        for token in (*prompt, *params.stop_token_ids):
-            if not isinstance(token, Integral) or not 0 <= token < vocabulary:
-                wrong = f"token {shown(token)} is not of the vocabulary of {vocabulary}"
-                yield wrong, "Use the model's tokenizer."
+        for token in _foreign((*prompt, *params.stop_token_ids), vocabulary):
+            wrong = f"token {shown(token)} is not of the vocabulary of {vocabulary}"
+            yield wrong, "Use the model's tokenizer."
         for most, holder, fix in (
             (self.max_context_tokens, "context", "Shorten the prompt or lower max_tokens."),
             (room, "cache", "Raise the engine's cache_tokens, or lower max_tokens."),
@@ -299,6 +306,17 @@ class Engine:
                 yield f"prompt and max_tokens make {shown(total)} tokens, the {holder} holds {most}", fix
         if params.stop and self._tokenizer is None:
             yield "it has stop strings, the engine has no tokenizer", "Use stop_token_ids."
+
+
+def _foreign(tokens: Many[object], vocabulary: int) -> Iterator[object]:
+    """Those that are no ids of the vocabulary. A long prompt of good ones is seen to be so at once."""
+    if all(issubclass(kind, Integral) for kind in set(map(type, tokens))):
+        ids: Any = tokens
+        if not ids or (min(ids) >= 0 and max(ids) < vocabulary):
+            return
+    for token in tokens:
+        if not isinstance(token, Integral) or not 0 <= token < vocabulary:
+            yield token
 
 
 def _piece(work: Work) -> Piece:

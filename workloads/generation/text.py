@@ -40,6 +40,8 @@ class TextStream:
         special = self._decoding.specials.get(token)
         if special is not None:
             return self._accept("", self._held() if self._stop else "", special)
+        if self._decoding.tokenizer.id_to_token(token) is None:
+            return ""  # beyond the tokenizer's vocabulary, where the model's is larger: the decoder leaves it out
         self._window.append(token)
         if not self._decoding.is_local or self._decoding.is_byte(token):
             return self._accept("", self._held()) if self._stop else ""

@@ -145,7 +145,8 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
         threads, gpus = resources.get("threads_per_worker", 1), resources.get("gpus_per_worker", 0) > 0
         digest = job.tags.get(user_code.TAG)
         code = user_code.directory(settings.home, digest) if digest else None
-        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code)
+        one_node = settings.ray_address is None
+        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code, one_node=one_node)
 
     return Reconciler(
         store,

@@ -171,12 +171,15 @@ def watch(name: str) -> Iterator[Watched]:
 def _check_room(job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
     settings, resources = Settings(), job.config.resources
-    cpus = resources.workers * resources.cpus_per_worker
+    beside = spec.served(job.plain())["CPU"]
+    cpus = resources.workers * resources.cpus_per_worker + beside
     if settings.ray_address is None and cpus > settings.num_cpus:
+        service = f" and {beside:g} of the rollout service" if beside else ""
         raise SpecError(
-            f"{resources.workers} workers x {resources.cpus_per_worker:g} CPUs are {cpus:g} CPUs; the embedded head "
-            f"has {settings.num_cpus}",
-            "lower resources.workers or resources.cpus_per_worker, or raise ESCALA_NUM_CPUS (logical CPUs)",
+            f"{resources.workers} workers x {resources.cpus_per_worker:g} CPUs{service} are {cpus:g} CPUs; the "
+            f"embedded head has {settings.num_cpus}",
+            f"lower resources.workers or resources.cpus_per_worker{' or rollouts.replica_cpus' if beside else ''}, "
+            "or raise ESCALA_NUM_CPUS (logical CPUs)",
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from escala import spec
 from escala.errors import SpecError
 from escala.records import Outcome, read_record
 from escala.settings import Settings
@@ -70,12 +71,7 @@ def needed(trial: Trial) -> dict[str, float]:
 
 def served(trial: Trial) -> dict[str, float]:
     """CPUs and GPUs of what runs beside a trial's workers: the rollout service of PPO."""
-    service = trial.config.get("rollouts")
-    if service is None:
-        return {"CPU": 0.0, "GPU": 0.0}
-    rewards = any(section["kind"] != "function" for section in trial.config["rewards"])
-    replicas = service["replicas"] + rewards
-    return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}
+    return spec.served(trial.config)
 
 
 def fitting(

@@ -189,7 +189,6 @@ def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     assert [
         line for line in lines if " -- CALL " in line or "ServeReplica" in line
     ] == []  # Serve's, per response
-    assert len(lines) < ITERATIONS * 5 + 100
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4
     checkpoints = JobFiles(Settings().home, undisturbed).checkpoints

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SPEC = ["model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
-        "training={steps: 1, batch_sequences: 8}"]  # fmt: skip
+        "data={tokenizer: {vocab_size: 512}}", "training={steps: 1, batch_sequences: 8}"]  # fmt: skip
 
 
 def escala(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from tests.small_disk import Disk, mounted
 
 T = TypeVar("T")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+hypothesis_settings.register_profile("escala", deadline=None)  # a busy machine is no failure
+hypothesis_settings.load_profile("escala")
 # Ray reads these when it is first imported, which any test may do before one of them connects to the session's head.
 os.environ.update(RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
 

@@ -30,6 +30,7 @@ SOURCES = [p for room in ("platform/escala", "workloads", "tune_spaces") for p i
 OURS = {
     "ESCALA_CLUSTER_ID",
     "ESCALA_CODE",
+    "ESCALA_ONE_NODE",
     "ESCALA_PROCESS",
     "ESCALA_PROCESS_KEY",
     "ESCALA_ROLLOUTS_",

@@ -61,7 +61,7 @@ def test_a_function_rewards(module: None) -> None:
     ("name", "words"),
     [
         ("no_such_module_here:f", "can't be imported: ModuleNotFoundError"),
-        ("rewards_of_mine:absent", "can't be imported: AttributeError"),
+        ("rewards_of_mine:absent", "is not there"),
         ("rewards_of_mine:constant", "is no function but int"),
         ("rewards_of_mine:fails", "raised ZeroDivisionError: division by zero"),
         ("rewards_of_mine:short", "returned 1 rewards for 2 responses"),

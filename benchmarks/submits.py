@@ -2,8 +2,8 @@
 
     python benchmarks/submits.py [--count 100] [--at-once 10]
 
-Starts an embedded cluster in a home of its own (or uses ESCALA_HOME's), and leaves nothing behind. The jobs wait:
-no slot is given to them.
+Starts an embedded cluster in a home of its own, and leaves nothing behind. Jobs run meanwhile, as many as there are
+slots; the others wait, and all end with the cluster.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def main() -> None:
     found = {
         f"{stage} {name}": learned(stage, budget)
         for stage in (0, 2)
-        for name, budget in (("kept", 2 * padded), ("anew", 2 * padded - 1))
+        for name, budget in (("kept", 2 * padded), ("again", 2 * padded - 1))
     }
     found["minibatches"] = learned(0, 2 * padded, minibatches=2)
     torch.save(found, Path(sys.argv[3]) / "found.pt")

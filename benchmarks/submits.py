@@ -2,8 +2,8 @@
 
     python benchmarks/submits.py [--count 100] [--at-once 10]
 
-Starts an embedded cluster in a home of its own, and leaves nothing behind. Jobs run meanwhile, as many as there are
-slots; the others wait, and all end with the cluster.
+Starts an embedded cluster in a home of its own, and leaves nothing behind. One job runs at a time meanwhile; the others
+wait, and all end with the cluster.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=10)
     options = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="escala-submits-"))
-    environment = os.environ | {"ESCALA_HOME": str(home)}
+    environment = os.environ | {"ESCALA_HOME": str(home), "ESCALA_MAX_RUNNING_JOBS": "1"}
     for name, port in zip(("RAY", "RAY_DASHBOARD", "MLFLOW"), free_ports(3), strict=True):
         environment[f"ESCALA_{name}_PORT"] = str(port)
     try:

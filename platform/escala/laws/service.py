@@ -146,7 +146,6 @@ def preview_points(
     bootstrap: int = 1000,
     seed: int = 0,
     report: Report | None = None,
-    configuration: Mapping[str, str] | None = None,
 ) -> Preview:
     """The law of `fit_points`; stores nothing. Args and errors as there."""
     law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)

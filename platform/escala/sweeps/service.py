@@ -169,8 +169,8 @@ def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
     """The law of `fit_sweeps`, not stored. Args and errors as there."""
     from escala.laws import service
 
-    points, sources, shared = _put_together(names)
-    return service.preview_points(points, sources=sources, configuration=shared, **settings)
+    points, sources, _ = _put_together(names)
+    return service.preview_points(points, sources=sources, **settings)
 
 
 def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from escala import fields
+from escala.tracking.tracker import Metric
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # MLflow's words
 _PATH = re.compile(r"(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+(/(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+)*")
@@ -30,14 +31,6 @@ class _Start:
 @dataclass(frozen=True)
 class _Metrics:
     points: list[Any]  # of [key, value, step, Unix milliseconds]
-
-
-@dataclass(frozen=True)
-class _Point:
-    key: str
-    value: float
-    step: int
-    time_ms: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ def parse_event(line: bytes) -> dict[str, Any]:
 def _is_point(point: object) -> bool:
     if not isinstance(point, list) or len(point) != len(_POINT):
         return False
-    return not fields.misfit(_Point, dict(zip(_POINT, point, strict=True)))
+    return not fields.misfit(Metric, dict(zip(_POINT, point, strict=True)))
 
 
 def _clean(value: Any) -> Any:

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workloads.config import ModelConfig
+from escala.schema import ModelConfig
 from workloads.generation.engine import Engine
 from workloads.generation.linear import PackedLinear
 from workloads.generation.protocol import SamplingParams

@@ -16,7 +16,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from workloads.config import ModelConfig
+from escala.schema import ModelConfig
 from workloads.model.layers import FeedForward
 from workloads.model.moe import MixtureOfExperts, mixtures
 

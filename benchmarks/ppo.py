@@ -112,15 +112,15 @@ def escala(iterations: int, precision: str) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    from escala.records import AttemptSpec
+    from escala.contract.records import AttemptSpec
     from escala.rollouts.weights import WeightVersion
+    from escala.schema import ModelConfig, PpoConfig
     from escala.tracking.tracker import open_tracker
     from workloads import ppo
-    from workloads.alignment.reward_model import RewardModel
     from workloads.alignment.rollouts import PromptTokens, save_prompts
-    from workloads.config import ModelConfig, PpoConfig
     from workloads.generation.engine import Engine
     from workloads.model.transformer import Transformer
+    from workloads.rewards.reward_model import RewardModel
     from workloads.serving.records import Generated
     from workloads.training.driver import WorkerInputs
 

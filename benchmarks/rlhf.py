@@ -23,7 +23,7 @@ from typing import Any
 
 from escala import api
 from escala.cli.demo_rlhf import GOLD, PAIRS, PRETRAINING
-from escala.records import RunRecord
+from escala.contract.records import RunRecord
 from workloads.data import raters
 from workloads.data.dialogues import write_lines
 from workloads.data.tokenizer import train_tokenizer

@@ -160,8 +160,8 @@ def burst(home: Path, requests: int) -> bool:
     from concurrent.futures import ThreadPoolExecutor
 
     from escala import api
-    from escala.errors import EscalaError
-    from escala.rollouts import service
+    from escala.contract.errors import EscalaError
+    from escala.rollouts import deployment
     from workloads.generation.protocol import SamplingParams
     from workloads.serving.client import Rollouts
 
@@ -187,8 +187,8 @@ def burst(home: Path, requests: int) -> bool:
             time.sleep(0.2)
         return time.monotonic() - started
 
-    def policy() -> service.Deployment:
-        return next(d for d in service.status(weights=False).deployments if d.name == "policy")
+    def policy() -> deployment.Deployment:
+        return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
     started = time.monotonic()
     with ThreadPoolExecutor(requests) as pool:
@@ -212,7 +212,7 @@ def tiny(home: Path) -> Path:
     """A random model with a tokenizer, in Hugging Face's layout."""
     import torch
 
-    from workloads.config import ModelConfig
+    from escala.schema import ModelConfig
     from workloads.data.tokenizer import train_tokenizer
     from workloads.model.huggingface import save_pretrained
     from workloads.model.transformer import Transformer

@@ -165,7 +165,7 @@ def bare(given: dict[str, Any]) -> int:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from workloads.config import PretrainConfig
+    from escala.schema import PretrainConfig
     from workloads.data.batches import Batches
     from workloads.data.prepared import PreparedData
     from workloads.model.transformer import Transformer
@@ -220,8 +220,8 @@ def peer(given: dict[str, Any]) -> int:
     ray.init(address=address, runtime_env=runtime_env(address), log_to_driver=False)
 
     def trial(values: dict[str, Any]) -> None:
-        from escala import handshake
-        from escala.records import AttemptFiles, AttemptSpec, write_json
+        from escala.contract import handshake
+        from escala.contract.records import AttemptFiles, AttemptSpec, write_json
         from workloads.data.prepared import PreparedData
         from workloads.pretrain import described
         from workloads.training.driver import fit

@@ -108,7 +108,7 @@ def escala_side(shape: str) -> Block:
     import torch
     import torch.distributed as dist
 
-    from workloads.config import ModelConfig, TrainingConfig
+    from escala.schema import ModelConfig, TrainingConfig
     from workloads.model.transformer import Transformer
     from workloads.training import zero
     from workloads.training.step import accumulate, next_token_loss
@@ -140,7 +140,7 @@ def plain_side(shape: str) -> Block:
     import torch
     import torch.nn.functional as F
 
-    from workloads.config import ModelConfig
+    from escala.schema import ModelConfig
     from workloads.model.transformer import Transformer
 
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def huggingface_side(shape: str) -> Block:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from workloads.config import ModelConfig
+    from escala.schema import ModelConfig
 
     ours = ModelConfig(**SHAPES[shape])
     torch.manual_seed(0)

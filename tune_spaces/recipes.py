@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from escala.errors import SpecError
-from workloads.config import ModelConfig
-from workloads.flops import flops_per_token, parameter_counts
+from escala.contract.errors import SpecError
+from escala.schema import ModelConfig
+from escala.schema.flops import flops_per_token, parameter_counts
 
 AXES = ("compute_flops", "n_total", "n_active", "tokens", "tokens_per_parameter", "context_tokens")
 CHINCHILLA_RATIO = 20.0  # tokens per parameter (Hoffmann et al. 2022, table 3)

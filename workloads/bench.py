@@ -18,13 +18,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala import handshake
-from escala.attempt import check_fence
-from escala.records import AttemptFiles, AttemptSpec, write_json
+from escala.contract import handshake
+from escala.contract.attempt import check_fence
+from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+from escala.schema import BenchConfig, ModelConfig, TrainingConfig
+from escala.schema.flops import flops_per_token
 from escala.tracking.tracker import Tracker
 from workloads import single
-from workloads.config import BenchConfig, ModelConfig, TrainingConfig
-from workloads.flops import flops_per_token
 from workloads.model.transformer import Transformer
 from workloads.training import meter, zero
 from workloads.training.driver import HUGE_PAGES, start_workers

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.records import AttemptSpec
+from escala.contract.records import AttemptSpec
+from escala.schema import DpoConfig
 from workloads.alignment.calibration import accuracy
 from workloads.alignment.losses import dpo_loss
-from workloads.config import DpoConfig
 from workloads.data.batches import Batch
 from workloads.model.lora import without_lora
 from workloads.model.transformer import Transformer

@@ -11,14 +11,14 @@ import sys
 import uuid
 from pathlib import Path
 
-from escala.errors import EscalaError, NotFoundError, SpecError
-from escala.files import rename_whole
-from escala.manifests import Checkpoint
-from workloads.alignment.reward_model import load_reward_model, save_reward_model
-from workloads.config import FineTuneConfig
+from escala.contract.checkpoints import Checkpoint
+from escala.contract.errors import EscalaError, NotFoundError, SpecError
+from escala.contract.files import rename_whole
+from escala.schema import FineTuneConfig
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import checkpoint_config, checkpoint_model, find_checkpoint, load_tokenizer
+from workloads.rewards.reward_model import load_reward_model, save_reward_model
 from workloads.training.checkpoint import load_weights
 
 

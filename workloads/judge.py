@@ -17,16 +17,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from escala import handshake
-from escala.attempt import check_fence
-from escala.errors import DataError, SpecError
-from escala.records import AttemptFiles, AttemptSpec, write_json
+from escala.contract import handshake
+from escala.contract.attempt import check_fence
+from escala.contract.errors import DataError, SpecError
+from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+from escala.schema.judge import JudgeConfig
 from escala.tracking.tracker import Metric, Tracker
 from workloads import single
-from workloads.alignment.judge import FirstWins, compare, load_judge_model
-from workloads.config.judge import JudgeConfig
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
 from workloads.data.preferences import Preference, write_preferences
+from workloads.rewards.judge_models import FirstWins, compare, load_judge_model
 
 REPORT_PROMPTS = 100  # a line in the log for so many
 

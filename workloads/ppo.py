@@ -21,9 +21,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.errors import DataError, Diverged, EscalaError
-from escala.manifests import Checkpoint, file_sha256, read_checkpoint
-from escala.records import SAMPLES, AttemptSpec
+from escala.contract.checkpoints import Checkpoint, file_sha256, read_checkpoint
+from escala.contract.errors import DataError, Diverged, EscalaError
+from escala.contract.records import SAMPLES, AttemptSpec
+from escala.schema import PpoConfig
+from escala.schema.flops import ppo_flops_per_token
 from escala.tracking.lineage import fingerprint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
@@ -37,7 +39,6 @@ from workloads.alignment.learner import (
     policy_weights,
 )
 from workloads.alignment.microbatches import Rows
-from workloads.alignment.rewards import RunningMoments, length_penalty, missing_eos_penalty
 from workloads.alignment.rollouts import (
     Drawing,
     Response,
@@ -47,9 +48,8 @@ from workloads.alignment.rollouts import (
     read_prompts,
     save_prompts,
 )
-from workloads.config import PpoConfig
-from workloads.data.store import check_directory, is_stored, new_directory
-from workloads.flops import ppo_flops_per_token
+from workloads.alignment.token_rewards import RunningMoments, length_penalty, missing_eos_penalty
+from workloads.data.cache import check_directory, is_stored, new_directory
 from workloads.model.start import load_tokenizer
 from workloads.training import finetune, zero
 from workloads.training.driver import WorkerInputs
@@ -100,15 +100,15 @@ def _check_critic(config: PpoConfig, tokenizer: str) -> None:
 
 def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
     """What runs while the workers do (training.run.Entry): the job's rollout service."""
-    from workloads.alignment.service import rollout_service
+    from workloads.sidecar import rollout_service
 
     return rollout_service(inputs.spec, inputs.config)
 
 
 def make_trainer(inputs: WorkerInputs, on_evaluation: Callable[[int, Evaluation], None] | None = None) -> Ppo:
     """One worker's part (training.run.Entry)."""
-    from workloads.alignment.service import application_name
     from workloads.serving.client import Rollouts
+    from workloads.sidecar import application_name
 
     seconds = inputs.config.rollouts.timeout_seconds
     service = Rollouts(application_name(inputs.spec), timeout_seconds=seconds)

@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from escala.errors import DataError, EscalaError
-from escala.manifests import MANIFEST, TOKENIZER
-from workloads.alignment.functions import import_function
+from escala.contract.checkpoints import MANIFEST, TOKENIZER
+from escala.contract.errors import DataError, EscalaError
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
 from workloads.data.preferences import read_preferences
+from workloads.rewards.functions import import_function
 
 FIRST_LINES = 100
 Config = dict[str, Any]

@@ -14,8 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.records import AttemptSpec
-from workloads.config import PretrainConfig
+from escala.contract.records import AttemptSpec
+from escala.schema import PretrainConfig
 from workloads.data.batches import Batch, Batches
 from workloads.data.prepared import PreparedData, check
 from workloads.data.shards import prepare as prepare_tokens

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.records import AttemptSpec
+from escala.contract.records import AttemptSpec
+from escala.schema import RewardTrainingConfig
 from workloads.alignment.calibration import accuracy, calibration_curve, expected_calibration_error
 from workloads.alignment.losses import bradley_terry
-from workloads.alignment.reward_model import RewardModel, answer_tokens, pad_right
-from workloads.config import RewardTrainingConfig
 from workloads.data.batches import Batch
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
+from workloads.rewards.reward_model import RewardModel, answer_tokens, pad_right
 from workloads.training import finetune
 from workloads.training.driver import WorkerInputs
 from workloads.training.evaluate import held_out_rows

@@ -18,9 +18,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, DeploymentActorConfig
 from ray.serve.deployment import Application
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.rollouts.store import Store
-from workloads.config.serve import POLICY, ServeConfig
+from escala.schema.serve import POLICY, ServeConfig
 from workloads.serving.api import Api
 from workloads.serving.places import Places
 from workloads.serving.policy import STORE, Policy
@@ -43,7 +43,7 @@ def application(args: dict[str, Any]) -> Application:
         config = ServeConfig.model_validate(args)
     except ValidationError as error:
         raise SpecError(
-            f"The service's arguments don't hold: {error}", "See workloads/config/serve.py."
+            f"The service's arguments don't hold: {error}", "See escala/schema/serve.py."
         ) from error
     plain = config.model_dump(mode="json")
     policy = policy_deployment(config).bind(plain)

@@ -15,13 +15,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.records import AttemptSpec
-from workloads.config import SftConfig
+from escala.contract.records import AttemptSpec
+from escala.schema import SftConfig
 from workloads.data.batches import Batch
+from workloads.data.cache import check_directory
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Chat, Dialogue, read_dialogues
 from workloads.data.examples import Draws, Sequences, pack, row_batch
-from workloads.data.store import check_directory
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
 from workloads.training.driver import WorkerInputs

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from escala.attempt import finish, flatten, read_attempt
-from escala.errors import EscalaError
-from escala.records import AttemptSpec, Outcome, RunRecord
+from escala.contract.attempt import finish, flatten, read_attempt
+from escala.contract.errors import EscalaError
+from escala.contract.records import AttemptSpec, Outcome, RunRecord
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, run_note, start_tags
+from escala.tracking.lineage.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
 
 Found = TypeVar("Found")
@@ -44,7 +44,7 @@ def main(
     try:
         keep(tracker, run_id, work(spec))
     except Exception as error:  # noqa: BLE001  whatever happened, the outcome says so
-        from workloads.failures import classify
+        from workloads.training.failures import classify
 
         traceback.print_exception(error)
         failure = classify(error, None)

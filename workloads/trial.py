@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from escala.files import forgiving_log
-from escala.records import AttemptSpec, Outcome, read_record
+from escala.contract.files import forgiving_log
+from escala.contract.records import AttemptSpec, Outcome, read_record
 from workloads.training.driver import WorkerInputs, fit
 from workloads.training.run import Prepared, Run, beside, entry, parse_config
 

@@ -8,8 +8,8 @@ from typing import Any
 _PUBLIC = {  # name -> where it is, and what it is called there
     "fit_law": ("escala.laws", "fit_law"),
     "load_law": ("escala.laws", "load_law"),
-    "plan": ("escala.planning.service", "plan_law"),
-    "propose": ("escala.planning.service", "propose_runs"),
+    "plan": ("escala.planning.plans", "plan_law"),
+    "propose": ("escala.planning.plans", "propose_runs"),
     "runs": ("escala.api", "runs"),
     "submit": ("escala.api", "submit"),
 }

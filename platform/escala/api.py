@@ -16,10 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import manifests, preflight, spec
-from escala.errors import CheckpointError, NotFoundError, SpecError
-from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
-from escala.jobs.service import (
+from escala import preflight, spec
+from escala.contract import checkpoints
+from escala.contract.errors import CheckpointError, NotFoundError, SpecError
+from escala.contract.records import JobFiles, RunRecord
+from escala.jobs.actions import (
     MOST_ROWS,
     SWEEP,
     JobDetails,
@@ -37,19 +38,19 @@ from escala.jobs.service import (
     stop,
     watch,
 )
-from escala.jobs.starts import resolve_jobs, resolve_rollouts
+from escala.jobs.references import resolve_jobs, resolve_rollouts
+from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.state import FINAL
-from escala.records import JobFiles, RunRecord
 from escala.runtime_env import source_paths
 from escala.settings import Settings
-from escala.sweeps.service import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
+from escala.sweeps.launch import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.hardware import Cluster
     from escala.jobs.model import Job
     from escala.planning.cost import Cost
-    from escala.rollouts.service import RolloutsStatus
+    from escala.rollouts.deployment import RolloutsStatus
 
 __all__ = [
     "FINAL",
@@ -96,7 +97,7 @@ __all__ = [
     "watch",
 ]
 LATER = {
-    "escala.laws.service": (
+    "escala.laws.queries": (
         "calibration",
         "compare_laws",
         "export_law",
@@ -108,7 +109,7 @@ LATER = {
         "predict_law",
         "promote_law",
     ),
-    "escala.planning.service": ("plan_front", "plan_law", "plan_target", "propose_runs"),
+    "escala.planning.plans": ("plan_front", "plan_law", "plan_target", "propose_runs"),
     "escala.planning.explore": ("Exploration", "explore"),
     "escala.planning.bench": ("bench_device", "write_cluster"),
 }
@@ -163,17 +164,17 @@ def rollouts_up(
     report: Report = silent,
     code: str | Path | None = None,
 ) -> RolloutsStatus:
-    """Start the rollout service and wait for it. Args and errors as `escala.rollouts.service.up`."""
-    from escala.rollouts import service
+    """Start the rollout service and wait for it. Args and errors as `escala.rollouts.deployment.up`."""
+    from escala.rollouts import deployment
 
-    return service.up(files, overrides, name, report, code=code, resolve=resolve_rollouts)
+    return deployment.up(files, overrides, name, report, code=code, resolve=resolve_rollouts)
 
 
 def rollouts_status(name: str = "escala") -> RolloutsStatus:
     """The rollout service as it is. Raises ClusterError where the cluster does not answer."""
-    from escala.rollouts import service
+    from escala.rollouts import deployment
 
-    return service.status(name)
+    return deployment.status(name)
 
 
 def rollouts_scale(
@@ -182,17 +183,17 @@ def rollouts_scale(
     requests_per_replica: float | None = None,
     name: str = "escala",
 ) -> RolloutsStatus:
-    """Move the bounds of the scaling policy. Errors as `escala.rollouts.service.scale`."""
-    from escala.rollouts import service
+    """Move the bounds of the scaling policy. Errors as `escala.rollouts.deployment.scale`."""
+    from escala.rollouts import deployment
 
-    return service.scale(min_replicas, max_replicas, requests_per_replica, name)
+    return deployment.scale(min_replicas, max_replicas, requests_per_replica, name)
 
 
 def rollouts_down(name: str = "escala", report: Report = silent) -> None:
     """Remove the rollout service, what it generates finished first. Raises NotFoundError, ClusterError."""
-    from escala.rollouts import service
+    from escala.rollouts import deployment
 
-    service.down(name, report)
+    deployment.down(name, report)
 
 
 # Jobs
@@ -247,7 +248,7 @@ def submit(
         code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
             are copied into the home.
 
-    Raises SpecError, LawError or NotFoundError, and as `jobs.service.enqueue`: where something is raised nothing is
+    Raises SpecError, LawError or NotFoundError, and as `jobs.actions.enqueue`: where something is raised nothing is
     queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
     loaded = _load(workload, files, overrides, options, compute_flops, law, base)
@@ -286,7 +287,7 @@ def _load(
     axes = {"compute_flops": compute_flops}
     if law is not None:
         from escala.planning.limits import Limits
-        from escala.planning.service import Question, plan_law
+        from escala.planning.plans import Question, plan_law
 
         question = Question(context_tokens=_context(written))
         axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
@@ -308,8 +309,8 @@ def submit_run(
     report: Report = silent,
 ) -> Job:
     """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
-    from escala.laws.service import law as load
-    from escala.planning.service import config_for
+    from escala.laws.queries import law as load
+    from escala.planning.plans import config_for
 
     config = config_for(load(law), n_active, n_total, tokens, tuple(overrides))
     return start(spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")}), report)
@@ -375,7 +376,7 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
         directory = JobFiles(home, each.id).checkpoints
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        retention = manifests.retention(directory, rule)
+        retention = checkpoints.retention(directory, rule)
         found += [_size(directory / name) for name in retention.delete]
         damaged += [error.message for error in retention.damaged]
     if delete:

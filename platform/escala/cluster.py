@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from escala.errors import ClusterError
+from escala.contract.errors import ClusterError
+from escala.contract.redaction import hide
 from escala.managed import (
     answers,
     mlflow_command,
@@ -33,7 +34,6 @@ from escala.managed import (
     watchdog_command,
 )
 from escala.processes import Command, Processes
-from escala.redaction import hide
 from escala.settings import Settings
 from escala.tracking.pages import find_runs_page
 

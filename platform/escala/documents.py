@@ -28,7 +28,7 @@ from ruamel.yaml.events import (
     SequenceStartEvent,
 )
 
-from escala.errors import NotFoundError, SpecError
+from escala.contract.errors import NotFoundError, SpecError
 
 MOST_BYTES = 1_000_000
 MOST_VALUES = 20_000  # an alias counts as often as it is used

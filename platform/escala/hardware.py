@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from escala import documents, spec
-from escala.errors import NotFoundError, SpecError
-from escala.records import Rates
-from workloads.config.base import Strict
+from escala.contract.errors import NotFoundError, SpecError
+from escala.contract.records import Rates
+from escala.schema.base import Strict
 
 Precision = Literal["fp32", "bf16"]
 NOT_MEASURED = "not measured here"

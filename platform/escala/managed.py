@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from escala.errors import ClusterError
-from escala.files import set_aside
+from escala.contract.errors import ClusterError
+from escala.contract.files import set_aside
 from escala.processes import Command, Processes, create_once
 from escala.settings import Settings
 from escala.watchdog import RUNNER, RUNNER_ARGUMENTS

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from escala import user_code
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.runtime_env import source_paths
+from escala.storage import user_code
 
 SECONDS = 30.0
 TAIL_LINES = 3

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import psutil
 
-from escala.errors import ClusterError
-from escala.files import make_private, private_directory, set_aside, sync
-from escala.records import load_record, write_json
+from escala.contract.errors import ClusterError
+from escala.contract.files import make_private, private_directory, set_aside, sync
+from escala.contract.records import load_record, write_json
 
 CLUSTER_ID = "ESCALA_CLUSTER_ID"
 PROCESS_NAME = "ESCALA_PROCESS"

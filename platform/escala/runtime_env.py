@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from escala import user_code
-from escala.records import ONE_NODE
-from escala.redaction import hide
+from escala.contract.records import ONE_NODE
+from escala.contract.redaction import hide
+from escala.storage import user_code
 
 PACKAGES = ("escala", "workloads", "tune_spaces")
 PASSED_ON = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HF_HOME")
@@ -37,7 +37,7 @@ def runtime_env(
         gpus: whether the job's workers have GPUs.
         tracking_uri: passed on when it is a server's address without a password: Ray's dashboard shows a runtime_env.
         environ: what the fixed list PASSED_ON is read from.
-        code: the copy of the user's modules (escala.user_code).
+        code: the copy of the user's modules (escala.storage.user_code).
         one_node: whether the cluster is this machine alone, as the embedded one is: a job's rollout service holds its
             places there (ServeConfig.hold_places).
     """

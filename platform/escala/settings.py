@@ -13,8 +13,8 @@ from typing import Any, Self
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from escala.errors import SpecError
-from escala.redaction import hide
+from escala.contract.errors import SpecError
+from escala.contract.redaction import hide
 
 
 class Settings(BaseSettings):

@@ -17,12 +17,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, ValidationError
 
 from escala import documents
+from escala.contract.errors import SpecError
 from escala.documents import Section
-from escala.errors import SpecError
-from workloads.config import WORKLOADS, JudgeConfig, TrainedConfig
-from workloads.config.base import Strict
-from workloads.config.serve import ServeConfig
-from workloads.flops import parameter_counts, training_flops_per_token
+from escala.schema import WORKLOADS, JudgeConfig, TrainedConfig
+from escala.schema.base import Strict
+from escala.schema.flops import parameter_counts, training_flops_per_token
+from escala.schema.serve import ServeConfig
 
 CORRECT = "correct what is named; `escala submit pretrain --dry-run` prints a spec with every key"
 MOST_TOLD = 10  # of what is wrong with a file, in one message
@@ -81,7 +81,7 @@ def load_job(
     """Read and check a job spec.
 
     Args:
-        workload: a name in `workloads.config.WORKLOADS`.
+        workload: a name in `escala.schema.WORKLOADS`.
         files: YAML files; a later one overrides an earlier one, key by key.
         overrides: `a.b=value` with the value in YAML; a number addresses an item of a list.
         options: fields of JobOptions from the command line; None means not given.
@@ -91,10 +91,12 @@ def load_job(
     """
     if workload not in WORKLOADS:
         raise SpecError(f"there is no workload {workload!r}", _nearest(workload, WORKLOADS))
-    entry_point, config_class = WORKLOADS[workload]
+    kind = WORKLOADS[workload]
     data = written(files, overrides, base)
     job = _mapping(data.pop("job", {}), "job")
-    return JobSpec(workload, entry_point, job_options(job, options), validate(config_class, data, workload))
+    return JobSpec(
+        workload, kind.entry_point, job_options(job, options), validate(kind.config, data, workload)
+    )
 
 
 def job_options(written: Mapping[str, Any], stated: Mapping[str, Any] | None) -> JobOptions:

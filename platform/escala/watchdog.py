@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from escala.errors import EscalaError
+from escala.contract.errors import EscalaError
 from escala.processes import PROCESS_KEY, Command, Processes
 
 log = logging.getLogger("escala.watchdog")

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, text
 
-from escala.errors import ClusterError, NotFoundError, SpecError, StateError, VersionError
+from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError, VersionError
+from escala.contract.records import Outcome, Progress
 from escala.jobs import database, tables
 from escala.jobs.database import open_engine, writing
 from escala.jobs.model import NewJob, Usage
 from escala.jobs.state import BudgetSpent, DriverSeen, StopRequested
 from escala.jobs.store import JobStore, LostRace
-from escala.records import Outcome, Progress
 
 NEW = NewJob("pretrain", "workloads.pretrain", {"model": {"n_layers": 2}})
 SPAWN = multiprocessing.get_context("spawn")
@@ -587,7 +587,7 @@ class TestDamagedFile:
             (home / locked).chmod(0o000)
             code = (
                 "import os, sys; from escala.jobs.store import JobStore; from escala.jobs.model import NewJob\n"
-                "from escala.errors import ClusterError\n"
+                "from escala.contract.errors import ClusterError\n"
                 "os.geteuid() or os.seteuid(12345)\n"
                 "try: JobStore(sys.argv[1]).submit(NewJob('a', 'b', {}))\n"
                 "except ClusterError as error: print(error)"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from escala.errors import LawError, NotFoundError
+from escala.contract.errors import LawError, NotFoundError
 from escala.laws import Law, fit_law, load_law
 from escala.laws.registry import Registry, save
 from escala.tracking.lineage import code_fingerprint

@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from escala import api
+from escala.contract.checkpoints import list_checkpoints
+from escala.contract.records import JobFiles
 from escala.managed import ray_directory
-from escala.manifests import list_checkpoints
-from escala.records import JobFiles
+from escala.schema import ModelConfig
 from escala.settings import Settings
 from escala.tracking.mlflow_tracker import open_client
 from escala.tracking.spool import read_events
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, driver, ended, files, titled
-from workloads.alignment.reward_model import RewardModel, save_reward_model
-from workloads.config import ModelConfig
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
+from workloads.rewards.reward_model import RewardModel, save_reward_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 
 from escala import api
-from escala.records import AttemptFiles, JobFiles, Progress, read_record
+from escala.contract.records import AttemptFiles, JobFiles, Progress, read_record
 from escala.settings import Settings
 from tests.conftest import wait_for
 

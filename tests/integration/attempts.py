@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from escala import handshake
-from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, read_record, write_json
+from escala.contract import handshake
+from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, Progress, read_record, write_json
 from tests.conftest import free_ports, wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from escala import cluster
-from escala.errors import ClusterError
+from escala.contract.errors import ClusterError
 from escala.managed import ray_directory, token_path
 from escala.processes import Processes
 from escala.settings import Settings

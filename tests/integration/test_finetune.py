@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from escala import api
-from escala.errors import CheckpointError
-from escala.manifests import latest
-from escala.records import JobFiles
+from escala.contract.checkpoints import latest
+from escala.contract.errors import CheckpointError
+from escala.contract.records import JobFiles
 from escala.settings import Settings
 from tests.integration.test_jobs import OVERRIDES, ended
-from workloads.alignment.reward_model import load_reward_model
-from workloads.alignment.scoring import RewardModelScorer
 from workloads.model.start import load_model, load_tokenizer
+from workloads.rewards.reward_model import load_reward_model
+from workloads.rewards.scoring import RewardModelScorer
 from workloads.training.checkpoint import load_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

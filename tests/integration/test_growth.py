@@ -25,10 +25,10 @@ import torch
 from escala import api
 from escala.managed import ray_command, ray_directory, ray_environment, ray_nodes_alive
 from escala.processes import Processes
-from escala.rollouts import service
+from escala.rollouts import deployment
+from escala.schema import ModelConfig
 from escala.settings import Settings
 from tests.conftest import free_ports, wait_for
-from workloads.config import ModelConfig
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.huggingface import save_pretrained
 from workloads.model.transformer import Transformer
@@ -121,8 +121,8 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def policy() -> service.Deployment:
-    return next(d for d in service.status(weights=False).deployments if d.name == "policy")
+def policy() -> deployment.Deployment:
+    return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
 
 def running() -> int:

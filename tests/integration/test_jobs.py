@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from escala import api
-from escala.records import JobFiles, Progress, read_record
+from escala.contract.records import JobFiles, Progress, read_record
 from tests.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]

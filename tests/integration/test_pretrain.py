@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from escala.manifests import list_checkpoints
+from escala.contract.checkpoints import list_checkpoints
 from escala.planning.cost import communication
-from workloads.config import PretrainConfig
+from escala.schema import PretrainConfig
 
 _spec = importlib.util.spec_from_file_location("attempts", Path(__file__).with_name("attempts.py"))
 assert _spec is not None

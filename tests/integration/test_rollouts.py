@@ -23,10 +23,10 @@ import pytest
 import torch
 
 from escala import api
-from escala.errors import DigestMismatch, NotFoundError, StaleWeights, WeightsNotLoaded
-from escala.rollouts import service
+from escala.contract.errors import DigestMismatch, NotFoundError, StaleWeights, WeightsNotLoaded
+from escala.rollouts import deployment
+from escala.schema import ModelConfig
 from tests.conftest import free_ports, wait_for
-from workloads.config import ModelConfig
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
@@ -82,11 +82,11 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
     assert api.rollouts_status().status == "ABSENT"
 
 
-def policy() -> service.Deployment:
-    return next(d for d in service.status(weights=False).deployments if d.name == "policy")
+def policy() -> deployment.Deployment:
+    return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
 
-def running() -> list[service.Replica]:
+def running() -> list[deployment.Replica]:
     return [r for r in policy().replicas if r.state == "RUNNING"]
 
 
@@ -138,7 +138,7 @@ def test_openai_client_and_who_may_ask(rollouts: Any) -> None:
     page = urllib.request.Request(f"{address}/v1/models", headers={"Origin": "http://example.com"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page)
-    for replica in (r for d in service.status(weights=False).deployments for r in d.replicas):
+    for replica in (r for d in deployment.status(weights=False).deployments for r in d.replicas):
         assert {c.laddr.ip for c in listening(replica.pid)} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert rollouts.score(["p", "p"], ["abc", ""]) == [3.0, 0.0]
     with pytest.raises(NotFoundError, match="no judge"):
@@ -151,7 +151,7 @@ def listening(pid: int | None) -> list[Any]:
 
 def test_clients_that_leave_end_their_own_requests_only(rollouts: Any) -> None:
     """Sockets that are closed before, while, and after the request is added; both ways to ask."""
-    host, port = (service.status(weights=False).address or "").removeprefix("http://").split(":")
+    host, port = (deployment.status(weights=False).address or "").removeprefix("http://").split(":")
     staying = in_background(lambda: rollouts.generate([[7, 8]], SHORT))
     for number in range(12):
         body = f'{{"prompt": [1, 2], "max_tokens": 1000, "ignore_eos": true, "stream": {str(number % 2 > 0).lower()}}}'

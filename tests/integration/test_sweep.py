@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from escala import api
+from escala.contract.errors import StateError
+from escala.contract.records import JobFiles, Progress, TrialFiles, read_record
 from escala.documents import dump
-from escala.errors import StateError
-from escala.records import JobFiles, Progress, TrialFiles, read_record
 from escala.settings import Settings
 from escala.sweeps.trials import finished, read_planned
 from tests.conftest import wait_for

@@ -18,7 +18,7 @@ from tests.numerics.ranks import leave
 from workloads.alignment.advantages import reinforce_plus_plus, whiten
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.losses import entropy, loss_count, policy_loss, value_loss
-from workloads.alignment.rewards import RunningMoments
+from workloads.alignment.token_rewards import RunningMoments
 
 ROWS = [slice(0, 6), slice(6, 9)]  # ranks of unequal size
 B, T, V = 9, 12, 7

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from workloads.config import ModelConfig
+from escala.schema import ModelConfig
 from workloads.model.transformer import Transformer
 
 

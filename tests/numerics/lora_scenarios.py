@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escala.manifests import latest
+from escala.contract.checkpoints import latest
+from escala.schema import LoraConfig, ModelConfig, TrainingConfig
 from tests.numerics.ranks import leave
 from workloads.alignment.losses import dpo_loss
-from workloads.config import LoraConfig, ModelConfig, TrainingConfig
 from workloads.data.examples import Sequences, row_batch
 from workloads.dpo import response_log_probabilities
 from workloads.model.lora import add_lora, without_lora

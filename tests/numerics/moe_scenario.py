@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from escala.manifests import latest
+from escala.contract.checkpoints import latest
+from escala.schema import LoraConfig, ModelConfig, TrainingConfig
 from tests.numerics.ranks import leave
-from workloads.config import LoraConfig, ModelConfig, TrainingConfig
 from workloads.model.lora import add_lora
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from escala.errors import EscalaError
-from escala.manifests import latest
-from escala.records import AttemptFiles, AttemptSpec
+from escala.contract.checkpoints import latest
+from escala.contract.errors import EscalaError
+from escala.contract.records import AttemptFiles, AttemptSpec
+from escala.schema import PpoConfig
 from escala.tracking.spool import read_events
 from escala.tracking.tracker import open_tracker
 from tests.numerics.local_service import LocalService
 from workloads import ppo
 from workloads.alignment.learner import policy_weights
-from workloads.config import PpoConfig
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer

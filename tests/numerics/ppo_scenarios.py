@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escala.manifests import latest
+from escala.contract.checkpoints import latest
+from escala.schema import PpoConfig
 from tests.numerics.ranks import leave
 from workloads.alignment import losses
 from workloads.alignment.advantages import gae, whiten
 from workloads.alignment.critic import Critic
 from workloads.alignment.learner import Learner, critic_training, estimate, exchange, policy_weights
 from workloads.alignment.microbatches import Rows, minibatches
-from workloads.alignment.rewards import token_rewards
-from workloads.config import PpoConfig
+from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import add_lora, merge_lora, without_lora
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero

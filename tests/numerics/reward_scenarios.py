@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from escala.schema import ModelConfig, TrainingConfig
 from tests.numerics.ranks import leave
-from workloads.alignment.reward_model import RewardModel, pad_right
-from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.transformer import Transformer
+from workloads.rewards.reward_model import RewardModel, pad_right
 from workloads.training import zero
 
 MODEL = ModelConfig(

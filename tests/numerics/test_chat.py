@@ -9,7 +9,7 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from escala.errors import DataError, NotFoundError
+from escala.contract.errors import DataError, NotFoundError
 from tests.numerics.test_huggingface import smollm2
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.data.tokenizer import load_tokenizer, train_tokenizer

@@ -11,14 +11,12 @@ import pytest
 import torch
 import transformers
 
-from escala.errors import DataError
-from escala.records import AttemptSpec
+from escala.contract.errors import DataError
+from escala.contract.records import AttemptSpec
+from escala.schema import ModelConfig, SftConfig
 from tests.numerics.chain_model import chain, ids_of, path
 from tests.numerics.small_tokenizers import CHATML, byte_level, sentencepiece, write
 from workloads import sft
-from workloads.alignment.judge import LanguageModelJudge
-from workloads.alignment.reward_model import RewardModel, answer_tokens, save_reward_model
-from workloads.config import ModelConfig, SftConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.data.examples import Sequences
 from workloads.generation.engine import Engine
@@ -26,6 +24,8 @@ from workloads.generation.protocol import SamplingParams
 from workloads.model.huggingface import save_pretrained
 from workloads.model.start import load_tokenizer
 from workloads.model.transformer import Transformer
+from workloads.rewards.judge_models import LanguageModelJudge
+from workloads.rewards.reward_model import RewardModel, answer_tokens, save_reward_model
 from workloads.training.finetune import open_tokenizer
 from workloads.training.run import Prepared, keep_tokenizer
 

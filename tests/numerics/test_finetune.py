@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from workloads.config import LoraConfig, ModelConfig
+from escala.schema import LoraConfig, ModelConfig
 from workloads.data.examples import Sequences, pack, row_batch
 from workloads.dpo import response_log_probabilities
 from workloads.model.lora import LoraLinear, add_lora, merge_lora, save_adapter, without_lora

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from workloads.config import ModelConfig
+from escala.schema import ModelConfig
 from workloads.generation import attention, network
 from workloads.generation import engine as engine_module
 from workloads.generation.attention import PagedCache

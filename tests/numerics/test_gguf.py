@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from escala.schema.pretrained import model_config_of
 from tests.numerics.test_huggingface import TOKENS, reference
-from workloads.config.pretrained import model_config_of
 from workloads.data.ends import generation_ends
 from workloads.model.huggingface import load_pretrained
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
-from escala.errors import CheckpointError, NotFoundError
-from workloads.config import ModelConfig
-from workloads.config.pretrained import from_hugging_face, model_config_of
+from escala.contract.errors import CheckpointError, NotFoundError
+from escala.schema import ModelConfig
+from escala.schema.pretrained import from_hugging_face, model_config_of
 from workloads.model.huggingface import load_pretrained, save_pretrained
 from workloads.model.transformer import Transformer
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import transformers
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from tests.numerics.small_tokenizers import byte_level, write
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from workloads.config import Annealing, BalanceConfig, ModelConfig
-from workloads.flops import parameter_counts, saved_elements_per_token
+from escala.schema import Annealing, BalanceConfig, ModelConfig
+from escala.schema.flops import parameter_counts, saved_elements_per_token
 from workloads.model import balance, gate
 from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.transformer import Transformer

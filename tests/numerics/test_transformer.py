@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from workloads.config import ModelConfig
-from workloads.flops import parameter_counts
+from escala.schema import ModelConfig
+from escala.schema.flops import parameter_counts
 from workloads.model.layers import RMSNorm, _SwiGLU
 from workloads.model.transformer import Transformer
 from workloads.training import loss

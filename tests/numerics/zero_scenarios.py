@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from escala.manifests import latest
+from escala.contract.checkpoints import latest
+from escala.schema import ModelConfig, TrainingConfig
 from tests.numerics.ranks import leave
-from workloads.config import ModelConfig, TrainingConfig
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
 from workloads.training.step import accumulate, next_token_loss

@@ -20,16 +20,16 @@ import torch
 from ray import serve
 from ray.exceptions import RayTaskError
 
-from workloads.config import ModelConfig
-from workloads.config.serve import ServeConfig
+from escala.schema import ModelConfig
+from escala.schema.serve import ServeConfig
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.engine import Engine
 from workloads.model.transformer import Transformer
 from workloads.serving import api
+from workloads.serving.engine_loading import initial_version
 from workloads.serving.policy import Policy
 from workloads.serving.records import Generated
-from workloads.serving.start import initial_version
 from workloads.serving.stepper import Stepper
 from workloads.serving.tokenising import Tokenising
 

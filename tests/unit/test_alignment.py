@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from escala.errors import DataError, Diverged, SpecError
+from escala.contract.errors import DataError, Diverged, SpecError
 from workloads.alignment.advantages import gae, grpo, rloo, whiten
 from workloads.alignment.calibration import (
     accuracy,
@@ -25,7 +25,7 @@ from workloads.alignment.losses import (
     policy_loss,
     value_loss,
 )
-from workloads.alignment.rewards import (
+from workloads.alignment.token_rewards import (
     RunningMoments,
     length_penalty,
     missing_eos_penalty,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws import Law, Objective
 from escala.laws.forms import FORMS, closed_form_optimum
 from escala.planning.allocate import allocate, front, to_target

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import ray.exceptions
 
-from escala.attempt import Watch
-from escala.errors import DataError, Diverged
-from escala.records import AttemptFiles, AttemptSpec, Control, write_json
-from workloads.failures import classify
+from escala.contract.attempt import Watch
+from escala.contract.errors import DataError, Diverged
+from escala.contract.records import AttemptFiles, AttemptSpec, Control, write_json
+from workloads.training.failures import classify
 
 
 def watch(directory: Path, **budget: float) -> Watch:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from escala import manifests
-from escala.errors import CheckpointError
-from escala.manifests import (
+from escala.contract import checkpoints
+from escala.contract.checkpoints import (
     check_fits,
     check_readable,
     latest,
@@ -27,25 +26,26 @@ from escala.manifests import (
     verify,
     verify_tokenizer,
 )
-from escala.sealed import SEAL, seal
+from escala.contract.errors import CheckpointError
+from escala.contract.sealed import SEAL, seal
 
 
 def make(directory: Path, step: int, content: bytes = b"weights", **extra: object) -> Path:
-    path = directory / manifests.checkpoint_name(step)
+    path = directory / checkpoints.checkpoint_name(step)
     path.mkdir(parents=True)
     (path / "rank-0.safetensors").write_bytes(content)
-    files = {"rank-0.safetensors": manifests.file_entry(path / "rank-0.safetensors")}
-    write(path, {"format_version": manifests.FORMAT_VERSION, "step": step, "files": files, **extra})
+    files = {"rank-0.safetensors": checkpoints.file_entry(path / "rank-0.safetensors")}
+    write(path, {"format_version": checkpoints.FORMAT_VERSION, "step": step, "files": files, **extra})
     return path
 
 
 def write(path: Path, manifest: dict) -> None:
     """A manifest with its right hash, whatever it says."""
-    (path / manifests.MANIFEST).write_text(json.dumps(seal(manifest), indent=1, sort_keys=True))
+    (path / checkpoints.MANIFEST).write_text(json.dumps(seal(manifest), indent=1, sort_keys=True))
 
 
 def content_of(path: Path) -> dict:
-    return json.loads((path / manifests.MANIFEST).read_text())
+    return json.loads((path / checkpoints.MANIFEST).read_text())
 
 
 def flipped(content: bytes, bit: int) -> bytes:
@@ -80,12 +80,12 @@ def lose(path: Path) -> None:
 
 
 def no_manifest(path: Path) -> None:
-    (path / manifests.MANIFEST).unlink()
+    (path / checkpoints.MANIFEST).unlink()
 
 
 def half_manifest(path: Path) -> None:
-    text = (path / manifests.MANIFEST).read_text()
-    (path / manifests.MANIFEST).write_text(text[: len(text) // 2])
+    text = (path / checkpoints.MANIFEST).read_text()
+    (path / checkpoints.MANIFEST).write_text(text[: len(text) // 2])
 
 
 def foreign_manifest(path: Path) -> None:
@@ -93,22 +93,22 @@ def foreign_manifest(path: Path) -> None:
 
 
 def another_format(path: Path) -> None:
-    (path / manifests.MANIFEST).write_text(json.dumps(content_of(path) | {"format_version": 2}))
+    (path / checkpoints.MANIFEST).write_text(json.dumps(content_of(path) | {"format_version": 2}))
 
 
 def unsealed(path: Path) -> None:
     content = content_of(path)
     del content[SEAL]
-    (path / manifests.MANIFEST).write_text(json.dumps(content))
+    (path / checkpoints.MANIFEST).write_text(json.dumps(content))
 
 
 def changed_after_it_was_sealed(path: Path) -> None:
-    (path / manifests.MANIFEST).write_text(json.dumps(content_of(path) | {"adam_step": 11}))
+    (path / checkpoints.MANIFEST).write_text(json.dumps(content_of(path) | {"adam_step": 11}))
 
 
 def manifest_text(text: str | bytes) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
-        (path / manifests.MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (path / checkpoints.MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
 
     return damage
 
@@ -126,15 +126,15 @@ def manifest_key(key: str, value: object) -> Callable[[Path], None]:
 def file_named(name: str) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         (path.parent / "secret").write_bytes(b"weights")
-        entry = manifests.file_entry(path / "rank-0.safetensors")
+        entry = checkpoints.file_entry(path / "rank-0.safetensors")
         write(path, content_of(path) | {"files": {name: entry}})
 
     return damage
 
 
 def key_twice(path: Path) -> None:
-    text = (path / manifests.MANIFEST).read_text()
-    (path / manifests.MANIFEST).write_text(text.replace('"step"', '"step": 10, "step"'))
+    text = (path / checkpoints.MANIFEST).read_text()
+    (path / checkpoints.MANIFEST).write_text(text.replace('"step"', '"step": 10, "step"'))
 
 
 def replaced(what: str, name: str) -> Callable[[Path], None]:
@@ -164,7 +164,7 @@ WEIGHTS = "rank-0.safetensors"
 
 
 def partial(path: Path) -> None:
-    path.rename(path.with_name(path.name + manifests.PARTIAL))
+    path.rename(path.with_name(path.name + checkpoints.PARTIAL))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_flipped_bit_of_a_manifest_is_refused_or_says_the_same(tmp_path: Path,
         "counters": {"loss": 5.5, "x": None},
     }
     path = make(tmp_path, 5, fingerprints={"tokenizer": "é" * 9}, **stored)
-    manifest = path / manifests.MANIFEST
+    manifest = path / checkpoints.MANIFEST
     before = content_of(path)
     content = json.dumps(before, indent=indent).encode()
     harmless = 0
@@ -342,7 +342,7 @@ def test_a_place_that_is_no_directory_is_an_error_not_an_empty_one(tmp_path: Pat
     with pytest.raises(CheckpointError, match="cannot be read"):
         newest(tmp_path / "file")
     assert retention(tmp_path / "file", 1).damaged
-    assert retention(tmp_path / "missing", 1) == manifests.Retention()
+    assert retention(tmp_path / "missing", 1) == checkpoints.Retention()
 
 
 def test_parts_of_a_manifest_that_are_not_there_are_named(tmp_path: Path) -> None:
@@ -361,10 +361,10 @@ def test_parts_of_a_manifest_that_are_not_there_are_named(tmp_path: Path) -> Non
 
 
 def test_the_tokenizer_beside_checkpoints_is_the_one_of_the_manifest(tmp_path: Path) -> None:
-    place = tmp_path / manifests.TOKENIZER
+    place = tmp_path / checkpoints.TOKENIZER
     place.mkdir()
     (place / "tokenizer.json").write_text("{}")
-    found = read_checkpoint(make(tmp_path, 5, tokenizer=manifests.tokenizer_entries(tmp_path)))
+    found = read_checkpoint(make(tmp_path, 5, tokenizer=checkpoints.tokenizer_entries(tmp_path)))
     verify_tokenizer(found)
     (place / "chat_template.jinja").write_text("planted")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not of it"):
@@ -401,5 +401,5 @@ def test_how_experts_lie_on_workers_is_not_the_model_s(tmp_path: Path) -> None:
 
 
 def test_the_control_plane_reads_checkpoints_without_torch() -> None:
-    code = "import sys, escala.manifests; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, escala.contract.checkpoints; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

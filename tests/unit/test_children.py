@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from escala.records import AttemptSpec, JobFiles, Outcome, TrialFiles, write_json
+from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, write_json
 from escala.sweeps.design import Trial
 from escala.sweeps.trials import Planned, write_planned
 from escala.tracking.children import SWEEP_ATTEMPT_TAG, FamilyDelivery

@@ -17,11 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
-from escala.errors import EscalaError, LawError, NotFoundError
+from escala.contract.errors import EscalaError, LawError, NotFoundError
+from escala.contract.records import RunRecord
 from escala.laws import Law, fit_law
 from escala.laws.files import read_points_file
 from escala.laws.reference import Cache, Reference, Stored, parse
-from escala.records import RunRecord
 
 URI = "http://127.0.0.1:9"  # nothing listens there: a query that asks the tracker fails
 

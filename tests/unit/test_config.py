@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from workloads.config import DataConfig, ModelConfig, PretrainConfig, TrainingConfig
+from escala.schema import DataConfig, ModelConfig, PretrainConfig, TrainingConfig
 
 
 def test_derived_sizes() -> None:

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
+from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.documents import dump, read_yaml
-from escala.errors import EscalaError, NotFoundError, SpecError
 from escala.hardware import Cluster, directory, load_cluster, names
 from escala.planning.bench import _device
 from escala.planning.cost import communication, cost, memory_bytes
-from workloads.config import PretrainConfig
-from workloads.flops import parameter_counts, saved_elements_per_token
+from escala.schema import PretrainConfig
+from escala.schema.flops import parameter_counts, saved_elements_per_token
 
 PLAIN: dict[str, Any] = {  # a device with round figures
     "about": "round figures",

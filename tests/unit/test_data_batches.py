@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from escala.errors import DataError
-from workloads.config import DataConfig, PretrainConfig
+from escala.contract.errors import DataError
+from escala.schema import DataConfig, PretrainConfig
 from workloads.data import shards
 from workloads.data.batches import Batches
+from workloads.data.cache import BLOCK_BYTES, TokenDirectory, TokenFile, TokenWriter, new_directory
 from workloads.data.mixture import BLOCK_SEQUENCES, block_shares, draw, epoch_order
 from workloads.data.shards import PreparedData, check, prepare
-from workloads.data.store import BLOCK_BYTES, TokenDirectory, TokenFile, TokenWriter, new_directory
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer
 
 CONTEXT = 16

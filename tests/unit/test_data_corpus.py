@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from escala.errors import DataError
-from workloads.config import (
+from escala.contract.errors import DataError
+from escala.schema import (
     Corpus,
     DataConfig,
     FilesCorpus,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from workloads.data.dialogues import Chat, Completion, read_dialogues, read_lines, split
 from workloads.data.messages import OF_A_LINE, WITHOUT_MEANING
 from workloads.data.preferences import Preference, read_preferences, write_preferences

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from escala import documents
-from escala.errors import EscalaError, NotFoundError, SpecError
+from escala.contract.errors import EscalaError, NotFoundError, SpecError
 
 
 def parse(text: str) -> Any:

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
 from escala.laws import Law, fit_law
 from escala.laws.drift import Predictions, calibration, check, compare_run, wilson
 from escala.laws.reference import Cache, Stored
-from escala.records import AttemptFiles, AttemptSpec, Outcome, RunRecord, write_json
 from escala.tracking.spool import read_events
 
 TEXT = {"tokenizer_fingerprint": "t", "evaluation_fingerprint": "e"}

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from escala import fields, files, lines
-from escala.attempt import check_fence
-from escala.errors import Superseded
-from escala.files import forgiving_log, insist, no_room, private_directory, rename_whole, write_whole
-from escala.records import AttemptFiles, AttemptSpec, Control, Outcome, Progress, read_record, write_json
+from escala.contract import fields, files, lines
+from escala.contract.attempt import check_fence
+from escala.contract.errors import Superseded
+from escala.contract.files import forgiving_log, insist, no_room, private_directory, rename_whole, write_whole
+from escala.contract.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    Outcome,
+    Progress,
+    read_record,
+    write_json,
+)
 from escala.tracking.delivery import _State
 from escala.tracking.spool import SpoolTracker, close_spool, read_events
 from escala.tracking.tracker import Metric

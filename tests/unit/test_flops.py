@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from workloads.config import ModelConfig
-from workloads.flops import flops_per_token, mean_keys, parameter_counts
+from escala.schema import ModelConfig
+from escala.schema.flops import flops_per_token, mean_keys, parameter_counts
 from workloads.training.meter import prefer_medium
 
 GPT2_LIKE = ModelConfig(vocab_size=1000, n_layers=3, d_model=64, n_heads=4, d_ff=160, max_context_tokens=512)
@@ -77,7 +77,7 @@ def test_flops_of_a_mixture_are_of_the_slots_that_it_has() -> None:
 
 
 def test_neither_config_nor_flops_imports_torch() -> None:
-    code = "import sys, workloads.flops; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, escala.schema.flops; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

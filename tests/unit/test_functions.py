@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from escala import preflight, user_code
-from escala.errors import EscalaError, SpecError, StateError
-from workloads.alignment import functions
-from workloads.alignment.functions import UserFunction
+from escala import preflight
+from escala.contract.errors import EscalaError, SpecError, StateError
+from escala.storage import user_code
 from workloads.preflight import problems
+from workloads.rewards import functions
+from workloads.rewards.functions import UserFunction
 
 MODULE = """
 import os, re, sys, time

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from escala.errors import CheckpointError, SpecError, StateError
-from workloads.config import ModelConfig
+from escala.contract.errors import CheckpointError, SpecError, StateError
+from escala.schema import ModelConfig
 from workloads.data.tokenizer import TextTokenizer, train_tokenizer, wrap
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import EngineProtocol, Output, Request, SamplingParams

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from workloads.generation import sampling
 from workloads.generation.protocol import SamplingParams
 from workloads.generation.sampling import Draw, sample, uniforms

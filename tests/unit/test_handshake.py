@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from escala import handshake
-from escala.errors import VersionError
+from escala.contract import handshake
+from escala.contract.errors import VersionError
 
 
 def test_equal_versions_pass():
@@ -36,7 +36,7 @@ def test_a_client_that_states_nothing_is_refused():
 
 def test_it_needs_the_standard_library_only():
     roots = "{m.split('.')[0] for m in sys.modules}"
-    code = f"import sys, escala.handshake; print(*{roots} - sys.stdlib_module_names)"
+    code = f"import sys, escala.contract.handshake; print(*{roots} - sys.stdlib_module_names)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     foreign = {m for m in done.stdout.split() if not m.startswith(("_", "sitecustomize", "distutils"))}
     assert foreign <= {"escala"}

@@ -19,11 +19,11 @@ from pydantic import BaseModel
 
 from escala.cli.main import app
 from escala.hardware import Cluster
+from escala.schema import WORKLOADS, BenchConfig
+from escala.schema.serve import ServeConfig
 from escala.settings import RolloutsSettings, Settings
 from escala.spec import JobOptions
 from escala.sweeps.space import Space
-from workloads.config import WORKLOADS, BenchConfig
-from workloads.config.serve import ServeConfig
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for room in ("platform/escala", "workloads", "tune_spaces") for p in (ROOT / room).rglob("*.py")]

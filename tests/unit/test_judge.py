@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from escala import handshake
-from escala.errors import DataError
-from escala.records import AttemptFiles, AttemptSpec, Outcome, read_record, write_json
+from escala.contract import handshake
+from escala.contract.errors import DataError
+from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record, write_json
+from escala.schema import ModelConfig
+from escala.schema.judge import JudgeConfig
 from tests.unit.small_chat import END, ByteChat
 from workloads import judge as entry_point
-from workloads.alignment.judge import (
+from workloads.data.preferences import Preference, read_preferences
+from workloads.judge import Responses, comparisons, merge, read_responses, totals
+from workloads.model.transformer import Transformer
+from workloads.rewards.judge_models import (
     Judge,
     LanguageModelJudge,
     Question,
@@ -22,11 +27,6 @@ from workloads.alignment.judge import (
     prompt_key,
     read_references,
 )
-from workloads.config import ModelConfig
-from workloads.config.judge import JudgeConfig
-from workloads.data.preferences import Preference, read_preferences
-from workloads.judge import Responses, comparisons, merge, read_responses, totals
-from workloads.model.transformer import Transformer
 
 QUESTION = "{prompt}|{first}|{second}?"
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
-from escala.errors import EscalaError, LawError
+from escala.contract.errors import EscalaError, LawError
 from escala.laws.files import REFUSAL, read_points_file
 
 MAP = {"params": "n_active", "loss": "loss_nats"}

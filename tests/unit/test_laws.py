@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws import Law, Objective, fit_law, isoflop_parabolas, slices
 from escala.laws.forms import FORMS, loss_and_jacobian, losses, make_features
 

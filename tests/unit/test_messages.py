@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from escala.errors import DataError
-from workloads.alignment.judge import read_references
+from escala.contract.errors import DataError
 from workloads.data.dialogues import read_dialogues
 from workloads.data.preferences import read_preferences
+from workloads.rewards.judge_models import read_references
 from workloads.serving.openai import ChatRequest, parse
 from workloads.serving.scores import CompareRequest, ScoreRequest
 

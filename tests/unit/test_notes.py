@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
-from escala.records import AttemptSpec, JobFiles, RunRecord, write_json
+from escala.contract.records import AttemptSpec, JobFiles, RunRecord, write_json
 from escala.tracking.children import FamilyDelivery
-from escala.tracking.datasets import dataset_of
-from escala.tracking.notes import command_tag, run_note, start_tags
+from escala.tracking.lineage.datasets import dataset_of
+from escala.tracking.lineage.notes import command_tag, run_note, start_tags
 from escala.tracking.pages import find_runs_page, run_page, runs_page, shown, table_beside
 from escala.tracking.spool import SpoolTracker, read_events
 

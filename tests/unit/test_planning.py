@@ -13,14 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
-from escala.errors import LawError, SpecError
+from escala.contract.errors import LawError, SpecError
 from escala.laws import fit_law
 from escala.laws.reference import Cache, Stored
 from escala.planning.explore import Exploration, _next, _open, _planned_flops, fitting
+from escala.planning.plans import Proposed, base_of, chi_of, config_for
 from escala.planning.propose import Proposal, candidates, propose
-from escala.planning.service import Proposed, base_of, chi_of, config_for
-from workloads.config import ModelConfig, PretrainConfig
-from workloads.flops import flops_per_token, parameter_counts
+from escala.schema import ModelConfig, PretrainConfig
+from escala.schema.flops import flops_per_token, parameter_counts
 
 URI = "http://127.0.0.1:9"  # nothing listens there
 CONFIGURATION = {  # as a sweep stores it: dotted keys and texts

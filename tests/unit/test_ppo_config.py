@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from escala import api, spec
-from escala.errors import SpecError
-from workloads.config import PpoConfig
-from workloads.config.serve import OwnerConfig
-from workloads.flops import ppo_flops_per_token, training_flops_per_token
+from escala.contract.errors import SpecError
+from escala.schema import PpoConfig
+from escala.schema.flops import ppo_flops_per_token, training_flops_per_token
+from escala.schema.serve import OwnerConfig
 
 BASE: dict[str, Any] = {
     "model": {"vocab_size": 300, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_context_tokens": 64},
@@ -105,7 +105,7 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
     monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
     from escala.runtime_env import runtime_env
-    from workloads.alignment import service
+    from workloads import sidecar
 
     variables = runtime_env("127.0.0.1:1", environ={}, one_node=local)["env_vars"]
     monkeypatch.delenv("ESCALA_ONE_NODE", raising=False)
@@ -114,11 +114,11 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
     judged = config(rewards=[{"kind": "model", "model": "rated"}], rollouts={"replica_cpus": 0.5})
     me = OwnerConfig(token="a/b", lock="lock")
     made: list[Any] = []
-    monkeypatch.setattr(service.serve, "status", lambda: SimpleNamespace(applications={}))
-    monkeypatch.setattr(service.serve, "run", lambda app, **options: made.append((app, options)))
-    monkeypatch.setattr(service, "_own_logs_only", lambda: None)
-    arguments = service.serve_config(judged, Path("model"), me).model_dump(mode="json")
-    service._run("ppo-j", arguments)
+    monkeypatch.setattr(sidecar.serve, "status", lambda: SimpleNamespace(applications={}))
+    monkeypatch.setattr(sidecar.serve, "run", lambda app, **options: made.append((app, options)))
+    monkeypatch.setattr(sidecar, "_own_logs_only", lambda: None)
+    arguments = sidecar.serve_config(judged, Path("model"), me).model_dump(mode="json")
+    sidecar._run("ppo-j", arguments)
     ((app, options),) = made
     api_deployment = app._bound_deployment
     assert options["logging_config"]["enable_access_log"] is False
@@ -135,7 +135,7 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
 
 
 def test_a_job_has_room_for_its_service_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from escala.jobs.service import _check_room
+    from escala.jobs.actions import _check_room
 
     def job(workers: int, **changes: Any) -> Any:
         found = config(resources={"workers": workers}, **changes)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escala.errors import SpecError, StaleWeights, StateError
+from escala.contract.errors import SpecError, StaleWeights, StateError
 from tests.unit.test_ppo_config import config
 from workloads.alignment.learner import estimate
 from workloads.alignment.microbatches import Rows, cut, deal, micro_batch, minibatches

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from escala import spec
-from escala.errors import LawError, SpecError
-from escala.records import Outcome, TrialFiles, write_json
+from escala.contract.errors import LawError, SpecError
+from escala.contract.records import Outcome, TrialFiles, write_json
 from escala.settings import Settings
-from escala.sweeps import plan, service
+from escala.sweeps import launch, plan
 from escala.sweeps.design import Trial
 from escala.sweeps.points import objective, read_points
 from escala.sweeps.space import Space, load_space
@@ -75,6 +75,6 @@ def test_a_trial_is_judged_by_its_reward_and_gives_a_row_but_no_law(
     assert points.points[["reward", "kl_nats", "tokens"]].values.tolist() == [[0.5, 2.0, 17]]
     assert points.refused["reason"].tolist() == ["it has no held-out loss", "not started"]
     assert points.noise is None
-    monkeypatch.setattr(service, "sweep_points", lambda name: points)
+    monkeypatch.setattr(launch, "sweep_points", lambda name: points)
     with pytest.raises(LawError, match="no held-out loss"):
-        service.fit_sweeps(["s"], "law")
+        launch.fit_sweeps(["s"], "law")

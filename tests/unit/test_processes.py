@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from escala import watchdog as watchdog_module
-from escala.errors import ClusterError
+from escala.contract.errors import ClusterError
+from escala.contract.records import write_json
 from escala.processes import Command, Processes
-from escala.records import write_json
 from escala.watchdog import Watchdog
 
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(300)"]

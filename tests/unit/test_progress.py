@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from escala.cli import progress, render
-from escala.records import Progress
+from escala.contract.records import Progress
 from tests.conftest import wait_for
 
 AT_WORK = Progress(12, 60, 6144, 1e9, 24.0, 4.125, 256.0, 0.31, 0.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws import Law, fit_law
 from escala.laws.solve import Objective
 from escala.planning.propose import (

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from escala.errors import DataError
-from workloads.alignment.scoring import FunctionReward
+from escala.contract.errors import DataError
 from workloads.data import raters
 from workloads.data.preferences import read_preferences
 from workloads.data.raters import HELD_OUT_RATERS, RESPONSE, TRAIN_RATERS, Entries, Pairs
+from workloads.rewards.scoring import FunctionReward
 
 needs_ratings = pytest.mark.skipif(
     importlib.util.find_spec(raters.PACKAGE) is None, reason="vaderSentiment is not installed"

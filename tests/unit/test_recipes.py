@@ -8,10 +8,10 @@ import random
 import pytest
 
 from escala import spec
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
+from escala.schema import ModelConfig
+from escala.schema.flops import parameter_counts
 from tune_spaces import recipes
-from workloads.config import ModelConfig
-from workloads.flops import parameter_counts
 
 TUNED = {"batch_sequences": 8, "optimizer": {"learning_rate": 1e-3}}
 BASE = {"model": {"vocab_size": 1024, "max_context_tokens": 64}, "training": TUNED}

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from escala import redaction
-from escala.errors import EscalaError, SpecError
+from escala.contract import redaction
+from escala.contract.errors import EscalaError, SpecError
+from escala.contract.redaction import hide, hide_arguments, hide_in
 from escala.jobs.database import open_engine
 from escala.jobs.model import NewJob
 from escala.jobs.store import JobStore
-from escala.redaction import hide, hide_arguments, hide_in
 from escala.runtime_env import runtime_env
 from escala.settings import Settings
 from escala.tracking.mlflow_tracker import MlflowTracker

@@ -80,8 +80,8 @@ def test_a_time_is_a_time_where_we_are() -> None:
 def test_a_job_shows_its_times_and_its_whole_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from escala.jobs.actions import JobDetails
     from escala.jobs.model import HistoryEvent
-    from escala.jobs.service import JobDetails
 
     monkeypatch.setattr(time, "time", lambda: 1.796e9 + 125)
     events = [HistoryEvent(1, JOB.id, 1, JOB.changed_at, "failed", "user_error", REASON)]
@@ -99,7 +99,7 @@ def test_a_job_shows_its_times_and_its_whole_reason(
 
 
 def test_the_reason_of_a_run_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    from escala.records import RunRecord
+    from escala.contract.records import RunRecord
 
     run = RunRecord(
         "r" * 32, "j0000001", 1, "a", "sft", "user_error", 1.796e9, wall_seconds=42.0, reason=REASON

@@ -19,11 +19,11 @@ from ray.serve._private import replica as serve_replica
 from tokenizers import decoders, pre_tokenizers
 
 from benchmarks import fuzz_requests
-from escala.errors import DataError, SpecError, StateError
+from escala.contract.errors import DataError, SpecError, StateError
 from tests.unit.local_service import ask, chat_tokenizer, local_service, quiet
 from workloads.generation import engine as engine_module
 from workloads.generation.protocol import EngineStopped, SamplingParams
-from workloads.serving import guard, patience, tokenising
+from workloads.serving import guard, retry, tokenising
 from workloads.serving.loopback import keep_serve_on_loopback
 from workloads.serving.openai import ChatRequest, CompletionRequest, parse
 from workloads.serving.policy import Policy
@@ -306,7 +306,7 @@ def test_panics_of_the_tokenizers_library_end_their_own_requests(tmp_path: Path)
 def test_when_an_engine_dies_clients_are_told_and_its_replica_is_unhealthy(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", (0.0,) * 3)
+    monkeypatch.setattr(retry, "PAUSE_SECONDS", (0.0,) * 3)
 
     async def main() -> None:
         async with local_service(tokenizer) as policy:
@@ -335,7 +335,7 @@ def test_when_an_engine_dies_clients_are_told_and_its_replica_is_unhealthy(
 def test_the_service_asks_another_replica_where_an_engine_has_died(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr(patience, "PAUSE_SECONDS", (0.0,) * 3)
+    monkeypatch.setattr(retry, "PAUSE_SECONDS", (0.0,) * 3)
     asked: list[str] = []
 
     def wrap(policy: Policy) -> Any:
@@ -516,7 +516,7 @@ def test_serve_s_own_ports_are_opened_on_loopback(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("value", [1e39, -1e300, float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
-    from workloads.alignment.scoring import FunctionReward, weighted_sums
+    from workloads.rewards.scoring import FunctionReward, weighted_sums
 
     with pytest.raises(SpecError, match="response 2"):
         FunctionReward("tests.reward_functions:said").score(["a", "b"], ["0.5", str(value)])

@@ -14,9 +14,7 @@ import torch
 import torch.distributed
 
 from escala import api
-from escala.errors import CheckpointError
-from escala.files import no_room
-from escala.manifests import (
+from escala.contract.checkpoints import (
     FORMAT_VERSION,
     MANIFEST,
     PARTIAL,
@@ -27,11 +25,13 @@ from escala.manifests import (
     tokenizer_entries,
     verify_tokenizer,
 )
-from escala.records import JobFiles
-from escala.sealed import seal
+from escala.contract.errors import CheckpointError
+from escala.contract.files import no_room
+from escala.contract.records import JobFiles
+from escala.contract.sealed import seal
+from escala.schema import ModelConfig
+from escala.schema.pretrained import model_config_of
 from tests.small_disk import Disk
-from workloads.config import ModelConfig
-from workloads.config.pretrained import model_config_of
 from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
 from workloads.training import zero
 from workloads.training.checkpoint import _begin, _publish, load_weights, save

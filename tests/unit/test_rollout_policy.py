@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.rollouts.policy import Decision, History, Load, Rules, decide, demand, replay
 
 REPLICAS = st.integers(0, 8)

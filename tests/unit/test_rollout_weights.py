@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from escala.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
 from escala.rollouts.store import Store
 from escala.rollouts.weights import Offer, Receiver, TensorEntry, Weights, WeightVersion, digest_of, verify
 

@@ -17,13 +17,21 @@ from typing import Any
 
 import pytest
 
-from escala.errors import ClusterError
+from escala.contract.errors import ClusterError
+from escala.contract.records import (
+    AttemptFiles,
+    AttemptSpec,
+    JobFiles,
+    Outcome,
+    Progress,
+    read_record,
+    write_json,
+)
 from escala.jobs import reconcile
 from escala.jobs.model import NewJob
 from escala.jobs.reconcile import Reconciler
 from escala.jobs.runner import only_one
 from escala.jobs.store import JobStore
-from escala.records import AttemptFiles, AttemptSpec, JobFiles, Outcome, Progress, read_record, write_json
 
 REAL_WRITE, REAL_READ = write_json, read_record
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from workloads.config import PretrainConfig
+from escala.schema import PretrainConfig
 from workloads.training.schedule import learning_rate
 
 

@@ -10,11 +10,17 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from escala.errors import CheckpointError, DataError, SpecError
+from escala.contract.errors import CheckpointError, DataError, SpecError
+from escala.schema import ModelConfig
+from escala.schema.rewards import JudgeModelConfig, RewardConfig
 from tests.unit.small_chat import END, ByteChat
-from workloads.alignment import scoring
-from workloads.alignment.functions import CODE
-from workloads.alignment.reward_model import (
+from workloads.data.chat import load_chat_tokenizer
+from workloads.data.dialogues import Prompt
+from workloads.data.tokenizer import train_tokenizer
+from workloads.model.transformer import Transformer
+from workloads.rewards import scoring
+from workloads.rewards.functions import CODE
+from workloads.rewards.reward_model import (
     HEAD_FILE,
     RewardModel,
     answer_tokens,
@@ -22,13 +28,7 @@ from workloads.alignment.reward_model import (
     pad_right,
     save_reward_model,
 )
-from workloads.alignment.scoring import FunctionReward, RewardModelScorer, WeightedSum, build_reward
-from workloads.config import ModelConfig
-from workloads.config.rewards import JudgeModelConfig, RewardConfig
-from workloads.data.chat import load_chat_tokenizer
-from workloads.data.dialogues import Prompt
-from workloads.data.tokenizer import train_tokenizer
-from workloads.model.transformer import Transformer
+from workloads.rewards.scoring import FunctionReward, RewardModelScorer, WeightedSum, build_reward
 
 SMALL = ModelConfig(vocab_size=END + 1, n_layers=2, d_model=16, n_heads=2, max_context_tokens=64)
 CHAT: list[Prompt] = [[{"role": "user", "content": "2 + 2?"}], "Once"]

@@ -14,18 +14,19 @@ from fastapi import Request
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
-from escala.errors import CheckpointError, SpecError
+from escala.contract.errors import CheckpointError, SpecError
 from escala.hardware import directory
-from escala.rollouts import service
+from escala.rollouts import deployment
 from escala.rollouts.policy import Rules
 from escala.rollouts.weights import Weights, WeightVersion, digest_of
+from escala.schema import ModelConfig
+from escala.schema.serve import ServeConfig
 from escala.settings import RolloutsSettings, Settings
-from workloads.config import ModelConfig
-from workloads.config.serve import ServeConfig
 from workloads.generation.protocol import Completion, Output
 from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
 from workloads.serving.access import Unauthorized, authorise
+from workloads.serving.engine_loading import initial_version
 from workloads.serving.openai import (
     ChatRequest,
     CompletionRequest,
@@ -34,7 +35,6 @@ from workloads.serving.openai import (
     server_sent,
 )
 from workloads.serving.records import Generated, Piece
-from workloads.serving.start import initial_version
 from workloads.serving.weights import pack, unpack
 
 SHIPPED = directory() / "services" / "rollouts.yaml"
@@ -160,9 +160,9 @@ def test_state_dicts_go_to_bytes_and_back_without_a_copy() -> None:
 def test_what_is_sent_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ESCALA_ROLLOUTS_TOKEN", "ESCALA_ROLLOUTS_HOST"):
         monkeypatch.delenv(name, raising=False)
-    document = service.read([SHIPPED], ["model=/models/m", "scaling.max_replicas=3"])
+    document = deployment.read([SHIPPED], ["model=/models/m", "scaling.max_replicas=3"])
     rollouts = RolloutsSettings(token="sixteen-or-more-characters")
-    sent = service.prepare(document["applications"][0], "mine", Settings(), rollouts)
+    sent = deployment.prepare(document["applications"][0], "mine", Settings(), rollouts)
     assert (sent["name"], sent["args"]["model"]) == ("mine", "/models/m")
     assert sent["args"]["token_sha256"] == hashlib.sha256(b"sixteen-or-more-characters").hexdigest()
     assert "sixteen" not in json.dumps(sent)  # arguments are shown in dashboards
@@ -170,25 +170,25 @@ def test_what_is_sent_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = override["autoscaling_config"]
     assert (override["name"], scaling["min_replicas"], scaling["max_replicas"]) == ("policy", 1, 3)
     assert Rules(**scaling["policy"]["policy_kwargs"])  # the hook's arguments are the policy's
-    wrong = service.read([], ["model=/m", "engine.max_runing=3"])
+    wrong = deployment.read([], ["model=/m", "engine.max_runing=3"])
     with pytest.raises(SpecError, match="did you mean max_running"):
-        service.prepare(wrong["applications"][0], "mine", Settings(), RolloutsSettings())
+        deployment.prepare(wrong["applications"][0], "mine", Settings(), RolloutsSettings())
 
 
 def test_the_shipped_file_is_one_that_serve_takes() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     document = yaml.safe_load(SHIPPED.read_text())
-    assert ServeDeploySchema.model_validate(document).applications[0].import_path == service.IMPORT_PATH
+    assert ServeDeploySchema.model_validate(document).applications[0].import_path == deployment.IMPORT_PATH
     spec.load_rollouts(document["applications"][0]["args"])
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "example.com", "::"])
 def test_an_address_beyond_this_machine_needs_a_token(host: str) -> None:
     with pytest.raises(SpecError, match="ESCALA_ROLLOUTS_TOKEN"):
-        service.check_exposure(host, {"token_sha256": None})
-    service.check_exposure(host, {"token_sha256": "0" * 64})
-    service.check_exposure("127.0.0.1", {})
+        deployment.check_exposure(host, {"token_sha256": None})
+    deployment.check_exposure(host, {"token_sha256": "0" * 64})
+    deployment.check_exposure("127.0.0.1", {})
     with pytest.raises(SpecError, match="ESCALA_ROLLOUTS_TOKEN"):
         RolloutsSettings(token="short")
 
@@ -197,14 +197,14 @@ def test_files_of_other_applications_and_bounds_that_cannot_hold_are_refused(tmp
     other = tmp_path / "other.yaml"
     other.write_text("applications: [{import_path: 'a:b'}]")
     with pytest.raises(SpecError, match="of the rollout service"):
-        service.read([other], [])
+        deployment.read([other], [])
     for bounds in ((2, 1, 8.0), (0, 0, 8.0), (-1, 2, 8.0), (1, 2, 0.0)):
         with pytest.raises(SpecError, match="cannot hold"):
-            service.check_bounds(*bounds)
+            deployment.check_bounds(*bounds)
 
 
 def test_a_judge_replica_prefers_the_same_response_in_either_place(tmp_path: Any) -> None:
-    from workloads.config import ModelConfig
+    from escala.schema import ModelConfig
     from workloads.data.tokenizer import train_tokenizer
     from workloads.model.huggingface import save_pretrained
     from workloads.model.transformer import Transformer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.settings import Settings
 
 

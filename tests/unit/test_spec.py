@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from escala.errors import NotFoundError, SpecError
+from escala.contract.errors import NotFoundError, SpecError
 from escala.spec import load_job, merge, resolve, written
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from escala.manifests import FORMAT_VERSION, file_entry
-from escala.sealed import seal
-from workloads.alignment.reward_model import RewardModel
-from workloads.config import LoraConfig, ModelConfig
+from escala.contract.checkpoints import FORMAT_VERSION, file_entry
+from escala.contract.sealed import seal
+from escala.schema import LoraConfig, ModelConfig
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.start import load_model
 from workloads.model.transformer import Transformer
+from workloads.rewards.reward_model import RewardModel
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from escala.errors import StateError
+from escala.contract.errors import StateError
 from escala.jobs.state import (
     ACTIVE,
     ATTEMPTS_CAP,

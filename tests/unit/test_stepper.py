@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from escala.errors import SpecError, StateError
-from workloads.config import ModelConfig
+from escala.contract.errors import SpecError, StateError
+from escala.schema import ModelConfig
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
 from workloads.model.transformer import Transformer

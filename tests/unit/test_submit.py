@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from escala import api
-from escala.errors import ClusterError, StateError
+from escala.contract.errors import ClusterError, StateError
 from escala.jobs.state import StopRequested
 from escala.jobs.store import JobStore
 from escala.settings import Settings
@@ -212,8 +212,8 @@ def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch:
 def test_what_a_job_does_is_the_last_line_that_says_something(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from escala.jobs.service import _doing
-    from escala.records import AttemptFiles
+    from escala.contract.records import AttemptFiles
+    from escala.jobs.actions import _doing
 
     files, job = AttemptFiles(tmp_path), SimpleNamespace(state="running", after=None)
     assert _doing(job, files) == "starts"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from workloads.alignment.masked import moments, same_shape, wide
 
 

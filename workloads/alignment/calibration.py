@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from workloads.alignment.masked import moments, same_shape, wide
 
 

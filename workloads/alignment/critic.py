@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from escala.errors import CheckpointError
-from workloads.alignment.reward_model import HEAD_FILE, RewardModel, load_reward_model
-from workloads.config import PpoConfig
+from escala.contract.errors import CheckpointError
+from escala.schema import PpoConfig
 from workloads.model.start import find_checkpoint, load_model, new_model
 from workloads.model.transformer import Transformer
+from workloads.rewards.reward_model import HEAD_FILE, RewardModel, load_reward_model
 
 
 class Critic(RewardModel):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from escala.errors import Diverged, SpecError
+from escala.contract.errors import Diverged, SpecError
 from workloads.alignment.masked import masked_mean, same_shape, wide
 
 K3_MAX = 10.0

@@ -18,7 +18,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.errors import Diverged
+from escala.contract.errors import Diverged
+from escala.schema import PpoConfig, TrainingConfig
 from workloads.alignment.advantages import gae, grpo, reinforce_plus_plus, rloo, to_tokens, whiten
 from workloads.alignment.kl import kl, kl_loss
 from workloads.alignment.losses import (
@@ -30,8 +31,7 @@ from workloads.alignment.losses import (
     value_loss,
 )
 from workloads.alignment.microbatches import MicroBatch, Rows, cut, deal, micro_batch, minibatches
-from workloads.alignment.rewards import token_rewards
-from workloads.config import PpoConfig, TrainingConfig
+from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import LoraLinear, without_lora
 from workloads.model.moe import mixtures
 from workloads.training import zero

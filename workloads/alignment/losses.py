@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from workloads.alignment.kl import ProportionalKL, ThresholdKL, kl, kl_loss
 from workloads.alignment.masked import masked_mean, same_shape, sequence_mean, wide
 from workloads.training.loss import CHUNK_LOGITS

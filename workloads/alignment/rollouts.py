@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from escala.errors import DataError, StaleWeights, StateError
-from escala.records import write_json
-from workloads.alignment.scoring import FunctionReward, weighted_sums
-from workloads.config import PpoConfig
-from workloads.config.rewards import FunctionRewardConfig
+from escala.contract.errors import DataError, StaleWeights, StateError
+from escala.contract.records import write_json
+from escala.schema import PpoConfig
+from escala.schema.rewards import FunctionRewardConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt, prompt_of, read_lines
 from workloads.data.examples import Draws
 from workloads.generation.protocol import RequestFailed, SamplingParams
+from workloads.rewards.scoring import FunctionReward, weighted_sums
 
 PROMPTS = "prompts.json"
 OTHER_SEED = 1 << 62

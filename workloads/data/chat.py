@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Encoding, Tokenizer, processors
 
-from escala.errors import DataError, NotFoundError
-from escala.records import write_json
+from escala.contract.errors import DataError, NotFoundError
+from escala.contract.records import write_json
 from escala.tracking.lineage import fingerprint
 from workloads.data.decoding import decoding_of, without_prefix
 from workloads.data.ends import GENERATION_CONFIG, generation_config, generation_ends

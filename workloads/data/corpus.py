@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from escala.errors import DataError
-from workloads.config import (
+from escala.contract.errors import DataError
+from escala.schema import (
     Corpus,
     DataConfig,
     FilesCorpus,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from workloads.data.corpus import unit_interval
 from workloads.data.messages import (
     ASSISTANT,

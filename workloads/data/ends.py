@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from escala.errors import DataError
-from workloads.config.gguf_header import read_gguf_header
+from escala.contract.errors import DataError
+from escala.schema.gguf_header import read_gguf_header
 
 GENERATION_CONFIG = "generation_config.json"
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")

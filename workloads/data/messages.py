@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT = "assistant"

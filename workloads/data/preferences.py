@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of, write_lines
 
 

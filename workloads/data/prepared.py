@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from escala.errors import DataError
-from escala.sealed import read_json_object
+from escala.contract.errors import DataError
+from escala.contract.sealed import read_json_object
+from escala.schema import PretrainConfig
 from escala.tracking.lineage import fingerprint
-from workloads.config import PretrainConfig
+from workloads.data.cache import TokenDirectory, TokenFile, check_directory
 from workloads.data.mixture import BLOCK_SEQUENCES, block_shares
-from workloads.data.store import TokenDirectory, TokenFile, check_directory
 
 
 @dataclass(frozen=True)

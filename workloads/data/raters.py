@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from escala.errors import DataError, EscalaError
-from escala.records import write_json
+from escala.contract.errors import DataError, EscalaError
+from escala.contract.records import write_json
 from workloads.data.corpus import unit_interval
 from workloads.data.dialogues import Prompt, write_lines
 from workloads.data.preferences import Preference, write_preferences

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import tokenizers
 
-from escala.errors import DataError
-from escala.records import write_json
+from escala.contract.errors import DataError
+from escala.contract.records import write_json
+from escala.schema import Corpus, DataConfig
 from escala.tracking.lineage import fingerprint
-from workloads.config import Corpus, DataConfig
+from workloads.data.cache import TokenDirectory, TokenWriter, check_directory, is_stored, new_directory
 from workloads.data.corpus import Document, read_documents
 from workloads.data.prepared import PreparedData, check
-from workloads.data.store import TokenDirectory, TokenWriter, check_directory, is_stored, new_directory
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, wrap
 
 __all__ = ["PreparedData", "check", "prepare"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from escala.errors import DataError
+from escala.contract.errors import DataError
 from workloads.data.messages import ASSISTANT, Message
 
 Span = tuple[int, int]

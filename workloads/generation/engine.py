@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.errors import EscalaError, SpecError, StateError
+from escala.contract.errors import EscalaError, SpecError, StateError
 from workloads.data.tokenizer import TextTokenizer
 from workloads.generation.attention import PagedCache
 from workloads.generation.network import Network, Piece

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escala.errors import CheckpointError
+from escala.contract.errors import CheckpointError
 from workloads.generation.attention import Ints, PagedCache, Plan, attend, make_plan
 from workloads.generation.linear import MIN_ROWS, PackedLinear
 from workloads.model.layers import FeedForward

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from escala.errors import EscalaError, SpecError, StateError
+from escala.contract.errors import EscalaError, SpecError, StateError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from workloads.config.moe import BalanceConfig
+from escala.schema.moe import BalanceConfig
 
 
 def log_mean_probability(log_g_NE: Tensor) -> Tensor:

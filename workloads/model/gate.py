@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workloads.config.moe import Estimator
+from escala.schema.moe import Estimator
 
 
 @dataclass(frozen=True)

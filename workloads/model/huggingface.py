@@ -1,7 +1,7 @@
 """Models in Hugging Face's format: safetensors with a config.json in and out, GGUF in (dequantised by transformers).
 
 No code and no pickle of a model is ever run: `trust_remote_code` is never passed, and pytorch_model.bin is refused.
-Which formats, and what their weights are called: `workloads.config.pretrained`.
+Which formats, and what their weights are called: `escala.schema.pretrained`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from escala.errors import CheckpointError, NotFoundError
-from escala.files import replacing
-from escala.records import write_json
-from workloads.config import ModelConfig
-from workloads.config.pretrained import (
+from escala.contract.errors import CheckpointError, NotFoundError
+from escala.contract.files import replacing
+from escala.contract.records import write_json
+from escala.schema import ModelConfig
+from escala.schema.pretrained import (
     architecture_for,
     model_config_of,
     their_names,

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from workloads.config import LoraConfig
-from workloads.config.pretrained import LLAMA_WEIGHTS
+from escala.schema import LoraConfig
+from escala.schema.pretrained import LLAMA_WEIGHTS
 from workloads.model.layers import Linear
 from workloads.model.transformer import Transformer
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from workloads.config import ModelConfig, MoEConfig
+from escala.schema import ModelConfig, MoEConfig
 from workloads.model import balance
 from workloads.model.exchange import Exchange, compute_elsewhere
 from workloads.model.experts import Experts

@@ -13,8 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from escala.errors import CheckpointError
-from escala.manifests import (
+from escala.contract.checkpoints import (
     MANIFEST,
     TOKENIZER,
     Checkpoint,
@@ -24,7 +23,8 @@ from escala.manifests import (
     verify,
     verify_tokenizer,
 )
-from workloads.config import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
+from escala.contract.errors import CheckpointError
+from escala.schema import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
@@ -88,7 +88,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
     """The configuration of the run that wrote it. Raises CheckpointError where this version does not know it."""
     workload, config = checkpoint.part("workload", str), checkpoint.part("config", dict)
     try:
-        return WORKLOADS[workload][1](**config)
+        return WORKLOADS[workload].parse(config)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",

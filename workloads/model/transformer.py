@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from workloads.config import ModelConfig
+from escala.schema import ModelConfig
 from workloads.model.attention.exact import attention_mask, exact_attention
 from workloads.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from workloads.model.moe import MixtureOfExperts, mixtures

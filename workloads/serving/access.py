@@ -8,7 +8,7 @@ import ipaddress
 
 from fastapi import Request
 
-from escala.errors import EscalaError
+from escala.contract.errors import EscalaError
 
 
 class Unauthorized(EscalaError):

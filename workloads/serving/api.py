@@ -19,8 +19,8 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from escala.errors import NotFoundError, SpecError
-from workloads.config.serve import ServeConfig
+from escala.contract.errors import NotFoundError, SpecError
+from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.access import authorise
 from workloads.serving.guard import answer_error, answer_json, check_origin, describe, new_app, read_body
@@ -35,8 +35,8 @@ from workloads.serving.openai import (
     server_sent,
 )
 from workloads.serving.owner import end_with_owner
-from workloads.serving.patience import ATTEMPTS, again_or_raise, patient, together
 from workloads.serving.records import Generated, Piece, Prompt
+from workloads.serving.retry import ATTEMPTS, again_or_raise, patient, together
 from workloads.serving.scores import CompareRequest, ScoreRequest
 
 CHAT_TOKENS = 1 << 20  # clipped to what the service and the context leave

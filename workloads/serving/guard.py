@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from escala.errors import EscalaError
+from escala.contract.errors import EscalaError
 from workloads.serving.openai import error_body
 
 BODY_BYTES = 16 << 20

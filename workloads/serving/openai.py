@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from workloads.data.messages import plain_messages
 from workloads.generation.protocol import INT64_MAX, STOP_STRINGS, STOP_TOKENS, SamplingParams
 from workloads.serving.records import Generated, Piece, Prompt

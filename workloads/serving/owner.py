@@ -18,7 +18,7 @@ from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own sa
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from escala.rollouts.weights import actor_of
-from workloads.config.serve import OwnerConfig
+from escala.schema.serve import OwnerConfig
 
 NAMESPACE = "escala"
 ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)

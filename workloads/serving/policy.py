@@ -16,9 +16,9 @@ from typing import Any
 
 from ray import serve
 
-from escala.errors import SpecError, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import SpecError, StaleWeights, WeightsNotLoaded
 from escala.rollouts.weights import Receiver, Weights, WeightVersion
-from workloads.config.serve import ServeConfig
+from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams, shown
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, Piece, Prompt
@@ -37,7 +37,7 @@ class Policy:
 
     async def __init__(self, config: dict[str, Any]) -> None:
         from workloads.model.start import load_model, load_tokenizer
-        from workloads.serving.start import build_engine, initial_version
+        from workloads.serving.engine_loading import build_engine, initial_version
 
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)

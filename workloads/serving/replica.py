@@ -7,9 +7,9 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve._private.constants import SERVE_NAMESPACE  # the context's own says another one
 
-from escala.errors import StateError
+from escala.contract.errors import StateError
 from escala.rollouts.weights import actor_of
-from workloads.config.serve import ServeConfig
+from escala.schema.serve import ServeConfig
 from workloads.serving.loopback import keep_serve_on_loopback
 
 PLACES = "places"

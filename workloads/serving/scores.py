@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
-from workloads.config.serve import ServeConfig
+from escala.schema.serve import ServeConfig
 from workloads.data.messages import plain_messages
 from workloads.serving.replica import begin, end
 
@@ -53,7 +53,7 @@ class RewardReplica:
     async def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
-        from workloads.alignment.scoring import build_reward
+        from workloads.rewards.scoring import build_reward
 
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)
@@ -76,7 +76,7 @@ class JudgeReplica:
     async def __init__(self, config: dict[str, Any]) -> None:
         import torch
 
-        from workloads.alignment.judge import load_judge_model
+        from workloads.rewards.judge_models import load_judge_model
 
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)
@@ -87,8 +87,8 @@ class JudgeReplica:
 
     async def compare(self, prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
         """The probability that each first response is the better one, mean of both orders. Raises DataError."""
-        from workloads.alignment.judge import compare
-        from workloads.alignment.scoring import finite
+        from workloads.rewards.judge_models import compare
+        from workloads.rewards.scoring import finite
 
         questions = list(zip(prompts, first, second, strict=True))
         async with self._turn:

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from escala.errors import EscalaError
+from escala.contract.errors import EscalaError
 from workloads.generation.protocol import (
     Completion,
     EngineProtocol,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from escala.errors import DataError, EscalaError, SpecError
+from escala.contract.errors import DataError, EscalaError, SpecError
 from workloads.data.chat import ChatTokenizer
 from workloads.generation.protocol import RequestFailed
 from workloads.serving.records import Prompt

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from escala.errors import CheckpointError
+from escala.contract.errors import CheckpointError
 from escala.rollouts.weights import TensorEntry, Weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

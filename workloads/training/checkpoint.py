@@ -3,7 +3,7 @@
 Safetensors files of each rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
 and a manifest. A file is written as soon as its tensors are there: a rank holds no more than one file's.
 Engines beside the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
-nothing here unpickles. What the control plane needs (names, hashes, retention) is in `escala.manifests`.
+nothing here unpickles. What the control plane needs (names, hashes, retention) is in `escala.contract.checkpoints`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from escala.errors import CheckpointError
-from escala.files import sync
-from escala.manifests import (
+from escala.contract.checkpoints import (
     DAMAGED,
     FORMAT_VERSION,
     MANIFEST,
@@ -40,8 +38,10 @@ from escala.manifests import (
     tokenizer_entries,
     verify,
 )
-from escala.records import write_json
-from escala.sealed import seal
+from escala.contract.errors import CheckpointError
+from escala.contract.files import sync
+from escala.contract.records import write_json
+from escala.contract.sealed import seal
 from workloads.training import zero
 
 FILE_BYTES, FILES = 64 * 2**20, 16

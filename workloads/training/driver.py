@@ -14,8 +14,8 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from escala.records import AttemptSpec
-from workloads.config import WORKLOADS, ResourcesConfig, TrainedConfig
+from escala.contract.records import AttemptSpec
+from escala.schema import WORKLOADS, ResourcesConfig, TrainedConfig
 
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a dead worker is seen in a quarter of a second, not in two
@@ -37,7 +37,7 @@ class WorkerInputs:
     @cached_property
     def config(self) -> TrainedConfig:
         """The workload's configuration."""
-        return WORKLOADS[self.spec.workload][1](**self.spec.config)
+        return WORKLOADS[self.spec.workload].parse(self.spec.config)
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed
 
-from escala.records import AttemptSpec, Rates
-from workloads.config import TrainedConfig
-from workloads.flops import flops_per_token, moved_bytes_per_step, training_flops_per_token
+from escala.contract.records import AttemptSpec, Rates
+from escala.schema import TrainedConfig
+from escala.schema.flops import flops_per_token, moved_bytes_per_step, training_flops_per_token
 
 RATES_TAG = "escala.rates"
 ESTIMATE = "estimate from FLOPs, bytes and seconds, by the coefficients of the cluster's file"

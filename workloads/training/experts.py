@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from workloads.config import Annealing, MoEConfig
+from escala.schema import Annealing, MoEConfig
 from workloads.model.balance import load_ratio, symmetric_kl
 from workloads.model.moe import Routing, mixtures
 from workloads.training.report import Reporter

@@ -19,17 +19,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.errors import DataError
-from escala.manifests import file_sha256
-from escala.records import AttemptSpec, write_json
+from escala.contract.checkpoints import file_sha256
+from escala.contract.errors import DataError
+from escala.contract.records import AttemptSpec, write_json
+from escala.schema import FineTuneConfig
 from escala.tracking.lineage import fingerprint
-from workloads.config import FineTuneConfig
 from workloads.data.batches import Batch
+from workloads.data.cache import check_directory, is_stored, new_directory
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.data.dialogues import Prompt, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences
-from workloads.data.store import check_directory, is_stored, new_directory
 from workloads.model.lora import add_lora
 from workloads.model.start import beside, load_tokenizer, new_model
 from workloads.model.transformer import Transformer

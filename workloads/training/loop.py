@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed
 
-from escala.attempt import STOP_REASONS, Watch, check_fence
-from escala.errors import CheckpointError, Diverged, Superseded
-from escala.files import no_room
-from escala.manifests import Checkpoint, read_checkpoint
-from escala.records import AttemptFiles, Progress
-from workloads.config import ResourcesConfig
-from workloads.flops import parameter_counts, training_flops_per_token
+from escala.contract.attempt import STOP_REASONS, Watch, check_fence
+from escala.contract.checkpoints import Checkpoint, read_checkpoint
+from escala.contract.errors import CheckpointError, Diverged, Superseded
+from escala.contract.files import no_room
+from escala.contract.records import AttemptFiles, Progress
+from escala.schema import ResourcesConfig
+from escala.schema.flops import parameter_counts, training_flops_per_token
 from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account

@@ -15,7 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from workloads.config import TrainingConfig
+from escala.schema import TrainingConfig
 from workloads.model.experts import STACKS, Experts
 
 

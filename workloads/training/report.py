@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from escala.files import insist, no_room
-from escala.records import AttemptFiles, AttemptSpec, Progress, write_json
+from escala.contract.files import insist, no_room
+from escala.contract.records import AttemptFiles, AttemptSpec, Progress, write_json
 from escala.tracking.tracker import Metric, open_tracker
 
 PROGRESS_SECONDS = 0.5

@@ -18,18 +18,26 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from escala import handshake
-from escala.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
-from escala.errors import CheckpointError, EscalaError, SpecError
-from escala.files import replacing, set_aside
-from escala.manifests import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
-from escala.records import AttemptFiles, AttemptSpec, Outcome, Progress, RunRecord, read_json, read_record
-from escala.redaction import hide_in, print_exception
-from escala.tracking.datasets import dataset_of
+from escala.contract import handshake
+from escala.contract.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
+from escala.contract.checkpoints import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
+from escala.contract.errors import CheckpointError, EscalaError, SpecError
+from escala.contract.files import replacing, set_aside
+from escala.contract.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Outcome,
+    Progress,
+    RunRecord,
+    read_json,
+    read_record,
+)
+from escala.contract.redaction import hide_in, print_exception
+from escala.schema import WORKLOADS, TrainedConfig
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
+from escala.tracking.lineage.datasets import dataset_of
+from escala.tracking.lineage.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
-from workloads.config import WORKLOADS, TrainedConfig
 from workloads.training.driver import WorkerInputs, fit
 
 TOKENIZER_FILES = (
@@ -100,7 +108,7 @@ class Run:
 
         import ray
 
-        from workloads.failures import NodeWatch
+        from workloads.training.failures import NodeWatch
 
         ray.init(address="auto", log_to_driver=True, namespace="escala")
         stop_on_sigterm(self.files)
@@ -135,7 +143,7 @@ class Run:
         self.tracker = tracker = open_tracker(spec.tracking_uri)
         tags = spec.tags | {
             "escala.job_id": spec.job_id,
-            "escala.attempt": str(spec.attempt),
+            "escala.contract.attempt": str(spec.attempt),
             "escala.workload": spec.workload,
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),
@@ -162,7 +170,7 @@ class Run:
 
     def fail(self, error: BaseException) -> int:
         """Classify `error` and write it down."""
-        from workloads.failures import classify
+        from workloads.training.failures import classify
 
         failure = classify(error, self.nodes)
         if failure.kind in ("internal", "worker_lost", "node_lost"):
@@ -274,7 +282,7 @@ def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
 def parse_config(spec: AttemptSpec) -> TrainedConfig:
     """The validated configuration. Raises SpecError with pydantic's words."""
     try:
-        return WORKLOADS[spec.workload][1](**spec.config)
+        return WORKLOADS[spec.workload].parse(spec.config)
     except ValidationError as error:
         raise SpecError(f"the {spec.workload} configuration is not valid: {error}") from error
 

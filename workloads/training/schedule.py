@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from workloads.config import OptimizerConfig, TrainingConfig
+from escala.schema import OptimizerConfig, TrainingConfig
 
 
 class Schedulable(Protocol):

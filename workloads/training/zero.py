@@ -23,7 +23,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from workloads.config import TrainingConfig
+from escala.schema import TrainingConfig
 from workloads.training.own_experts import OwnExperts, empty_moments, take_shares
 
 os.environ.setdefault(

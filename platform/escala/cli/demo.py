@@ -9,7 +9,7 @@ import typer
 
 from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
 from escala.cli.jobs import follow_job
-from escala.errors import LawError
+from escala.contract.errors import LawError
 
 SPACE, LAW = "smoke", "demo"
 AHEAD = 10  # the planned run's compute, in that of the sweep's largest trial

@@ -12,7 +12,7 @@ from escala.cli import progress, render
 from escala.cli.jobs import follow_job
 
 if TYPE_CHECKING:
-    from escala.records import RunRecord
+    from escala.contract.records import RunRecord
 
 MODEL = {"vocab_size": 2048, "n_layers": 3, "d_model": 128, "n_heads": 4, "max_context_tokens": 64}
 PAIRS = 20_000

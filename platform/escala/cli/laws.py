@@ -9,10 +9,10 @@ import typer
 
 from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
-from escala.errors import LawError
+from escala.contract.errors import LawError
 
 if TYPE_CHECKING:
-    from escala.laws.service import Preview
+    from escala.laws.queries import Preview
 
 Name = Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its champion.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the tracker which version is champion now.")]
@@ -98,9 +98,9 @@ def _preview(
 ) -> Preview:
     with progress.working("fitting") as now:
         if points is not None:  # of a file: neither a database nor a tracker
-            from escala.laws import service
+            from escala.laws import queries
 
-            return service.preview_file(
+            return queries.preview_file(
                 points, rename=rename, **settings, report=lambda text: now.update(facts=text)
             )
         from escala import api
@@ -112,16 +112,16 @@ def list_(
     name: Annotated[str | None, typer.Argument(help="Only this law.")] = None, json: Json = False
 ) -> None:
     """List the stored laws, newest version first."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.laws(service.laws(name), json)
+    render_laws.laws(queries.laws(name), json)
 
 
 def show(law: Name, refresh: Refresh = False, json: Json = False) -> None:
     """Show a law: parameters with intervals, what is wrong with it, where it came from."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.law(service.law(law, refresh), json)
+    render_laws.law(queries.law(law, refresh), json)
 
 
 def predict(
@@ -138,7 +138,7 @@ def predict(
     json: Json = False,
 ) -> None:
     """Predict the loss of a run, with its interval and how far that lies beyond the data."""
-    from escala.laws import service
+    from escala.laws import queries
 
     given = {
         "n_total": n_total,
@@ -150,14 +150,14 @@ def predict(
         "compute_flops": compute_flops,
     }
     point = {name: value for name, value in given.items() if value is not None}
-    render_laws.prediction(service.predict_law(law, level, refresh, **point), json)
+    render_laws.prediction(queries.predict_law(law, level, refresh, **point), json)
 
 
 def compare(first: Name, second: Name, json: Json = False) -> None:
     """Show two laws side by side, and how much their losses disagree."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.comparison(service.compare_laws(first, second), json)
+    render_laws.comparison(queries.compare_laws(first, second), json)
 
 
 def plot(
@@ -166,16 +166,16 @@ def plot(
     json: Json = False,
 ) -> None:
     """Draw a law: loss along each input, residuals, IsoFLOP curves, allocation."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.files(service.plot_law(law, to), json)
+    render_laws.files(queries.plot_law(law, to), json)
 
 
 def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")], json: Json = False) -> None:
     """Write law.json, provenance, points and plots into a new directory."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.files(service.export_law(law, to), json)
+    render_laws.files(queries.export_law(law, to), json)
 
 
 def calibration(
@@ -183,9 +183,9 @@ def calibration(
     json: Json = False,
 ) -> None:
     """Compare what the laws predicted with what finished runs obtained."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    render_laws.calibration(service.calibration(name), json)
+    render_laws.calibration(queries.calibration(name), json)
 
 
 def promote(
@@ -194,9 +194,9 @@ def promote(
     json: Json = False,
 ) -> None:
     """Make a version the champion of its name: the one that NAME alone means."""
-    from escala.laws import service
+    from escala.laws import queries
 
-    stored = service.promote_law(law, force)
+    stored = queries.promote_law(law, force)
     if json:
         render_laws.law(stored, json)
     else:

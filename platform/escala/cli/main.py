@@ -10,9 +10,9 @@ import sys
 import typer
 
 from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
-from escala.errors import ClusterError, EscalaError
-from escala.files import no_room
-from escala.redaction import hide_in_tracebacks
+from escala.contract.errors import ClusterError, EscalaError
+from escala.contract.files import no_room
+from escala.contract.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",

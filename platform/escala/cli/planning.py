@@ -11,7 +11,7 @@ from escala.cli import laws, progress, render, render_plans
 from escala.cli.cluster import Json
 from escala.cli.jobs import Follow, Overrides, follow_job
 from escala.cli.laws import Name, Refresh
-from escala.errors import LawError
+from escala.contract.errors import LawError
 
 ClusterName = Annotated[
     str | None,
@@ -99,16 +99,16 @@ def plan(
     json: Json = False,
 ) -> None:
     """Spend a budget on parameters and tokens so that the law's loss is lowest; several limits at once."""
-    from escala.planning import service
+    from escala.planning import plans
     from escala.planning.limits import Limits
 
-    question = service.Question(
+    question = plans.Question(
         kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
     )
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
-        planned, target = service.plan_target(law, target_loss, question)
+        planned, target = plans.plan_target(law, target_loss, question)
         render_plans.target(planned, target, json)
     else:
         limits = Limits(
@@ -122,13 +122,13 @@ def plan(
             max_context_tokens=max_context_tokens,
             n_total_over_active=n_total_over_active,
         )
-        planned = service.plan_law(law, limits, question)
+        planned = plans.plan_law(law, limits, question)
         render_plans.plan(planned, json)
         if front is not None:
             from escala.planning.plots import plot_front
 
             with progress.working("planning smaller budgets", quiet=json):
-                plans = [each.plan for each in service.plan_front(law, limits, question)]
+                plans = [each.plan for each in plans.plan_front(law, limits, question)]
             plot_front(plans, front, planned.law.reference)
             render_plans.front(plans, front, json)
     if submit:
@@ -160,10 +160,10 @@ def propose(
     json: Json = False,
 ) -> None:
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
-    from escala.planning import service
+    from escala.planning import plans
 
     with progress.working("weighing the candidates", quiet=json):
-        found = service.propose_runs(
+        found = plans.propose_runs(
             law,
             target_flops,
             max_flops,

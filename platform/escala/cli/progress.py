@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from escala.cli import render
-from escala.errors import EscalaError
-from escala.records import Progress
+from escala.contract.errors import EscalaError
+from escala.contract.records import Progress
 
 if TYPE_CHECKING:
     from escala.api import Watched

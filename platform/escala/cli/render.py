@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from escala.errors import EscalaError
-from escala.records import RunRecord
-from escala.redaction import hide, hide_in
+from escala.contract.errors import EscalaError
+from escala.contract.records import RunRecord
+from escala.contract.redaction import hide, hide_in
 from escala.tracking.pages import table_beside
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def exported(directory: Path, adapter: bool) -> None:
     name = repr(str(directory))
     if (directory / REWARD_HEAD).is_file():
         note(
-            f"a reward model: workloads.alignment.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
+            f"a reward model: workloads.rewards.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
         )
         note(f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk alone")
         return

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.cli.render import ago, as_json, note, number, page, pairs, raw, table
-from escala.errors import LawError
-from escala.records import RunRecord
+from escala.contract.errors import LawError
+from escala.contract.records import RunRecord
 
 if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.law import Law
+    from escala.laws.queries import Answer, Comparison, Fitted, Preview
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
-    from escala.laws.service import Answer, Comparison, Fitted, Preview
 
 INSIDE = 1.0005  # a factor that prints as 1
 REFUSED_ROWS = 20  # of which a person sees each; --json has all

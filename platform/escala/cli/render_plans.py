@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from escala.cli.render import as_json, duration, number, pairs, raw, table
 from escala.cli.render_laws import caveats, interval
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 
 if TYPE_CHECKING:
     from escala.hardware import Cluster, Precision
     from escala.planning.allocate import Plan, Target
     from escala.planning.cost import Cost
     from escala.planning.explore import Exploration
-    from escala.planning.service import Planned, Proposed
+    from escala.planning.plans import Planned, Proposed
     from escala.spec import Resolved
 
 GB = 1e9

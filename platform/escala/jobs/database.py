@@ -23,8 +23,8 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from escala.errors import ClusterError, SpecError, VersionError
-from escala.files import make_private, no_room, private_directory
+from escala.contract.errors import ClusterError, SpecError, VersionError
+from escala.contract.files import make_private, no_room, private_directory
 from escala.jobs import tables
 from escala.jobs.rows import dump_json, load_json
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.jobs.model import OWN_KEY, RATES_TAG
 
 ASKED = (

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from escala.contract.records import Progress, Totals
 from escala.jobs.state import JobView, Queued, State
-from escala.records import Progress, Totals
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
 RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads

@@ -19,11 +19,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from escala import handshake
-from escala.errors import ClusterError
-from escala.files import no_room
+from escala.contract import handshake
+from escala.contract.errors import ClusterError
+from escala.contract.files import no_room
+from escala.contract.records import (
+    TEXT_CHARACTERS,
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    JobFiles,
+    Outcome,
+    Progress,
+    read_record,
+    write_json,
+)
+from escala.jobs.backends.ray import Backend, entry_command
 from escala.jobs.model import Attempt, Job, Usage
-from escala.jobs.ray_backend import Backend, entry_command
 from escala.jobs.state import (
     BudgetOverrun,
     BudgetSpent,
@@ -36,18 +47,7 @@ from escala.jobs.state import (
     remaining,
 )
 from escala.jobs.store import JobStore, LostRace
-from escala.records import (
-    TEXT_CHARACTERS,
-    AttemptFiles,
-    AttemptSpec,
-    Control,
-    JobFiles,
-    Outcome,
-    Progress,
-    read_record,
-    write_json,
-)
-from escala.tracking.notes import command_tag
+from escala.tracking.lineage.notes import command_tag
 
 log = logging.getLogger("escala.runner")
 P = ParamSpec("P")

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import RowMapping
 
-from escala import fields
-from escala.errors import StateError
+from escala.contract import fields
+from escala.contract.errors import StateError
 from escala.jobs.model import Attempt, HistoryEvent, Job
 from escala.jobs.tables import JOB_ID
 

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala import user_code
-from escala.errors import ClusterError, EscalaError
-from escala.files import no_room
+from escala.contract.errors import ClusterError, EscalaError
+from escala.contract.files import no_room
+from escala.contract.redaction import hide_in_logs
 from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.store import JobStore
-from escala.redaction import hide_in_logs
+from escala.storage import user_code
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -112,7 +112,7 @@ def main() -> int:
 
 def _end_laws(settings: Settings, ending: threading.Event) -> None:
     """Now and then end the laws' runs of clients that died; not at once, since a start has enough to do."""
-    from escala.laws.service import close_abandoned
+    from escala.laws.queries import close_abandoned
 
     if not ending.wait(LAWS_SECONDS):
         _repeat(partial(close_abandoned, settings), ending, LAWS_SECONDS)
@@ -126,7 +126,7 @@ def _restart_dead(settings: Settings) -> None:
 
 
 def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
-    from escala.jobs.ray_backend import RayBackend
+    from escala.jobs.backends.ray import RayBackend
     from escala.laws.drift import compare_run
     from escala.runtime_env import runtime_env
     from escala.tracking.children import FamilyDelivery

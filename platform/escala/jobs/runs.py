@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from escala.errors import NotFoundError, SpecError, StateError
-from escala.jobs.service import POLL_SECONDS, check_limit, job, open_store
-from escala.records import SAMPLES, RunRecord
+from escala.contract.errors import NotFoundError, SpecError, StateError
+from escala.contract.records import SAMPLES, RunRecord
+from escala.jobs.actions import POLL_SECONDS, check_limit, job, open_store
 from escala.settings import Settings
 
 

@@ -34,7 +34,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from escala.errors import StateError
+from escala.contract.errors import StateError
 
 State = Literal["queued", "starting", "running", "stopping", "succeeded", "failed", "stopped"]
 

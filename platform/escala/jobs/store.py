@@ -16,7 +16,8 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, or_, select, update
 from sqlalchemy.sql import Select
 
-from escala.errors import ClusterError, NotFoundError, StateError
+from escala.contract.errors import ClusterError, NotFoundError, StateError
+from escala.contract.records import Outcome, Progress
 from escala.jobs import tables
 from escala.jobs.database import open_engine, reading, writing
 from escala.jobs.identity import check_same, own_key, spec_hash
@@ -36,7 +37,6 @@ from escala.jobs.state import (
     StopRequested,
     transition,
 )
-from escala.records import Outcome, Progress
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
 SUBMIT_WAITS = (0.1, 0.5)  # seconds between the tries of a submission whose connection is lost

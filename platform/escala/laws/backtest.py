@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.fit import fit_law
 from escala.laws.forms import Floats
 from escala.laws.law import Law

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats
 from escala.laws.law import Law
 

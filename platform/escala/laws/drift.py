@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from escala import lines
-from escala.attempt import flatten
-from escala.fields import build
+from escala.contract import lines
+from escala.contract.attempt import flatten
+from escala.contract.fields import build
+from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record
 from escala.laws.intervals import resolves
 from escala.laws.reference import Cache, Stored
-from escala.records import AttemptFiles, AttemptSpec, Outcome, read_record
 from escala.tracking.spool import SpoolTracker
 
 log = logging.getLogger("escala.drift")

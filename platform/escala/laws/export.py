@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import escala
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.law import Law
 
 REQUIREMENTS = ("mlflow", "numpy", "pandas")  # of the model on its own; escala's code travels with it

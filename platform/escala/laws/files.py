@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.errors import LawError, NotFoundError
+from escala.contract.errors import LawError, NotFoundError
 from escala.laws import cells
 
 if TYPE_CHECKING:

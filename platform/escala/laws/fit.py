@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import (
     Floats,
     Form,

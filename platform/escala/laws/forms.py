@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 
 Floats = NDArray[np.float64]
 

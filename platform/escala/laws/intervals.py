@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats
 
 FEWEST_REPLICATES = 20  # for an interval at 90 %: with fewer the smallest and the largest draw lie inside it

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Features, Floats, Form, Optimum, closed_form_optimum, get_form, losses
 from escala.laws.intervals import FEWEST_REPLICATES, check_level, quantile_pair, resolves
 from escala.laws.solve import Objective

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats
 from escala.laws.health import SMALLEST_SPAN
 from escala.laws.law import Allocation, Law

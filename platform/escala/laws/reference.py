@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from escala.errors import LawError
-from escala.files import set_aside, write_whole
+from escala.contract.errors import LawError
+from escala.contract.files import set_aside, write_whole
+from escala.contract.records import read_json, write_json
 from escala.laws.law import Law
-from escala.records import read_json, write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from escala.errors import LawError, NotFoundError
+from escala.contract.errors import LawError, NotFoundError
 from escala.laws import note
 from escala.laws.law import Law
 from escala.laws.reference import Cache, Stored, parse

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from escala.laws.forms import Floats, losses
+from escala.laws.initial_values import grid_starts
 from escala.laws.solve import Problem, descend, minimise, residuals
-from escala.laws.starts import grid_starts
 
 # Round by round: how far the safety weights stray from 1, and where delta starts below the median residual.
 # Larger starts of delta smooth neighbouring minima away and miss the best one; measured against hundreds

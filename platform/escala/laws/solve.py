@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Features, Floats, Form, term_powers
 
 

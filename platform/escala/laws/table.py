@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws import cells
 from escala.laws.files import QUANTITIES, REFUSAL
 from escala.laws.forms import Floats, Form

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats
 from escala.laws.intervals import FEWEST_REPLICATES, quantile_pair
 from escala.laws.law import Law

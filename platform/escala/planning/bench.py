@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import documents, spec
-from escala.errors import NotFoundError, SpecError, StateError
+from escala.contract.errors import NotFoundError, SpecError, StateError
+from escala.contract.records import JobFiles
 from escala.hardware import Cluster
-from escala.jobs import service
-from escala.jobs.service import Report, silent
+from escala.jobs import actions
+from escala.jobs.actions import Report, silent
 from escala.planning.cost import cost
-from escala.records import JobFiles
+from escala.schema import BenchConfig, PretrainConfig
 from escala.settings import Settings
-from workloads.config import BenchConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from escala.jobs.model import Job
@@ -46,7 +46,7 @@ def bench_device(
         command=tuple(sys.argv),
         experiment=Settings().experiment,
     )
-    return service.enqueue(new, report)
+    return actions.enqueue(new, report)
 
 
 def write_cluster(name: str, path: Path) -> Cluster:
@@ -54,7 +54,7 @@ def write_cluster(name: str, path: Path) -> Cluster:
 
     Raises NotFoundError; StateError where the job has not succeeded; SpecError where the present file is none.
     """
-    details = service.job(name)
+    details = actions.job(name)
     if details.job.workload != WORKLOAD:
         raise NotFoundError(
             f"job {details.job.id} is a {details.job.workload}, not a bench", "escala ps --all"

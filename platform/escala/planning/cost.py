@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
-from workloads.config import ModelConfig, PpoConfig, TrainedConfig
-from workloads.flops import (
+from escala.schema import ModelConfig, PpoConfig, TrainedConfig
+from escala.schema.flops import (
     exchanged_elements_per_token,
     flops_per_token,
     mixture_layers,

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from escala import documents
-from escala.errors import LawError, SpecError, StateError
-from escala.jobs import service as jobs
-from escala.jobs.service import Report, silent
-from escala.laws import service as laws
+from escala.contract.errors import LawError, SpecError, StateError
+from escala.contract.records import read_json, write_json
+from escala.jobs import actions as jobs
+from escala.jobs.actions import Report, silent
+from escala.laws import queries as laws
+from escala.planning.plans import base_of, propose_runs
 from escala.planning.propose import Proposal
-from escala.planning.service import base_of, propose_runs
-from escala.records import read_json, write_json
 from escala.settings import Settings
-from escala.sweeps import service as sweeps
+from escala.sweeps import launch as sweeps
 
 GIVE_UP = 3  # rounds without a single point
 

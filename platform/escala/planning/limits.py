@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.planning.allocate import Plan
 
 

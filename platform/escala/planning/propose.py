@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats, closed_form_optimum
 from escala.laws.intervals import quantile_pair
 from escala.laws.law import Law

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from escala.errors import LawError
+from escala.contract.errors import LawError
 from escala.laws.forms import Floats, Optimum, closed_form_optimum
 from escala.laws.law import Law
 from escala.planning.limits import Chi, Limits, Speed

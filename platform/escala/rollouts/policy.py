@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from escala.errors import SpecError
+from escala.contract.errors import SpecError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from escala.errors import DigestMismatch, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import DigestMismatch, StaleWeights, WeightsNotLoaded
 from escala.rollouts.weights import Offer, Progress, WeightVersion
 
 

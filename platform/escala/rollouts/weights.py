@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from escala.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
 
 POLL_SECONDS = 1.0  # how soon a dead replica is noticed while others still load
 WATCH_SECONDS = 20.0  # a wait for news ends, and begins again: a store that died is noticed

@@ -13,11 +13,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from escala import spec
-from escala.attempt import flatten
-from escala.errors import SpecError
+from escala.contract.attempt import flatten
+from escala.contract.errors import SpecError
+from escala.schema import TrainingConfig
 from escala.sweeps.space import Range, Space, Value
 from tune_spaces import recipes
-from workloads.config import TrainingConfig
 
 SEED = "training.seed"
 CLAIMS = {  # what an axis decides, and what the base may therefore not

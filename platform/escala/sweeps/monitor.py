@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from escala.attempt import request_stop
-from escala.files import insist, no_room
-from escala.records import (
+from escala.contract.attempt import request_stop
+from escala.contract.files import insist, no_room
+from escala.contract.records import (
     AttemptFiles,
     AttemptSpec,
     Control,

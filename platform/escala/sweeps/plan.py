@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median
 
 from escala import spec
-from escala.errors import SpecError
-from escala.records import Outcome, read_record
+from escala.contract.errors import SpecError
+from escala.contract.records import Outcome, read_record
 from escala.settings import Settings
 from escala.sweeps import design
 from escala.sweeps.design import Trial

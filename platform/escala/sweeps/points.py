@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.attempt import flatten
+from escala.contract.attempt import flatten
+from escala.contract.records import Outcome, TrialFiles, read_record
 from escala.laws.files import REFUSAL
-from escala.records import Outcome, TrialFiles, read_record
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import Planned, read_planned
 

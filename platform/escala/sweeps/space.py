@@ -20,9 +20,9 @@ from pydantic import Field, PlainValidator, field_validator, model_validator
 
 import tune_spaces
 from escala import documents, spec
-from escala.errors import NotFoundError
+from escala.contract.errors import NotFoundError
+from escala.schema.base import Strict
 from tune_spaces.recipes import AXES
-from workloads.config.base import Strict
 
 Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
 Value = bool | int | float | str

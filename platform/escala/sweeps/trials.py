@@ -16,13 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from escala import handshake, lines
-from escala.files import insist, write_whole
-from escala.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
+from escala.contract import handshake, lines
+from escala.contract.files import insist, write_whole
+from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
+from escala.schema import WORKLOADS
 from escala.sweeps.design import Trial
 from escala.tracking.children import SWEEP_ATTEMPT_TAG
 from escala.tracking.lineage import fingerprint, source_fingerprint
-from workloads.config import WORKLOADS
 
 FINAL = ("succeeded", "diverged")  # what the same configuration would give again
 POLL_SECONDS = 1.0
@@ -76,7 +76,7 @@ def new_attempt(
         attempt=number,
         name=f"{sweep.name} {planned.name}",
         workload=workload,
-        entry_point=WORKLOADS[workload][0],
+        entry_point=WORKLOADS[workload].entry_point,
         config=planned.trial.config,
         directory=str(attempt.directory),
         checkpoints=str(files.checkpoints),

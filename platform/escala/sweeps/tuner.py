@@ -19,10 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from escala import handshake, spec
-from escala.attempt import check_fence, finish, flatten, read_attempt, stop_on_sigterm
-from escala.errors import EscalaError, SpecError
-from escala.records import (
+from escala import spec
+from escala.contract import handshake
+from escala.contract.attempt import check_fence, finish, flatten, read_attempt, stop_on_sigterm
+from escala.contract.errors import EscalaError, SpecError
+from escala.contract.records import (
     AttemptFiles,
     AttemptSpec,
     Control,
@@ -31,17 +32,17 @@ from escala.records import (
     TrialFiles,
     read_record,
 )
-from escala.redaction import print_exception
+from escala.contract.redaction import print_exception
+from escala.schema import WORKLOADS
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import objective, read_points
 from escala.sweeps.space import Range, Space
 from escala.sweeps.trials import Planned
-from escala.tracking.datasets import dataset_of
 from escala.tracking.lineage import code_fingerprint, fingerprint
-from escala.tracking.notes import NOTE_TAG, run_note, start_tags
+from escala.tracking.lineage.datasets import dataset_of
+from escala.tracking.lineage.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
-from workloads.config import WORKLOADS
 
 TRIAL_MODULE = "workloads.trial"  # runs on the cluster; the control plane knows it by name
 CRASHES = 2  # of a trial's process, before the trial is given up
@@ -116,7 +117,7 @@ class Sweep:
         self.tracker = open_tracker(attempt.tracking_uri)
         tags = attempt.tags | {
             "escala.job_id": attempt.job_id,
-            "escala.attempt": str(attempt.attempt),
+            "escala.contract.attempt": str(attempt.attempt),
             "escala.workload": attempt.workload,
             "escala.name": attempt.name,
             "escala.config_fingerprint": fingerprint(attempt.config),
@@ -316,7 +317,7 @@ def resources_of(examples: list[design.Trial]) -> dict[str, float]:
 
 
 def _preparation(sweep: AttemptSpec, workload: str, config: Mapping[str, Any]) -> AttemptSpec:
-    entry_point = WORKLOADS[workload][0]
+    entry_point = WORKLOADS[workload].entry_point
     return replace(sweep, workload=workload, entry_point=entry_point, config=dict(config))
 
 

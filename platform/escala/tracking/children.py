@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from escala import lines
-from escala.files import no_room
-from escala.records import (
+from escala.contract import lines
+from escala.contract.files import no_room
+from escala.contract.records import (
     STOP_REASONS,
     TRIALS,
     AttemptFiles,
@@ -20,7 +20,7 @@ from escala.records import (
     read_record,
 )
 from escala.tracking.delivery import Delivery
-from escala.tracking.notes import NOTE_TAG, run_note
+from escala.tracking.lineage.notes import NOTE_TAG, run_note
 from escala.tracking.spool import close_spool
 
 log = logging.getLogger("escala.delivery")

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from escala import lines
-from escala.files import no_room, write_whole
-from escala.records import read_record, write_json
+from escala.contract import lines
+from escala.contract.files import no_room, write_whole
+from escala.contract.records import read_record, write_json
 from escala.tracking.events import parse_event
 from escala.tracking.sending import Sender, is_away, refused
 from escala.tracking.tracker import Tracker, open_tracker

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from escala import fields
-from escala.tracking.tracker import Metric
+from escala.contract import fields
+from escala.tracking.base import Metric
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # MLflow's words
 _PATH = re.compile(r"(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+(/(?!\.{1,2}(/|$))[^/\\\x00-\x1f%#?]+)*")

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from escala.errors import ClusterError, EscalaError, SpecError
-from escala.redaction import hide, hide_in
+from escala.contract.errors import ClusterError, EscalaError, SpecError
+from escala.contract.redaction import hide, hide_in
+from escala.tracking.base import Dataset, Lifecycle, Metric
 from escala.tracking.sending import is_away
-from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 KEY_TAG = "escala.key"
 EXPERIMENT_TAGS = {

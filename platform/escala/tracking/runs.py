@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from escala.errors import EscalaError, NotFoundError
-from escala.records import RunRecord
+from escala.contract.errors import EscalaError, NotFoundError
+from escala.contract.records import RunRecord
 from escala.tracking.children import PARENT_TAG
 from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
 from escala.tracking.pages import run_page
@@ -150,7 +150,7 @@ def _record(run: Any) -> RunRecord:
             return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
         except (ValueError, TypeError, AttributeError) as error:  # a person may write tags: one run's trouble
             log.warning("run %s has a damaged record, and is shown without it: %s", run.info.run_id, error)
-    attempt = tags.get("escala.attempt", "")
+    attempt = tags.get("escala.contract.attempt", "")
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {
         key: tags[f"escala.{key}"]

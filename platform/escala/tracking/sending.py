@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from escala.tracking.tracker import Dataset, Metric, Tracker
+from escala.tracking.base import Dataset, Metric, Tracker
 
 BATCH = 1000  # metrics a call: MLflow's limit
 HOPELESS = 3  # refused points of one name, after which the others of a batch are not tried

@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from escala import lines
-from escala.files import insist, no_room
+from escala.contract import lines
+from escala.contract.files import insist, no_room
+from escala.tracking.base import Dataset, Lifecycle, Metric
 from escala.tracking.events import event_line, parse_event
-from escala.tracking.tracker import Dataset, Lifecycle, Metric
 
 log = logging.getLogger("escala.delivery")
 DROPPED_TAG = "escala.metrics_dropped"

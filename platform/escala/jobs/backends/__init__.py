@@ -1,0 +1,1 @@
+"""What runs a job: Ray's job server."""

@@ -1,0 +1,341 @@
+"""Plans and proposals, as `escala.api` offers them: the law by name, the cluster by name, the run that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from escala import documents, spec
+from escala.contract.errors import LawError, SpecError
+from escala.hardware import Cluster, Precision, load_cluster
+from escala.laws import queries as laws
+from escala.laws.reference import Stored
+from escala.planning import cost
+from escala.planning.allocate import Plan, Target, allocate, front, to_target
+from escala.planning.limits import Chi, Limits, Speed
+from escala.settings import Settings
+
+if TYPE_CHECKING:
+    from escala.planning.propose import Proposal
+
+RECIPE_DECIDES = {  # what follows from N and D by recipe, and so is not taken from a law's runs
+    "model": ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "head_dim"),
+    "training": ("steps", "train_tokens", "batch_sequences", "micro_batch_sequences", "seed"),
+    "optimizer": ("learning_rate",),
+}
+CHI_SPAN = (1e5, 1e11)  # parameters of the shapes whose attention gives chi
+FRONT_POINTS, FRONT_DECADES = 9, 2.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with the law and the cluster that gave it. `assumed`: what the question left open."""
+
+    law: Stored
+    plan: Plan
+    cluster: Cluster | None
+    assumed: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        known = self.law.law
+        return {
+            "law": self.law.reference,
+            **asdict(self.plan),
+            "tokens_per_parameter": self.plan.tokens_per_parameter,
+            "farthest": max(self.plan.extrapolation.values(), default=1.0),
+            "assumed": list(self.assumed),
+            "healthy": known.healthy,
+            "findings": list(known.findings),
+        }
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """Runs to make next, best first, and the law that asked for them."""
+
+    law: Stored
+    proposals: Sequence[Proposal]
+    method: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `plan_law`, `plan_front` and `plan_target` are asked beside their limits.
+
+    cluster: a name or file, whose devices' memory then bounds N; None: ESCALA_CLUSTER, where a limit needs one.
+    max_memory_gb: of one device, instead of all that it has.
+    """
+
+    kappa: float = 6.0
+    context_tokens: float | None = None
+    cluster: str | None = None
+    precision: Precision = "bf16"
+    max_memory_gb: float | None = None
+    refresh: bool = False
+
+
+def plan_law(reference: str, limits: Limits, question: Question = Question()) -> Planned:
+    """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
+    stored, cluster, limits, ask, assumed = _asked(reference, limits, question)
+    plan = allocate(stored.law, limits, **ask)
+    return Planned(stored, plan, cluster, assumed)
+
+
+def plan_front(reference: str, limits: Limits, question: Question = Question()) -> list[Planned]:
+    """Plans for budgets from a hundredth to the whole of the one given. Raises as `plan_law`."""
+    stored, cluster, limits, ask, assumed = _asked(reference, limits, question)
+    top = allocate(stored.law, limits, **ask)
+    most = top.compute_flops + top.inference_flops
+    budgets = [most * 10 ** (-FRONT_DECADES * i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)]
+    return [Planned(stored, p, cluster, assumed) for p in front(stored.law, limits, budgets, **ask)]
+
+
+def plan_target(reference: str, loss_nats: float, question: Question = Question()) -> tuple[Planned, Target]:
+    """The least compute that reaches a loss, its split, and its energy (SPEC.md E.5). Raises as `plan_law`."""
+    stored, cluster, limits, ask, assumed = _asked(reference, Limits(), question)
+    target = to_target(stored.law, loss_nats, limits, **ask)
+    return Planned(stored, target.plan, cluster, assumed), target
+
+
+def _asked(
+    reference: str, limits: Limits, question: Question
+) -> tuple[Stored, Cluster | None, Limits, dict[str, Any], tuple[str, ...]]:
+    """The law, the cluster, the limits with memory among them, the solver's other arguments, what was assumed."""
+    stored = laws.law(reference, question.refresh)
+    context = question.context_tokens or _context(stored)
+    chi = Chi() if context is None and stored.law.form_name != "ndt" else chi_of(stored)
+    assumed = [
+        f"C = {question.kappa:g} N D"
+        + (f" (1 + {chi.scale:.3g} T N^-{chi.exponent:.3g})" if chi.scale else "")
+    ]
+    wanted = (
+        question.cluster is not None or limits.usd or limits.hours or limits.kwh or question.max_memory_gb
+    )
+    cluster = load_cluster(question.cluster or Settings().cluster) if wanted else None
+    speed = None
+    if cluster is not None:
+        speed, how = cluster_speed(cluster, question.precision)
+        assumed.append(how)
+    if cluster is not None and (question.max_memory_gb or question.cluster):
+        most, how = largest_model(stored, cluster, question, context)
+        if limits.max_params is None or most < limits.max_params:
+            limits = replace(limits, max_params=most, max_params_reason="device memory")
+        assumed.append(how)
+    free = stored.law.form_name == "ndt" and question.context_tokens is None
+    ask = {"kappa": question.kappa, "chi": chi, "speed": speed, "context_tokens": None if free else context}
+    return stored, cluster, limits, ask, tuple(assumed)
+
+
+def _context(stored: Stored) -> float | None:
+    """The context of the law's runs, where they all have one."""
+    configuration = stored.provenance.get("configuration") or {}
+    text = configuration.get("training.context_tokens", "None")
+    text = configuration.get("model.max_context_tokens", "None") if text == "None" else text
+    return None if text == "None" else float(text)
+
+
+def chi_of(stored: Stored) -> Chi:
+    """chi(N, T) of the recipe's shapes (SPEC.md D.2): attention's share of the FLOPs, by regression over their N."""
+    import numpy as np
+
+    from escala.schema import ModelConfig
+    from escala.schema.flops import flops_per_token, parameter_counts
+    from tune_spaces import recipes
+
+    base = base_of(stored).get("model", {})
+    low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
+    sizes, shares = [], []
+    for n in np.geomspace(low, 100 * high, 9):
+        try:
+            model = ModelConfig(**{**base, **recipes.shape(float(n), base)})
+        except SpecError:  # no shape so near to that N; the others tell enough
+            continue
+        count = parameter_counts(model).n_active
+        sizes.append(math.log(count))
+        shares.append(math.log(flops_per_token(model, 1).attention / 6 / count))
+    if len(sizes) < 2:
+        return Chi()
+    slope, intercept = np.polyfit(sizes, shares, 1)
+    return Chi(scale=math.exp(float(intercept)), exponent=min(1.0, max(0.0, -float(slope))))
+
+
+def cluster_speed(cluster: Cluster, precision: Precision) -> tuple[Speed, str]:
+    """All devices at the speed that a training step reaches, what an hour of them costs, what they draw; in words."""
+    device = cluster.device
+    if precision not in device.peak_flops_per_second:
+        raise SpecError(
+            f"the cluster's device has no figures for {precision}",
+            f"--precision {next(iter(device.peak_flops_per_second))}",
+        )
+    measured = (device.training or {}).get(precision)
+    peak = device.peak_flops_per_second[precision].value
+    reached = measured.block[max(measured.block)] if measured else peak * cost.utilization(device)
+    rates, flops = cluster.rates(), cluster.devices * reached
+    joules = rates.joules(
+        cluster.devices, 1.0, flops, cluster.devices * device.memory_bytes_per_second.value / 2
+    )
+    words = (
+        f"{cluster.devices} devices at {reached / 1e12:.3g} TFLOP/s each in {precision} ({device.measured})"
+    )
+    if joules is not None:
+        words += "; energy is an estimate, at half of the memory's bandwidth"
+    return Speed(flops, rates.usd(cluster.devices, 3600.0), joules), words
+
+
+def largest_model(
+    stored: Stored, cluster: Cluster, question: Question, context: float | None
+) -> tuple[float, str]:
+    """The largest N whose training fits in the memory of a device: ZeRO-3 over all of them, one sequence at a time,
+    activations checkpointed. Raises LawError where no model does.
+    """
+    from escala.schema import PretrainConfig
+    from tune_spaces import recipes
+
+    base = base_of(stored).get("model", {})
+    tokens = int(context or 2048)
+    training = {
+        "zero_stage": 3,
+        "activation_checkpointing": True,
+        "precision": question.precision,
+        "batch_sequences": cluster.devices,
+        "micro_batch_sequences": 1,
+        "context_tokens": tokens,
+    }
+
+    def needed(n: float) -> float:
+        model = {**base, **recipes.shape(n, base, "n_total"), "max_context_tokens": tokens}
+        data = {"tokenizer": {"vocab_size": min(4096, model.get("vocab_size", 4096))}}
+        config = PretrainConfig.model_validate(
+            {"model": model, "data": data, "training": training, "resources": {"workers": cluster.devices}}
+        )
+        return cost.memory_bytes(config, cluster.device).total
+
+    limit = question.max_memory_gb * 1e9 if question.max_memory_gb else cluster.device.memory_bytes.value
+    low, high = 1e5, 1e12
+    if needed(low) > limit:
+        raise LawError(f"No model trains in {limit / 1e9:g} GB a device.", "Raise --max-memory-gb.")
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if needed(middle) <= limit else (low, middle)
+    words = f"memory: ZeRO-3 on {cluster.devices} devices, a sequence of {tokens} tokens, checkpointing"
+    return low, words
+
+
+def base_of(stored: Stored) -> dict[str, Any]:
+    """The configuration that the law's runs share, less what the recipe decides: what a run that is to be compared
+    with them has. Empty for a law of a table that says nothing of its runs.
+    """
+    base: dict[str, Any] = {}
+    for key, text in (stored.provenance.get("configuration") or {}).items():
+        *sections, last = key.split(".")
+        if text == "None" and sections[-1:] != ["moe"]:  # of experts None says something: nothing is dropped
+            continue
+        if last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
+            continue
+        node = base
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = documents.parse_value(text, key) if text else text
+    return base
+
+
+def config_for(
+    stored: Stored, n_active: float, n_total: float, tokens: float, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
+    from both N. Raises SpecError for a law that knows none.
+    """
+    from escala.sweeps.design import by_recipe
+    from tune_spaces.recipes import experts
+
+    base = base_of(stored)
+    if not base:
+        raise SpecError(
+            f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
+            "escala submit pretrain SPEC.yaml --compute-flops C --law NAME",
+        )
+    written = spec.written((), overrides, base)
+    axes = {"n_total": n_total, "tokens": tokens}
+    model = written.get("model", {})
+    if model.get("moe"):
+        axes = {"n_active": n_active, "tokens": tokens}
+        written = spec.merge({"model": {"moe": {"experts": experts(n_active, n_total, model)}}}, written)
+    return spec.merge(by_recipe(written, axes), written)
+
+
+def propose_runs(
+    reference: str,
+    target: float | Mapping[str, float],
+    max_flops: float,
+    *,
+    aim: str = "loss",
+    count: int = 1,
+    unit: str = "FLOP",
+    cluster: str | None = None,
+    precision: Precision = "bf16",
+    width: float | None = None,
+    refresh: bool = False,
+) -> Proposed:
+    """The next runs: those that most shrink the interval of the mean loss (or of N*) at the target per `unit` of cost.
+
+    Args:
+        target: FLOPs, whose optimum is the point; or the point itself.
+        max_flops: of one run.
+        unit: FLOP, USD or kWh; the last two by the cluster's figures.
+
+    Raises LawError, NotFoundError, SpecError.
+    """
+    from escala.planning.propose import METHOD, candidates, propose
+
+    stored = laws.law(reference, refresh)
+    contexts = (_context(stored),) if stored.law.form_name == "ndt" else ()
+    columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
+    if base := base_of(stored):
+        columns = _buildable(columns, base.get("model", {}))
+    price = partial(_price, unit=unit, rate=_rate(unit, cluster, precision))
+    found = propose(stored.law, target, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
+    return Proposed(stored, found, METHOD)
+
+
+def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidates whose N the recipe has a shape for. Raises LawError where none is left."""
+    import numpy as np
+
+    from tune_spaces import recipes
+
+    def has_shape(n: float) -> bool:
+        try:
+            recipes.shape(n, model, "n_total")
+        except SpecError:
+            return False
+        return True
+
+    kept = np.array([has_shape(float(n)) for n in columns["n_total"]])
+    if not kept.any():
+        raise LawError("The recipe has no model of any N among the candidates.", "Raise --max-flops.")
+    return {name: column[kept] for name, column in columns.items()}
+
+
+def _price(columns: Mapping[str, Any], unit: str, rate: float) -> Any:
+    return columns["compute_flops"] * rate
+
+
+def _rate(unit: str, cluster: str | None, precision: Precision) -> float:
+    """`unit` per FLOP. Raises SpecError where the cluster's file does not say."""
+    if unit == "FLOP":
+        return 1.0
+    if unit not in ("USD", "kWh"):
+        raise SpecError(f"there is no unit {unit!r}", "FLOP, USD or kWh")
+    speed, _ = cluster_speed(load_cluster(cluster or Settings().cluster), precision)
+    kilowatts = None if speed.watts is None else speed.watts / 1000
+    rate = speed.usd_per_hour if unit == "USD" else kilowatts
+    if rate is None:
+        raise SpecError(
+            f"the cluster's file says nothing of {unit}",
+            "set usd_per_device_hour, or the energy coefficients",
+        )
+    return rate / 3600 / speed.flops_per_second

@@ -1,0 +1,71 @@
+"""What a user may write about a workload, validated: pydantic and the standard library only.
+
+The control plane reads these classes to check a spec before anything starts; the workload reads the same ones on
+the cluster. Unknown keys fail. A field that is None is derived by the validator of its own class, and only there.
+"""
+
+from __future__ import annotations
+
+from escala.schema.base import StoredPath, Strict
+from escala.schema.bench import BenchConfig
+from escala.schema.data import (
+    Corpus,
+    DataConfig,
+    FilesCorpus,
+    HuggingFaceCorpus,
+    JsonlCorpus,
+    PythonSourceCorpus,
+    TokenizerConfig,
+)
+from escala.schema.finetune import (
+    DpoConfig,
+    ExamplesConfig,
+    FineTuneConfig,
+    LoraConfig,
+    RewardTrainingConfig,
+    SftConfig,
+    SftDataConfig,
+    StartConfig,
+)
+from escala.schema.judge import JudgeConfig
+from escala.schema.model import ModelConfig
+from escala.schema.moe import Annealing, BalanceConfig, MoEConfig
+from escala.schema.ppo import PpoConfig
+from escala.schema.pretrain import PretrainConfig
+from escala.schema.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
+from escala.schema.workloads import WORKLOADS, Workload, get_workload
+
+__all__ = [
+    "WORKLOADS",
+    "Annealing",
+    "BalanceConfig",
+    "BenchConfig",
+    "Corpus",
+    "DataConfig",
+    "DpoConfig",
+    "ExamplesConfig",
+    "FilesCorpus",
+    "FineTuneConfig",
+    "HuggingFaceCorpus",
+    "JsonlCorpus",
+    "JudgeConfig",
+    "LoraConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PpoConfig",
+    "PretrainConfig",
+    "PythonSourceCorpus",
+    "ResourcesConfig",
+    "RewardTrainingConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "StartConfig",
+    "StoredPath",
+    "Strict",
+    "TokenizerConfig",
+    "TrainedConfig",
+    "TrainingConfig",
+    "Workload",
+    "get_workload",
+]

@@ -1,0 +1,113 @@
+"""The `sft`, `reward` and `dpo` workloads: training that starts from a model that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from escala.schema.base import StoredPath, Strict
+from escala.schema.pretrained import model_config_of
+from escala.schema.training import TrainedConfig
+
+CONTEXT_TOKENS = 1024  # of a fine-tuning run that states none: a pretrained model may take 100 times as many
+
+
+class StartConfig(Strict):
+    """The model that a run starts from: a path, or a job of this home, whose newest good checkpoint it is."""
+
+    path: StoredPath | None = Field(
+        None,
+        description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints",
+    )
+    job: str | None = Field(None, description="a job's id or name; `submit` writes its checkpoints into path")
+
+    @model_validator(mode="after")
+    def _one(self) -> StartConfig:
+        if self.path is None and self.job is None:
+            raise ValueError("give path or job")
+        return self
+
+
+class LoraConfig(Strict):
+    """Low-rank deltas of frozen matrices (Hu et al. 2022): W + alpha / rank * B A."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the deltas' input, in training")
+    targets: list[Literal["query", "key", "value", "output", "gate", "up", "down"]] = Field(
+        ["query", "value"], min_length=1, description="matrices of every block"
+    )
+
+
+class FineTuneConfig(TrainedConfig):
+    """What the three share. `model` follows from `start`; a model drawn at random, without one, needs a tokenizer."""
+
+    start: StartConfig | None = None
+    tokenizer: StoredPath | None = Field(
+        None,
+        description="a tokenizer.json, or a directory with one; None: the one that stands beside the start",
+    )
+    lora: LoraConfig | None = Field(None, description="None: all weights are trained")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_start(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("start"), dict):
+            return data
+        path = data["start"].get("path")
+        if path is None or data.get("model"):  # an attempt's spec has both: the path may be gone by then
+            return data
+        return {**data, "model": model_config_of(Path(path).expanduser())}
+
+    @model_validator(mode="after")
+    def _has_tokenizer(self) -> FineTuneConfig:
+        if self.start is None and self.tokenizer is None:
+            raise ValueError("give start (a model to start from), or tokenizer for a model drawn at random")
+        experts = {"gate", "up", "down"} & set(self.lora.targets if self.lora else ())
+        if self.model.moe is not None and experts:
+            raise ValueError(
+                f"lora.targets {sorted(experts)}: experts have no deltas; name attention's matrices"
+            )
+        return self
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens in a training sequence, at most."""
+        return self.training.context_tokens or min(CONTEXT_TOKENS, self.model.max_context_tokens)
+
+
+class ExamplesConfig(Strict):
+    """Examples as JSON lines."""
+
+    train: StoredPath
+    held_out: StoredPath | None = Field(None, description="None: a fraction of train, by hash of the content")
+    held_out_fraction: float = Field(0.05, gt=0, lt=0.5)
+
+
+class SftDataConfig(ExamplesConfig):
+    """`{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}, ...]}` a line; there the
+    assistant's messages of `weight` 0 are not trained on.
+    """
+
+    packing: bool = Field(True, description="several dialogues in a sequence, none of which sees another")
+
+
+class SftConfig(FineTuneConfig):
+    """The `sft` workload: next-token loss on the answers alone. `training.batch_sequences` counts packed sequences."""
+
+    data: SftDataConfig
+
+
+class RewardTrainingConfig(FineTuneConfig):
+    """The `reward` workload (SPEC.md C.7). Lines of prompt, chosen, rejected and perhaps a margin; batches of pairs."""
+
+    data: ExamplesConfig
+
+
+class DpoConfig(FineTuneConfig):
+    """The `dpo` workload (Rafailov et al. 2023; SPEC.md C.9), on the same lines as `reward`; batches count pairs."""
+
+    data: ExamplesConfig
+    beta_dpo: float = Field(0.1, gt=0)

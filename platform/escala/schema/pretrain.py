@@ -1,0 +1,23 @@
+"""The `pretrain` workload."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from escala.schema.data import DataConfig
+from escala.schema.training import TrainedConfig
+
+
+class PretrainConfig(TrainedConfig):
+    """The `pretrain` workload."""
+
+    data: DataConfig = DataConfig()
+
+    @model_validator(mode="after")
+    def _vocabulary_fits(self) -> PretrainConfig:
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer.vocab_size {self.data.tokenizer.vocab_size} does not fit "
+                f"model.vocab_size {self.model.vocab_size}"
+            )
+        return self

@@ -1,0 +1,142 @@
+"""How a model is trained, and on what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from escala.schema.base import Strict
+from escala.schema.model import ModelConfig
+
+
+class OptimizerConfig(Strict):
+    """AdamW, and a learning rate that warms up, then decays to `final_fraction` of its peak."""
+
+    learning_rate: float = Field(3e-3, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int | None = Field(None, ge=0, description="None: 5 % of the steps, at most 500")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the share of steps that decay linearly")
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only: norms and biases are not decayed")
+    clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; None: no clipping")
+
+
+class TrainingConfig(Strict):
+    """How long, how wide and how precisely. Batches are counted over all workers."""
+
+    steps: int | None = Field(None, gt=0, description="optimiser steps; None without train_tokens: 100")
+    train_tokens: int | None = Field(None, gt=0, description="instead of steps; rounded up to whole steps")
+    context_tokens: int | None = Field(None, gt=0, description="None: the model's max_context_tokens")
+    batch_sequences: int = Field(16, gt=0, description="sequences in one optimiser step, over all workers")
+    micro_batch_sequences: int | None = Field(None, gt=0, description="per worker; None: batch / workers")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    matmul_precision: Literal["auto", "highest"] = Field(
+        "auto",
+        description="auto: torch's 'medium' where a start-up check shows that it keeps fp32 error and is far faster",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_param_persistence_threshold: int | None = Field(
+        None,
+        ge=0,
+        description="parameters smaller than this stay whole on every rank; None: DeepSpeed's default",
+    )
+    offload: Literal["none", "cpu"] = Field("none", description="ZeRO optimiser states in host memory (GPU)")
+    activation_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    evaluate_every_steps: int | None = Field(None, gt=0, description="None: only before and after")
+    evaluation_tokens: int = Field(65_536, gt=0, description="held-out tokens, at most")
+    checkpoint_every_steps: int | None = Field(
+        None,
+        ge=0,
+        description="None: every tenth of the run, and at its end; 0: only where the run is stopped",
+    )
+    keep_checkpoints: int = Field(2, gt=0)
+    log_every_steps: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainingConfig:
+        if self.steps is not None and self.train_tokens is not None:
+            raise ValueError("give steps or train_tokens, not both")
+        return self
+
+
+class ResourcesConfig(Strict):
+    """What each Ray Train worker gets. Data-parallel ranks = workers."""
+
+    workers: int = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="one GPU a worker")
+    threads_per_worker: int = Field(
+        1, gt=0, description="OMP_NUM_THREADS: more than the cores costs up to 10x"
+    )
+
+
+class TrainedConfig(Strict):
+    """What every workload that trains a model shares: the model, the run's length and width, the workers."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainedConfig:
+        if self.context_tokens > self.model.max_context_tokens:
+            raise ValueError(
+                f"training.context_tokens {self.context_tokens} is longer than "
+                f"model.max_context_tokens {self.model.max_context_tokens}"
+            )
+        ranks = self.resources.workers
+        if self.training.batch_sequences % (ranks * self.micro_batch_sequences):
+            raise ValueError(
+                f"training.batch_sequences {self.training.batch_sequences} is not a multiple of "
+                f"workers {ranks} x micro_batch_sequences {self.micro_batch_sequences}"
+            )
+        if self.model.moe is not None:
+            self.model.moe.check_workers(ranks, self.training.zero_stage)
+        return self
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens in a training sequence."""
+        return self.training.context_tokens or self.model.max_context_tokens
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """Sequences in one forward pass of one worker."""
+        return self.training.micro_batch_sequences or max(
+            1, self.training.batch_sequences // self.resources.workers
+        )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one optimiser step, over all workers."""
+        return self.training.batch_sequences * self.context_tokens
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.training.train_tokens is None:
+            return self.training.steps or 100
+        return -(-self.training.train_tokens // self.step_tokens)
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens that the whole run trains on (D)."""
+        return self.total_steps * self.step_tokens
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        stated = self.training.optimizer.warmup_steps
+        return min(500, self.total_steps // 20) if stated is None else stated
+
+    @property
+    def checkpoint_every_steps(self) -> int:
+        """Steps between two checkpoints; 0: none."""
+        stated = self.training.checkpoint_every_steps
+        return max(1, self.total_steps // 10) if stated is None else stated

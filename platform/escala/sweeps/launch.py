@@ -1,0 +1,194 @@
+"""Sweeps, as `escala.api` offers them: plan, start, resume, read the points, fit a law to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala import preflight, spec
+from escala.contract.errors import NotFoundError, SpecError, StateError
+from escala.jobs.actions import SWEEP, Report, enqueue, open_store, retry, silent
+from escala.jobs.references import resolve_jobs
+from escala.settings import Settings
+from escala.storage import user_code
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from escala.jobs.model import Job
+    from escala.laws.queries import Fitted, Preview
+    from escala.sweeps.plan import Plan
+    from escala.sweeps.points import SweepPoints
+    from escala.sweeps.space import Space
+
+ENTRY_POINT = "escala.sweeps.tuner"
+
+
+def plan_sweep(
+    space: str,
+    overrides: Iterable[str] = (),
+    code: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """What a sweep would train and cost; starts nothing.
+
+    Args:
+        space: the name of one in `tune_spaces/`, or a YAML file's path.
+        overrides: `a.b=value` on the space's keys.
+        options: as of `sweep`; checked.
+
+    Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
+    """
+    name, loaded, checked = _loaded(space, overrides, options)
+    plan = _plan(name, loaded)
+    _ready(loaded, plan, code, waits=checked.after is not None, keep=False)
+    return plan
+
+
+def _ready(space: Space, plan: Plan, code: str | Path | None, waits: bool, keep: bool = True) -> str | None:
+    """What the first trial needs, checked; the digest of the user's modules."""
+    return preflight.ready(
+        space.workload, plan.trials[0].config, Settings().home, code, waits=waits, keep=keep
+    )
+
+
+def sweep(
+    space: str,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    report: Report = silent,
+    code: str | Path | None = None,
+) -> Job:
+    """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
+
+    Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
+    trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
+    `jobs.actions.enqueue`.
+    """
+    from escala.jobs.model import NewJob
+
+    name, loaded, checked = _loaded(space, overrides, options)
+    plan = _plan(name, loaded)
+    config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
+    if resume:
+        if checked.idempotency_key:
+            raise SpecError(
+                "--idempotency-key is for a new sweep, and --resume queues an old one again",
+                "leave one of the two out",
+            )
+        return retry(_interrupted(name, config).id, report)
+    digest = _ready(loaded, plan, code, waits=checked.after is not None)
+    report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
+    new = NewJob(
+        workload=SWEEP,
+        entry_point=ENTRY_POINT,
+        config=config,
+        command=tuple(sys.argv),
+        experiment=Settings().experiment,
+        tags={"escala.space": name} | ({user_code.TAG: digest} if digest else {}),
+        **checked.model_dump(),
+    )
+    return enqueue(new, report)
+
+
+def _loaded(
+    space: str, overrides: Iterable[str], options: Mapping[str, Any] | None
+) -> tuple[str, Space, spec.JobOptions]:
+    """(name, the space with the jobs that its base builds on resolved, the sweep's options)."""
+    from escala.sweeps.space import load_space
+
+    name, loaded = load_space(space, overrides)
+    base, given = resolve_jobs(dict(loaded.base), dict(options or {}))
+    return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
+
+
+def _plan(name: str, space: Space) -> Plan:
+    from escala.sweeps.plan import make_plan
+
+    return make_plan(name, space, Settings())
+
+
+def space_base(space: str) -> dict[str, Any]:
+    """The configuration that a space's trials share, for a run that is to be compared with them."""
+    from escala.sweeps.space import load_space
+
+    return dict(load_space(space)[1].base)
+
+
+def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
+    """The last sweep of this space, if it was interrupted."""
+    with open_store() as store:
+        sweeps = store.list(workload=SWEEP)
+    last = next((each for each in reversed(sweeps) if each.tags.get("escala.space") == space), None)
+    if last is None:
+        raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
+    if last.state not in ("failed", "stopped"):
+        raise StateError(
+            f"the last sweep of {space}, job {last.id}, is {last.state}", "there is nothing to resume"
+        )
+    if last.config != config:
+        raise SpecError(
+            f"the space {space} is not what it was for job {last.id}",
+            f"give the same --set, or start a new sweep: what is finished and still asked for is not trained "
+            f"again. `escala jobs retry {last.id}` continues the old one",
+        )
+    return last
+
+
+def sweep_points(name: str) -> SweepPoints:
+    """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest sweep is meant.
+
+    Raises NotFoundError.
+    """
+    from escala.sweeps.points import read_points
+
+    with open_store() as store:
+        newest = store.list(limit=1, workload=SWEEP, name=name)
+        found = newest[0] if newest else store.get(name)
+    if found.workload != SWEEP:
+        raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
+    return read_points(Settings().home, found.id)
+
+
+def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
+    """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
+
+    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed, report): see
+    `laws.queries.fit_points`.
+    Raises NotFoundError, LawError, ClusterError.
+    """
+    from escala.laws import queries
+
+    points, sources, shared = _put_together(names)
+    return queries.fit_points(points, law, sources=sources, configuration=shared, **settings)
+
+
+def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
+    """The law of `fit_sweeps`, not stored. Args and errors as there."""
+    from escala.laws import queries
+
+    points, sources, _ = _put_together(names)
+    return queries.preview_points(points, sources=sources, **settings)
+
+
+def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+    """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
+    import pandas as pd
+
+    from escala.contract.errors import LawError
+    from escala.sweeps.points import in_common
+
+    found = [sweep_points(name) for name in names]
+    for name, each in zip(names, found, strict=True):
+        if len(each.points) and each.points["loss_nats"].isna().any():
+            raise LawError(
+                f"the trials of {name} have no held-out loss", "a law is fitted to pretraining runs"
+            )
+    points = pd.concat([part for each in found for part in (each.points, each.refused)]).drop_duplicates(
+        "trial"
+    )
+    points.index = pd.RangeIndex(1, len(points) + 1)
+    return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])

@@ -1,0 +1,1 @@
+"""Rewards: functions, reward models and judges behind one `score`."""

@@ -20,6 +20,7 @@ from escala.contract import lines
 from escala.contract.attempt import flatten
 from escala.contract.fields import build
 from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record
+from escala.laws.forms import known_inputs
 from escala.laws.intervals import resolves
 from escala.laws.reference import Cache, Stored
 from escala.tracking.spool import SpoolTracker
@@ -28,7 +29,6 @@ log = logging.getLogger("escala.drift")
 LEVEL = 0.9  # of the interval whose coverage is counted
 FALSE_ALARMS = 0.01  # of the runs of a law that is right
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
-INPUTS = {"tokens": "train_tokens"}  # a law's input -> the record's field, where they differ
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def check(
         return None
     if run_id in origin.get("run_ids", ()):
         return None
-    names = [law.size if column == "size" else column for column in law.form.columns]
-    point = {name: record.get(INPUTS.get(name, name)) for name in names}
+    known = known_inputs()
+    point = {name: record.get(known[name].field) for name in law.inputs}
     if any(value is None for value in point.values()):
         return None
     numbers = {name: float(value) for name, value in point.items() if value is not None}

@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
 from escala.laws.intervals import FEWEST_REPLICATES, quantile_pair
 from escala.laws.law import Law
+from escala.laws.powers import Floats
 from escala.planning import split
 from escala.planning.advice import advise
 from escala.planning.limits import Chi, Limits, Speed

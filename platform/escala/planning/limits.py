@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
+from escala.laws.powers import Floats
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")
 NEEDED = {"usd": "usd_per_hour", "kwh": "watts"}  # of the speed, for a budget

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats, closed_form_optimum
 from escala.laws.intervals import quantile_pair
 from escala.laws.law import Law
+from escala.laws.powers import Floats
 
 METHOD = (
     "information = 1/2 ln(Var m / Var(m | y)) nats, Var(m | y) = Var m - Cov(m, y)^2 / (Var y + sigma^2), over the "
@@ -170,7 +170,7 @@ def propose(
     value, draws_B, kept_B = _interest(law, target, aim)
     low, high = quantile_pair(np.exp(draws_B), 0.9)
     width_now = (high - low) / value
-    draws_BK = np.log(law._evaluate(law.replicates_BP[kept_B], columns))
+    draws_BK = np.log(law.evaluate(law.replicates_BP[kept_B], columns))
     covariance = winsorised_covariance(np.column_stack([draws_B, draws_BK]))
     if not covariance[0, 0] > 0:
         raise LawError(
@@ -313,13 +313,13 @@ def _interest(law: Law, target: Mapping[str, float] | float, aim: str) -> tuple[
     if kept_B.sum() < 20:
         raise LawError("Hardly a replicate has an optimal N.", "Measure runs that vary both N and D.")
     thetas = (dict(zip(law.form.names, row, strict=True)) for row in law.replicates_BP[kept_B].tolist())
-    sizes_B = np.array([closed_form_optimum(law.form, theta, **given).size for theta in thetas])
+    sizes_B = np.array([law.form.optimum(theta, **given).size for theta in thetas])
     return best.n_active, np.log(sizes_B), kept_B
 
 
 def _loss_at(law: Law, point: Mapping[str, float]) -> tuple[float, Floats, np.ndarray]:
-    columns = law._columns(point)
-    draws_B = np.log(law._evaluate(law.replicates_BP, columns)[:, 0])
+    columns = law.columns_of(point)
+    draws_B = np.log(law.evaluate(law.replicates_BP, columns)[:, 0])
     return float(law.curve(columns)[0]), draws_B, np.ones(len(draws_B), dtype=bool)
 
 

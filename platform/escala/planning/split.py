@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats, Optimum, closed_form_optimum
 from escala.laws.law import Law
+from escala.laws.optimum import Optimum
+from escala.laws.powers import Floats
 from escala.planning.limits import Chi, Limits, Speed
 
 REPEAT_SCALE = 15.0  # R*: after 15 repeats the next is worth 1/e of a new token (Muennighoff et al. 2023)
@@ -115,7 +116,7 @@ def solve(law: Law, q: Question) -> tuple[Split, Split]:
 def dense_split(law: Law, compute_flops: float, kappa: float) -> Optimum:
     """The closed form without experts or limits. Raises LawError for a law that has none, and for kappa."""
     bounds = {"context_tokens": 1.0, "n_total_over_active": 1.0}  # T does not move N and D
-    return closed_form_optimum(law.form, law.parameters, compute_flops, kappa=kappa, **bounds)
+    return law.form.optimum(law.parameters, compute_flops, kappa=kappa, **bounds)
 
 
 def effective_tokens(tokens: Floats, unique_tokens: float) -> Floats:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,16 +24,14 @@ from escala.schema import ModelConfig, PretrainConfig
 from escala.schema.flops import flops_per_token, parameter_counts
 
 URI = "http://127.0.0.1:9"  # nothing listens there
-CONFIGURATION = {  # as a sweep stores it: dotted keys and texts
-    "model.vocab_size": "320",
-    "model.max_context_tokens": "64",
-    "model.n_heads": "4",
-    "data.tokenizer.vocab_size": "320",
-    "data.allow_repeats": "True",
-    "training.context_tokens": "64",
-    "training.optimizer.warmup_steps": "None",
-    "training.optimizer.learning_rate": "0.01",
-    "training.seed": "0",
+CONFIGURATION: dict[str, Any] = {  # as a sweep stores it
+    "model": {"vocab_size": 320, "max_context_tokens": 64, "n_heads": 4},
+    "data": {"tokenizer": {"vocab_size": 320}, "allow_repeats": True},
+    "training": {
+        "context_tokens": 64,
+        "optimizer": {"warmup_steps": None, "learning_rate": 0.01},
+        "seed": 0,
+    },
 }
 
 
@@ -44,7 +43,7 @@ def stored() -> Stored:
     frame["tokens"] = compute / 6 / frame.n_active
     clean = 1.2 + 80 * frame.n_active**-0.45 + 1600 * frame.tokens**-0.58
     frame["loss_nats"] = clean * np.exp(0.003 * rng.standard_normal(24))
-    return Stored("tiny", 1, fit_law(frame, bootstrap=100), {"configuration": CONFIGURATION})
+    return Stored("tiny", 1, fit_law(frame, bootstrap=100), {"format": 2, "configuration": CONFIGURATION})
 
 
 @pytest.fixture
@@ -78,8 +77,8 @@ def test_the_configuration_of_a_law_s_runs_comes_back_without_what_the_recipe_de
 
 
 def test_a_planned_mixture_has_the_experts_that_both_sizes_say(stored: Stored) -> None:
-    moe = {"model.moe.chosen": "1", "model.moe.capacity_factor": "1.25"}
-    mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, **moe}})
+    model = {**CONFIGURATION["model"], "moe": {"chosen": 1, "capacity_factor": 1.25}}
+    mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, "model": model}})
     for total in (90_000, 400_000):
         config = PretrainConfig.model_validate(config_for(mixture, 50_000, total, 2e6))
         counts = parameter_counts(config.model)

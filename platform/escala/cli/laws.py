@@ -10,6 +10,7 @@ import typer
 from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
 from escala.contract.errors import LawError
+from escala.laws.forms import FORMS
 
 if TYPE_CHECKING:
     from escala.laws.queries import Preview
@@ -48,7 +49,7 @@ def fit(
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
     ] = None,
-    form: Annotated[str, typer.Option(help="nd, ndt, moe, moe_cf, c or joules.")] = "nd",
+    form: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMS)}.")] = "nd",
     group: Annotated[
         str | None, typer.Option(help="Column of points that are not independent, e.g. run_id.")
     ] = None,

@@ -122,13 +122,13 @@ def check(
     )
 
 
-def difference(common: Mapping[str, str] | None, config: Mapping[str, Any]) -> dict[str, list[str]] | None:
+def difference(common: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, list[str]] | None:
     """Where a configuration leaves what all of a law's runs had in common; None where that was not kept."""
     if common is None:
         return None
-    flat = flatten(config)
-    keys = [key for key in common if key != "training.seed" and flat.get(key) != common[key]]
-    return {key: [common[key], flat.get(key, "-")] for key in keys}
+    theirs, ours = flatten(common), flatten(config)
+    keys = [key for key in theirs if key != "training.seed" and ours.get(key) != theirs[key]]
+    return {key: [theirs[key], ours.get(key, "-")] for key in keys}
 
 
 def calibration(checks: Sequence[Checked]) -> Calibration:
@@ -147,12 +147,12 @@ def calibration(checks: Sequence[Checked]) -> Calibration:
     )
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
-    share, scale = hits / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest  # a second of imports, for a calibration alone
+
+    found = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 # Files

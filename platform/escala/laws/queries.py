@@ -166,7 +166,7 @@ def fit_points(
     bootstrap: int = 1000,
     seed: int = 0,
     report: Report | None = None,
-    configuration: Mapping[str, str] | None = None,
+    configuration: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Fit a law to `points` and store it as the next version of `name`.
 
@@ -174,7 +174,7 @@ def fit_points(
         sources: where the points came from, in words.
         form, group, size, bootstrap, seed: see `fit_law`.
         report: told what is being done.
-        configuration: what all points share, dotted keys; a drift alarm compares a run with it.
+        configuration: what all points' runs have in common, nested; a drift alarm compares a run with it.
 
     Raises LawError, ClusterError.
     """

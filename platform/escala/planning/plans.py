@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from escala import documents, spec
+from escala import spec
 from escala.contract.errors import LawError, SpecError
 from escala.hardware import Cluster, Precision, load_cluster
 from escala.laws import queries as laws
@@ -133,9 +133,9 @@ def _asked(
 def _context(stored: Stored) -> float | None:
     """The context of the law's runs, where they all have one."""
     configuration = stored.provenance.get("configuration") or {}
-    text = configuration.get("training.context_tokens", "None")
-    text = configuration.get("model.max_context_tokens", "None") if text == "None" else text
-    return None if text == "None" else float(text)
+    tokens = configuration.get("training", {}).get("context_tokens")
+    tokens = configuration.get("model", {}).get("max_context_tokens") if tokens is None else tokens
+    return None if tokens is None else float(tokens)
 
 
 def chi_of(stored: Stored) -> Chi:
@@ -229,17 +229,19 @@ def base_of(stored: Stored) -> dict[str, Any]:
     """The configuration that the law's runs share, less what the recipe decides: what a run that is to be compared
     with them has. Empty for a law of a table that says nothing of its runs.
     """
-    base: dict[str, Any] = {}
-    for key, text in (stored.provenance.get("configuration") or {}).items():
-        *sections, last = key.split(".")
-        if text == "None" and sections[-1:] != ["moe"]:  # of experts None says something: nothing is dropped
+    return _comparable(stored.provenance.get("configuration") or {}, "")
+
+
+def _comparable(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    base = dict[str, Any]()
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            inner = _comparable(value, key)
+            base |= {key: inner} if inner else {}
+        elif key in RECIPE_DECIDES.get(name, ()):
             continue
-        if last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
-            continue
-        node = base
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = documents.parse_value(text, key) if text else text
+        elif value is not None or name == "moe":  # of experts None says something: nothing is dropped
+            base[key] = value
     return base
 
 

@@ -211,7 +211,7 @@ def test_a_journal_of_escala_0_1_is_continued(home: Path) -> None:
     state = _open(asked)
     assert (len(state.rounds), state.batch, state.target) == (1, 2, asked.target)
     assert _open(asked) == state
-    with pytest.raises(StateError, match="another target: compute_flops = 1000000000000000.0"):
+    with pytest.raises(StateError, match="another target: compute_flops"):
         _open(replace(asked, target=Limits(compute_flops=1e16)))
 
 

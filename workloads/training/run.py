@@ -143,7 +143,7 @@ class Run:
         self.tracker = tracker = open_tracker(spec.tracking_uri)
         tags = spec.tags | {
             "escala.job_id": spec.job_id,
-            "escala.contract.attempt": str(spec.attempt),
+            "escala.attempt": str(spec.attempt),
             "escala.workload": spec.workload,
             "escala.name": spec.name,
             "escala.config_fingerprint": fingerprint(spec.config),

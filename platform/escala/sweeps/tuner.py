@@ -117,7 +117,7 @@ class Sweep:
         self.tracker = open_tracker(attempt.tracking_uri)
         tags = attempt.tags | {
             "escala.job_id": attempt.job_id,
-            "escala.contract.attempt": str(attempt.attempt),
+            "escala.attempt": str(attempt.attempt),
             "escala.workload": attempt.workload,
             "escala.name": attempt.name,
             "escala.config_fingerprint": fingerprint(attempt.config),

@@ -25,7 +25,7 @@ from escala.contract.checkpoints import Checkpoint, file_sha256, read_checkpoint
 from escala.contract.errors import DataError, Diverged, EscalaError
 from escala.contract.records import SAMPLES, AttemptSpec
 from escala.schema import PpoConfig
-from escala.schema.flops import ppo_flops_per_token
+from escala.schema.flops import step_flops_per_token
 from escala.tracking.lineage import fingerprint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
@@ -305,7 +305,7 @@ class Ppo(Trainer):
         """Count what the iteration took."""
         count, tokens = self.count, sum(rows.lengths)
         epochs = updates.steps / self.config.batch.minibatches
-        flops = tokens * ppo_flops_per_token(self.config, epochs, frozen)
+        flops = tokens * step_flops_per_token(self.config, epochs, frozen)
         self.throughput.end_step(tokens)
         count.step += 1
         count.train_tokens += tokens

@@ -103,7 +103,7 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgedPair:
     """A judge's verdict on two responses to prompt number `index`."""
 
     index: int
@@ -129,21 +129,21 @@ def _responses(where: str, record: dict[str, Any]) -> Responses:
     return Responses(prompt_of(where, record), [text_of(where, numbered, key) for key in numbered])
 
 
-def comparisons(index: int, example: Responses, first_wins: FirstWins) -> Iterator[Comparison]:
+def comparisons(index: int, example: Responses, first_wins: FirstWins) -> Iterator[JudgedPair]:
     """Every two different responses of `example`, judged; the same text twice counts once."""
     pairs = list(combinations(dict.fromkeys(example.responses), 2))
     verdicts = compare(first_wins, [(example.prompt, first, second) for first, second in pairs])
     for (first, second), verdict in zip(pairs, verdicts, strict=True):
-        yield Comparison(index, example.prompt, first, second, verdict.win, verdict.place_bias)
+        yield JudgedPair(index, example.prompt, first, second, verdict.win, verdict.place_bias)
 
 
-def merge(parts: list[Path]) -> list[Comparison]:
+def merge(parts: list[Path]) -> list[JudgedPair]:
     """The ranks' comparisons in the order of the prompts."""
-    found = [Comparison(**json.loads(line)) for part in parts for line in part.open(encoding="utf-8")]
+    found = [JudgedPair(**json.loads(line)) for part in parts for line in part.open(encoding="utf-8")]
     return sorted(found, key=lambda comparison: comparison.index)
 
 
-def totals(found: list[Comparison], minimum_margin: float, to: Path) -> dict[str, float | None]:
+def totals(found: list[JudgedPair], minimum_margin: float, to: Path) -> dict[str, float | None]:
     """Write the preferences among `found` whose win probabilities differ by `minimum_margin`, and count.
 
     Returns comparisons, preferences, and the judge's mean place bias (None where nothing was compared).

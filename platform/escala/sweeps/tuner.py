@@ -33,12 +33,12 @@ from escala.contract.records import (
     read_record,
 )
 from escala.contract.redaction import print_exception
-from escala.schema import WORKLOADS
+from escala.schema.workloads import get_workload, objective_of
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
-from escala.sweeps.points import objective, read_points
+from escala.sweeps.points import read_points
 from escala.sweeps.space import Range, Space
-from escala.sweeps.trials import Planned
+from escala.sweeps.trials import PlannedTrial
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.notes import NOTE_TAG, run_note, start_tags
@@ -129,7 +129,7 @@ class Sweep:
         name = attempt.name if attempt.attempt == 1 else f"{attempt.name} (attempt {attempt.attempt})"
         self.run_id = self.tracker.start(key, attempt.experiment, name, tags, params)
 
-    def _plan(self, space: Space) -> tuple[list[Planned], Data]:
+    def _plan(self, space: Space) -> tuple[list[PlannedTrial], Data]:
         """The sweep's trials (those of its first attempt, if this is not that), and the data that they read."""
         planned = trials.read_planned(self.home, self.attempt.job_id)
         todo = [p.trial for p in planned] if planned or space.design == "optuna" else design.plan(space)
@@ -148,7 +148,7 @@ class Sweep:
                 trials.write_planned(self.home, self.attempt.job_id, planned)
         return planned, data
 
-    def _tune(self, space: Space, planned: list[Planned], data: Data) -> None:
+    def _tune(self, space: Space, planned: list[PlannedTrial], data: Data) -> None:
         import ray
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
@@ -160,10 +160,10 @@ class Sweep:
             if not pending:
                 return
         examples = [design.middle(space)] if space.design == "optuna" else [p.trial for p in pending]
-        at_once = plan.fitting(examples, ray.cluster_resources(), space.concurrency)
+        at_once = plan.fitting(space.workload, examples, ray.cluster_resources(), space.concurrency)
         print(f"{at_once} trials at once", flush=True)
         train = partial(train_trial, sweep=self.attempt, home=str(self.home), space=space, data=dict(data))
-        trainable = tune.with_resources(train, resources_of(examples))
+        trainable = tune.with_resources(train, resources_of(space.workload, examples))
         search: dict[str, Any] = {}
         param_space: dict[str, Any] = {"number": tune.grid_search([p.number for p in pending])}
         if space.design == "optuna":
@@ -285,7 +285,8 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
             outcome = workload.run(
                 trials.new_attempt(files, space.workload, space.aim, sweep, planned), prepared, report
             )
-    loss = objective(outcome.record or {}) if outcome.kind == "succeeded" else None
+    record = outcome.record or {}
+    loss = objective_of(record).minimised(record) if outcome.kind == "succeeded" else None
     tune.report({"loss_nats": float("inf") if loss is None else loss, "kind": outcome.kind})
 
 
@@ -294,9 +295,9 @@ def _report(tune: Any, step: int, loss_nats: float) -> None:
         tune.report({"loss_nats": loss_nats, "step": step})
 
 
-def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> Planned:
+def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> PlannedTrial:
     """The trial with its fingerprint."""
-    return Planned(number, trials.trial_fingerprint(trial.config, data), trial)
+    return PlannedTrial(number, trials.trial_fingerprint(trial.config, data), trial)
 
 
 def data_key(config: Mapping[str, Any]) -> str:
@@ -304,7 +305,7 @@ def data_key(config: Mapping[str, Any]) -> str:
     return fingerprint([config.get(section) for section in READ])
 
 
-def resources_of(examples: list[design.Trial]) -> dict[str, float]:
+def resources_of(workload: str, examples: list[design.Trial]) -> dict[str, float]:
     """What Tune reserves for a trial: its worker's resources; of a multi-worker trial, its waiting process alone."""
     if any(t.workers > 1 for t in examples):
         if any(t.workers == 1 for t in examples):
@@ -313,11 +314,12 @@ def resources_of(examples: list[design.Trial]) -> dict[str, float]:
                 "sweep resources.workers from 2 on, or make two sweeps",
             )
         return {"CPU": plan.TUNE_CPUS}
-    return {kind: max(plan.needed(t)[kind] for t in examples) for kind in ("CPU", "GPU")}
+    needs = [get_workload(workload).worker_needs(t.config) for t in examples]
+    return {kind: max(each[kind] for each in needs) for kind in ("CPU", "GPU")}
 
 
 def _preparation(sweep: AttemptSpec, workload: str, config: Mapping[str, Any]) -> AttemptSpec:
-    entry_point = WORKLOADS[workload].entry_point
+    entry_point = get_workload(workload).entry_point
     return replace(sweep, workload=workload, entry_point=entry_point, config=dict(config))
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from escala.contract.files import forgiving_log
 from escala.contract.records import AttemptSpec, Outcome, read_record
-from workloads.training.driver import WorkerInputs, fit
-from workloads.training.run import Prepared, Run, beside, entry, parse_config
+from workloads.training.driver import fit
+from workloads.training.entry import Prepared, WorkerInputs, load_entry
+from workloads.training.run import Run, parse_config
 
 if TYPE_CHECKING:
     from workloads.training.task import Evaluation
@@ -24,7 +25,7 @@ OnEvaluation = Callable[[int, float], None]  # step, held-out loss in nats per t
 
 def prepare(spec: AttemptSpec) -> Prepared:
     """Make the data of a trial ready, which `run` takes. Raises DataError."""
-    return entry(spec).prepare(spec, parse_config(spec))
+    return load_entry(spec.entry_point).prepare(spec, parse_config(spec))
 
 
 def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | None = None) -> Outcome:
@@ -50,29 +51,25 @@ def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | Non
 def _train(this: Run, prepared: Prepared, on_evaluation: OnEvaluation | None) -> None:
     config = this.open()
     inputs = this.inputs(prepared, config)
-    with beside(inputs):
+    with load_entry(this.spec.entry_point).sidecar(inputs):
         if config.resources.workers > 1:
             fit(inputs)
         else:
             _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
 
 
-def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
+def _train_here(inputs: WorkerInputs[Any], on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
     """The training loop in this process, alone in a process group of its own."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import torch.distributed
 
-    from workloads.training.driver import make_trainer
+    from workloads.training.worker import train
 
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     tell = None if on_evaluation is None else lambda step, found: _tell(on_evaluation, step, found)
-    trainer = make_trainer(inputs, tell)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
+    train(inputs, tell)
 
 
 def _tell(on_evaluation: OnEvaluation, step: int, found: Evaluation) -> None:

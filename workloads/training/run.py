@@ -10,11 +10,9 @@ import json
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from importlib import import_module
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -38,7 +36,8 @@ from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
-from workloads.training.driver import WorkerInputs, fit
+from workloads.training.driver import fit
+from workloads.training.entry import Prepared, WorkerInputs, load_entry
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,31 +46,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",  # the tokens that end an answer
 )
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What an entry point has made ready for its workers."""
-
-    path: str  # for `make_task`
-    tokenizer: Path  # a tokenizer.json, or a directory with one; it is kept beside the checkpoints
-    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
-
-
-class Entry(Protocol):
-    """The module of a workload that trains.
-
-    One whose steps are no task's has `make_trainer(inputs, on_evaluation)` instead of `make_task`; one that needs
-    something to run while its workers do has `beside(inputs)`, a context manager.
-    """
-
-    def prepare(self, spec: AttemptSpec, config: Any) -> Prepared:
-        """In the driver: data made ready. Raises DataError."""
-        ...
-
-    def make_task(self, inputs: WorkerInputs) -> Any:
-        """In a worker: its training.task.Task."""
-        ...
 
 
 def main(arguments: list[str]) -> int:
@@ -104,7 +78,8 @@ class Run:
     def train(self) -> None:
         """Everything up to the end of training. Raises what goes wrong."""
         config = self.open()
-        inputs = self.inputs(entry(self.spec).prepare(self.spec, config), config)
+        entry = load_entry(self.spec.entry_point)
+        inputs = self.inputs(entry.prepare(self.spec, config), config)
 
         import ray
 
@@ -113,7 +88,7 @@ class Run:
         ray.init(address="auto", log_to_driver=True, namespace="escala")
         stop_on_sigterm(self.files)
         self.nodes = NodeWatch()
-        with beside(inputs):
+        with entry.sidecar(inputs):
             fit(inputs)
 
     def open(self) -> TrainedConfig:
@@ -124,7 +99,7 @@ class Run:
         self._start_tracking(config)
         return config
 
-    def inputs(self, prepared: Prepared, config: TrainedConfig) -> WorkerInputs:
+    def inputs(self, prepared: Prepared, config: TrainedConfig) -> WorkerInputs[Any]:
         """What the training loop is given: the data, and the checkpoint to start from."""
         if self.tracker is None or self.run_id is None:
             raise RuntimeError("open() comes first")
@@ -265,18 +240,6 @@ STOP_MESSAGES = {
     "budget": "the job's budget is spent; stopped with a checkpoint",
     "preempted": "preempted; stopped with a checkpoint",
 }
-
-
-def entry(spec: AttemptSpec) -> Entry:
-    """The workload's module."""
-    module: Any = import_module(spec.entry_point)
-    return module  # type: ignore[no-any-return]
-
-
-def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
-    """What the workload wants to run while its workers do."""
-    own: Any = getattr(entry(inputs.spec), "beside", None)
-    return nullcontext() if own is None else own(inputs)
 
 
 def parse_config(spec: AttemptSpec) -> TrainedConfig:

@@ -11,58 +11,46 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from escala.contract import handshake
-from escala.contract.attempt import check_fence
-from escala.contract.errors import DataError, SpecError
-from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+from escala.contract.errors import DataError
+from escala.contract.records import write_json
 from escala.schema.judge import JudgeConfig
-from escala.tracking.tracker import Metric, Tracker
-from workloads import single
+from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
+from escala.tracking.tracker import Metric
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
 from workloads.data.preferences import Preference, write_preferences
 from workloads.rewards.judge_models import FirstWins, compare, load_judge_model
+from workloads.training.driver import start_workers
+from workloads.training.failures import NodeWatch, classify
 
 REPORT_PROMPTS = 100  # a line in the log for so many
 
 
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code."""
-
-    def keep(tracker: Tracker, run_id: str, found: dict[str, float | None]) -> None:
-        now = time.time_ns() // 1_000_000
-        known = [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None]
-        tracker.metrics(run_id, known)
-
-    return single.main(arguments, judge, keep)
+    return run_attempt(arguments, judge, partial(classify, nodes=None))
 
 
-def judge(spec: AttemptSpec) -> dict[str, float | None]:
-    """Start the workers, put their parts together; what `totals` says of them, which is also in the facts."""
+def judge(attempt: LiveAttempt) -> None:
+    """Start the workers, put their parts together; what `totals` says of them is in the facts, and in the run."""
     import ray
 
-    from workloads.training.driver import start_workers
-
-    handshake.check(spec.versions)
-    files = AttemptFiles(spec.directory)
-    check_fence(files, spec.attempt)
-    try:
-        config = JudgeConfig(**spec.config)
-    except ValidationError as error:
-        raise SpecError(f"the judge configuration is not valid: {error}") from error
+    spec, files = attempt.spec, attempt.files
+    config = attempt.open(JudgeConfig.model_validate)
     read_responses(Path(config.responses))  # a line that is wrong stops the job before it starts
     ray.init(address="auto", log_to_driver=True, namespace="escala")
+    attempt.classify = partial(classify, nodes=NodeWatch())
     arguments = {"config": spec.config, "directory": spec.directory}
     start_workers(judge_share, arguments, config.resources, spec.directory, {})
     paths = [part_path(spec.directory, rank) for rank in range(config.resources.workers)]
     found = totals(merge(paths), config.minimum_margin, Path(config.to))
     write_json(files.facts, found)
-    return found
+    (tracker, run_id), now = attempt.run, time.time_ns() // 1_000_000
+    tracker.metrics(run_id, [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None])
 
 
 def judge_share(arguments: dict[str, Any]) -> None:

@@ -128,13 +128,10 @@ def _same_tokens(config: Config) -> None:
     """
     actor = config.get("tokenizer") or (config.get("start") or {}).get("path")
     critic = ((config.get("critic") or {}).get("start") or {}).get("path")
-    for path in (actor, critic):
-        if path is None or path.endswith(".gguf") or not Path(path).exists():
-            return
-    if (
-        load_chat_tokenizer(_beside(Path(actor))).fingerprint
-        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
-    ):
+    paths = [Path(path) for path in (actor, critic) if path is not None and not path.endswith(".gguf")]
+    if len(paths) < 2 or not all(path.exists() for path in paths):
+        return
+    if len({load_chat_tokenizer(_beside(path)).fingerprint for path in paths}) > 1:
         raise DataError(
             f"The critic at {critic} has another tokenizer than the actor.",
             "Train the reward model from the same base, or leave critic.start out.",

@@ -122,7 +122,7 @@ def escala(iterations: int, precision: str) -> list[float]:
     from workloads.model.transformer import Transformer
     from workloads.rewards.reward_model import RewardModel
     from workloads.serving.records import Generated
-    from workloads.training.driver import WorkerInputs
+    from workloads.training.entry import WorkerInputs
 
     config = PpoConfig(
         model=SHAPE,

@@ -20,10 +20,10 @@ from workloads.data.batches import Batch
 from workloads.model.lora import without_lora
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs
 from workloads.training.evaluate import held_out_rows
 from workloads.training.loss import log_probabilities
-from workloads.training.run import Prepared, main
+from workloads.training.run import main
 from workloads.training.task import Evaluation, on_device
 
 
@@ -32,7 +32,7 @@ def prepare(spec: AttemptSpec, config: DpoConfig) -> Prepared:
     return finetune.prepare_pairs(spec, config, finetune.answered)
 
 
-def make_task(inputs: WorkerInputs) -> DirectPreference:
+def make_step(inputs: WorkerInputs[DpoConfig]) -> DirectPreference:
     """The task of one worker."""
     return DirectPreference(inputs)
 
@@ -40,7 +40,7 @@ def make_task(inputs: WorkerInputs) -> DirectPreference:
 class DirectPreference(finetune.PairBatches):
     """-log sigmoid of the difference of two implied rewards (training.task.Task)."""
 
-    def __init__(self, inputs: WorkerInputs) -> None:
+    def __init__(self, inputs: WorkerInputs[DpoConfig]) -> None:
         super().__init__(inputs)
         self.reference: Transformer | None = None
 
@@ -96,6 +96,9 @@ def response_log_probabilities(model: Any, batch: Batch) -> Tensor:
     logp_N = log_probabilities(logits_NV, batch["targets_BT"][answers_BT])
     logp_BT = torch.zeros(answers_BT.shape, dtype=logp_N.dtype, device=logp_N.device)
     return logp_BT.masked_scatter(answers_BT, logp_N).sum(dim=1)
+
+
+ENTRY = Entry(prepare, make_step)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from escala.contract.checkpoints import Checkpoint, file_sha256, read_checkpoint
 from escala.contract.errors import DataError, Diverged, EscalaError
 from escala.contract.records import SAMPLES, AttemptSpec
 from escala.schema import PpoConfig
-from escala.schema.flops import ppo_flops_per_token
+from escala.schema.flops import step_flops_per_token
 from escala.tracking.lineage import fingerprint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
@@ -52,9 +52,9 @@ from workloads.alignment.token_rewards import RunningMoments, length_penalty, mi
 from workloads.data.cache import check_directory, is_stored, new_directory
 from workloads.model.start import load_tokenizer
 from workloads.training import finetune, zero
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs
 from workloads.training.loop import STOP_CODES, Trainer, seed_step
-from workloads.training.run import Prepared, main
+from workloads.training.run import main
 from workloads.training.schedule import learning_rate
 from workloads.training.task import Evaluation
 
@@ -98,21 +98,21 @@ def _check_critic(config: PpoConfig, tokenizer: str) -> None:
         )
 
 
-def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
-    """What runs while the workers do (training.run.Entry): the job's rollout service."""
+def sidecar(inputs: WorkerInputs[PpoConfig]) -> AbstractContextManager[None]:
+    """What runs while the workers do (training.entry.Entry): the job's rollout service."""
     from workloads.sidecar import rollout_service
 
     return rollout_service(inputs.spec, inputs.config)
 
 
-def make_trainer(inputs: WorkerInputs, on_evaluation: Callable[[int, Evaluation], None] | None = None) -> Ppo:
-    """One worker's part (training.run.Entry)."""
+def make_step(inputs: WorkerInputs[PpoConfig]) -> Ppo:
+    """One worker's part (training.entry.Entry)."""
     from workloads.serving.client import Rollouts
     from workloads.sidecar import application_name
 
     seconds = inputs.config.rollouts.timeout_seconds
     service = Rollouts(application_name(inputs.spec), timeout_seconds=seconds)
-    return Ppo(inputs, service, on_evaluation)
+    return Ppo(inputs, service)
 
 
 class Ppo(Trainer):
@@ -124,7 +124,7 @@ class Ppo(Trainer):
 
     def __init__(
         self,
-        inputs: WorkerInputs,
+        inputs: WorkerInputs[PpoConfig],
         service: Service,
         on_evaluation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
@@ -305,7 +305,7 @@ class Ppo(Trainer):
         """Count what the iteration took."""
         count, tokens = self.count, sum(rows.lengths)
         epochs = updates.steps / self.config.batch.minibatches
-        flops = tokens * ppo_flops_per_token(self.config, epochs, frozen)
+        flops = tokens * step_flops_per_token(self.config, epochs, frozen)
         self.throughput.end_step(tokens)
         count.step += 1
         count.train_tokens += tokens
@@ -393,6 +393,9 @@ def rows_of(responses: list[Response]) -> Rows:
         [len(one.prompt_tokens) for one in responses],
         {"engine_logp": engine_BT},
     )
+
+
+ENTRY = Entry(prepare, make_step, sidecar)
 
 
 if __name__ == "__main__":

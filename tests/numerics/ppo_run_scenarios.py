@@ -27,7 +27,7 @@ from workloads.alignment.learner import policy_weights
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import WorkerInputs
 from workloads.training.zero import adam_step
 
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:", "try", "with", "as"]

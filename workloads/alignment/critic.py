@@ -11,7 +11,7 @@ from torch import Tensor
 
 from escala.contract.errors import CheckpointError
 from escala.schema import PpoConfig
-from workloads.model.start import find_checkpoint, load_model, new_model
+from workloads.model.start import find_checkpoint, has_scalar_head, load_model, new_model
 from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import HEAD_FILE, RewardModel, load_reward_model
 
@@ -65,4 +65,4 @@ def is_reward_model(path: Path) -> bool:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         return (path / HEAD_FILE).is_file()
-    return checkpoint.part("workload", str) == "reward"
+    return has_scalar_head(checkpoint)

@@ -33,8 +33,7 @@ from workloads.data.preferences import Preference, read_preferences
 from workloads.model.lora import add_lora
 from workloads.model.start import beside, load_tokenizer, new_model
 from workloads.model.transformer import Transformer
-from workloads.training.driver import WorkerInputs
-from workloads.training.run import Prepared
+from workloads.training.entry import Prepared, WorkerInputs
 from workloads.training.task import StepSize
 
 X = TypeVar("X")
@@ -220,7 +219,7 @@ class PairBatches:
     two rows a pair, the chosen ones first.
     """
 
-    def __init__(self, inputs: WorkerInputs) -> None:
+    def __init__(self, inputs: WorkerInputs[Any]) -> None:
         self.config = inputs.config
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         directory = Path(inputs.prepared)

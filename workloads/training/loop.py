@@ -25,8 +25,8 @@ from escala.contract.records import AttemptFiles, Progress
 from escala.schema import ResourcesConfig
 from escala.schema.flops import parameter_counts, training_flops_per_token
 from workloads.training import checkpoint, meter, zero
-from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account
+from workloads.training.entry import WorkerInputs
 from workloads.training.experts import Routers
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
@@ -61,8 +61,8 @@ class Trainer:
 
     def __init__(
         self,
-        inputs: WorkerInputs,
-        make_task: Callable[[WorkerInputs], Task],
+        inputs: WorkerInputs[Any],
+        make_task: Callable[[WorkerInputs[Any]], Task],
         on_evaluation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
         self.inputs, self.spec = inputs, inputs.spec

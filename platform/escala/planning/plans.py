@@ -166,7 +166,7 @@ def chi_of(stored: Stored) -> Chi:
 
     from escala.schema import ModelConfig
     from escala.schema.flops import flops_per_token, parameter_counts
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
@@ -215,7 +215,7 @@ def largest_model(
     activations checkpointed. Raises LawError where no model does.
     """
     from escala.schema import PretrainConfig
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     tokens = int(context or 2048)
@@ -273,8 +273,7 @@ def config_for(
     """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
     from both N. Raises SpecError for a law that knows none.
     """
-    from escala.sweeps.design import by_recipe
-    from tune_spaces.recipes import experts
+    from escala.sweeps.recipes import by_recipe, experts
 
     base = base_of(stored)
     if not base:
@@ -329,7 +328,7 @@ def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str
     """The candidates whose N the recipe has a shape for. Raises LawError where none is left."""
     import numpy as np
 
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     def has_shape(n: float) -> bool:
         try:

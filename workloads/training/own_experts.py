@@ -64,7 +64,9 @@ class OwnExperts:
             self.masters[name] = weight
             if (dtype, home) != (torch.float32, device):
                 self.masters[name] = drawn.detach().to(home, torch.float32, copy=True).requires_grad_()
-                weight.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))
+                hook = _adds_to(self.masters[name])
+                # torch annotates its decorator of this method, and not the method.
+                weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         decay = training.optimizer.weight_decay
         groups = [{"params": list(self.masters.values()), "weight_decay": decay}]
         self.optimizer = adamw(groups) if self.masters else None

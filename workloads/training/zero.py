@@ -336,7 +336,7 @@ def _replica(engine: Any, param: nn.Parameter, key: str) -> Tensor:
     return master if key == MASTER else engine.basic_optimizer.state[master][key]
 
 
-def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
+def _fragment(param: Any, key: str) -> tuple[int, Tensor] | None:
     """This rank's part of state `key`: (offset in the flat parameter, values); None where it has none."""
     if hasattr(param, "ds_id"):
         local = (
@@ -350,7 +350,7 @@ def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
     return mapping.lp_fragment_address.start, values
 
 
-def _set_stage3(param: nn.Parameter, key: str, full: Tensor) -> None:
+def _set_stage3(param: Any, key: str, full: Tensor) -> None:
     """DeepSpeed's own setter for full tensors reads past their end when P does not divide them; hence the
     padding.
     """

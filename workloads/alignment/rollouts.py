@@ -56,7 +56,7 @@ class Response:
     version: int  # of those weights
 
 
-class Generated(Protocol):
+class ServedResponse(Protocol):
     """A response as the service gives it (`workloads.serving.records`)."""
 
     @property
@@ -75,7 +75,7 @@ class RolloutService(Protocol):
 
     def generate(
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], min_version: int = 0
-    ) -> Sequence[Generated]:
+    ) -> Sequence[ServedResponse]:
         """A response to each prompt."""
         ...
 
@@ -89,9 +89,9 @@ class RolloutService(Protocol):
 
 
 def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list[PromptTokens]:
-    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, for cut, it would be
-    another prompt, and so is one that the model's template refuses: which, and how many, is printed. Raises DataError
-    where none is left.
+    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, since
+    cutting it would make another prompt, and so is one that the model's template refuses: which, and how many, is
+    printed. Raises DataError where none is left.
     """
     found, fitting = 0, list[PromptTokens]()
     for where, record in read_lines(path):
@@ -174,7 +174,7 @@ class RolloutSampler:
             if answer.weights.version != version:
                 raise StaleWeights(
                     f"A response is of version {answer.weights.version}, and {version} was asked for.",
-                    "Nobody but this job may publish to its rollout service.",
+                    "Only this job may publish to its rollout service.",
                 )
             done = answer.completion
             found.append(
@@ -195,7 +195,7 @@ class RolloutSampler:
 
 def ask(
     service: RolloutService, prompts: Sequence[list[int]], params: Sequence[SamplingParams], version: int
-) -> list[Generated]:
+) -> list[ServedResponse]:
     """A response to each prompt. One that failed by itself is asked for again with another seed, one time; the others
     stay as they are, for they depend on nothing but themselves. Raises as `RolloutSampler.draw`.
     """

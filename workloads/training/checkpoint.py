@@ -82,7 +82,9 @@ def save(
         "format_version": FORMAT_VERSION,
         "step": step,
         "adam_step": zero.adam_step(engine),
-        "adam_steps_beside": {name: zero.adam_step(one) for name, one in (other_engines or {}).items()},
+        "adam_steps_beside": {  # of the other engines: the format's name for them
+            name: zero.adam_step(one) for name, one in (other_engines or {}).items()
+        },
         "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
         "files": files,
     }

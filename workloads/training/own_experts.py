@@ -112,8 +112,10 @@ class OwnExperts:
 
     def begin_restore(self, adam_step: int) -> None:
         """Empty moments after `adam_step` updates."""
+        if self.optimizer is None:
+            return
         for master in self.masters.values():
-            self.optimizer.state[master] = empty_moments(master, adam_step)  # type: ignore[union-attr]
+            self.optimizer.state[master] = empty_moments(master, adam_step)
 
     def set(self, name: str, key: str, full: Tensor) -> None:
         """Write this rank's share of `full` (E, ...) into state `key`."""
@@ -126,7 +128,12 @@ class OwnExperts:
 
     def _state(self, name: str, key: str) -> Tensor:
         master = self.masters[name]
-        return master if key == "master" else self.optimizer.state[master][key]  # type: ignore[union-attr]
+        if key == "master":
+            return master
+        if self.optimizer is None:
+            raise RuntimeError("no expert is trained here, so none has moments")
+        moments: dict[str, Tensor] = self.optimizer.state[master]
+        return moments[key]
 
     def _refresh(self, name: str, master: Tensor) -> None:
         weight = self.weights[name]

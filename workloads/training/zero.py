@@ -232,7 +232,8 @@ def gather_state(engine: Any, name: str, key: str, owner: int) -> Tensor | None:
     collective call.
     """
     if _is_own(engine, name):
-        return engine.own_experts.gather(name, key, owner)  # type: ignore[no-any-return]
+        experts: OwnExperts = engine.own_experts
+        return experts.gather(name, key, owner)
     param = engine.module.get_parameter(name)
     rank = torch.distributed.get_rank()
     shape = param.ds_shape if hasattr(param, "ds_id") else param.shape

@@ -39,8 +39,8 @@ from escala.jobs.actions import (
     watch,
 )
 from escala.jobs.references import resolve_jobs, resolve_rollouts
-from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.state import FINAL
+from escala.jobs.tracked_runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.runtime_env import source_paths
 from escala.settings import Settings
 from escala.sweeps.launch import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
@@ -48,7 +48,7 @@ from escala.sweeps.launch import fit_sweeps, plan_sweep, preview_sweeps, space_b
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.hardware import Cluster
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
     from escala.planning.cost import Cost
     from escala.rollouts.deployment import RolloutsStatus
 

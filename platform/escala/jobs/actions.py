@@ -21,13 +21,13 @@ from escala.contract.errors import ClusterError, EscalaError, NotFoundError, Spe
 from escala.contract.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
-from escala.jobs.model import RATES_TAG
+from escala.jobs.records import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.settings import Settings
 from escala.storage import user_code
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
+    from escala.jobs.records import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
 
 log = logging.getLogger("escala.jobs")
@@ -196,7 +196,7 @@ def start(
     Args:
         code: the digest of the copy of the user's modules (escala.storage.user_code).
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     _check_room(job)
     options = job.options

@@ -23,7 +23,7 @@ from escala import preflight, spec
 from escala.contract.checkpoints import check_readable
 from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
-from escala.runtime_env import runtime_env
+from escala.runtime_env import job_variables, runtime_env
 from escala.settings import RolloutsSettings, Settings
 from escala.storage import user_code
 
@@ -245,7 +245,7 @@ def prepare(
     if plain["reward"]:
         digest = preflight.ready("rollouts", plain, settings.home, code)
     copy = user_code.directory(settings.home, digest) if digest else None
-    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
+    environment = runtime_env(job_variables(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy))
     return {
         "route_prefix": "/",
         **application,

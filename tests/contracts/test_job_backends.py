@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 
 from escala.contract.errors import ClusterError, SpecError
+from escala.jobs import backends
 from escala.jobs.backends import BACKENDS, open_backend
 from escala.jobs.backends.base import JobBackend, Submission
 from escala.runtime_env import job_variables
@@ -125,3 +126,9 @@ def test_an_unknown_backend_is_refused():
     with pytest.raises(SpecError, match="no backend 'slurm'") as refused:
         open_backend("slurm", Settings())
     assert all(name in refused.value.hint for name in BACKENDS)
+
+
+def test_one_module_imports_rays_job_client():
+    package = Path(backends.__file__).parents[2]
+    found = [p.relative_to(package) for p in package.rglob("*.py") if "job_submission" in p.read_text()]
+    assert found == [Path("jobs/backends/ray.py")]

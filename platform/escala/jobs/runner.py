@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from escala.jobs.reconcile import Reconciler, Timing
 from escala.jobs.records import Job
 from escala.jobs.store import JobStore
 from escala.storage import user_code
+from escala.storage.locks import locked
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -71,18 +71,11 @@ def only_one(home: Path) -> Iterator[None]:
     """Hold the lock that makes this process the home's only runner. Raises ClusterError where it is taken."""
     path = home / "run" / "runner.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", errors="replace") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ClusterError(
-                f"another runner (process {holder}) serves {home}", "`escala status` shows it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with locked(path, wait=False) as held:
+        if not held:
+            holder = path.read_text(errors="replace").strip() or "unknown"
+            raise ClusterError(f"another runner (process {holder}) serves {home}", "`escala status` shows it")
+        path.write_text(str(os.getpid()))  # what another one is told; the lock is the kernel's
         yield
 
 

@@ -34,5 +34,5 @@ def test_a_lock_has_one_holder_and_is_freed_when_that_is_killed(tmp_path: Path) 
 
 
 def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="directory"), locked(tmp_path / "no directory" / "lock"):
+    with pytest.raises(OSError, match="no directory"), locked(tmp_path / "no directory" / "lock"):
         pass

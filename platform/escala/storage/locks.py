@@ -21,6 +21,7 @@ def locked(path: Path, wait: bool = True, every: float = POLL_SECONDS) -> Iterat
     Args:
         every: seconds between two tries.
     """
+    path.parent.stat()  # filelock would make it
     lock = FileLock(path, timeout=-1 if wait else 0, mode=0o600, poll_interval=every, fallback_to_soft=False)
     try:
         lock.acquire()

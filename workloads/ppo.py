@@ -21,11 +21,12 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint, file_sha256, read_checkpoint
+from escala.contract.checkpoints import file_sha256
 from escala.contract.errors import DataError, Diverged, EscalaError
 from escala.contract.records import SAMPLES, AttemptSpec
 from escala.schema import PpoConfig
 from escala.schema.flops import ppo_flops_per_token
+from escala.storage.checkpoints import Checkpoint, checkpoint_at
 from escala.tracking.lineage import fingerprint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
@@ -175,7 +176,7 @@ class Ppo(Trainer):
         self.saved_step = self.count.step
         if self.inputs.checkpoint is None:
             return
-        found = read_checkpoint(Path(self.inputs.checkpoint))
+        found = checkpoint_at(self.inputs.checkpoint)
         self.kl_coef = found.part("ppo.kl_coef", float)
         self.scores = RunningMoments(**found.part("ppo.scores", dict))
         self.measures = found.part("ppo.measures", dict)

@@ -11,19 +11,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 
 from escala.contract.attempt import STOP_REASONS, Watch, check_fence
-from escala.contract.checkpoints import Checkpoint, read_checkpoint
 from escala.contract.errors import CheckpointError, Diverged, Superseded
 from escala.contract.files import no_room
 from escala.contract.records import AttemptFiles, Progress
 from escala.schema import ResourcesConfig
 from escala.schema.flops import parameter_counts, training_flops_per_token
+from escala.storage.checkpoints import Checkpoint, checkpoint_at, open_checkpoints
 from workloads.training import checkpoint, meter, zero
 from workloads.training.driver import WorkerInputs
 from workloads.training.energy import EnergyMeter, account
@@ -137,7 +136,7 @@ class Trainer:
     def _restore(self) -> None:
         if self.inputs.checkpoint is None:
             return
-        found = read_checkpoint(Path(self.inputs.checkpoint))
+        found = checkpoint_at(self.inputs.checkpoint)
         checkpoint.load(self.engine, found, self.engines_beside())
         saved = found.part("counters", dict)
         self.count = Counters(
@@ -148,8 +147,8 @@ class Trainer:
             last_loss=saved.get("last_loss"),
         )
         if self.rank == 0:
-            print(f"resumed from {found.path} (step {found.step})", flush=True)
-            self._tell(checkpoint=str(found.path))
+            print(f"resumed from {found.address} (step {found.step})", flush=True)
+            self._tell(checkpoint=found.address)
 
     def engines_beside(self) -> dict[str, Any]:
         """Other engines than the model's, by name, for the checkpoint."""
@@ -314,11 +313,11 @@ class Trainer:
             },
             **self.own_state(),
         }
-        keep, directory = self.config.training.keep_checkpoints, Path(self.spec.checkpoints)
+        keep, store = self.config.training.keep_checkpoints, open_checkpoints(self.spec.checkpoints)
         saved = self._insist(
-            lambda: checkpoint.save(self.engine, directory, count.step, manifest, keep, self.engines_beside())
+            lambda: checkpoint.save(self.engine, store, count.step, manifest, keep, self.engines_beside())
         )
-        self._tell(checkpoint=str(saved.path))
+        self._tell(checkpoint=saved.address)
         return saved
 
     def _insist(self, save: Callable[[], Checkpoint]) -> Checkpoint:

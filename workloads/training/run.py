@@ -7,7 +7,6 @@ outcome. It retries nothing: a retry is a new attempt, which the control plane m
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -20,9 +19,8 @@ from pydantic import ValidationError
 
 from escala.contract import handshake
 from escala.contract.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
-from escala.contract.checkpoints import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
 from escala.contract.errors import CheckpointError, EscalaError, SpecError
-from escala.contract.files import replacing, set_aside
+from escala.contract.files import set_aside
 from escala.contract.records import (
     AttemptFiles,
     AttemptSpec,
@@ -34,6 +32,8 @@ from escala.contract.records import (
 )
 from escala.contract.redaction import hide_in, print_exception
 from escala.schema import WORKLOADS, TrainedConfig
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import Checkpoint, check_fits, newest, open_checkpoints, verify_tokenizer
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
@@ -133,8 +133,8 @@ class Run:
         self.tracker.tags(self.run_id, tags)
         self.tracker.dataset(self.run_id, dataset_of(self.spec.config, self.fingerprints))
         self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
-        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints), self.resumed_from)
-        source = str(self.resumed_from.path) if self.resumed_from else None
+        keep_tokenizer(prepared.tokenizer, open_checkpoints(self.spec.checkpoints), self.resumed_from)
+        source = self.resumed_from.address if self.resumed_from else None
         return WorkerInputs(self.spec, prepared.path, source, self.run_id, self.fingerprints)
 
     def _start_tracking(self, config: TrainedConfig) -> None:
@@ -189,7 +189,7 @@ class Run:
         facts = self._facts()
         record = self._record(outcome, facts)
         plain = asdict(record)
-        source = str(self.resumed_from.path) if self.resumed_from else None
+        source = self.resumed_from.address if self.resumed_from else None
         checkpoint = facts.get("checkpoint", source)
         if self.tracker is not None and self.run_id is not None:
             self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
@@ -300,23 +300,20 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: Path, resumed_from: Checkpoint | None) -> None:
+def keep_tokenizer(source: Path, checkpoints: CheckpointStore, resumed_from: Checkpoint | None) -> None:
     """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
     was written with stay: its manifest has their hashes.
     """
-    target = checkpoints / TOKENIZER
-    if resumed_from is not None and resumed_from.path.parent == checkpoints:
+    damaged = False
+    if resumed_from is not None and resumed_from.store.address == checkpoints.address:
         try:
             return verify_tokenizer(resumed_from)
         except CheckpointError as error:
             print(f"{error.message}; they are copied again", file=sys.stderr, flush=True)
-            shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+            damaged = True
     files = [source] if source.is_file() else [f for f in source.iterdir() if f.name in TOKENIZER_FILES]
-    for file in files:
-        name = "tokenizer.json" if file == source else file.name
-        with replacing(target / name) as temporary:
-            shutil.copyfile(file, temporary)
+    named = {"tokenizer.json" if file == source else file.name: file for file in files}
+    checkpoints.put_tokenizer(named, replace=damaged)
 
 
 def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) -> Checkpoint | None:
@@ -326,9 +323,9 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     Raises CheckpointError where it does not fit, where the job has checkpoints and none of them is good, or where the
     job to resume from has no good one.
     """
-    found = _newest(Path(spec.checkpoints))
+    found = _newest(spec.checkpoints)
     if found is None and spec.resume_from:
-        found = _newest(Path(spec.resume_from))
+        found = _newest(spec.resume_from)
         if found is None:
             raise CheckpointError(f"there is no good checkpoint in {spec.resume_from} to resume from")
     if found is not None:
@@ -336,8 +333,8 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     return found
 
 
-def _newest(directory: Path) -> Checkpoint | None:
-    found, refused = newest(directory, RESUMABLE)
+def _newest(address: str) -> Checkpoint | None:
+    found, refused = newest(open_checkpoints(address), RESUMABLE)
     for error in refused:
         print(f"refused: {error}", file=sys.stderr, flush=True)
     return found

@@ -9,12 +9,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import TypeVar
 
 from escala.contract.attempt import finish, flatten, read_attempt
 from escala.contract.errors import EscalaError
-from escala.contract.records import AttemptSpec, Outcome, RunRecord
+from escala.contract.records import AttemptSpec, Outcome, RunRecord, to_plain
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.lineage.notes import NOTE_TAG, run_note, start_tags
 from escala.tracking.tracker import Tracker, open_tracker
@@ -66,10 +65,10 @@ def main(
         code_fingerprint=code_fingerprint().fingerprint,
         reason=outcome.message or None,
     )
-    known = {k: v for k, v in asdict(record).items() if v is not None}
+    known = {k: v for k, v in to_plain(record).items() if v is not None}
     note = run_note(spec, record, hint=outcome.hint)
     tracker.tags(run_id, {"escala.record": json.dumps(known, sort_keys=True), NOTE_TAG: note})
     tracker.finish(run_id, "FINISHED" if code == 0 else "FAILED")
     tracker.drain()
-    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, asdict(record)))
+    finish(spec, Outcome(outcome.kind, outcome.message, outcome.hint, None, to_plain(record)))
     return code

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from escala.contract.records import (
     RunRecord,
     read_json,
     read_record,
+    to_plain,
 )
 from escala.contract.redaction import hide_in, print_exception
 from escala.schema import WORKLOADS, TrainedConfig
@@ -188,7 +189,7 @@ class Run:
         """Record, tracker, outcome: in this order, the outcome last."""
         facts = self._facts()
         record = self._record(outcome, facts)
-        plain = asdict(record)
+        plain = to_plain(record)
         source = self.resumed_from.address if self.resumed_from else None
         checkpoint = facts.get("checkpoint", source)
         if self.tracker is not None and self.run_id is not None:

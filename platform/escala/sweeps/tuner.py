@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from escala.contract.records import (
     RunRecord,
     TrialFiles,
     read_record,
+    to_plain,
 )
 from escala.contract.redaction import print_exception
 from escala.schema import WORKLOADS
@@ -243,7 +244,7 @@ class Sweep:
             code_fingerprint=code_fingerprint().fingerprint,
             reason=outcome.message or None,
         )
-        plain = asdict(record)
+        plain = to_plain(record)
         if self.tracker is not None and self.run_id:
             found = read_points(self.home, attempt.job_id)
             self.tracker.text(self.run_id, "points.csv", found.points.to_csv(index=False))

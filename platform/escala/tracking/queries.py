@@ -155,7 +155,7 @@ def _record(run: Any) -> RunRecord:
             ValueError,
             TypeError,
             AttributeError,
-        ) as error:  # a person may write tags: one run's trouble
+        ) as error:  # one run's trouble: a person may write tags
             log.warning(
                 "run %s has a record that cannot be read, and is shown without it: %s", run.info.run_id, error
             )

@@ -92,7 +92,7 @@ def told(spec: AttemptSpec) -> dict[str, Any]:
         found["tags"] |= event.get("tags") or {}
         if "path" in event:
             found["texts"][event["path"]] = event["content"]
-        found["metrics"] += event.get("metrics") or []
+        found["metrics"] += event.get("points") or []
         found["status"] = event.get("status", found["status"])
     return found
 
@@ -126,7 +126,7 @@ def test_a_workload_is_added_by_its_record_and_its_entry_module(
     assert outcome(spec).kind == "succeeded"
     found = told(spec)
     assert found["start"]["params"] == {"text": "one two three"}
-    assert [(each["key"], each["value"]) for each in found["metrics"]] == [("words", 3.0)]
+    assert [(name, value) for name, value, *_ in found["metrics"]] == [("words", 3.0)]
     assert found["status"] == "FINISHED"
     for name in ("my_count", "my_schema"):
         sys.modules.pop(name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.contract.attempt import flatten
 from escala.contract.records import Outcome, TrialFiles
 from escala.laws.files import REFUSAL
+from escala.laws.provenance import in_common
 from escala.schema.workloads import HELD_OUT_LOSS, WORKLOADS, Measure, objective_of
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import PlannedTrial, last_outcome, read_planned
@@ -39,13 +39,13 @@ class SweepPoints:
     columns of `fit_law`, the trial, and what was varied; where trials are judged by another measure than a loss, its
     columns (of PPO `reward` and `kl_nats`). `measure`: what trials are judged by.
     `noise`: pooled relative standard deviation of the loss between seeds; None without repeats.
-    `configuration`: dotted keys that have one value in all points.
+    `configuration`: what has one value in all points, nested.
     """
 
     points: pd.DataFrame
     refused: pd.DataFrame
     noise: float | None
-    configuration: dict[str, str]
+    configuration: dict[str, Any]
     measure: Measure = HELD_OUT_LOSS
 
     def summary(self) -> list[tuple[str, str]]:
@@ -74,14 +74,7 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     )
     refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
-    shared = in_common([flatten(c) for c in used])
-    return SweepPoints(table, refused, _noise(table, planned), shared, measure)
-
-
-def in_common(configurations: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The dotted keys that have one value in all of `configurations`."""
-    first, *others = configurations or [{}]
-    return {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+    return SweepPoints(table, refused, _noise(table, planned), in_common(used), measure)
 
 
 def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from escala.schema.flops import flops_per_token
 from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
 from workloads.model.transformer import Transformer
 from workloads.training import meter, zero
+from workloads.training.device import set_up_torch
 from workloads.training.driver import HUGE_PAGES, start_workers
 from workloads.training.failures import NodeWatch, classify
-from workloads.training.loop import set_up_torch
-from workloads.training.loss import token_loss
-from workloads.training.step import accumulate, next_token_loss
+from workloads.training.gradient import accumulate
+from workloads.training.loss import next_token_loss, token_loss
 
 OPTIMIZER_PARAMETERS = 1 << 24  # 16.8 M: 270 MB of state, far beyond any cache
 STREAM_ELEMENTS = 1 << 25
@@ -150,7 +150,7 @@ def _head(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> floa
     def train() -> None:
         network.zero_grad()
         total, _ = token_loss(network.logits(hidden)[None], targets)
-        total.backward()
+        torch.autograd.backward(total)
 
     work = flops_per_token(model, config.context_tokens).logits * config.tokens
     return work / _seconds(train, config.seconds)
@@ -159,7 +159,7 @@ def _head(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> floa
 def _train(network: Transformer, ids_BT: Tensor) -> None:
     network.zero_grad()
     hidden = network.hidden(ids_BT)
-    hidden.backward(torch.ones_like(hidden))
+    torch.autograd.backward(hidden, torch.ones_like(hidden))
 
 
 def _network(

@@ -57,7 +57,7 @@ def judge_share(arguments: dict[str, Any]) -> None:
     """One rank on its worker."""
     import torch.distributed
 
-    from workloads.training.loop import set_up_torch
+    from workloads.training.device import set_up_torch
 
     config = JudgeConfig(**arguments["config"])
     set_up_torch(config.resources)

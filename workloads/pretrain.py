@@ -1,6 +1,6 @@
 """Pretraining: `python -m workloads.pretrain ATTEMPT.json`. Reads top to bottom.
 
-The driver makes the data ready (`prepare`); each worker trains the task (`make_step`) in training/loop.py.
+The driver makes the data ready (`prepare`); each worker trains the task (`make_task`) in training/loop.py.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from workloads.data.batches import Batch, Batches
 from workloads.data.prepared import PreparedData, check
 from workloads.data.shards import prepare as prepare_tokens
 from workloads.model.transformer import Transformer
-from workloads.training.entry import Entry, Prepared, WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
 from workloads.training.experts import expert_group
-from workloads.training.loss import token_loss
+from workloads.training.loss import next_token_loss, token_loss
 from workloads.training.run import main
-from workloads.training.step import next_token_loss
 from workloads.training.task import Evaluation, StepSize
 
 
@@ -46,7 +45,7 @@ def described(data: PreparedData, config: PretrainConfig) -> Prepared:
     return Prepared(str(data.path), data.tokenizer_path, fingerprints)
 
 
-def make_step(inputs: WorkerInputs[PretrainConfig]) -> Pretraining:
+def make_task(inputs: WorkerInputs[PretrainConfig]) -> Pretraining:
     """The task of one worker."""
     return Pretraining(inputs.config, PreparedData.open(Path(inputs.prepared)))
 
@@ -98,7 +97,7 @@ class Pretraining:
         )
 
 
-ENTRY = Entry(prepare, make_step)
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from workloads.data.dialogues import Chat, Dialogue, read_dialogues
 from workloads.data.examples import Draws, Sequences, pack, row_batch
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
-from workloads.training.entry import Entry, Prepared, WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import held_out_sums
 from workloads.training.loss import token_loss
 from workloads.training.run import main
@@ -42,7 +42,7 @@ def prepare(spec: AttemptSpec, config: SftConfig) -> Prepared:
     return finetune.prepare(spec, config, read_dialogues, tokenise)
 
 
-def make_step(inputs: WorkerInputs[SftConfig]) -> FineTuning:
+def make_task(inputs: WorkerInputs[SftConfig]) -> FineTuning:
     """The task of one worker."""
     directory = Path(inputs.prepared)
     check_directory(directory)
@@ -115,7 +115,7 @@ def answer_loss(engine: Any, batch: Batch) -> Tensor:
     return total
 
 
-ENTRY = Entry(prepare, make_step)
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from escala.contract.records import AttemptSpec
 from escala.schema import WORKLOADS, TrainedConfig
+from workloads.training.step import Step
+from workloads.training.task import Task
 
 C = TypeVar("C", bound=TrainedConfig)
 
@@ -53,12 +55,12 @@ class Entry(Generic[C]):
 
     Args:
         prepare: in the driver, data made ready. Raises DataError.
-        make_step: in a worker, in its process group: what a step of the run does.
+        make_step: in a worker, in its process group: its part of the steps.
         sidecar: in the driver, what runs while the workers do.
     """
 
     prepare: Callable[[AttemptSpec, C], Prepared]
-    make_step: Callable[[WorkerInputs[C]], Any]
+    make_step: Callable[[WorkerInputs[C]], Step]
     sidecar: Callable[[WorkerInputs[C]], AbstractContextManager[None]] = no_sidecar
 
 
@@ -66,3 +68,15 @@ def load_entry(entry_point: str) -> Entry[Any]:
     """The `ENTRY` of the module `entry_point`."""
     entry: Entry[Any] = resolve_name(f"{entry_point}:ENTRY")
     return entry
+
+
+def supervised(make_task: Callable[[WorkerInputs[C]], Task]) -> Callable[[WorkerInputs[C]], Step]:
+    """The `make_step` of a workload whose steps are those of a task."""
+
+    def make_step(inputs: WorkerInputs[C]) -> Step:
+        # Here, since it needs DeepSpeed, which the driver does without.
+        from workloads.training.supervised import SupervisedStep
+
+        return SupervisedStep(inputs.config, make_task(inputs))
+
+    return make_step

@@ -18,8 +18,8 @@ from escala.schema import FineTuneConfig
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import checkpoint_config, checkpoint_model, find_checkpoint, load_tokenizer
+from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import load_reward_model, save_reward_model
-from workloads.training.checkpoint import load_weights
 
 
 def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
@@ -40,13 +40,12 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
 
 def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
     config, checkpoints = checkpoint_config(found), found.path.parent
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
     tokenizer = load_tokenizer(checkpoints)
     if adapter:
-        if lora is None:
+        if not isinstance(config, FineTuneConfig) or config.lora is None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
-        base = config.start.path if config.start is not None else ""
-        save_adapter(load_weights(found), lora, to, base)
+        base = "" if config.start is None or config.start.path is None else config.start.path
+        save_adapter(load_weights(found), config.lora, to, base)
     elif found.part("workload", str) == "reward":
         save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
         return

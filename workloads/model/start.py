@@ -29,7 +29,7 @@ from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
-from workloads.training.checkpoint import load_weights
+from workloads.model.weights import load_weights
 
 USABLE = {
     "workload": str,
@@ -88,12 +88,13 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
     """The configuration of the run that wrote it. Raises CheckpointError where this version does not know it."""
     workload, config = checkpoint.part("workload", str), checkpoint.part("config", dict)
     try:
-        return WORKLOADS[workload].parse(config)
+        parsed: TrainedConfig = WORKLOADS[workload].parse(config)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",
             "use the version of escala that wrote it",
         ) from error
+    return parsed
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:

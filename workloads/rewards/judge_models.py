@@ -162,7 +162,7 @@ class LanguageModelJudge:
 
     def _first_wins(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Probabilities_B of A."""
-        logits_BV = self.model(tokens_BT, at_BT=last_tokens(tokens_BT, lengths_B)).float()
+        logits_BV: Tensor = self.model(tokens_BT, at_BT=last_tokens(tokens_BT, lengths_B)).float()
         return logits_BV[:, self._letters].softmax(-1)[:, 0]
 
     def _tokens(self, prompt: Prompt, first: str, second: str) -> list[int]:

@@ -20,7 +20,7 @@ from workloads.data.dialogues import Prompt
 from workloads.model.layers import Linear
 from workloads.model.start import checkpoint_model, find_checkpoint, headless, load_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.training.checkpoint import load_weights
+from workloads.model.weights import load_weights
 
 if TYPE_CHECKING:
     from workloads.data.chat import ChatTokenizer
@@ -58,7 +58,8 @@ class RewardModel(nn.Module):
         """
         last_BT = last_tokens(tokens_BT, lengths_B)
         hidden_BD = self.trunk.hidden(tokens_BT, positions_BT, documents_BT, last_BT)
-        return self.head(hidden_BD).squeeze(-1).float()
+        scores_B: Tensor = self.head(hidden_BD).squeeze(-1).float()
+        return scores_B
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The trunk's (`Transformer.auxiliary_losses`)."""

@@ -12,16 +12,18 @@ import json
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from escala.contract.checkpoints import MANIFEST, TOKENIZER
 from escala.contract.errors import DataError, EscalaError
+from escala.schema.rewards import KINDS as REWARDS
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
 from workloads.data.preferences import read_preferences
-from workloads.rewards.functions import import_function
+from workloads.rewards.user_functions import import_function
 
 FIRST_LINES = 100
 Config = dict[str, Any]
@@ -45,11 +47,13 @@ def problems(workload: str, config: Config, waits: bool) -> list[tuple[str, str]
 
 def checks(workload: str, config: Config, waits: bool) -> Iterator[Check]:
     """What is to be checked of this configuration, one by one."""
-    for reward in [*config.get("rewards", []), *config.get("reward", [])]:
-        if reward["kind"] == "function":
-            yield lambda name=reward["function"]: import_function(name)  # type: ignore[misc]
-        for path, read in _reward_files(reward):
-            yield from _file(path, read, waits)
+    for section in [*config.get("rewards", []), *config.get("reward", [])]:
+        needs = REWARDS.read(section).needs()
+        yield from (partial(import_function, name) for name in needs.functions)
+        for references in needs.references:
+            yield from _file(references, _references, waits)
+        for model in needs.models:
+            yield from _file(model, _any_model, waits)
     for path, read in _files(workload, config):
         yield from _file(path, read, waits)
     for corpus in (config.get("data") or {}).get("corpora", []):
@@ -74,14 +78,6 @@ def _files(workload: str, config: Config) -> Iterator[tuple[str | None, Callable
     elif workload == "judge":
         yield config["responses"], lambda path: (prompt_of(where, line) for where, line in read_lines(path))
         yield config["judge"]["model"], _any_model
-
-
-def _reward_files(reward: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
-    if reward["kind"] == "judge":
-        yield reward["references"], _references
-        yield reward["judge"]["model"], _any_model
-    elif reward["kind"] == "model" and not reward.get("job"):
-        yield reward["model"], _any_model
 
 
 def _file(path: str | None, read: Callable[[Path], Iterable[Any]], waits: bool) -> Iterator[Check]:
@@ -132,11 +128,12 @@ def _same_tokens(config: Config) -> None:
     """Raise DataError for a critic that reads other tokens than the actor. GGUF files are left to the run: to read them
     takes long.
     """
-    actor = config.get("tokenizer") or (config.get("start") or {}).get("path")
-    critic = ((config.get("critic") or {}).get("start") or {}).get("path")
-    for path in (actor, critic):
-        if path is None or path.endswith(".gguf") or not Path(path).exists():
-            return
+    actor: str | None = config.get("tokenizer") or (config.get("start") or {}).get("path")
+    critic: str | None = ((config.get("critic") or {}).get("start") or {}).get("path")
+    if actor is None or critic is None:
+        return
+    if any(path.endswith(".gguf") or not Path(path).exists() for path in (actor, critic)):
+        return
     if (
         load_chat_tokenizer(_beside(Path(actor))).fingerprint
         != load_chat_tokenizer(_beside(Path(critic))).fingerprint

@@ -23,6 +23,7 @@ from escala.schema import WORKLOADS, JudgeConfig, TrainedConfig
 from escala.schema.base import Strict
 from escala.schema.flops import parameter_counts, training_flops_per_token
 from escala.schema.kinds import Kinds
+from escala.schema.rewards import KINDS as REWARDS
 from escala.schema.serve import ServeConfig
 
 CORRECT = "correct what is named; `escala submit pretrain --dry-run` prints a spec with every key"
@@ -313,6 +314,6 @@ def served(config: Mapping[str, Any]) -> dict[str, float]:
     service = config.get("rollouts")
     if service is None:
         return {"CPU": 0.0, "GPU": 0.0}
-    rewards = any(section["kind"] != "function" for section in config["rewards"])
+    rewards = any(REWARDS[section["kind"]].is_served for section in config["rewards"])
     replicas = service["replicas"] + rewards
     return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}

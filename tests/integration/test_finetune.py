@@ -19,8 +19,8 @@ from escala.settings import Settings
 from tests.integration.test_jobs import OVERRIDES, ended
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.weights import load_weights
+from workloads.rewards.model import RewardModelScorer
 from workloads.rewards.reward_model import load_reward_model
-from workloads.rewards.scoring import RewardModelScorer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -192,7 +192,7 @@ def is_module(key: str) -> bool:
 
 
 def test_every_key_of_a_spec_that_a_text_names_is_there() -> None:
-    models: list[type[BaseModel]] = [config for _, config in WORKLOADS.values()]
+    models: list[type[BaseModel]] = [workload.config for workload in WORKLOADS.values()]
     models += [BenchConfig, ServeConfig, Space, Cluster, JobOptions]
     known = set().union(*(keys(model) for model in models))
     pattern = re.compile(rf"(?<![\w./])(?:{'|'.join(SECTIONS)})(?:\.[a-z][a-z_]*)+(?![\w(/])")

@@ -13,7 +13,7 @@ from escala.contract.errors import DataError
 from workloads.data import raters
 from workloads.data.preferences import read_preferences
 from workloads.data.raters import HELD_OUT_RATERS, RESPONSE, TRAIN_RATERS, Entries, RatedPairs
-from workloads.rewards.scoring import FunctionReward
+from workloads.rewards.function import FunctionReward
 
 needs_ratings = pytest.mark.skipif(
     importlib.util.find_spec(raters.PACKAGE) is None, reason="vaderSentiment is not installed"

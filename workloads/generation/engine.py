@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from escala.contract.errors import EscalaError, SpecError, StateError
-from workloads.data.tokenizer import TextTokenizer
 from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import (
     Completion,
     EngineStats,
+    EngineTokenizer,
     FinishReason,
     Output,
     Request,
@@ -62,7 +62,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: TextTokenizer | None,
+        tokenizer: EngineTokenizer | None,
         *,
         max_running: int = 32,
         cache_tokens: int | None = None,

@@ -21,8 +21,8 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of a response as it comes; the last one has a finish reason."""
+class GeneratedChunk:
+    """A part of a response as it comes; the last one has a finish reason."""
 
     output: Output
     weights: WeightVersion

@@ -106,12 +106,14 @@ class Stepper:
         try:
             await self._call(lambda: self.engine.add(request))
             while not ended:
-                item = await inbox.get()
-                error = item if isinstance(item, EngineStopped) else item.error
-                ended = error is not None or item.finish_reason is not None
-                if error is not None:
-                    raise error
-                yield item
+                output = await inbox.get()
+                if isinstance(output, EngineStopped):
+                    ended = True
+                    raise output
+                ended = output.error is not None or output.finish_reason is not None
+                if output.error is not None:
+                    raise output.error
+                yield output
         finally:
             self._waiting.pop(request.id, None)
             if not ended:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from escala.hardware import Cluster
     from escala.jobs.model import Job
     from escala.planning.cost import Cost
-    from escala.rollouts.deployment import RolloutsStatus
+    from escala.rollouts.serve_interface import RolloutsStatus
 
 __all__ = [
     "FINAL",

@@ -287,10 +287,10 @@ def _load(
     axes = {"compute_flops": compute_flops}
     if law is not None:
         from escala.planning.limits import Limits
-        from escala.planning.plans import Question, plan_law
+        from escala.planning.plans import PlanOptions, plan_law
 
-        question = Question(context_tokens=_context(written))
-        axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
+        options_ = PlanOptions(context_tokens=_context(written))
+        axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), options_).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 

@@ -235,8 +235,8 @@ def test_what_is_no_point_keeps_its_reason(tmp_path: Path):
     assert reasons[0] == "diverged: why"
     assert reasons[1].startswith("unfinished: 10 of 6")
     assert reasons[2:] == ["it has no held-out loss", "unfinished: it has no outcome", "not started"]
-    assert found.configuration["model.vocab_size"] == "512"
-    assert "training.train_tokens" in found.configuration  # one point: everything is in common
+    assert found.configuration["model"]["vocab_size"] == 512
+    assert "train_tokens" in found.configuration["training"]  # one point: everything is in common
 
 
 def test_a_point_of_a_mixture_has_its_capacity_factor(tmp_path: Path):

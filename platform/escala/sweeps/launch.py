@@ -174,12 +174,12 @@ def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
     return queries.preview_points(points, sources=sources, **settings)
 
 
-def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
     """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.contract.errors import LawError
-    from escala.sweeps.points import in_common
+    from escala.laws.provenance import in_common
 
     found = [sweep_points(name) for name in names]
     for name, each in zip(names, found, strict=True):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.contract.attempt import flatten
 from escala.contract.records import Outcome, TrialFiles, read_record
 from escala.laws.files import REFUSAL
+from escala.laws.provenance import in_common
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import Planned, read_planned
 
@@ -48,13 +48,13 @@ class SweepPoints:
     """`points` and `refused` (with `reason`; in the column REFUSAL, too, for `fit_law` of both), a row a trial: the
     columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`:
     pooled relative standard deviation of the loss between seeds; None without repeats.
-    `configuration`: dotted keys that have one value in all points.
+    `configuration`: what has one value in all points, nested.
     """
 
     points: pd.DataFrame
     refused: pd.DataFrame
     noise: float | None
-    configuration: dict[str, str]
+    configuration: dict[str, Any]
 
     def summary(self) -> list[tuple[str, str]]:
         """How many points there are, the best of them, and why the first trial was refused: for people."""
@@ -80,13 +80,7 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     )
     refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
-    return SweepPoints(table, refused, _noise(table, planned), in_common([flatten(c) for c in used]))
-
-
-def in_common(configurations: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The dotted keys that have one value in all of `configurations`."""
-    first, *others = configurations or [{}]
-    return {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+    return SweepPoints(table, refused, _noise(table, planned), in_common(used))
 
 
 def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:

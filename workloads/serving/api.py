@@ -27,7 +27,7 @@ from workloads.serving.loopback import keep_serve_on_loopback
 from workloads.serving.openai import Format, format_of, server_sent
 from workloads.serving.owner import end_with_owner
 from workloads.serving.parsing import CHOICES
-from workloads.serving.records import Generated, GeneratedChunk, Prompt
+from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.retry import ATTEMPTS, again_or_raise, all_of, retry
 from workloads.serving.routes import DOCS, OPENAPI, docs_page, document, errors, new_app, or_stream
 from workloads.serving.schemas import (
@@ -86,7 +86,7 @@ class Api:
 
     async def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[RequestPrompt],
         params: SamplingParams | Sequence[SamplingParams],
         min_version: int = 0,
         max_staleness: int | None = None,
@@ -119,7 +119,7 @@ class Api:
         return await retry(lambda: self._policy.weights_store.remote())
 
     async def check_health(self) -> None:
-        """Serve asks; who owns the application is looked after by the way."""
+        """Serve calls this regularly; it also ends an application whose owner is gone."""
         if self.config.owner is not None:
             await asyncio.to_thread(end_with_owner, self.config.owner)
 
@@ -183,7 +183,11 @@ class Api:
         return self.config.name or self.config.model.rstrip("/").rpartition("/")[2]
 
     async def _generate(
-        self, asked: CompletionRequest | ChatRequest, prompts: list[Prompt], max_tokens: int, clip: bool
+        self,
+        asked: CompletionRequest | ChatRequest,
+        prompts: list[RequestPrompt],
+        max_tokens: int,
+        clip: bool,
     ) -> Response:
         if asked.model not in (None, self._name):
             raise NotFoundError(f"There is no model {asked.model!r} here.", f"Ask for {self._name}.")

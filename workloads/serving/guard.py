@@ -23,7 +23,7 @@ from workloads.serving.schemas import ErrorBody
 BODY_BYTES = 16 << 20
 BODY_SECONDS = 60.0
 DEFAULT_PORTS = {"http": 80, "https": 443}
-CLIENT_GONE = 499  # nginx's; nobody reads it
+CLIENT_GONE = 499  # nginx's code; the client has left
 log = logging.getLogger("ray.serve")
 
 
@@ -116,7 +116,7 @@ def answer_json(body: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def answer_error(error: Exception) -> Response:
-    """In OpenAI's shape. One that nobody has thought of is logged, and answered as ours."""
+    """In OpenAI's shape. An unexpected one is logged, and answered as an error of the service."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     return answer_json(describe(error), status_of(error))
@@ -131,7 +131,7 @@ def describe(error: Exception) -> ErrorBody:
     """OpenAI's error object."""
     if isinstance(error, EscalaError):
         return error_body(error.message, error.hint, type(error).__name__)
-    log.error("a request ended with an error that nobody has thought of", exc_info=error)
+    log.error("a request ended with an unexpected error", exc_info=error)
     return error_body(
         f"The service failed: {type(error).__name__}.", "Its log has the traceback.", "InternalError"
     )

@@ -21,7 +21,7 @@ from escala.rollouts.weights import Receiver, Weights, WeightVersion
 from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams, shown
 from workloads.serving.metrics import Metrics
-from workloads.serving.records import Generated, GeneratedChunk, Prompt
+from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
 from workloads.serving.stepper import Stepper, join
 from workloads.serving.tokenising import Tokenising
@@ -55,7 +55,7 @@ class Policy:
 
     async def complete(
         self,
-        prompt: Prompt,
+        prompt: RequestPrompt,
         params: SamplingParams,
         min_version: int = 0,
         max_staleness: int | None = None,
@@ -80,7 +80,7 @@ class Policy:
 
     async def stream(
         self,
-        prompt: Prompt,
+        prompt: RequestPrompt,
         params: SamplingParams,
         min_version: int = 0,
         max_staleness: int | None = None,

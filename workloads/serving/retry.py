@@ -52,7 +52,7 @@ async def again_or_raise(error: Exception, attempt: int) -> None:
 
 
 async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of all, in order. Where one fails, or nobody waits any more, the others are cancelled."""
+    """The results of all, in order. Where one fails, or the caller is cancelled, the others are cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))

@@ -34,7 +34,7 @@ from typing_extensions import TypedDict
 from escala.contract.errors import SpecError
 from workloads.data.messages import plain_messages
 from workloads.generation.protocol import INT64_MAX, FinishReason, SamplingParams
-from workloads.serving.records import Prompt
+from workloads.serving.records import RequestPrompt
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own default for /v1/completions
 PROMPT_TOKENS = 1 << 20  # of all prompts of a request
@@ -123,13 +123,13 @@ class CompletionRequest(GenerationRequest):
             return prompt
         raise ValueError("give a text or tokens, or a list of texts or of lists of tokens")
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[RequestPrompt]:
         """One or several."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):  # then all are
             return [self.prompt]
-        return list(cast("list[Prompt]", self.prompt))
+        return list(cast("list[RequestPrompt]", self.prompt))
 
 
 class ChatRequest(GenerationRequest):

@@ -102,7 +102,7 @@ def status(name: str = APPLICATION, weights: bool = True) -> RolloutsStatus:
     Raises ClusterError where the cluster does not answer.
     """
     found = status_of(details_of(Settings()), name)
-    if not weights or found.address is None:  # without HTTP nobody can be asked
+    if not weights or found.address is None:  # without HTTP there is no address to ask
         return found
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
     return replace(found, weights=_weights(found, RolloutsSettings())) if awake else found

@@ -49,7 +49,7 @@ class RolloutsStatus:
     model: str | None = None
     deployments: tuple[Deployment, ...] = field(default_factory=tuple)
     weights: dict[str, Any] | None = None
-    """The newest version, and what each replica serves; None: nobody answers."""
+    """The newest version, and what each replica serves; None: no answer."""
 
 
 def details_of(settings: Settings) -> dict[str, Any]:

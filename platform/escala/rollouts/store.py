@@ -138,7 +138,7 @@ class Store:
         self._change()
 
     async def acknowledgements(self, version: int, seconds: float) -> Acknowledgements:
-        """How far `version` has come, at the latest after `seconds`, sooner when nobody is missing."""
+        """How far `version` has come, at the latest after `seconds`, sooner when no replica is missing."""
 
         def missing() -> list[str]:
             behind = [name for name, serves in self._replicas.items() if serves < version]

@@ -157,7 +157,7 @@ def publish(
 
 
 def _wait(store: Any, version: int, deadline: float) -> Acknowledgements:
-    """Until nobody is missing who lives, or the deadline."""
+    """Until no live replica is missing, or the deadline."""
     import ray
 
     while True:
@@ -256,7 +256,7 @@ class Receiver:
         try:
             await self._find_store().forget.remote(self._name)
         except self._gone():
-            return  # nobody is left to tell
+            return  # the store is gone, too
 
     async def require(self, min_version: int = 0, max_staleness: int | None = None) -> WeightVersion:
         """What a request may run on: at least `min_version`, at most `max_staleness` versions behind the newest.

@@ -166,7 +166,7 @@ def chi_of(stored: Stored) -> Chi:
 
     from escala.schema import ModelConfig
     from escala.schema.flops import flops_per_token, parameter_counts
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
@@ -215,7 +215,7 @@ def largest_model(
     activations checkpointed. Raises LawError where no model does.
     """
     from escala.schema import PretrainConfig
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     tokens = int(context or 2048)
@@ -273,8 +273,7 @@ def config_for(
     """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
     from both N. Raises SpecError for a law that knows none.
     """
-    from escala.sweeps.design import by_recipe
-    from tune_spaces.recipes import experts
+    from escala.sweeps.recipes import by_recipe, experts
 
     base = base_of(stored)
     if not base:
@@ -314,22 +313,26 @@ def propose_runs(
     from escala.planning.propose import METHOD, candidates, propose
 
     stored = laws.law(reference, options.refresh)
-    asked = ask(stored, target, options) if isinstance(target, Limits) else None
-    aimed: Budget | Mapping[str, float] = asked.budget if asked else target
+    aimed: Budget | Mapping[str, float]
+    if isinstance(target, Limits):
+        asked = ask(stored, target, options)
+        aimed, plan = asked.budget, asked.answer().plan
+    else:
+        aimed, plan = target, None
     contexts = (_context(stored),) if "context_tokens" in stored.law.form.columns else ()
     columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
     price = partial(_price, unit=unit, rate=_rate(unit, options.cluster, options.precision))
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
-    return Proposed(stored, found, METHOD, None if asked is None else asked.answer().plan)
+    return Proposed(stored, found, METHOD, plan)
 
 
 def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """The candidates whose N the recipe has a shape for. Raises LawError where none is left."""
     import numpy as np
 
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     def has_shape(n: float) -> bool:
         try:

@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from escala.schema import TrainingConfig
+from workloads.model.weights import MASTER
 from workloads.training.own_experts import OwnExperts, empty_moments, take_shares
 
 os.environ.setdefault(
@@ -42,7 +43,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-MASTER, EXP_AVG, EXP_AVG_SQ = STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+STATE_KEYS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 """What a parameter's training state consists of, all in fp32: its master weight and Adam's two moments."""
 
 MAX_BUCKET = 50_000_000  # elements of a reduce bucket; DeepSpeed's 5e8 would be 2 GB a rank in fp32
@@ -232,7 +234,8 @@ def gather_state(engine: Any, name: str, key: str, owner: int) -> Tensor | None:
     collective call.
     """
     if _is_own(engine, name):
-        return engine.own_experts.gather(name, key, owner)  # type: ignore[no-any-return]
+        experts: OwnExperts = engine.own_experts
+        return experts.gather(name, key, owner)
     param = engine.module.get_parameter(name)
     rank = torch.distributed.get_rank()
     shape = param.ds_shape if hasattr(param, "ds_id") else param.shape
@@ -336,7 +339,7 @@ def _replica(engine: Any, param: nn.Parameter, key: str) -> Tensor:
     return master if key == MASTER else engine.basic_optimizer.state[master][key]
 
 
-def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
+def _fragment(param: Any, key: str) -> tuple[int, Tensor] | None:
     """This rank's part of state `key`: (offset in the flat parameter, values); None where it has none."""
     if hasattr(param, "ds_id"):
         local = (
@@ -350,7 +353,7 @@ def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
     return mapping.lp_fragment_address.start, values
 
 
-def _set_stage3(param: nn.Parameter, key: str, full: Tensor) -> None:
+def _set_stage3(param: Any, key: str, full: Tensor) -> None:
     """DeepSpeed's own setter for full tensors reads past their end when P does not divide them; hence the
     padding.
     """

@@ -104,6 +104,17 @@ class Limits:
         return {name: budget / _known(prices[name], name) for name, budget in given.items()}
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What `allocate` splits: limits, and what a FLOP of a run is. The fields are its arguments beside the law."""
+
+    limits: Limits
+    kappa: float = 6.0  # FLOPs per active parameter and token, attention apart
+    chi: Chi = Chi()
+    speed: Speed | None = None
+    context_tokens: float | None = None  # None: chosen, where the law has T
+
+
 def _known(price: float | None, budget: str) -> float:
     if price is None:
         field = NEEDED[budget]

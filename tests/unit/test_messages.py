@@ -12,7 +12,7 @@ import pytest
 from escala.contract.errors import DataError
 from workloads.data.dialogues import read_dialogues
 from workloads.data.preferences import read_preferences
-from workloads.rewards.judge_models import read_references
+from workloads.rewards.judge import read_references
 from workloads.serving.openai import ChatRequest, parse
 from workloads.serving.scores import CompareRequest, ScoreRequest
 

@@ -516,7 +516,8 @@ def test_serve_s_own_ports_are_opened_on_loopback(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("value", [1e39, -1e300, float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
-    from workloads.rewards.scoring import FunctionReward, weighted_sums
+    from workloads.rewards.function import FunctionReward
+    from workloads.rewards.scoring import weighted_sums
 
     with pytest.raises(SpecError, match="response 2"):
         FunctionReward("tests.reward_functions:said").score(["a", "b"], ["0.5", str(value)])

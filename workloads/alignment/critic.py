@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
-from escala.schema import WORKLOADS, PpoConfig, RewardTrainingConfig
-from workloads.model.start import find_checkpoint, load_model, new_model
+from escala.schema import PpoConfig
+from workloads.model.start import find_checkpoint, has_scalar_head, load_model, new_model
 from workloads.rewards.reward_model import HEAD_FILE, RewardModel, load_reward_model
 
 
@@ -67,5 +67,4 @@ def is_reward_model(path: Path) -> bool:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         return (path / HEAD_FILE).is_file()
-    workload = WORKLOADS.get(checkpoint.part("workload", str))
-    return workload is not None and workload.config is RewardTrainingConfig
+    return has_scalar_head(checkpoint)

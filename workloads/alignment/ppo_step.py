@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import Diverged
 from escala.contract.records import SAMPLES
 from escala.schema import PpoConfig
-from escala.schema.flops import ppo_flops_per_token
+from escala.schema.flops import step_flops_per_token
+from escala.storage.checkpoints import Checkpoint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
 from workloads.alignment.kl import ProportionalKL, ThresholdKL
@@ -120,7 +120,7 @@ class PpoStep:
         self._update_kl_coefficient()
         self._take_samples(iteration, responses, scores)
         epochs = updates.steps / config.batch.minibatches
-        return StepResult(sum(everyone.lengths), ppo_flops_per_token(config, epochs, frozen))
+        return StepResult(sum(everyone.lengths), step_flops_per_token(config, epochs, frozen))
 
     def _assess(self, iteration: int, responses: list[Response], scores: Scores) -> RolloutBatch:
         """This rank's rows with all that the updates need."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from escala.schema import DpoConfig, FineTuneConfig, LoraConfig, ModelConfig, PpoConfig, TrainedConfig
+from escala.schema.model import ModelConfig
+from escala.schema.training import LoraConfig, TrainedConfig
 
 TRAINING_PER_FORWARD = 3  # forward once; backward twice that (Kaplan et al. 2020, section 2.1)
 
@@ -28,7 +29,7 @@ class FlopsPerToken:
 
     matmul: float  # the blocks' weight matrices: 6 per weight
     logits: float  # the product with the unembedding: 6 V d; looking a token up costs none
-    attention: float  # scores and weighted values, causal
+    attention: float  # what grows with the context: scores and weighted values
     total: float
 
 
@@ -62,28 +63,17 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(blocks + embeddings, active + embeddings, blocks)
 
 
-def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
-    """Keys that a query of a causal context meets on average: T/2; with a window W < T, W - W^2/(2T).
-
-    The continuous form, as in SPEC.md D.2 (chi = 1 + L H d_h T/N); the exact sum has half a key more.
-    """
-    window = min(context_tokens, window_tokens or context_tokens)
-    return window - window * window / (2 * context_tokens)
-
-
 def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     """Training FLOPs per token at a context of `context_tokens` (SPEC.md D.2; PaLM appendix B, halved).
 
-    Attention, per layer, head and key: 2 d_h for the score and 2 d_h for the value, forward; so 6 L H d_h T
-    in training. A window saturates it. Norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
+    What attention costs its kind says; norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
     many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to hard.
     """
     matmul = 2.0 * _matrix_parameters(config, _computed_experts(config))
     logits = 2.0 * config.vocab_size * config.d_model
-    keys = mean_keys(context_tokens, config.window_tokens)
-    attention = 4.0 * config.n_layers * config.n_heads * config.head_size * keys
-    terms = [TRAINING_PER_FORWARD * term for term in (matmul, logits, attention)]
-    return FlopsPerToken(*terms, total=sum(terms))
+    attention = config.attention.flops(config, context_tokens)
+    matmul, logits, attention = (TRAINING_PER_FORWARD * term for term in (matmul, logits, attention))
+    return FlopsPerToken(matmul, logits, attention, total=sum((matmul, logits, attention)))
 
 
 def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
@@ -103,7 +93,7 @@ def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
 
 def trained_parameters(config: TrainedConfig) -> int:
     """Those that an optimiser holds: all, or LoRA's deltas."""
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    lora = config.adapter
     return parameter_counts(config.model).n_total if lora is None else lora_parameters(config.model, lora)
 
 
@@ -116,12 +106,12 @@ def shared_experts(config: TrainedConfig) -> tuple[int, int]:
         return 0, 0
     expert = 3 * config.model.d_model * config.model.expert_size
     n = mixture_layers(config.model) * moe.experts * expert
-    return n, 0 if isinstance(config, FineTuneConfig) and config.lora is not None else n
+    return n, n if config.adapter is None else 0
 
 
 def reference_parameters(config: TrainedConfig) -> int:
     """Of the frozen model that DPO and PPO keep beside the trained one; with LoRA that without its deltas serves."""
-    separate = isinstance(config, DpoConfig | PpoConfig) and config.lora is None
+    separate = config.keeps_reference and config.adapter is None
     return parameter_counts(config.model).n_total if separate else 0
 
 
@@ -129,22 +119,20 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     """What a training step spends on a token of its batch, without recomputation.
 
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
-    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. DPO adds the reference's forward pass; PPO
-    see `ppo_flops_per_token`.
+    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter.
     """
-    if isinstance(config, PpoConfig):
-        return ppo_flops_per_token(config, config.batch.epochs)
-    return _actor_flops(config) + (_forward(config.model, config) if isinstance(config, DpoConfig) else 0.0)
+    return step_flops_per_token(config, config.epochs)
 
 
-def ppo_flops_per_token(config: PpoConfig, epochs: float, frozen_actor: bool = False) -> float:
-    """What an iteration spends on a token of its prompts and responses: forward passes for generation, the old
-    log-probabilities, the reference's and the values, then `epochs` of training. Reward models are not counted.
+def step_flops_per_token(config: TrainedConfig, epochs: float, frozen_actor: bool = False) -> float:
+    """What a step spends on a token: the forward passes beside training (DPO's reference; PPO's generation, old
+    log-probabilities, reference and values), then `epochs` of training. Reward models are not counted.
 
     Args:
         frozen_actor: only the critic learns.
     """
-    passes, learning = 3 * _forward(config.model, config), 0.0 if frozen_actor else _actor_flops(config)
+    passes = config.forward_passes * _forward(config.model, config)
+    learning = 0.0 if frozen_actor else _actor_flops(config)
     if config.critic_model is not None:
         critic = flops_per_token(config.critic_model, config.context_tokens)
         passes += (critic.total - critic.logits) / TRAINING_PER_FORWARD
@@ -158,7 +146,7 @@ def _forward(model: ModelConfig, config: TrainedConfig) -> float:
 
 def _actor_flops(config: TrainedConfig) -> float:
     full = flops_per_token(config.model, config.context_tokens)
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    lora = config.adapter
     total = full.total
     if lora is not None:
         total += (
@@ -185,12 +173,11 @@ class SavedElements:
 
 def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
     """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
-    GELU block with dropout): a block its two residual inputs and their norms, rotated queries and keys, values, the
-    attention's output, SwiGLU's gate and up, and their product; of a mixture of experts see below.
+    GELU block with dropout): a block its two residual inputs and their norms, what its attention keeps, SwiGLU's gate
+    and up, and their product; of a mixture of experts see below.
     """
-    d, size = config.d_model, config.head_size
-    attention = 2 * config.n_heads * size + 2 * config.kv_heads * size
-    block = 4 * d + attention + 3 * config.ff_size
+    d = config.d_model
+    block = 4 * d + config.attention.saved_elements(config) + 3 * config.ff_size
     mixtures, mixture = mixture_layers(config), block - 3 * config.ff_size + _saved_by_mixture(config)
     working = max([block] * (mixtures < config.n_layers) + [mixture] * (mixtures > 0))
     head = 3 * config.vocab_size

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.finetune import FineTuneConfig, StartConfig
+from escala.schema.finetune import FineTuneConfig
 from escala.schema.model import ModelConfig
 from escala.schema.pretrained import model_config_of
-from escala.schema.rewards import FunctionRewardConfig, JudgeRewardConfig, RewardConfig
-from escala.schema.training import OptimizerConfig, TrainingConfig
+from escala.schema.rewards import RewardConfig
+from escala.schema.training import OptimizerConfig, StartConfig, TrainingConfig
 
 
 class PpoOptimizerConfig(OptimizerConfig):
@@ -161,6 +161,13 @@ class KlConfig(Strict):
 class PpoConfig(FineTuneConfig):
     """The `ppo` workload. Prompts as JSON lines of `prompt`; `training.steps` counts iterations."""
 
+    keeps_reference: ClassVar[bool] = True
+    forward_passes: ClassVar[int] = 3  # generation, the old log-probabilities, the reference's
+    cost_note: ClassVar[str] = (
+        "PPO: responses are taken as of full length; memory is the actor's and its reference's alone, without "
+        "critic and rollout service; waiting for the service is not in the time"
+    )
+
     training: PpoTrainingConfig = PpoTrainingConfig()
     prompts: StoredPath
     rewards: list[RewardConfig] = Field(
@@ -214,10 +221,7 @@ class PpoConfig(FineTuneConfig):
         """What makes no sense together, and why."""
         training, batch, kind = self.training, self.batch, self.advantage.kind
         workers, rows = self.resources.workers, self.training.batch_sequences
-        functions = [
-            r.function.partition(":")[2] for r in self.rewards if isinstance(r, FunctionRewardConfig)
-        ]
-        judged = any(isinstance(r, JudgeRewardConfig) and r.references is None for r in self.rewards)
+        columns = [reward.column for reward in self.rewards if not reward.is_served]
         free, most = self.shaping.length_free_tokens, self.sampling.max_response_tokens
         refused = {
             "training.train_tokens can't be kept: responses are as long as they come; give training.steps": (
@@ -236,10 +240,9 @@ class PpoConfig(FineTuneConfig):
             f"{kind} compares a prompt's responses: set batch.responses_per_prompt to 2 or more": (
                 kind in ("grpo", "dr_grpo", "rloo") and batch.responses_per_prompt < 2
             ),
-            "a judge without references compares a prompt's responses: set batch.responses_per_prompt to 2 or "
-            "more": judged and batch.responses_per_prompt < 2,
+            **{reason: True for r in self.rewards if (reason := r.contradiction(batch.responses_per_prompt))},
             "two reward functions have the same name, by which their means are recorded: rename one": (
-                len(set(functions)) < len(functions)
+                len(set(columns)) < len(columns)
             ),
             f"{kind} takes no critic: leave it out, or use gae": kind != "gae" and self.critic is not None,
             "shaping.normalise needs two responses an iteration": self.shaping.normalise and rows < 2,
@@ -279,6 +282,11 @@ class PpoConfig(FineTuneConfig):
     def critic_model(self) -> ModelConfig | None:
         """What the critic's transformer is; None without a critic."""
         return None if self.critic is None else self.critic.model or self.model
+
+    @property
+    def epochs(self) -> int:
+        """Times that an iteration learns from each of its responses."""
+        return self.batch.epochs
 
     @property
     def micro_batch_sequences(self) -> int:

@@ -21,6 +21,7 @@ from escala.contract.errors import SpecError
 from escala.documents import Section
 from escala.schema.base import Strict
 from escala.schema.flops import parameter_counts, training_flops_per_token
+from escala.schema.kinds import Kinds
 from escala.schema.serve import ServeConfig
 from escala.schema.training import TrainedConfig
 from escala.schema.workloads import WORKLOADS, Workload, get_workload, submittable

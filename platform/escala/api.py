@@ -7,7 +7,6 @@ Everything heavy (ray, mlflow, the database) is imported by the function that ne
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
-from escala.contract import checkpoints
 from escala.contract.errors import CheckpointError, NotFoundError, SpecError
 from escala.contract.records import JobFiles, RunRecord
 from escala.jobs.actions import (
@@ -38,17 +36,18 @@ from escala.jobs.actions import (
     watch,
 )
 from escala.jobs.references import resolve_jobs, resolve_rollouts
-from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.state import FINAL
+from escala.jobs.tracked_runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.runtime_env import source_paths
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
+from escala.storage.checkpoints import open_checkpoints, retention
 from escala.sweeps.launch import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.hardware import Cluster
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
     from escala.planning.cost import Cost
     from escala.rollouts.deployment import RolloutsStatus
 
@@ -375,16 +374,12 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
     for each in ended:
         if each.state not in FINAL:
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
-        directory = JobFiles(home, each.id).checkpoints
+        kept = open_checkpoints(JobFiles(home, each.id).checkpoints)
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        retention = checkpoints.retention(directory, rule)
-        found += [_size(directory / name) for name in retention.delete]
-        damaged += [error.message for error in retention.damaged]
-    if delete:
-        for path, _ in found:
-            shutil.rmtree(path)
+        freed = retention(kept, rule)
+        found += [(f"{kept.address}/{name}", kept.size_bytes(name)) for name in freed.delete]
+        damaged += [error.message for error in freed.damaged]
+        if delete:
+            for name in freed.delete:
+                kept.delete(name)
     return Garbage(found, damaged)
-
-
-def _size(directory: Path) -> tuple[str, int]:
-    return str(directory), sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import Diverged
 from escala.contract.records import SAMPLES
 from escala.schema import PpoConfig
 from escala.schema.flops import step_flops_per_token
+from escala.storage.checkpoints import Checkpoint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
 from workloads.alignment.kl import ProportionalKL, ThresholdKL

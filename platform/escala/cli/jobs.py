@@ -14,7 +14,7 @@ from escala.cli.cluster import Json
 
 if TYPE_CHECKING:
     from escala.api import Watched
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
 
 JobName = Annotated[
     str,

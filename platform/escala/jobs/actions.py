@@ -21,14 +21,15 @@ from escala.contract.errors import ClusterError, EscalaError, NotFoundError, Spe
 from escala.contract.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
-from escala.jobs.model import RATES_TAG
+from escala.jobs.records import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.storage import user_code
+from escala.storage.checkpoints import newest, open_checkpoints
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
+    from escala.jobs.records import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
 
 log = logging.getLogger("escala.jobs")
@@ -120,15 +121,18 @@ def resume(
     if get_workload(old.workload).result == "points":
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a {old.workload}, which has no checkpoint of its own", hint)
-    checkpoints = JobFiles(Settings().home, old.id).checkpoints
-    if checkpoints.newest(checkpoints)[0] is None:
+    checkpoints = open_checkpoints(JobFiles(Settings().home, old.id).checkpoints)
+    if newest(checkpoints)[0] is None:
         raise NotFoundError(
-            f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
+            f"job {old.id} has no good checkpoint in {checkpoints.address}",
+            "`escala jobs retry` starts it again",
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    return start(job, report, resume_from=str(checkpoints), parent=old.id, code=old.tags.get(user_code.TAG))
+    return start(
+        job, report, resume_from=checkpoints.address, parent=old.id, code=old.tags.get(user_code.TAG)
+    )
 
 
 def logs(name: str, follow: bool = False) -> Iterator[str]:
@@ -197,7 +201,7 @@ def start(
     Args:
         code: the digest of the copy of the user's modules (escala.storage.user_code).
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     _check_room(job)
     options = job.options

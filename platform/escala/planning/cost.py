@@ -206,8 +206,8 @@ def communication(config: TrainedConfig) -> Communication:
         volume = 2 * reduce * reductions + (gather if stage else 0)
         messages = buckets * (reductions + (1 if stage else 0))
     rows, exchanges = _exchanged(config)
-    volume, messages = volume + rows * model.d_model * width, messages + exchanges
-    return Communication(volume * (ranks - 1) / ranks, messages)
+    moved = volume + rows * model.d_model * width
+    return Communication(moved * (ranks - 1) / ranks, messages + exchanges)
 
 
 def _exchanged(config: TrainedConfig) -> tuple[float, int]:

@@ -313,15 +313,19 @@ def propose_runs(
     from escala.planning.propose import METHOD, candidates, propose
 
     stored = laws.law(reference, options.refresh)
-    asked = ask(stored, target, options) if isinstance(target, Limits) else None
-    aimed: Budget | Mapping[str, float] = asked.budget if asked else target
+    aimed: Budget | Mapping[str, float]
+    if isinstance(target, Limits):
+        asked = ask(stored, target, options)
+        aimed, plan = asked.budget, asked.answer().plan
+    else:
+        aimed, plan = target, None
     contexts = (_context(stored),) if "context_tokens" in stored.law.form.columns else ()
     columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
     price = partial(_price, unit=unit, rate=_rate(unit, options.cluster, options.precision))
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
-    return Proposed(stored, found, METHOD, None if asked is None else asked.answer().plan)
+    return Proposed(stored, found, METHOD, plan)
 
 
 def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

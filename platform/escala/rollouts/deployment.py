@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from escala import preflight, spec
-from escala.contract.checkpoints import check_readable
 from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError
 from escala.managed import head_token
-from escala.runtime_env import runtime_env
+from escala.runtime_env import job_variables, runtime_env
 from escala.settings import RolloutsSettings, Settings
 from escala.storage import user_code
+from escala.storage.checkpoints import check_readable, open_checkpoints
 
 APPLICATION = "escala"
 IMPORT_PATH = "workloads.serve:application"
@@ -108,7 +108,7 @@ def up(
     written = {**written, "args": resolve(written["args"])}
     application = prepare(written, name, settings, rollouts, code)
     if (model := Path(str(application["args"]["model"]))).is_dir():
-        check_readable(model)
+        check_readable(open_checkpoints(model))
     if settings.ray_address is None:
         from escala import cluster
 
@@ -245,7 +245,7 @@ def prepare(
     if plain["reward"]:
         digest = preflight.ready({}, plain, settings.home, code)
     copy = user_code.directory(settings.home, digest) if digest else None
-    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
+    environment = runtime_env(job_variables(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy))
     return {
         "route_prefix": "/",
         **application,

@@ -178,8 +178,8 @@ def _bucket_bytes(stage: int, width: int, ranks: int) -> int:
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
-    """Keys and values of all layers, `width` bytes an element."""
-    return float(2 * model.n_layers * model.kv_heads * model.head_size * width)
+    """What attention keeps of a token in all layers, `width` bytes an element."""
+    return float(model.attention.state_elements(model, 1) * width)
 
 
 def communication(config: TrainedConfig) -> Communication:

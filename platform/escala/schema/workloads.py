@@ -16,6 +16,7 @@ from escala.schema.finetune import DpoConfig, RewardTrainingConfig, SftConfig
 from escala.schema.judge import JudgeConfig
 from escala.schema.ppo import PpoConfig
 from escala.schema.pretrain import PretrainConfig
+from escala.schema.rewards import KINDS as REWARDS
 from escala.schema.training import TrainedConfig
 
 Plain = Mapping[str, Any]  # a checked configuration, or a record, as plain data
@@ -158,7 +159,7 @@ def _reward(record: Plain) -> float | None:
 def _rollout_service(config: Plain) -> dict[str, float]:
     """The policy's replicas, and one for the rewards where any is a model."""
     service = config["rollouts"]
-    replicas = service["replicas"] + any(section["kind"] != "function" for section in config["rewards"])
+    replicas = service["replicas"] + any(REWARDS[section["kind"]].is_served for section in config["rewards"])
     return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}
 
 

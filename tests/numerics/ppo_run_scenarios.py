@@ -24,7 +24,7 @@ from escala.tracking.tracker import open_tracker
 from tests.numerics.local_service import LocalService
 from workloads import ppo
 from workloads.alignment.learner import policy_weights
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.training.driver import WorkerInputs

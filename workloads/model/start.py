@@ -25,7 +25,8 @@ from escala.contract.checkpoints import (
 )
 from escala.contract.errors import CheckpointError
 from escala.schema import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-fast test-docs lint bench fuzz clean
+.PHONY: setup demo test test-fast test-docs architecture lint bench fuzz clean
 
 setup: .setup-done
 
@@ -31,12 +31,17 @@ test-fast: setup
 test-docs: setup
 	$(BIN)/pytest -m docs
 
+# docs/architecture.md, from the imports.
+architecture: setup
+	$(BIN)/python docs/generate_architecture.py
+
 lint: setup
 	test ! -e platform/__init__.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/generate_architecture.py --check
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py

@@ -1,0 +1,1 @@
+"""Which values to try: named spaces (YAML) and recipes."""

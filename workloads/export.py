@@ -11,13 +11,18 @@ import sys
 import uuid
 from pathlib import Path
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
-from escala.schema import FineTuneConfig
+from escala.storage.checkpoints import Checkpoint
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
-from workloads.model.start import checkpoint_config, checkpoint_model, find_checkpoint, load_tokenizer
+from workloads.model.start import (
+    checkpoint_config,
+    checkpoint_model,
+    find_checkpoint,
+    has_scalar_head,
+    load_tokenizer,
+)
 from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import load_reward_model, save_reward_model
 
@@ -39,15 +44,16 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
 
 
 def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
-    config, checkpoints = checkpoint_config(found), found.path.parent
+    config, checkpoints = checkpoint_config(found), Path(found.store.address)
+    lora = config.adapter
     tokenizer = load_tokenizer(checkpoints)
     if adapter:
-        if not isinstance(config, FineTuneConfig) or config.lora is None:
+        if lora is None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
-        base = "" if config.start is None or config.start.path is None else config.start.path
-        save_adapter(load_weights(found), config.lora, to, base)
-    elif found.part("workload", str) == "reward":
-        save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
+        start = config.starts_from
+        save_adapter(load_weights(found), lora, to, (start and start.path) or "")
+    elif has_scalar_head(found):
+        save_reward_model(load_reward_model(Path(found.address))[0], tokenizer, to)
         return
     else:
         save_pretrained(checkpoint_model(found), to, tokenizer.end_of_text)

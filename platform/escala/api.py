@@ -7,7 +7,6 @@ Everything heavy (ray, mlflow, the database) is imported by the function that ne
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
-from escala.contract import checkpoints
 from escala.contract.errors import CheckpointError, NotFoundError, SpecError
 from escala.contract.records import JobFiles, RunRecord
 from escala.jobs.actions import (
     MOST_ROWS,
-    SWEEP,
     JobDetails,
     Report,
     Watched,
@@ -39,18 +36,20 @@ from escala.jobs.actions import (
     watch,
 )
 from escala.jobs.references import resolve_jobs, resolve_rollouts
-from escala.jobs.runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.jobs.state import FINAL
+from escala.jobs.tracked_runs import compare, finished_run, history, run, run_url, runs, samples
 from escala.runtime_env import source_paths
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
+from escala.storage.checkpoints import open_checkpoints, retention
 from escala.sweeps.launch import fit_sweeps, plan_sweep, preview_sweeps, space_base, sweep, sweep_points
 
 if TYPE_CHECKING:
     from escala.cluster import ClusterStatus
     from escala.hardware import Cluster
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
     from escala.planning.cost import Cost
-    from escala.rollouts.deployment import RolloutsStatus
+    from escala.rollouts.serve_interface import RolloutsStatus
 
 __all__ = [
     "FINAL",
@@ -223,7 +222,7 @@ def cost(answer: spec.Resolved, cluster: str | Path | None = None) -> tuple[Cost
     from escala.planning import cost as planning
 
     loaded = load_cluster(cluster or Settings().cluster)
-    return planning.cost(answer.spec.config, loaded), loaded
+    return planning.cost(answer.spec.trained, loaded), loaded
 
 
 def submit(
@@ -258,7 +257,7 @@ def submit(
 def _ready(job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
     """What can be known before it is queued, checked; the digest of the user's modules."""
     waits = job.options.after is not None
-    return preflight.ready(job.workload, job.plain(), Settings().home, code, waits, keep)
+    return preflight.ready(job.kind.inputs, job.plain(), Settings().home, code, waits, keep)
 
 
 def _load(
@@ -277,20 +276,20 @@ def _load(
                 f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
             )
         return spec.load_job(workload, options=options, base=written)
-    if workload != "pretrain":
+    if not get_workload(workload).chooses_model:
         raise SpecError(
             f"--compute-flops chooses a model, and {workload} starts from one",
             "give training.train_tokens or training.steps",
         )
-    from escala.sweeps.design import by_recipe
+    from escala.sweeps.recipes import by_recipe
 
     axes = {"compute_flops": compute_flops}
     if law is not None:
         from escala.planning.limits import Limits
-        from escala.planning.plans import Question, plan_law
+        from escala.planning.plans import PlanOptions, plan_law
 
-        question = Question(context_tokens=_context(written))
-        axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), question).plan.n_total
+        options_ = PlanOptions(context_tokens=_context(written))
+        axes["n_total"] = plan_law(law, Limits(compute_flops=compute_flops), options_).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 
@@ -330,9 +329,10 @@ def export(name: str, to: Path, adapter: bool = False) -> Path:
         found = job(name).job
     except NotFoundError:
         found = job(run(name).job_id).job
-    if found.workload == SWEEP:
+    if get_workload(found.workload).result == "points":
         raise SpecError(
-            f"job {found.id} is a sweep, which has no checkpoint of its own", "submit its best spec as a job"
+            f"job {found.id} is a {found.workload}, which has no checkpoint of its own",
+            "submit its best spec as a job",
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise SpecError(f"{to} is there and not empty", "give a new directory")
@@ -374,16 +374,12 @@ def collect_garbage(name: str | None = None, keep: int | None = None, delete: bo
     for each in ended:
         if each.state not in FINAL:
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
-        directory = JobFiles(home, each.id).checkpoints
+        kept = open_checkpoints(JobFiles(home, each.id).checkpoints)
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        retention = checkpoints.retention(directory, rule)
-        found += [_size(directory / name) for name in retention.delete]
-        damaged += [error.message for error in retention.damaged]
-    if delete:
-        for path, _ in found:
-            shutil.rmtree(path)
+        freed = retention(kept, rule)
+        found += [(f"{kept.address}/{name}", kept.size_bytes(name)) for name in freed.delete]
+        damaged += [error.message for error in freed.damaged]
+        if delete:
+            for name in freed.delete:
+                kept.delete(name)
     return Garbage(found, damaged)
-
-
-def _size(directory: Path) -> tuple[str, int]:
-    return str(directory), sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escala.contract.checkpoints import latest
 from escala.schema import LoraConfig, ModelConfig, TrainingConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from tests.numerics.ranks import leave
 from workloads.alignment.losses import dpo_loss
 from workloads.data.examples import Sequences, row_batch
@@ -95,9 +95,11 @@ def zero3(directory: Path) -> dict[str, Any]:
     micro, half = PAIRS // dist.get_world_size(), STEPS // 2
     straight = zero.make_engine(model(), training, micro, 1)
     first = run(straight, training, range(half))
-    saved = checkpoint.save(straight, directory, half, {"config": {}, "workload": "dpo"}, keep=1)
+    saved = checkpoint.save(
+        straight, open_checkpoints(directory), half, {"config": {}, "workload": "dpo"}, keep=1
+    )
     rest = run(straight, training, range(half, STEPS))
-    found, _ = latest(directory)
+    found, _ = latest(open_checkpoints(directory))
     assert found is not None
     again = zero.make_engine(model(), training, micro, 1)
     checkpoint.load(again, found)

@@ -11,7 +11,7 @@ import pytest
 from escala import api, spec
 from escala.contract.errors import SpecError
 from escala.schema import PpoConfig
-from escala.schema.flops import ppo_flops_per_token, training_flops_per_token
+from escala.schema.flops import step_flops_per_token, training_flops_per_token
 from escala.schema.serve import OwnerConfig
 
 BASE: dict[str, Any] = {
@@ -83,12 +83,12 @@ def test_a_judge_needs_a_second_response_or_a_reference() -> None:
 
 def test_flops_count_generation_three_forward_passes_and_the_epochs() -> None:
     without = config(advantage={"kind": "rloo"})
-    forward = ppo_flops_per_token(without, 0) / 3
-    assert ppo_flops_per_token(without, 2) == pytest.approx(9 * forward)
-    assert training_flops_per_token(without) == ppo_flops_per_token(without, without.batch.epochs)
+    forward = step_flops_per_token(without, 0) / 3
+    assert step_flops_per_token(without, 2) == pytest.approx(9 * forward)
+    assert training_flops_per_token(without) == step_flops_per_token(without, without.batch.epochs)
     with_critic = config()
-    assert ppo_flops_per_token(with_critic, 2, frozen_actor=True) < ppo_flops_per_token(with_critic, 2)
-    assert ppo_flops_per_token(with_critic, 0) > 3 * forward
+    assert step_flops_per_token(with_critic, 2, frozen_actor=True) < step_flops_per_token(with_critic, 2)
+    assert step_flops_per_token(with_critic, 0) > 3 * forward
 
 
 def test_it_can_be_planned() -> None:
@@ -104,10 +104,10 @@ def test_it_can_be_planned() -> None:
 def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_response(
     monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    from escala.runtime_env import runtime_env
+    from escala.runtime_env import job_variables
     from workloads import sidecar
 
-    variables = runtime_env("127.0.0.1:1", environ={}, one_node=local)["env_vars"]
+    variables = job_variables("127.0.0.1:1", environ={}, one_node=local)
     monkeypatch.delenv("ESCALA_ONE_NODE", raising=False)
     for name in variables.keys() & {"ESCALA_ONE_NODE"}:
         monkeypatch.setenv(name, variables[name])

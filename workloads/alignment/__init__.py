@@ -1,0 +1,1 @@
+"""Learning from rewards and preferences: advantages and losses (pure), the PPO learner, rollouts."""

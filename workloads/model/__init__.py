@@ -1,0 +1,1 @@
+"""Models: transformer, mixture of experts, LoRA, Hugging Face's formats, and loading weights."""

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from escala.contract.checkpoints import (
-    MANIFEST,
-    TOKENIZER,
+from escala.contract.checkpoints import MANIFEST, TOKENIZER, step_of
+from escala.contract.errors import CheckpointError
+from escala.schema import WORKLOADS, ModelConfig, TrainedConfig
+from escala.storage.checkpoints import (
     Checkpoint,
+    checkpoint_at,
     latest,
-    read_checkpoint,
-    step_of,
+    open_checkpoints,
     verify,
     verify_tokenizer,
 )
-from escala.contract.errors import CheckpointError
-from escala.schema import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
@@ -60,7 +58,7 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
 def beside(path: Path) -> Path:
     """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
     found = find_checkpoint(path)
-    return path if found is None else found.path.parent / TOKENIZER
+    return path if found is None else Path(found.store.address) / TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
@@ -70,12 +68,12 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}", "check who may read it") from error
     if MANIFEST in inside or (step_of(path.name) is not None and "config.json" not in inside and inside):
-        checkpoint = read_checkpoint(path)
+        checkpoint = checkpoint_at(path)
         verify(checkpoint)
         return checkpoint
     if not any(step_of(name) is not None for name in inside):
         return None
-    found, refused = latest(path, USABLE)
+    found, refused = latest(open_checkpoints(path), USABLE)
     if found is None:
         why, hint = (refused[0].message, refused[0].hint) if refused else ("", "")
         raise CheckpointError(
@@ -92,7 +90,8 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
         parsed: TrainedConfig = WORKLOADS[workload].parse(config)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",
+            f"checkpoint {checkpoint.address} is of a {workload} run whose configuration does not validate here: "
+            f"{error}",
             "use the version of escala that wrote it",
         ) from error
     return parsed
@@ -101,19 +100,25 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
     """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
-    is_reward = checkpoint.part("workload", str) == "reward"
+    is_reward = has_scalar_head(checkpoint)
     if is_reward:
         weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
-    if not isinstance(config, FineTuneConfig) or config.lora is None:
+    if config.adapter is None:
         with torch.device("meta"):
             model = Transformer(headless(config.model) if is_reward else config.model)
         _assign(model, weights, checkpoint)
         return model
     model = new_model(config)
-    add_lora(model, config.lora)
+    add_lora(model, config.adapter)
     _assign(model, {**dict(model.state_dict()), **weights}, checkpoint)
     merge_lora(model)
     return model
+
+
+def has_scalar_head(checkpoint: Checkpoint) -> bool:
+    """Whether its model is a trunk with a scalar head (a reward model)."""
+    workload = WORKLOADS.get(checkpoint.part("workload", str))
+    return workload is not None and workload.scalar_head
 
 
 def headless(model: ModelConfig) -> ModelConfig:
@@ -123,9 +128,13 @@ def headless(model: ModelConfig) -> ModelConfig:
 
 def new_model(config: TrainedConfig) -> Transformer:
     """What a run with this configuration starts from, in fp32: its start, or weights drawn from torch's generator."""
-    start: Any = config.start if isinstance(config, FineTuneConfig) else None
+    start = config.starts_from
     if start is None:
         return Transformer(config.model)
+    if start.path is None:
+        raise CheckpointError(
+            f"the job {start.job} to start from was not looked up", "submit it by `escala submit`"
+        )
     model = load_model(Path(start.path))
     if model.config != config.model:
         raise CheckpointError(
@@ -139,4 +148,4 @@ def _assign(model: Transformer, weights: Mapping[str, Tensor], checkpoint: Check
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} is not of its own model: {error}") from error
+        raise CheckpointError(f"checkpoint {checkpoint.address} is not of its own model: {error}") from error

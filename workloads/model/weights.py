@@ -1,4 +1,4 @@
-"""The weights in a checkpoint (escala.contract.checkpoints): safetensors files, of which nothing is unpickled."""
+"""The weights in a checkpoint (escala.storage.checkpoints): safetensors files, of which nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import CheckpointError
+from escala.storage.checkpoints import Checkpoint
 
 MASTER = "master"
 """Before the name of a parameter's fp32 weight. Engines beside the model's own have their name before it."""
@@ -35,10 +35,10 @@ def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def opened(checkpoint: Checkpoint, file: str) -> Iterator[Any]:
     """An open safetensors file of a checkpoint. Raises CheckpointError where it cannot be read (any more)."""
     try:
-        with safe_open(checkpoint.path / file, framework="pt") as reader:
+        with checkpoint.store.local(checkpoint.name, file) as path, safe_open(path, framework="pt") as reader:
             yield reader
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} is damaged: {file}: {error}") from error
+        raise CheckpointError(f"checkpoint {checkpoint.address} is damaged: {file}: {error}") from error
 
 
 def names(reader: Any) -> list[str]:

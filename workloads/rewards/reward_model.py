@@ -100,7 +100,7 @@ def load_reward_model(directory: Path) -> tuple[RewardModel, ChatTokenizer]:
         weights = load_weights(found)
         if "head.weight" not in weights:
             raise CheckpointError(
-                f"{found.path} is no reward model's.", "Give the checkpoints of a `reward` job."
+                f"{found.address} is no reward model's.", "Give the checkpoints of a `reward` job."
             )
         return _with_head(checkpoint_model(found), weights["head.weight"], directory), load_tokenizer(
             directory

@@ -1,0 +1,1 @@
+"""Rollouts on Ray Serve: deployments, OpenAI's HTTP interface, weight versions."""

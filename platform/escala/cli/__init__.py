@@ -1,0 +1,1 @@
+"""The command line: a noun a file; render*.py are the only modules that print."""

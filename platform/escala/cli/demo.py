@@ -83,4 +83,6 @@ def run() -> None:
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)
-    render_laws.verdict(api.predict_law(law, n_active=size, tokens=tokens), record, api.run_url(record))
+    render_laws.verdict(
+        api.predict_law(law, {"n_active": size, "tokens": tokens}), record, api.run_url(record)
+    )

@@ -102,13 +102,13 @@ def plan(
     from escala.planning import plans
     from escala.planning.limits import Limits
 
-    question = plans.Question(
+    options = plans.PlanOptions(
         kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
     )
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
-        planned, target = plans.plan_target(law, target_loss, question)
+        planned, target = plans.plan_target(law, target_loss, options)
         render_plans.target(planned, target, json)
     else:
         limits = Limits(
@@ -122,13 +122,13 @@ def plan(
             max_context_tokens=max_context_tokens,
             n_total_over_active=n_total_over_active,
         )
-        planned = plans.plan_law(law, limits, question)
+        planned = plans.plan_law(law, limits, options)
         render_plans.plan(planned, json)
         if front is not None:
             from escala.planning.plots import plot_front
 
             with progress.working("planning smaller budgets", quiet=json):
-                plans = [each.plan for each in plans.plan_front(law, limits, question)]
+                plans = [each.plan for each in plans.plan_front(law, limits, options)]
             plot_front(plans, front, planned.law.reference)
             render_plans.front(plans, front, json)
     if submit:
@@ -161,19 +161,19 @@ def propose(
 ) -> None:
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
     from escala.planning import plans
+    from escala.planning.limits import Limits
 
+    options = plans.PlanOptions(cluster=cluster, precision=render_plans.precision(precision), refresh=refresh)
     with progress.working("weighing the candidates", quiet=json):
         found = plans.propose_runs(
             law,
-            target_flops,
+            Limits(compute_flops=target_flops),
             max_flops,
+            options,
             aim=aim,
             count=count,
             unit=unit,
-            cluster=cluster,
-            precision=render_plans.precision(precision),
             width=width,
-            refresh=refresh,
         )
     render_plans.proposals(found, json)
     if submit:
@@ -203,11 +203,12 @@ def explore(
 ) -> None:
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
     from escala import api
+    from escala.planning.limits import Limits
 
-    last = None
+    last, target = None, Limits(compute_flops=target_flops)
     with progress.reporting("exploring", json) as report:
         for last in api.explore(
-            law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
+            law, target, max_flops, budget_flops, width=width, batch=batch, report=report
         ):
             if not json:
                 render_plans.round_(last)

@@ -17,7 +17,7 @@ from escala.contract.records import Progress
 
 if TYPE_CHECKING:
     from escala.api import Watched
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
 
 EVERY_SECONDS = 15.0  # between two lines where there is no terminal
 SHOW_AFTER_SECONDS = 1.0  # what is over before leaves no trace on a terminal

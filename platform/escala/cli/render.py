@@ -26,7 +26,7 @@ from escala.tracking.pages import table_beside
 if TYPE_CHECKING:
     from escala.api import Garbage, JobDetails
     from escala.cluster import ClusterStatus
-    from escala.jobs.model import Attempt, HistoryEvent, Job
+    from escala.jobs.records import Attempt, HistoryEvent, Job
 
 REWARD_HEAD = "reward_head.safetensors"  # beside an exported reward model's trunk
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width

@@ -14,7 +14,7 @@ from escala.contract.records import RunRecord
 if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.law import Law
-    from escala.laws.queries import Answer, Comparison, Fitted, Preview
+    from escala.laws.queries import Fitted, Forecast, LawComparison, Preview
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
 
@@ -135,12 +135,12 @@ def _intervals(law: Law) -> dict[str, tuple[float, float]] | None:
     return law.intervals(0.9) if law.has_intervals else None
 
 
-def prediction(answer: Answer, json: bool) -> None:
+def prediction(answer: Forecast, json: bool) -> None:
     """A loss, its interval and its distance from the data."""
     if json:
         as_json(answer.plain())
         return
-    found = answer.answer
+    found = answer.prediction
     bounds = interval(found.low_nats, found.high_nats, f"{found.level * 100:g} % predictive interval")
     raw(f"loss            {number(found.loss_nats)} nats per token  ({bounds})")
     caveats(answer.law, answer.extrapolation, answer.assumed)
@@ -152,9 +152,9 @@ def refusal(why: LawError) -> None:
     raw(f"hint            {why.hint}")
 
 
-def verdict(answer: Answer, record: RunRecord, url: str) -> None:
+def verdict(answer: Forecast, record: RunRecord, url: str) -> None:
     """What a law said of a run beforehand, and what the run obtained."""
-    found = answer.answer
+    found = answer.prediction
     loss = record.held_out_loss_nats
     bounds = interval(found.low_nats, found.high_nats, "90 % predictive interval")
     raw(f"predicted       {number(found.loss_nats)} nats per token  ({bounds})")
@@ -194,7 +194,7 @@ def _distance(extrapolation: Mapping[str, float]) -> str:
     )
 
 
-def comparison(found: Comparison, json: bool) -> None:
+def comparison(found: LawComparison, json: bool) -> None:
     """Parameters side by side, and how much the losses disagree."""
     a, b = found.first, found.second
     if json:

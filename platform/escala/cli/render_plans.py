@@ -13,9 +13,9 @@ from escala.contract.errors import SpecError
 
 if TYPE_CHECKING:
     from escala.hardware import Cluster, Precision
-    from escala.planning.allocate import Plan, Target
     from escala.planning.cost import Cost
     from escala.planning.explore import Exploration
+    from escala.planning.plan import Plan, Target
     from escala.planning.plans import Planned, Proposed
     from escala.spec import Resolved
 

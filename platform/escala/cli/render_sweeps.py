@@ -10,11 +10,11 @@ from escala.cli.render import as_json, duration, note, number, raw, table
 from escala.laws.files import REFUSAL
 
 if TYPE_CHECKING:
-    from escala.sweeps.plan import Plan
+    from escala.sweeps.plan import SweepPlan
     from escala.sweeps.points import SweepPoints
 
 
-def plan(found: Plan, json: bool) -> None:
+def plan(found: SweepPlan, json: bool) -> None:
     """The trials, and what they cost together."""
     if json:
         as_json(asdict(found))
@@ -71,13 +71,15 @@ def points(found: SweepPoints, job: str, json: bool) -> None:
         raw(
             f"compute   {number(compute.min())} to {number(compute.max())} FLOPs ({compute.max() / compute.min():.0f}x)"
         )
-        name, unit = ("reward", "") if "reward" in found.points else ("loss_nats", " nats per token")
-        values = found.points[name]
-        worst, best = (values.min(), values.max()) if name == "reward" else (values.max(), values.min())
-        raw(f"{name.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
+        measure = found.measure
+        values = found.points[measure.column]
+        low, high = values.min(), values.max()
+        worst, best = (low, high) if measure.higher_is_better else (high, low)
+        unit = f" {measure.unit}" if measure.unit else ""
+        raw(f"{measure.column.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
     if found.noise is not None:
         raw(f"noise     {found.noise:.2%} of the loss between seeds")
     for _, row in found.refused.iterrows():
         raw(f"refused   {row['name']}: {row['reason']}")
-    if "reward" not in found.points:
+    if found.measure.fits_laws:
         note(f"next: escala laws fit --sweep {job} --name NAME")

@@ -21,13 +21,15 @@ from escala.contract.errors import ClusterError, EscalaError, NotFoundError, Spe
 from escala.contract.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
-from escala.jobs.model import RATES_TAG
+from escala.jobs.records import RATES_TAG
 from escala.jobs.state import FINAL
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.storage import user_code
+from escala.storage.checkpoints import newest, open_checkpoints
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
+    from escala.jobs.records import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
 
 log = logging.getLogger("escala.jobs")
@@ -35,7 +37,6 @@ Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
-SWEEP = "sweep"  # the workload of a sweep's job
 
 
 def silent(text: str) -> None:
@@ -117,18 +118,21 @@ def resume(
     """
     with open_store() as store:
         old = store.get(name)
-    if old.workload == SWEEP:
+    if get_workload(old.workload).result == "points":
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
-        raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
-    checkpoints = JobFiles(Settings().home, old.id).checkpoints
-    if checkpoints.newest(checkpoints)[0] is None:
+        raise StateError(f"job {old.id} is a {old.workload}, which has no checkpoint of its own", hint)
+    checkpoints = open_checkpoints(JobFiles(Settings().home, old.id).checkpoints)
+    if newest(checkpoints)[0] is None:
         raise NotFoundError(
-            f"job {old.id} has no good checkpoint in {checkpoints}", "`escala jobs retry` starts it again"
+            f"job {old.id} has no good checkpoint in {checkpoints.address}",
+            "`escala jobs retry` starts it again",
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
-    return start(job, report, resume_from=str(checkpoints), parent=old.id, code=old.tags.get(user_code.TAG))
+    return start(
+        job, report, resume_from=checkpoints.address, parent=old.id, code=old.tags.get(user_code.TAG)
+    )
 
 
 def logs(name: str, follow: bool = False) -> Iterator[str]:
@@ -171,16 +175,17 @@ def watch(name: str) -> Iterator[Watched]:
 
 def _check_room(job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
-    settings, resources = Settings(), job.config.resources
-    beside = spec.served(job.plain())["CPU"]
-    cpus = resources.workers * resources.cpus_per_worker + beside
-    if settings.ray_address is None and cpus > settings.num_cpus:
-        service = f" and {beside:g} of the rollout service" if beside else ""
+    settings, kind, config = Settings(), job.kind, job.plain()
+    workers, beside = kind.worker_needs(config)["CPU"], kind.sidecar_needs(config)["CPU"]
+    if settings.ray_address is None and workers + beside > settings.num_cpus:
+        resources = config["resources"]
+        service, key = "", ""
+        if kind.sidecar is not None:
+            service, key = f" and {beside:g} of {kind.sidecar.name}", f" or {kind.sidecar.cpus_key}"
         raise SpecError(
-            f"{resources.workers} workers x {resources.cpus_per_worker:g} CPUs{service} are {cpus:g} CPUs; the "
-            f"embedded head has {settings.num_cpus}",
-            f"lower resources.workers or resources.cpus_per_worker{' or rollouts.replica_cpus' if beside else ''}, "
-            "or raise ESCALA_NUM_CPUS (logical CPUs)",
+            f"{resources['workers']} workers x {resources['cpus_per_worker']:g} CPUs{service} are "
+            f"{workers + beside:g} CPUs; the embedded head has {settings.num_cpus}",
+            f"lower resources.workers or resources.cpus_per_worker{key}, or raise ESCALA_NUM_CPUS (logical CPUs)",
         )
 
 
@@ -196,7 +201,7 @@ def start(
     Args:
         code: the digest of the copy of the user's modules (escala.storage.user_code).
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     _check_room(job)
     options = job.options

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import NotFoundError, SpecError, StateError
-from escala.jobs.actions import SWEEP, Report, enqueue, open_store, retry, silent
+from escala.jobs.actions import Report, enqueue, open_store, retry, silent
 from escala.jobs.references import resolve_jobs
+from escala.schema.workloads import SWEEP, get_workload
 from escala.settings import Settings
 from escala.storage import user_code
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
     from escala.laws.queries import Fitted, Preview
-    from escala.sweeps.plan import Plan
+    from escala.sweeps.plan import SweepPlan
     from escala.sweeps.points import SweepPoints
     from escala.sweeps.space import Space
-
-ENTRY_POINT = "escala.sweeps.tuner"
 
 
 def plan_sweep(
@@ -31,7 +30,7 @@ def plan_sweep(
     overrides: Iterable[str] = (),
     code: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> SweepPlan:
     """What a sweep would train and cost; starts nothing.
 
     Args:
@@ -47,10 +46,17 @@ def plan_sweep(
     return plan
 
 
-def _ready(space: Space, plan: Plan, code: str | Path | None, waits: bool, keep: bool = True) -> str | None:
+def _ready(
+    space: Space, plan: SweepPlan, code: str | Path | None, waits: bool, keep: bool = True
+) -> str | None:
     """What the first trial needs, checked; the digest of the user's modules."""
     return preflight.ready(
-        space.workload, plan.trials[0].config, Settings().home, code, waits=waits, keep=keep
+        get_workload(space.workload).inputs,
+        plan.trials[0].config,
+        Settings().home,
+        code,
+        waits=waits,
+        keep=keep,
     )
 
 
@@ -68,7 +74,7 @@ def sweep(
     trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
     `jobs.actions.enqueue`.
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     name, loaded, checked = _loaded(space, overrides, options)
     plan = _plan(name, loaded)
@@ -83,8 +89,8 @@ def sweep(
     digest = _ready(loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
-        workload=SWEEP,
-        entry_point=ENTRY_POINT,
+        workload=SWEEP.name,
+        entry_point=SWEEP.entry_point,
         config=config,
         command=tuple(sys.argv),
         experiment=Settings().experiment,
@@ -105,7 +111,7 @@ def _loaded(
     return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
 
 
-def _plan(name: str, space: Space) -> Plan:
+def _plan(name: str, space: Space) -> SweepPlan:
     from escala.sweeps.plan import make_plan
 
     return make_plan(name, space, Settings())
@@ -121,7 +127,7 @@ def space_base(space: str) -> dict[str, Any]:
 def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     """The last sweep of this space, if it was interrupted."""
     with open_store() as store:
-        sweeps = store.list(workload=SWEEP)
+        sweeps = store.list(workload=SWEEP.name)
     last = next((each for each in reversed(sweeps) if each.tags.get("escala.space") == space), None)
     if last is None:
         raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
@@ -146,9 +152,9 @@ def sweep_points(name: str) -> SweepPoints:
     from escala.sweeps.points import read_points
 
     with open_store() as store:
-        newest = store.list(limit=1, workload=SWEEP, name=name)
+        newest = store.list(limit=1, workload=SWEEP.name, name=name)
         found = newest[0] if newest else store.get(name)
-    if found.workload != SWEEP:
+    if get_workload(found.workload).result != "points":
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
     return read_points(Settings().home, found.id)
 
@@ -174,12 +180,12 @@ def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
     return queries.preview_points(points, sources=sources, **settings)
 
 
-def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
     """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.contract.errors import LawError
-    from escala.sweeps.points import in_common
+    from escala.laws.provenance import in_common
 
     found = [sweep_points(name) for name in names]
     for name, each in zip(names, found, strict=True):

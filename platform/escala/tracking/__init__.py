@@ -1,0 +1,1 @@
+"""Runs: the tracker protocol, MLflow, the spool that outlives an unreachable server, and lineage."""

@@ -28,7 +28,7 @@ def runs(
     Raises NotFoundError for an unknown job (id or name), SpecError for a limit that is none, ClusterError where the
     tracker does not answer.
     """
-    from escala.tracking.runs import list_runs
+    from escala.tracking.queries import list_runs
 
     check_limit(limit)
     if job is not None:
@@ -48,7 +48,7 @@ def runs(
 
 def run(name: str) -> RunRecord:
     """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
-    from escala.tracking.runs import get_run
+    from escala.tracking.queries import get_run
 
     try:
         details = job(name)
@@ -84,7 +84,7 @@ def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
 
 def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
     """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
-    from escala.tracking.runs import metric_history
+    from escala.tracking.queries import metric_history
 
     return metric_history(Settings().tracker, str(record.run_id), metric)
 
@@ -94,7 +94,7 @@ def samples(record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
 
     Raises NotFoundError, and SpecError for a `last` that is no number of rows.
     """
-    from escala.tracking.runs import read_table
+    from escala.tracking.queries import read_table
 
     hint = "only `ppo` stores samples, and its first after an iteration"
     check_limit(last, "--last")
@@ -104,7 +104,7 @@ def samples(record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
 
 def run_url(record: RunRecord) -> str:
     """The run's page in MLflow."""
-    from escala.tracking.runs import run_url
+    from escala.tracking.queries import run_url
 
     return run_url(Settings().tracker, str(record.run_id))
 

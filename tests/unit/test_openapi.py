@@ -118,7 +118,7 @@ def test_answers_are_what_the_documents_and_openai_s_client_say(tmp_path: Path) 
         (models, schemas.ModelList),
         (whole, schemas.CompletionBody),
         (message, schemas.ChatCompletionBody),
-        (scores, schemas.Scores),
+        (scores, schemas.ScoresBody),
         (no_judge, schemas.ErrorBody),
     ):
         exact(kind, answer.json())

@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class TokenWriter:
             tokens, count, text_bytes = (int(number) for number in counts)
             splits.append(TokenSplit(tokens, count, text_bytes, documents.hexdigest()))
         manifest = Manifest(self.dtype.name, corpus_fingerprint, tokenizer_fingerprint, *splits)
-        write_json(self._directory / "manifest.json", manifest)
+        write_json(self._directory / "manifest.json", asdict(manifest))
         return manifest
 
 

@@ -38,9 +38,9 @@ from workloads.serving.schemas import (
     CompletionRequest,
     ModelList,
     ScoreRequest,
-    Scores,
+    ScoresBody,
     ServedModel,
-    Verdicts,
+    VerdictsBody,
     WeightsStatus,
 )
 
@@ -149,16 +149,16 @@ class Api:
         limit = asked.max_completion_tokens or asked.max_tokens
         return await self._generate(asked, [asked.messages], limit or CHAT_TOKENS, clip=limit is None)
 
-    @app.post("/score", response_model=Scores, responses=errors())
+    @app.post("/score", response_model=ScoresBody, responses=errors())
     async def scores(self, asked: ScoreRequest) -> Response:
         """The reward of each response to its prompt."""
-        answer: Scores = {"scores": await self.score(asked.prompts, asked.responses)}
+        answer: ScoresBody = {"scores": await self.score(asked.prompts, asked.responses)}
         return answer_json(answer)
 
-    @app.post("/compare", response_model=Verdicts, responses=errors())
+    @app.post("/compare", response_model=VerdictsBody, responses=errors())
     async def comparisons(self, asked: CompareRequest) -> Response:
         """Each first response's probability to be better than the second one, by the judge."""
-        answer: Verdicts = {"win": await self.compare(asked.prompts, asked.first, asked.second)}
+        answer: VerdictsBody = {"win": await self.compare(asked.prompts, asked.first, asked.second)}
         return answer_json(answer)
 
     @app.get("/weights", response_model=WeightsStatus, responses=errors(body=False))

@@ -25,7 +25,7 @@ from workloads.serving.schemas import (
     CompletionRequest,
     ErrorBody,
     TokenLogprob,
-    Usage,
+    TokenUsage,
 )
 
 
@@ -203,7 +203,7 @@ def tokens_of(choices: Sequence[Generated]) -> int:
     return sum(len(c.completion.token_ids) for c in choices)
 
 
-def usage(prompt_tokens: int, made: int) -> Usage:
+def usage(prompt_tokens: int, made: int) -> TokenUsage:
     """Tokens counted."""
     return {
         "prompt_tokens": prompt_tokens,

@@ -187,7 +187,7 @@ class CompareRequest(BaseModel):
         return self
 
 
-class Usage(TypedDict):
+class TokenUsage(TypedDict):
     """Tokens counted."""
 
     prompt_tokens: int
@@ -221,7 +221,7 @@ class CompletionBody(TypedDict):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: TokenUsage
     system_fingerprint: str
     weights_version: int
 
@@ -236,7 +236,7 @@ class CompletionChunk(TypedDict):
     choices: list[CompletionChoice]
     system_fingerprint: NotRequired[str]
     weights_version: NotRequired[int]
-    usage: NotRequired[Usage]
+    usage: NotRequired[TokenUsage]
 
 
 class TokenLogprob(TypedDict):
@@ -294,7 +294,7 @@ class ChatCompletionBody(TypedDict):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: TokenUsage
     system_fingerprint: str
     weights_version: int
 
@@ -309,7 +309,7 @@ class ChatCompletionChunk(TypedDict):
     choices: list[ChatChunkChoice]
     system_fingerprint: NotRequired[str]
     weights_version: NotRequired[int]
-    usage: NotRequired[Usage]
+    usage: NotRequired[TokenUsage]
 
 
 class ServedModel(TypedDict):
@@ -328,13 +328,13 @@ class ModelList(TypedDict):
     data: list[ServedModel]
 
 
-class Scores(TypedDict):
+class ScoresBody(TypedDict):
     """The answer of /score: the reward of each response."""
 
     scores: list[float]
 
 
-class Verdicts(TypedDict):
+class VerdictsBody(TypedDict):
     """The answer of /compare: each first response's probability to be the better one."""
 
     win: list[float]

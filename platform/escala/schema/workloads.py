@@ -81,6 +81,7 @@ class Workload:
         result: what it leaves: a model's checkpoints, a file of preferences, a sweep's points, figures of a device.
         command: what starts it; None: `escala submit NAME`.
         inputs: dotted keys of the configuration that name files (or None), and what these hold.
+        prepared_from: sections of the configuration that decide what data a run prepares.
         sidecar: the service that it needs beside its workers.
         objective: what a sweep of it judges its trials by; None: it is not swept.
         chooses_model: model, batch and learning rate may follow by recipe: it starts from no model.
@@ -95,6 +96,7 @@ class Workload:
     result: Result = "model"
     command: str | None = None
     inputs: Mapping[str, Content] = field(default_factory=dict)
+    prepared_from: tuple[str, ...] = ("data", "start", "tokenizer")
     sidecar: Sidecar | None = None
     objective: Measure | None = None
     chooses_model: bool = False
@@ -217,6 +219,7 @@ WORKLOADS: dict[str, Workload] = {
             "workloads.ppo",
             PpoConfig,
             inputs={"prompts": "prompts"},
+            prepared_from=("start", "tokenizer", "prompts", "rewards", "critic", "sampling"),
             sidecar=Sidecar("the rollout service", "rollouts.replica_cpus", _rollout_service),
             objective=REWARD,
             fixed_tokens=False,  # as many as its responses had

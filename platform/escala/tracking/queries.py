@@ -150,11 +150,8 @@ def _record(run: Any) -> RunRecord:
             known = {k: v for k, v in plain.items() if k in _KNOWN}
             parent = tags.get(PARENT_TAG, known.get("parent_run_id"))
             return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
-        except (VersionError, ValueError, TypeError, AttributeError) as error:
-            # One run's trouble: a person may write tags.
-            log.warning(
-                "run %s has a record that cannot be read, and is shown without it: %s", run.info.run_id, error
-            )
+        except (VersionError, ValueError, TypeError, AttributeError) as error:  # a person may write tags
+            log.warning("run %s has no usable record, and is shown without it: %s", run.info.run_id, error)
     attempt = tags.get("escala.attempt", "")
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {

@@ -161,7 +161,7 @@ def burst(home: Path, requests: int) -> bool:
 
     from escala import api
     from escala.contract.errors import EscalaError
-    from escala.rollouts import deployment
+    from escala.rollouts import deployment, serve_interface
     from workloads.generation.protocol import SamplingParams
     from workloads.serving.client import Rollouts
 
@@ -187,7 +187,7 @@ def burst(home: Path, requests: int) -> bool:
             time.sleep(0.2)
         return time.monotonic() - started
 
-    def policy() -> deployment.Deployment:
+    def policy() -> serve_interface.Deployment:
         return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
     started = time.monotonic()

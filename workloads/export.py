@@ -23,8 +23,8 @@ from workloads.model.start import (
     has_scalar_head,
     load_tokenizer,
 )
+from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import load_reward_model, save_reward_model
-from workloads.training.checkpoint import load_weights
 
 
 def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from escala.hardware import Cluster
     from escala.jobs.records import Job
     from escala.planning.cost import Cost
-    from escala.rollouts.deployment import RolloutsStatus
+    from escala.rollouts.serve_interface import RolloutsStatus
 
 __all__ = [
     "FINAL",

@@ -18,9 +18,9 @@ from escala.settings import Settings
 from escala.storage.checkpoints import latest, open_checkpoints
 from tests.integration.test_jobs import OVERRIDES, ended
 from workloads.model.start import load_model, load_tokenizer
+from workloads.model.weights import load_weights
+from workloads.rewards.model import RewardModelScorer
 from workloads.rewards.reward_model import load_reward_model
-from workloads.rewards.scoring import RewardModelScorer
-from workloads.training.checkpoint import load_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -25,7 +25,7 @@ import torch
 from escala import api
 from escala.managed import ray_command, ray_directory, ray_environment, ray_nodes_alive
 from escala.processes import Processes
-from escala.rollouts import deployment
+from escala.rollouts import deployment, serve_interface
 from escala.schema import ModelConfig
 from escala.settings import Settings
 from tests.conftest import free_ports, wait_for
@@ -121,7 +121,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def policy() -> deployment.Deployment:
+def policy() -> serve_interface.Deployment:
     return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
 

@@ -24,7 +24,7 @@ import torch
 
 from escala import api
 from escala.contract.errors import DigestMismatch, NotFoundError, StaleWeights, WeightsNotLoaded
-from escala.rollouts import deployment
+from escala.rollouts import deployment, serve_interface
 from escala.schema import ModelConfig
 from tests.conftest import free_ports, wait_for
 from workloads.data.tokenizer import train_tokenizer
@@ -82,11 +82,11 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
     assert api.rollouts_status().status == "ABSENT"
 
 
-def policy() -> deployment.Deployment:
+def policy() -> serve_interface.Deployment:
     return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
 
 
-def running() -> list[deployment.Replica]:
+def running() -> list[serve_interface.Replica]:
     return [r for r in policy().replicas if r.state == "RUNNING"]
 
 

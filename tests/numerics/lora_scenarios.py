@@ -22,6 +22,7 @@ from workloads.data.examples import Sequences, row_batch
 from workloads.dpo import response_log_probabilities
 from workloads.model.lora import add_lora, without_lora
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.training import checkpoint, zero
 from workloads.training.finetune import halves
 
@@ -103,7 +104,7 @@ def zero3(directory: Path) -> dict[str, Any]:
     again = zero.make_engine(model(), training, micro, 1)
     checkpoint.load(again, found)
     resumed = run(again, training, range(half, STEPS))
-    names = sorted(checkpoint.load_weights(saved))
+    names = sorted(load_weights(saved))
     return {"straight": first + rest, "resumed": first + resumed, "names": names}
 
 

@@ -18,6 +18,7 @@ from tests.numerics.ranks import leave
 from workloads.model.lora import add_lora
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.training import checkpoint, zero
 from workloads.training.experts import Routers, expert_group
 from workloads.training.gradient import accumulate
@@ -124,7 +125,7 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
         engine = start(config, changed(expert_parallel=True))
         checkpoint.load(engine, found)
         results[f"resumed-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
-    results["shapes"] = {n: list(w.shape) for n, w in checkpoint.load_weights(found).items()}
+    results["shapes"] = {n: list(w.shape) for n, w in load_weights(found).items()}
 
 
 def main() -> None:

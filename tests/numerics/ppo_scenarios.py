@@ -26,6 +26,7 @@ from workloads.alignment.microbatches import RolloutBatch, minibatches
 from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import add_lora, merge_lora, without_lora
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import RewardModel
 from workloads.training import checkpoint, zero
 
@@ -110,7 +111,7 @@ def learned(stage: int, directory: Path) -> dict[str, Any]:
     checkpoint.load(again.actor, saved, {"critic": again.critic})
     iterate(section, again, 1)
     found["resumed"] = weights(again)
-    found["actor_only"] = sorted(checkpoint.load_weights(saved)) == sorted(dict(actor.named_parameters()))
+    found["actor_only"] = sorted(load_weights(saved)) == sorted(dict(actor.named_parameters()))
     return found
 
 

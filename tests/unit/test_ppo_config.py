@@ -136,10 +136,11 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
 
 def test_a_job_has_room_for_its_service_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from escala.jobs.actions import _check_room
+    from escala.spec import JobOptions, JobSpec
 
-    def job(workers: int, **changes: Any) -> Any:
+    def job(workers: int, **changes: Any) -> JobSpec:
         found = config(resources={"workers": workers}, **changes)
-        return SimpleNamespace(config=found, plain=lambda: found.model_dump(mode="json"))
+        return JobSpec("ppo", "workloads.ppo", JobOptions(), found)
 
     monkeypatch.setenv("ESCALA_NUM_CPUS", "4")
     monkeypatch.delenv("ESCALA_RAY_ADDRESS", raising=False)

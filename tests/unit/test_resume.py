@@ -31,8 +31,9 @@ from escala.schema.pretrained import model_config_of
 from escala.storage.checkpoints import latest, open_checkpoints, verify_tokenizer
 from tests.small_disk import Disk
 from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
+from workloads.model.weights import load_weights
 from workloads.training import zero
-from workloads.training.checkpoint import _begin, _publish, load_weights, save
+from workloads.training.checkpoint import _begin, _publish, save
 from workloads.training.run import choose_checkpoint, keep_tokenizer
 
 MODEL = ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2)

@@ -27,7 +27,7 @@ from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
-from workloads.training.checkpoint import load_weights
+from workloads.model.weights import load_weights
 
 USABLE = {
     "workload": str,

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 import torch.distributed
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from escala.contract.errors import CheckpointError
 from escala.contract.sealed import seal
 from escala.storage.base import CheckpointStore
 from escala.storage.checkpoints import Checkpoint, read_checkpoint, remember, retention, verify
+from workloads.model.weights import names, opened
 from workloads.training import zero
 
 FILE_BYTES, FILES = 64 * 2**20, 16
@@ -118,9 +118,9 @@ def load(engine: Any, checkpoint: Checkpoint, other_engines: Mapping[str, Any] |
         for key in zero.STATE_KEYS
     }
     _check_shapes(checkpoint, stored, shapes)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         files = {file for file, _ in stored.values()}
-        readers = {file: opened.enter_context(_opened(checkpoint, file)) for file in files}
+        readers = {file: stack.enter_context(opened(checkpoint, file)) for file in files}
         for prefix, one in engines.items():
             where = f"adam_steps_beside.{prefix[:-1]}" if prefix else "adam_step"
             zero.begin_restore(one, checkpoint.part(where, int))
@@ -134,20 +134,6 @@ def load(engine: Any, checkpoint: Checkpoint, other_engines: Mapping[str, Any] |
 def _prefixed(engine: Any, other_engines: Mapping[str, Any] | None) -> dict[str, Any]:
     """Engines by what their tensors' names begin with."""
     return {"": engine, **{f"{name}/": one for name, one in (other_engines or {}).items()}}
-
-
-def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Parameter name -> fp32 master weight, on the CPU: a model's state for generation, export or
-    fine-tuning.
-    """
-    prefix = f"{zero.MASTER}/"
-    weights: dict[str, Tensor] = {}
-    for file in checkpoint.manifest["files"]:
-        with _opened(checkpoint, file) as reader:
-            weights |= {
-                n.removeprefix(prefix): reader.get_tensor(n) for n in _names(reader) if n.startswith(prefix)
-            }
-    return weights
 
 
 def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
@@ -243,29 +229,14 @@ def _is_good(store: CheckpointStore, name: str) -> bool:
     return True
 
 
-@contextmanager
-def _opened(checkpoint: Checkpoint, file: str) -> Iterator[Any]:
-    """An open safetensors file of a checkpoint. Raises CheckpointError where it cannot be read (any more)."""
-    try:
-        with checkpoint.store.local(checkpoint.name, file) as path, safe_open(path, framework="pt") as reader:
-            yield reader
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.address} is damaged: {file}: {error}") from error
-
-
 def _index(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Stored tensor's name -> the file that has it, and its shape."""
     stored = {}
     for file in checkpoint.manifest["files"]:
-        with _opened(checkpoint, file) as reader:
-            for name in _names(reader):
+        with opened(checkpoint, file) as reader:
+            for name in names(reader):
                 stored[name] = (file, tuple(reader.get_slice(name).get_shape()))
     return stored
-
-
-def _names(reader: Any) -> list[str]:
-    """The tensors of an open safetensors file, which is no dict and cannot be iterated."""
-    return list(reader.keys())
 
 
 def _check_shapes(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from escala.cli.render import as_json, note, number, raw, table
 
 if TYPE_CHECKING:
-    from escala.rollouts.deployment import Deployment, RolloutsStatus
+    from escala.rollouts.serve_interface import Deployment, RolloutsStatus
 
 
 def status(found: RolloutsStatus, json: bool) -> None:

@@ -62,6 +62,7 @@ class Resolved:
     """A spec in full, the values that were derived (dotted key -> value), and what the job will cost in FLOPs."""
 
     spec: JobSpec
+    config: TrainedConfig  # the spec's
     derived: dict[str, Any]
     n_total: int
     n_active: int
@@ -142,6 +143,7 @@ def resolve(spec: JobSpec) -> Resolved:
     flops = training_flops_per_token(config)
     return Resolved(
         spec=spec,
+        config=config,
         derived={
             "training.context_tokens": config.context_tokens,
             "training.steps": config.total_steps,

@@ -21,6 +21,7 @@ from escala.planning.plans import Proposed, base_of, chi_of, config_for
 from escala.planning.propose import Proposal, candidates, propose
 from escala.schema import ModelConfig, PretrainConfig
 from escala.schema.flops import flops_per_token, parameter_counts
+from escala.settings import Settings
 
 URI = "http://127.0.0.1:9"  # nothing listens there
 CONFIGURATION = {  # as a sweep stores it: dotted keys and texts
@@ -116,9 +117,9 @@ def test_a_plan_names_what_binds_and_what_it_assumes(home: Path) -> None:
 
 def test_dollars_hours_and_energy_come_from_the_cluster(home: Path) -> None:
     answer = json.loads(ask("laws", "plan", "tiny", "--usd", "10", "--cluster", "h100-8", "--json"))
-    assert answer["usd"] == pytest.approx(10)
-    assert answer["hours"] == pytest.approx(10 / (8 * 2.5))
-    assert answer["kwh"] > 0
+    assert answer["cost_usd"] == pytest.approx(10)
+    assert answer["wall_seconds"] == pytest.approx(3600 * 10 / (8 * 2.5))
+    assert answer["energy_joules"] > 0
     assert any("not measured here" in text for text in answer["assumed"])
     with pytest.raises(SpecError, match="no precision"):
         ask("laws", "plan", "tiny", "--usd", "10", "--precision", "fp8")
@@ -153,8 +154,7 @@ def test_a_target_loss_has_its_compute_and_its_energy(home: Path) -> None:
         ask("laws", "plan", "tiny", "--target-loss", str(there["loss_nats"]), "--cluster", "h100-8", "--json")
     )
     assert answer["compute_flops"] == pytest.approx(1e14, rel=1e-6)
-    low, joules, high = answer["joules"]
-    assert low < joules < high
+    assert answer["energy_low_joules"] < answer["energy_joules"] < answer["energy_high_joules"]
     with pytest.raises(LawError, match="asks for the budget"):
         ask("laws", "plan", "tiny", "--target-loss", "2", "--usd", "1")
 
@@ -192,21 +192,23 @@ def test_exploration_makes_a_run_smaller_until_its_plan_fits(
 ) -> None:
     """Of the one candidate of 6 N D = what is left, attention and whole steps do not fit in it."""
 
-    def largest(law: str, target: float, most: float, *, count: int, width: float) -> Proposed:
+    def largest(
+        settings: Settings, law: str, target: float, most: float, *, count: int, width: float
+    ) -> Proposed:
         point = {"n_active": np.sqrt([most / 120]), "tokens": 20 * np.sqrt([most / 120])}
         columns = {**point, "n_total": point["n_active"]}
         return Proposed(stored, propose(stored.law, target, columns, width=width), "")
 
     monkeypatch.setattr("escala.planning.explore.propose_runs", largest)
     said: list[str] = []
-    left = 1e12
-    state = _open(Exploration("tiny", "tiny@1", 1e15, 1e14, left, width=1e-3, batch=1))
-    first = largest("tiny@1", 1e15, left, count=1, width=1e-3).proposals
-    assert _planned_flops(state, "tiny@1", list(first)) > left
-    following = _next(state, said.append)
+    left, settings = 1e12, Settings()
+    state = _open(settings, Exploration("tiny", "tiny@1", 1e15, 1e14, left, width=1e-3, batch=1))
+    first = largest(settings, "tiny@1", 1e15, left, count=1, width=1e-3).proposals
+    assert _planned_flops(settings, state, "tiny@1", list(first)) > left
+    following = _next(settings, state, said.append)
     assert following is not None
     (chosen,) = (Proposal(**each) for each in following.proposals)
-    assert 0.7 * left < _planned_flops(state, "tiny@1", [chosen]) <= left
+    assert 0.7 * left < _planned_flops(settings, state, "tiny@1", [chosen]) <= left
     assert sum("a smaller one" in line for line in said) >= 1
 
 

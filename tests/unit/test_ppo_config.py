@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from escala import api, spec
+from escala import spec
 from escala.contract.errors import SpecError
+from escala.hardware import load_cluster
+from escala.planning.cost import cost
 from escala.schema import PpoConfig
 from escala.schema.flops import ppo_flops_per_token, training_flops_per_token
 from escala.schema.serve import OwnerConfig
@@ -95,7 +97,7 @@ def test_it_can_be_planned() -> None:
     answer = spec.resolve(spec.load_job("ppo", base=BASE))
     assert answer.derived["training.steps"] == 100
     assert answer.train_tokens == 100 * 16 * 64  # at most: responses are as long as they come
-    found, _ = api.cost(answer)
+    found = cost(answer.config, load_cluster("local"))
     assert found.wall_seconds > 0
     assert any("PPO" in note for note in found.notes)
 

@@ -1,6 +1,4 @@
-"""What `escala laws` and notebooks ask: fit a file and store it, predict, compare. `escala.api` re-exports
-it; the CLI imports it from here, since a query should not wait for the rest of the API.
-"""
+"""Laws, as `escala.client` offers them: fit a file and store it, predict, compare."""
 
 from __future__ import annotations
 
@@ -80,6 +78,7 @@ class Comparison:
 
 
 def fit_file(
+    settings: Settings,
     file: str | Path,
     name: str,
     *,
@@ -104,6 +103,7 @@ def fit_file(
     parse(name)  # a bad name is an error before the file is read
     read, group = _read(file, rename or {}, group)
     return fit_points(
+        settings,
         read.points,
         name,
         sources=[read.source],
@@ -155,6 +155,7 @@ def preview_points(
 
 
 def fit_points(
+    settings: Settings,
     points: pd.DataFrame,
     name: str,
     *,
@@ -181,7 +182,6 @@ def fit_points(
     law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
     if report is not None:
         report("storing the law in the tracker")
-    settings = Settings()
     registry = _registry(settings)
     version = registry.save(
         law,
@@ -234,9 +234,8 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def laws(name: str | None = None) -> list[LawVersion]:
+def laws(settings: Settings, name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
-    settings = Settings()
     close_abandoned(settings)
     return _registry(settings).versions(name)
 
@@ -246,21 +245,22 @@ def close_abandoned(settings: Settings) -> None:
     _registry(settings).close_abandoned(law_experiment(settings))
 
 
-def law(reference: str, refresh: bool = False) -> Stored:
+def law(settings: Settings, reference: str, refresh: bool = False) -> Stored:
     """A law with its provenance: NAME@VERSION, or NAME for the champion. Raises as `load_law`."""
-    settings = Settings()
     # Asked here before the registry, whose imports are a tenth of a query's time.
     known = None if refresh else Cache(settings.home, settings.tracker).find(parse(reference))
     return known or _registry(settings).load(reference, refresh=refresh)
 
 
-def predict_law(reference: str, level: float = 0.9, refresh: bool = False, **point: float) -> Answer:
+def predict_law(
+    settings: Settings, reference: str, level: float = 0.9, refresh: bool = False, **point: float
+) -> Answer:
     """The loss at a point with its predictive interval. A law of n_active that is asked with n_total alone (or
     the reverse) takes the model as dense, and says so.
 
     Raises LawError for a missing or impossible input, and as `load_law`.
     """
-    stored = law(reference, refresh)
+    stored = law(settings, reference, refresh)
     asked, assumed = _dense(stored.law, point)
     return Answer(stored, stored.law.predict(level, **asked), assumed)
 
@@ -274,11 +274,11 @@ def _dense(law: Law, point: Mapping[str, float]) -> tuple[dict[str, float], tupl
     return asked, ()
 
 
-def compare_laws(first: str, second: str) -> Comparison:
+def compare_laws(settings: Settings, first: str, second: str) -> Comparison:
     """Two laws side by side. Raises as `load_law`."""
     import numpy as np
 
-    a, b = law(first), law(second)
+    a, b = law(settings, first), law(settings, second)
     off = []
     for points in (a.law.points, b.law.points):
         needed = {each.size if c == "size" else c for each in (a.law, b.law) for c in each.form.columns}
@@ -290,32 +290,32 @@ def compare_laws(first: str, second: str) -> Comparison:
     return Comparison(a, b, float(np.median(both)), float(both.max()))
 
 
-def promote_law(reference: str, force: bool = False) -> Stored:
+def promote_law(settings: Settings, reference: str, force: bool = False) -> Stored:
     """Make NAME@VERSION its name's champion. Raises LawError for an unhealthy one without `force`."""
-    return _registry(Settings()).promote(reference, force)
+    return _registry(settings).promote(reference, force)
 
 
-def calibration(name: str | None = None) -> Calibration:
+def calibration(settings: Settings, name: str | None = None) -> Calibration:
     """Predicted against obtained, for every run that finished while a law was champion (of `name`, or all)."""
     from escala.laws.drift import Predictions, calibration
 
-    checks = Predictions(Settings().home).read()
+    checks = Predictions(settings.home).read()
     return calibration([c for c in checks if name is None or name in (c.law, c.law.split("@")[0])])
 
 
-def export_law(reference: str, directory: str | Path) -> list[Path]:
+def export_law(settings: Settings, reference: str, directory: str | Path) -> list[Path]:
     """law.json, provenance, points and plots into a new directory. Raises LawError where it is not empty."""
     from escala.laws.export import export
 
-    stored = law(reference)
+    stored = law(settings, reference)
     return export(stored.law, {"law": stored.reference, **stored.provenance}, Path(directory))
 
 
-def plot_law(reference: str, directory: str | Path) -> list[Path]:
+def plot_law(settings: Settings, reference: str, directory: str | Path) -> list[Path]:
     """The law's plots as PNG files in `directory`."""
     from escala.laws.plots import write_plots
 
-    return write_plots(law(reference).law, Path(directory))
+    return write_plots(law(settings, reference).law, Path(directory))
 
 
 def law_experiment(settings: Settings) -> str:

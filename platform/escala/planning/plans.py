@@ -1,4 +1,4 @@
-"""Plans and proposals, as `escala.api` offers them: the law by name, the cluster by name, the run that follows."""
+"""Plans and proposals, as `escala.client` offers them: the law by name, the cluster by name, the run that follows."""
 
 from __future__ import annotations
 
@@ -78,34 +78,38 @@ class Question:
     refresh: bool = False
 
 
-def plan_law(reference: str, limits: Limits, question: Question = Question()) -> Planned:
+def plan_law(settings: Settings, reference: str, limits: Limits, question: Question = Question()) -> Planned:
     """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
-    stored, cluster, limits, ask, assumed = _asked(reference, limits, question)
+    stored, cluster, limits, ask, assumed = _asked(settings, reference, limits, question)
     plan = allocate(stored.law, limits, **ask)
     return Planned(stored, plan, cluster, assumed)
 
 
-def plan_front(reference: str, limits: Limits, question: Question = Question()) -> list[Planned]:
+def plan_front(
+    settings: Settings, reference: str, limits: Limits, question: Question = Question()
+) -> list[Planned]:
     """Plans for budgets from a hundredth to the whole of the one given. Raises as `plan_law`."""
-    stored, cluster, limits, ask, assumed = _asked(reference, limits, question)
+    stored, cluster, limits, ask, assumed = _asked(settings, reference, limits, question)
     top = allocate(stored.law, limits, **ask)
     most = top.compute_flops + top.inference_flops
     budgets = [most * 10 ** (-FRONT_DECADES * i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)]
     return [Planned(stored, p, cluster, assumed) for p in front(stored.law, limits, budgets, **ask)]
 
 
-def plan_target(reference: str, loss_nats: float, question: Question = Question()) -> tuple[Planned, Target]:
+def plan_target(
+    settings: Settings, reference: str, loss_nats: float, question: Question = Question()
+) -> tuple[Planned, Target]:
     """The least compute that reaches a loss, its split, and its energy (SPEC.md E.5). Raises as `plan_law`."""
-    stored, cluster, limits, ask, assumed = _asked(reference, Limits(), question)
+    stored, cluster, limits, ask, assumed = _asked(settings, reference, Limits(), question)
     target = to_target(stored.law, loss_nats, limits, **ask)
     return Planned(stored, target.plan, cluster, assumed), target
 
 
 def _asked(
-    reference: str, limits: Limits, question: Question
+    settings: Settings, reference: str, limits: Limits, question: Question
 ) -> tuple[Stored, Cluster | None, Limits, dict[str, Any], tuple[str, ...]]:
     """The law, the cluster, the limits with memory among them, the solver's other arguments, what was assumed."""
-    stored = laws.law(reference, question.refresh)
+    stored = laws.law(settings, reference, question.refresh)
     context = question.context_tokens or _context(stored)
     chi = Chi() if context is None and stored.law.form_name != "ndt" else chi_of(stored)
     assumed = [
@@ -115,7 +119,7 @@ def _asked(
     wanted = (
         question.cluster is not None or limits.usd or limits.hours or limits.kwh or question.max_memory_gb
     )
-    cluster = load_cluster(question.cluster or Settings().cluster) if wanted else None
+    cluster = load_cluster(question.cluster or settings.cluster) if wanted else None
     speed = None
     if cluster is not None:
         speed, how = cluster_speed(cluster, question.precision)
@@ -268,6 +272,7 @@ def config_for(
 
 
 def propose_runs(
+    settings: Settings,
     reference: str,
     target: float | Mapping[str, float],
     max_flops: float,
@@ -291,12 +296,12 @@ def propose_runs(
     """
     from escala.planning.propose import METHOD, candidates, propose
 
-    stored = laws.law(reference, refresh)
+    stored = laws.law(settings, reference, refresh)
     contexts = (_context(stored),) if stored.law.form_name == "ndt" else ()
     columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
-    price = partial(_price, unit=unit, rate=_rate(unit, cluster, precision))
+    price = partial(_price, unit=unit, rate=_rate(unit, cluster or settings.cluster, precision))
     found = propose(stored.law, target, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
     return Proposed(stored, found, METHOD)
 
@@ -324,13 +329,13 @@ def _price(columns: Mapping[str, Any], unit: str, rate: float) -> Any:
     return columns["compute_flops"] * rate
 
 
-def _rate(unit: str, cluster: str | None, precision: Precision) -> float:
+def _rate(unit: str, cluster: str, precision: Precision) -> float:
     """`unit` per FLOP. Raises SpecError where the cluster's file does not say."""
     if unit == "FLOP":
         return 1.0
     if unit not in ("USD", "kWh"):
         raise SpecError(f"there is no unit {unit!r}", "FLOP, USD or kWh")
-    speed, _ = cluster_speed(load_cluster(cluster or Settings().cluster), precision)
+    speed, _ = cluster_speed(load_cluster(cluster), precision)
     kilowatts = None if speed.watts is None else speed.watts / 1000
     rate = speed.usd_per_hour if unit == "USD" else kilowatts
     if rate is None:

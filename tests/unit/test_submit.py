@@ -110,7 +110,7 @@ def test_every_way_to_queue_a_job_warns_and_returns_it(
     warned(Escala().sweep("smoke").id)
     warned(Escala().bench_device().id)
     store = JobStore(Settings().database_url)
-    store.apply(job, StopRequested())
+    store.apply(store.get(job.id), StopRequested())
     store.close()
     assert Escala().retry(job.id).state == "queued"
     warned(job.id)

@@ -382,8 +382,7 @@ def test_a_space_is_read_as_strictly_as_a_spec(tmp_path: Path, text: str, says: 
 
 def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A trial that was cut off has a loss, and is no point: its row says so in a column that no table of a user has."""
-    from escala.settings import Settings
-from escala.sweeps import launch
+    from escala.sweeps import launch
 
     JobFiles(tmp_path, "j").directory.mkdir(parents=True)
     made = [planned(tmp_path, 20_000 * n, 0, n) for n in range(1, 11)]
@@ -419,7 +418,7 @@ def test_a_dry_run_checks_the_job_s_options(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("ESCALA_HOME", str(tmp_path))
     for options, says in (({"name": "a b"}, "--name"), ({"max_flops": float("inf")}, "--max-flops")):
         with pytest.raises(SpecError, match=says):
-            plan_sweep("smoke", options=options)
+            plan_sweep(Settings(), "smoke", options=options)
 
 
 def test_a_space_of_too_many_trials_is_refused_before_they_are_made(tmp_path: Path) -> None:

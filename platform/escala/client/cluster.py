@@ -52,7 +52,7 @@ class ClusterMethods(Home):
         report: Report = silent,
         code: str | Path | None = None,
     ) -> RolloutsView:
-        """Start the rollout service and wait for it. Args and errors as `rollouts.deployment.up`."""
+        """Start the rollout service and wait for it. Args and errors as of `escala.rollouts.deployment.up`."""
         from escala.jobs.references import resolve_rollouts
         from escala.rollouts import deployment
         from escala.settings import RolloutsSettings
@@ -80,7 +80,7 @@ class ClusterMethods(Home):
         requests_per_replica: float | None = None,
         name: str = ROLLOUTS,
     ) -> RolloutsView:
-        """Move the bounds of the scaling policy. Errors as `rollouts.deployment.scale`."""
+        """Move the bounds of the scaling policy. Errors as of `escala.rollouts.deployment.scale`."""
         from escala.rollouts import deployment
 
         return RolloutsView.of(

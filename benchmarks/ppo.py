@@ -116,13 +116,15 @@ def escala(iterations: int, precision: str) -> list[float]:
     from escala.rollouts.weights import WeightVersion
     from escala.schema import ModelConfig, PpoConfig
     from escala.tracking.tracker import open_tracker
-    from workloads import ppo
+    from workloads.alignment.ppo_step import PpoStep
     from workloads.alignment.rollouts import PromptTokens, save_prompts
     from workloads.generation.engine import Engine
     from workloads.model.transformer import Transformer
     from workloads.rewards.reward_model import RewardModel
     from workloads.serving.records import Generated
-    from workloads.training.driver import WorkerInputs
+    from workloads.training.entry import WorkerInputs
+    from workloads.training.loop import RunLoop
+    from workloads.training.step import Counters, StepResult
 
     config = PpoConfig(
         model=SHAPE,
@@ -164,16 +166,16 @@ def escala(iterations: int, precision: str) -> list[float]:
         def publish(self, state: Any, version: int, *, timeout_seconds: float = 0.0) -> None:
             self.engine.load_weights(state, version)
 
-    class Timed(ppo.Ppo):
+    class TimedStep(PpoStep):
         """Notes the CPU seconds of each iteration."""
 
         seconds_each: list[float] = []
 
-        def _step(self) -> str | None:
+        def run(self, count: Counters) -> StepResult:
             begun = time.process_time()
-            stop = super()._step()
+            result = super().run(count)
             self.seconds_each.append(time.process_time() - begun)
-            return stop
+            return result
 
     root = Path(tempfile.mkdtemp())
     places = {name: str(root / name) for name in ("attempt", "checkpoints", "data")}
@@ -187,12 +189,14 @@ def escala(iterations: int, precision: str) -> list[float]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     run_id = open_tracker(spec.tracking_uri).start("bench", "bench", "bench", {}, {})
     fingerprints = {"corpus": "0", "tokenizer": "0", "evaluation": "0"}
-    trainer = Timed(WorkerInputs(spec, str(root), None, run_id, fingerprints), Service())
-    trainer.run()
-    trainer.close()
-    if trainer.measures["response_tokens"] != RESPONSE_TOKENS:
+    inputs: WorkerInputs[PpoConfig] = WorkerInputs(spec, str(root), None, run_id, fingerprints)
+    step = TimedStep(inputs, Service())
+    loop = RunLoop(inputs, lambda _: step)
+    loop.run()
+    loop.close()
+    if step.measures["response_tokens"] != RESPONSE_TOKENS:
         raise RuntimeError("not all responses have full length")
-    return trainer.seconds_each
+    return step.seconds_each
 
 
 def trl(iterations: int, precision: str) -> list[float]:

@@ -111,7 +111,8 @@ def escala_side(shape: str) -> Block:
     from escala.schema import ModelConfig, TrainingConfig
     from workloads.model.transformer import Transformer
     from workloads.training import zero
-    from workloads.training.step import accumulate, next_token_loss
+    from workloads.training.gradient import accumulate
+    from workloads.training.loss import next_token_loss
 
     store = Path(tempfile.mkdtemp()) / "store"
     dist.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)

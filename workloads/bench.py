@@ -18,19 +18,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.contract import handshake
-from escala.contract.attempt import check_fence
-from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+from escala.contract.records import write_json
 from escala.schema import BenchConfig, ModelConfig, TrainingConfig
 from escala.schema.flops import flops_per_token
-from escala.tracking.tracker import Tracker
-from workloads import single
+from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
 from workloads.model.transformer import Transformer
 from workloads.training import meter, zero
+from workloads.training.device import set_up_torch
 from workloads.training.driver import HUGE_PAGES, start_workers
-from workloads.training.loop import set_up_torch
-from workloads.training.loss import token_loss
-from workloads.training.step import accumulate, next_token_loss
+from workloads.training.failures import NodeWatch, classify
+from workloads.training.gradient import accumulate
+from workloads.training.loss import next_token_loss, token_loss
 
 OPTIMIZER_PARAMETERS = 1 << 24  # 16.8 M: 270 MB of state, far beyond any cache
 STREAM_ELEMENTS = 1 << 25
@@ -43,26 +41,22 @@ LIMIT_BYTES = Path("/sys/fs/cgroup/memory.max")
 
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code."""
-
-    def keep(tracker: Tracker, run_id: str, found: dict[str, Any]) -> None:
-        tracker.text(run_id, "device.json", json.dumps(found, indent=1, sort_keys=True))
-
-    return single.main(arguments, bench, keep)
+    return run_attempt(arguments, bench, partial(classify, nodes=None))
 
 
-def bench(spec: AttemptSpec) -> dict[str, Any]:
-    """Start the workers and return what they measured, which is also in the attempt's facts."""
+def bench(attempt: LiveAttempt) -> None:
+    """Start the workers; what they measure is in the attempt's facts, and in its run."""
     import ray
 
-    handshake.check(spec.versions)
-    files = AttemptFiles(spec.directory)
-    check_fence(files, spec.attempt)
-    config = BenchConfig(**spec.config)
+    spec, files = attempt.spec, attempt.files
+    config = attempt.open(BenchConfig.model_validate)
     ray.init(address="auto", log_to_driver=True, namespace="escala")
+    attempt.classify = partial(classify, nodes=NodeWatch())
     arguments = {"config": spec.config, "facts": str(files.facts)}
     start_workers(measure, arguments, config.resources, spec.directory, {"GLIBC_TUNABLES": HUGE_PAGES})
-    found: dict[str, Any] = json.loads(files.facts.read_text())
-    return found
+    tracker, run_id = attempt.run
+    found = json.loads(files.facts.read_text())
+    tracker.text(run_id, "device.json", json.dumps(found, indent=1, sort_keys=True))
 
 
 def measure(arguments: dict[str, Any]) -> None:
@@ -156,7 +150,7 @@ def _head(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> floa
     def train() -> None:
         network.zero_grad()
         total, _ = token_loss(network.logits(hidden)[None], targets)
-        total.backward()
+        torch.autograd.backward(total)
 
     work = flops_per_token(model, config.context_tokens).logits * config.tokens
     return work / _seconds(train, config.seconds)
@@ -165,7 +159,7 @@ def _head(dtype: torch.dtype, config: BenchConfig, device: torch.device) -> floa
 def _train(network: Transformer, ids_BT: Tensor) -> None:
     network.zero_grad()
     hidden = network.hidden(ids_BT)
-    hidden.backward(torch.ones_like(hidden))
+    torch.autograd.backward(hidden, torch.ones_like(hidden))
 
 
 def _network(

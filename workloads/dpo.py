@@ -20,10 +20,10 @@ from workloads.data.batches import Batch
 from workloads.model.lora import without_lora
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import held_out_rows
 from workloads.training.loss import log_probabilities
-from workloads.training.run import Prepared, main
+from workloads.training.run import main
 from workloads.training.task import Evaluation, on_device
 
 
@@ -32,15 +32,15 @@ def prepare(spec: AttemptSpec, config: DpoConfig) -> Prepared:
     return finetune.prepare_pairs(spec, config, finetune.answered)
 
 
-def make_task(inputs: WorkerInputs) -> DirectPreference:
+def make_task(inputs: WorkerInputs[DpoConfig]) -> DirectPreference:
     """The task of one worker."""
     return DirectPreference(inputs)
 
 
-class DirectPreference(finetune.PairBatches):
+class DirectPreference(finetune.PairBatches[DpoConfig]):
     """-log sigmoid of the difference of two implied rewards (training.task.Task)."""
 
-    def __init__(self, inputs: WorkerInputs) -> None:
+    def __init__(self, inputs: WorkerInputs[DpoConfig]) -> None:
         super().__init__(inputs)
         self.reference: Transformer | None = None
 
@@ -80,13 +80,19 @@ class DirectPreference(finetune.PairBatches):
             return torch.stack([*policy, *reference], dim=1)
 
         size, beta = self.config.micro_batch_sequences, self.config.beta_dpo
-        columns = held_out_rows(engine, len(self.held_out), size, rows).unbind(1)
-        chosen_B, rejected_B = beta * (columns[0] - columns[2]), beta * (columns[1] - columns[3])
+        policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B = held_out_rows(
+            engine, len(self.held_out), size, rows
+        ).unbind(1)
+        chosen_B, rejected_B = (
+            beta * (policy_chosen_B - ref_chosen_B),
+            beta * (policy_rejected_B - ref_rejected_B),
+        )
+        loss = float(dpo_loss(policy_chosen_B, policy_rejected_B, ref_chosen_B, ref_rejected_B, beta))
         measures = {
             "held_out_accuracy": float(accuracy(chosen_B, rejected_B)),
             "held_out_reward_margin": float((chosen_B - rejected_B).mean()),
         }
-        return Evaluation({"held_out_loss_nats": float(dpo_loss(*columns, beta))}, measures)
+        return Evaluation({"held_out_loss_nats": loss}, measures)
 
 
 def response_log_probabilities(model: Any, batch: Batch) -> Tensor:
@@ -96,6 +102,9 @@ def response_log_probabilities(model: Any, batch: Batch) -> Tensor:
     logp_N = log_probabilities(logits_NV, batch["targets_BT"][answers_BT])
     logp_BT = torch.zeros(answers_BT.shape, dtype=logp_N.dtype, device=logp_N.device)
     return logp_BT.masked_scatter(answers_BT, logp_N).sum(dim=1)
+
+
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,15 @@ from pathlib import Path
 from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
-from escala.schema import FineTuneConfig
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
-from workloads.model.start import checkpoint_config, checkpoint_model, find_checkpoint, load_tokenizer
+from workloads.model.start import (
+    checkpoint_config,
+    checkpoint_model,
+    find_checkpoint,
+    has_scalar_head,
+    load_tokenizer,
+)
 from workloads.rewards.reward_model import load_reward_model, save_reward_model
 from workloads.training.checkpoint import load_weights
 
@@ -40,14 +45,14 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
 
 def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
     config, checkpoints = checkpoint_config(found), found.path.parent
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    lora = config.adapter
     tokenizer = load_tokenizer(checkpoints)
     if adapter:
         if lora is None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
-        base = config.start.path if config.start is not None else ""
-        save_adapter(load_weights(found), lora, to, base)
-    elif found.part("workload", str) == "reward":
+        start = config.starts_from
+        save_adapter(load_weights(found), lora, to, (start and start.path) or "")
+    elif has_scalar_head(found):
         save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
         return
     else:

@@ -11,65 +11,53 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from escala.contract import handshake
-from escala.contract.attempt import check_fence
-from escala.contract.errors import DataError, SpecError
-from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+from escala.contract.errors import DataError
+from escala.contract.records import write_json
 from escala.schema.judge import JudgeConfig
-from escala.tracking.tracker import Metric, Tracker
-from workloads import single
+from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
+from escala.tracking.tracker import Metric
 from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
 from workloads.data.preferences import Preference, write_preferences
 from workloads.rewards.judge_models import FirstWins, compare, load_judge_model
+from workloads.training.driver import start_workers
+from workloads.training.failures import NodeWatch, classify
 
 REPORT_PROMPTS = 100  # a line in the log for so many
 
 
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code."""
-
-    def keep(tracker: Tracker, run_id: str, found: dict[str, float | None]) -> None:
-        now = time.time_ns() // 1_000_000
-        known = [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None]
-        tracker.metrics(run_id, known)
-
-    return single.main(arguments, judge, keep)
+    return run_attempt(arguments, judge, partial(classify, nodes=None))
 
 
-def judge(spec: AttemptSpec) -> dict[str, float | None]:
-    """Start the workers, put their parts together; what `totals` says of them, which is also in the facts."""
+def judge(attempt: LiveAttempt) -> None:
+    """Start the workers, put their parts together; what `totals` says of them is in the facts, and in the run."""
     import ray
 
-    from workloads.training.driver import start_workers
-
-    handshake.check(spec.versions)
-    files = AttemptFiles(spec.directory)
-    check_fence(files, spec.attempt)
-    try:
-        config = JudgeConfig(**spec.config)
-    except ValidationError as error:
-        raise SpecError(f"the judge configuration is not valid: {error}") from error
+    spec, files = attempt.spec, attempt.files
+    config = attempt.open(JudgeConfig.model_validate)
     read_responses(Path(config.responses))  # a line that is wrong stops the job before it starts
     ray.init(address="auto", log_to_driver=True, namespace="escala")
+    attempt.classify = partial(classify, nodes=NodeWatch())
     arguments = {"config": spec.config, "directory": spec.directory}
     start_workers(judge_share, arguments, config.resources, spec.directory, {})
     paths = [part_path(spec.directory, rank) for rank in range(config.resources.workers)]
     found = totals(merge(paths), config.minimum_margin, Path(config.to))
     write_json(files.facts, found)
-    return found
+    (tracker, run_id), now = attempt.run, time.time_ns() // 1_000_000
+    tracker.metrics(run_id, [Metric(name, float(v), 0, now) for name, v in found.items() if v is not None])
 
 
 def judge_share(arguments: dict[str, Any]) -> None:
     """One rank on its worker."""
     import torch.distributed
 
-    from workloads.training.loop import set_up_torch
+    from workloads.training.device import set_up_torch
 
     config = JudgeConfig(**arguments["config"])
     set_up_torch(config.resources)
@@ -103,7 +91,7 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgedPair:
     """A judge's verdict on two responses to prompt number `index`."""
 
     index: int
@@ -129,21 +117,21 @@ def _responses(where: str, record: dict[str, Any]) -> Responses:
     return Responses(prompt_of(where, record), [text_of(where, numbered, key) for key in numbered])
 
 
-def comparisons(index: int, example: Responses, first_wins: FirstWins) -> Iterator[Comparison]:
+def comparisons(index: int, example: Responses, first_wins: FirstWins) -> Iterator[JudgedPair]:
     """Every two different responses of `example`, judged; the same text twice counts once."""
     pairs = list(combinations(dict.fromkeys(example.responses), 2))
     verdicts = compare(first_wins, [(example.prompt, first, second) for first, second in pairs])
     for (first, second), verdict in zip(pairs, verdicts, strict=True):
-        yield Comparison(index, example.prompt, first, second, verdict.win, verdict.place_bias)
+        yield JudgedPair(index, example.prompt, first, second, verdict.win, verdict.place_bias)
 
 
-def merge(parts: list[Path]) -> list[Comparison]:
+def merge(parts: list[Path]) -> list[JudgedPair]:
     """The ranks' comparisons in the order of the prompts."""
-    found = [Comparison(**json.loads(line)) for part in parts for line in part.open(encoding="utf-8")]
+    found = [JudgedPair(**json.loads(line)) for part in parts for line in part.open(encoding="utf-8")]
     return sorted(found, key=lambda comparison: comparison.index)
 
 
-def totals(found: list[Comparison], minimum_margin: float, to: Path) -> dict[str, float | None]:
+def totals(found: list[JudgedPair], minimum_margin: float, to: Path) -> dict[str, float | None]:
     """Write the preferences among `found` whose win probabilities differ by `minimum_margin`, and count.
 
     Returns comparisons, preferences, and the judge's mean place bias (None where nothing was compared).

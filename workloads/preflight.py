@@ -2,7 +2,7 @@
 there, not empty, and hold what the workload reads, that a critic reads the actor's tokens. Started by `escala submit`
 (escala.preflight) in a process of its own, since it imports what users wrote. No torch here.
 
-Reads a request {workload, config, waits} as JSON from stdin; writes the problems found, each [message, hint], as JSON
+Reads a request {inputs, config, waits} as JSON from stdin; writes the problems found, each [message, hint], as JSON
 to the file that is named.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,16 @@ Config = dict[str, Any]
 Check = Callable[[], object]
 
 
-def problems(workload: str, config: Config, waits: bool) -> list[tuple[str, str]]:
+def problems(inputs: Mapping[str, str], config: Config, waits: bool) -> list[tuple[str, str]]:
     """(message, hint) of each check that failed.
 
     Args:
+        inputs: what the configuration's files hold, by their dotted keys: "dialogues", "preferences", "prompts",
+            "model".
         waits: the job starts after another one, which may write its files.
     """
     found = []
-    for check in checks(workload, config, waits):
+    for check in checks(inputs, config, waits):
         try:
             check()
         except EscalaError as error:
@@ -43,15 +45,15 @@ def problems(workload: str, config: Config, waits: bool) -> list[tuple[str, str]
     return found
 
 
-def checks(workload: str, config: Config, waits: bool) -> Iterator[Check]:
+def checks(inputs: Mapping[str, str], config: Config, waits: bool) -> Iterator[Check]:
     """What is to be checked of this configuration, one by one."""
     for reward in [*config.get("rewards", []), *config.get("reward", [])]:
         if reward["kind"] == "function":
             yield lambda name=reward["function"]: import_function(name)  # type: ignore[misc]
         for path, read in _reward_files(reward):
             yield from _file(path, read, waits)
-    for path, read in _files(workload, config):
-        yield from _file(path, read, waits)
+    for key, content in inputs.items():
+        yield from _file(_value(config, key), READERS[content], waits)
     for corpus in (config.get("data") or {}).get("corpora", []):
         if corpus["kind"] == "files":
             yield lambda corpus=corpus: _globs(corpus)  # type: ignore[misc]
@@ -60,20 +62,12 @@ def checks(workload: str, config: Config, waits: bool) -> Iterator[Check]:
     yield lambda: _same_tokens(config)
 
 
-def _files(workload: str, config: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
-    """The JSON lines that a workload reads, and by what."""
-    data = config.get("data") or {}
-    if workload == "sft":
-        yield data["train"], read_dialogues
-        yield data["held_out"], read_dialogues
-    elif workload in ("reward", "dpo"):
-        yield data["train"], read_preferences
-        yield data["held_out"], read_preferences
-    elif workload == "ppo":
-        yield config["prompts"], lambda path: (prompt_of(where, record) for where, record in read_lines(path))
-    elif workload == "judge":
-        yield config["responses"], lambda path: (prompt_of(where, line) for where, line in read_lines(path))
-        yield config["judge"]["model"], _any_model
+def _value(config: Config, key: str) -> Any:
+    """What stands at the dotted `key`; None where a section is left out."""
+    found: Any = config
+    for part in key.split("."):
+        found = None if found is None else found[part]
+    return found
 
 
 def _reward_files(reward: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
@@ -134,13 +128,10 @@ def _same_tokens(config: Config) -> None:
     """
     actor = config.get("tokenizer") or (config.get("start") or {}).get("path")
     critic = ((config.get("critic") or {}).get("start") or {}).get("path")
-    for path in (actor, critic):
-        if path is None or path.endswith(".gguf") or not Path(path).exists():
-            return
-    if (
-        load_chat_tokenizer(_beside(Path(actor))).fingerprint
-        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
-    ):
+    paths = [Path(path) for path in (actor, critic) if path is not None and not path.endswith(".gguf")]
+    if len(paths) < 2 or not all(path.exists() for path in paths):
+        return
+    if len({load_chat_tokenizer(_beside(path)).fingerprint for path in paths}) > 1:
         raise DataError(
             f"The critic at {critic} has another tokenizer than the actor.",
             "Train the reward model from the same base, or leave critic.start out.",
@@ -154,10 +145,22 @@ def _beside(path: Path) -> Path:
     return path / TOKENIZER if (path / TOKENIZER).is_dir() else path
 
 
+def _prompts(path: Path) -> Iterable[Any]:
+    return (prompt_of(where, record) for where, record in read_lines(path))
+
+
+READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    "dialogues": read_dialogues,
+    "preferences": read_preferences,
+    "prompts": _prompts,
+    "model": _any_model,
+}
+
+
 def main(result: str) -> int:
     """The process."""
     request = json.load(sys.stdin)
-    Path(result).write_text(json.dumps(problems(request["workload"], request["config"], request["waits"])))
+    Path(result).write_text(json.dumps(problems(request["inputs"], request["config"], request["waits"])))
     return 0
 
 

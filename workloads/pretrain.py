@@ -20,12 +20,11 @@ from workloads.data.batches import Batch, Batches
 from workloads.data.prepared import PreparedData, check
 from workloads.data.shards import prepare as prepare_tokens
 from workloads.model.transformer import Transformer
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
 from workloads.training.experts import expert_group
-from workloads.training.loss import token_loss
-from workloads.training.run import Prepared, main
-from workloads.training.step import next_token_loss
+from workloads.training.loss import next_token_loss, token_loss
+from workloads.training.run import main
 from workloads.training.task import Evaluation, StepSize
 
 
@@ -46,7 +45,7 @@ def described(data: PreparedData, config: PretrainConfig) -> Prepared:
     return Prepared(str(data.path), data.tokenizer_path, fingerprints)
 
 
-def make_task(inputs: WorkerInputs) -> Pretraining:
+def make_task(inputs: WorkerInputs[PretrainConfig]) -> Pretraining:
     """The task of one worker."""
     return Pretraining(inputs.config, PreparedData.open(Path(inputs.prepared)))
 
@@ -96,6 +95,9 @@ class Pretraining:
                 "held_out_bits_per_byte": bits_per_byte(loss, self.data.held_out_bytes_per_token),
             }
         )
+
+
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
 from workloads.rewards.reward_model import RewardModel, answer_tokens, pad_right
 from workloads.training import finetune
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import held_out_rows
-from workloads.training.run import Prepared, main
+from workloads.training.run import main
 from workloads.training.task import Evaluation, on_device
 
 
@@ -39,7 +39,7 @@ def prepare(spec: AttemptSpec, config: RewardTrainingConfig) -> Prepared:
     return finetune.prepare_pairs(spec, config, tokens)
 
 
-def make_task(inputs: WorkerInputs) -> RewardModelling:
+def make_task(inputs: WorkerInputs[RewardTrainingConfig]) -> RewardModelling:
     """The task of one worker."""
     return RewardModelling(inputs)
 
@@ -47,14 +47,14 @@ def make_task(inputs: WorkerInputs) -> RewardModelling:
 BINS = 10  # of probability, in the calibration curve
 
 
-class RewardModelling(finetune.PairBatches):
+class RewardModelling(finetune.PairBatches[RewardTrainingConfig]):
     """-log sigmoid of the difference of two scores (training.task.Task)."""
 
     def build(self) -> RewardModel:
         """See Task: the start, its deltas where there are any, and a head that scores everything 0."""
         return RewardModel(finetune.build_model(self.config))
 
-    def batch(self, pairs: finetune.Pairs, chosen: Sequence[int]) -> Batch:
+    def batch(self, pairs: finetune.PairedSequences, chosen: Sequence[int]) -> Batch:
         """Whole sequences, padded on the right, and the pairs' margins."""
         rows = [pairs.sequences.slice(row)[0].tolist() for row in pairs.rows(chosen)]
         tokens_BT, lengths_B = pad_right(rows, 0, torch.device("cpu"))
@@ -94,6 +94,9 @@ class RewardModelling(finetune.PairBatches):
         loss = float(bradley_terry(chosen_B, rejected_B, margins_B))
         texts = {"calibration.json": json.dumps([asdict(entry) for entry in curve], indent=1)}
         return Evaluation({"held_out_loss_nats": loss}, measures, texts)
+
+
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

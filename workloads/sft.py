@@ -24,10 +24,10 @@ from workloads.data.dialogues import Chat, Dialogue, read_dialogues
 from workloads.data.examples import Draws, Sequences, pack, row_batch
 from workloads.model.transformer import Transformer
 from workloads.training import finetune
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import held_out_sums
 from workloads.training.loss import token_loss
-from workloads.training.run import Prepared, main
+from workloads.training.run import main
 from workloads.training.task import Evaluation, StepSize, on_device
 
 
@@ -42,7 +42,7 @@ def prepare(spec: AttemptSpec, config: SftConfig) -> Prepared:
     return finetune.prepare(spec, config, read_dialogues, tokenise)
 
 
-def make_task(inputs: WorkerInputs) -> FineTuning:
+def make_task(inputs: WorkerInputs[SftConfig]) -> FineTuning:
     """The task of one worker."""
     directory = Path(inputs.prepared)
     check_directory(directory)
@@ -113,6 +113,9 @@ def answer_loss(engine: Any, batch: Batch) -> Tensor:
     logits_NV = engine(batch["tokens_BT"], batch.get("positions_BT"), batch.get("documents_BT"), answers_BT)
     total, _ = token_loss(logits_NV[None], batch["targets_BT"][answers_BT][None])
     return total
+
+
+ENTRY = Entry(prepare, supervised(make_task))
 
 
 if __name__ == "__main__":

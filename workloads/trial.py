@@ -6,15 +6,19 @@ One worker trains here, without the start-up of a Ray Train group (seconds of CP
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from escala.contract.files import forgiving_log
-from escala.contract.records import AttemptSpec, Outcome, read_record
-from workloads.training.driver import WorkerInputs, fit
-from workloads.training.run import Prepared, Run, beside, entry, parse_config
+from escala.contract.records import AttemptSpec, Outcome
+from escala.tracking.lineage.lifecycle import LiveAttempt
+from workloads.training.driver import fit
+from workloads.training.entry import Prepared, WorkerInputs, load_entry
+from workloads.training.failures import classify
+from workloads.training.run import ending, parse, summary, worker_inputs
 
 if TYPE_CHECKING:
     from workloads.training.task import Evaluation
@@ -24,55 +28,45 @@ OnEvaluation = Callable[[int, float], None]  # step, held-out loss in nats per t
 
 def prepare(spec: AttemptSpec) -> Prepared:
     """Make the data of a trial ready, which `run` takes. Raises DataError."""
-    return entry(spec).prepare(spec, parse_config(spec))
+    return load_entry(spec.entry_point).prepare(spec, parse(spec.workload, spec.config))
 
 
 def run(spec: AttemptSpec, prepared: Prepared, on_evaluation: OnEvaluation | None = None) -> Outcome:
-    """Train one trial; its outcome, which is also in its directory. Whatever goes wrong is in the outcome.
+    """Train one trial; its outcome, which is also in its directory. Whatever goes wrong is in the outcome; where Ray
+    Tune ends the trial (SystemExit) there is none.
 
     `on_evaluation` is called after each evaluation of a one-worker trial.
     """
-    this = Run(spec)
-    with forgiving_log(this.files.log) as log, contextlib.redirect_stdout(log):
-        with contextlib.redirect_stderr(log):
-            try:
-                _train(this, prepared, on_evaluation)
-            except Exception as error:  # noqa: BLE001  the outcome says what
-                this.fail(error)
-            else:
-                this.succeed()
-    outcome = read_record(Outcome, this.files.outcome)
-    if outcome is None:
-        raise RuntimeError(f"{this.files.directory} has no outcome")
-    return outcome
+    attempt = LiveAttempt(spec, partial(classify, nodes=None), summary, whole_process=False)
+    with forgiving_log(attempt.files.log) as log, redirect_stdout(log), redirect_stderr(log):
+        with attempt:
+            _train(attempt, prepared, on_evaluation)
+    return attempt.outcome
 
 
-def _train(this: Run, prepared: Prepared, on_evaluation: OnEvaluation | None) -> None:
-    config = this.open()
-    inputs = this.inputs(prepared, config)
-    with beside(inputs):
+def _train(attempt: LiveAttempt, prepared: Prepared, on_evaluation: OnEvaluation | None) -> None:
+    config = attempt.open(partial(parse, attempt.spec.workload))
+    inputs = worker_inputs(attempt, prepared, config)
+    with load_entry(attempt.spec.entry_point).sidecar(inputs):
         if config.resources.workers > 1:
             fit(inputs)
         else:
             _train_here(inputs, config.resources.gpus_per_worker > 0, on_evaluation)
+    attempt.outcome = ending(attempt)
 
 
-def _train_here(inputs: WorkerInputs, on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
+def _train_here(inputs: WorkerInputs[Any], on_gpu: bool, on_evaluation: OnEvaluation | None) -> None:
     """The training loop in this process, alone in a process group of its own."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import torch.distributed
 
-    from workloads.training.driver import make_trainer
+    from workloads.training.worker import train
 
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch exports it without saying so
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     tell = None if on_evaluation is None else lambda step, found: _tell(on_evaluation, step, found)
-    trainer = make_trainer(inputs, tell)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
+    train(inputs, tell)
 
 
 def _tell(on_evaluation: OnEvaluation, step: int, found: Evaluation) -> None:

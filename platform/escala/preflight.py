@@ -29,7 +29,7 @@ def functions(config: Mapping[str, Any]) -> list[str]:
 
 
 def ready(
-    workload: str,
+    inputs: Mapping[str, str],
     config: Mapping[str, Any],
     home: Path,
     code: str | Path | None = None,
@@ -39,18 +39,19 @@ def ready(
     """Check a job, and copy the user's modules into the home; the copy's digest, None where it needs none.
 
     Args:
+        inputs: what the configuration's files hold, by their dotted keys (`schema.workloads.Workload.inputs`).
         code: the directory of the user's modules; None: this one, where a function is in it.
         keep: False: leave no copy behind.
 
     Raises as `check` and `user_code.snapshot`.
     """
     source = _source(functions(config), code)
-    if source is None and not functions(config) and not _reads_files(workload, config):
+    if source is None and not functions(config) and not _reads_files(inputs, config):
         return None
     with tempfile.TemporaryDirectory(prefix="escala-code-") as elsewhere:
         place = home if keep else Path(elsewhere)
         digest = None if source is None else user_code.snapshot(source, place, _roots(functions(config)))
-        check(workload, config, None if digest is None else user_code.directory(place, digest), waits)
+        check(inputs, config, None if digest is None else user_code.directory(place, digest), waits)
         return digest
 
 
@@ -69,15 +70,15 @@ def _roots(names: list[str]) -> set[str]:
     return {name.partition(":")[0].partition(".")[0] for name in names} - {*user_code.OURS}
 
 
-def _reads_files(workload: str, config: Mapping[str, Any]) -> bool:
+def _reads_files(inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
     corpora = (config.get("data") or {}).get("corpora") or []
-    return workload in ("sft", "reward", "dpo", "ppo", "judge", "rollouts") or any(
+    return bool(inputs or config.get("reward")) or any(
         corpus["kind"] in ("files", "jsonl") for corpus in corpora
     )
 
 
 def check(
-    workload: str,
+    inputs: Mapping[str, str],
     config: Mapping[str, Any],
     code: Path | None = None,
     waits: bool = False,
@@ -86,11 +87,12 @@ def check(
     """Raise SpecError for what the job could not do: see `workloads.preflight`.
 
     Args:
+        inputs: as of `ready`.
         config: a checked configuration, as plain data.
         code: the directory of the user's modules.
         waits: the job starts after another one, which may write its files.
     """
-    request = json.dumps({"workload": workload, "config": config, "waits": waits})
+    request = json.dumps({"inputs": dict(inputs), "config": config, "waits": waits})
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", user_code.VARIABLE)}
     if paths := source_paths():  # as a job's processes have it: not what this shell's PYTHONPATH adds
         environment["PYTHONPATH"] = os.pathsep.join(paths)

@@ -19,10 +19,11 @@ from pydantic import BaseModel, Field, ValidationError
 from escala import documents
 from escala.contract.errors import SpecError
 from escala.documents import Section
-from escala.schema import WORKLOADS, JudgeConfig, TrainedConfig
 from escala.schema.base import Strict
 from escala.schema.flops import parameter_counts, training_flops_per_token
 from escala.schema.serve import ServeConfig
+from escala.schema.training import TrainedConfig
+from escala.schema.workloads import WORKLOADS, Workload, get_workload, submittable
 
 CORRECT = "correct what is named; `escala submit pretrain --dry-run` prints a spec with every key"
 MOST_TOLD = 10  # of what is wrong with a file, in one message
@@ -49,7 +50,17 @@ class JobSpec:
     workload: str
     entry_point: str
     options: JobOptions
-    config: TrainedConfig | JudgeConfig
+    config: Strict
+
+    @property
+    def kind(self) -> Workload:
+        """The workload's record."""
+        return get_workload(self.workload)
+
+    @property
+    def trained(self) -> TrainedConfig:
+        """The configuration of a job that trains. Raises SpecError for one that trains nothing."""
+        return self.kind.trained(self.config)
 
     def plain(self) -> dict[str, Any]:
         """The workload's configuration as plain data."""
@@ -62,7 +73,6 @@ class Resolved:
     """A spec in full, the values that were derived (dotted key -> value), and what the job will cost in FLOPs."""
 
     spec: JobSpec
-    config: TrainedConfig  # the spec's
     derived: dict[str, Any]
     n_total: int
     n_active: int
@@ -82,7 +92,7 @@ def load_job(
     """Read and check a job spec.
 
     Args:
-        workload: a name in `escala.schema.WORKLOADS`.
+        workload: the name of one in `escala.schema.workloads` that can be submitted.
         files: YAML files; a later one overrides an earlier one, key by key.
         overrides: `a.b=value` with the value in YAML; a number addresses an item of a list.
         options: fields of JobOptions from the command line; None means not given.
@@ -90,14 +100,17 @@ def load_job(
 
     Raises SpecError for anything that does not validate, NotFoundError for a file that is not there.
     """
-    if workload not in WORKLOADS:
-        raise SpecError(f"there is no workload {workload!r}", _nearest(workload, WORKLOADS))
+    names = [each.name for each in submittable()]
+    if workload not in names:
+        known = WORKLOADS.get(workload)
+        if known is not None:
+            raise SpecError(f"a {workload} is not submitted", f"it is started by `{known.started_by}`")
+        raise SpecError(f"there is no workload {workload!r}", _nearest(workload, names))
     kind = WORKLOADS[workload]
     data = written(files, overrides, base)
     job = _mapping(data.pop("job", {}), "job")
-    return JobSpec(
-        workload, kind.entry_point, job_options(job, options), validate(kind.config, data, workload)
-    )
+    checked = job_options(job, options)
+    return JobSpec(workload, kind.entry_point, checked, validate(kind.config or Strict, data, workload))
 
 
 def job_options(written: Mapping[str, Any], stated: Mapping[str, Any] | None) -> JobOptions:
@@ -134,16 +147,11 @@ def resolve(spec: JobSpec) -> Resolved:
 
     Raises SpecError for a job that trains nothing: its FLOPs depend on its data.
     """
-    config = spec.config
-    if not isinstance(config, TrainedConfig):
-        raise SpecError(
-            f"what a {spec.workload} job costs depends on its data", "submit it without --dry-run"
-        )
+    config = spec.trained
     counts = parameter_counts(config.model)
     flops = training_flops_per_token(config)
     return Resolved(
         spec=spec,
-        config=config,
         derived={
             "training.context_tokens": config.context_tokens,
             "training.steps": config.total_steps,
@@ -304,13 +312,3 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
     names = sorted(set(valid))
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(names)}"
-
-
-def served(config: Mapping[str, Any]) -> dict[str, float]:
-    """CPUs and GPUs of what runs beside the workers of a job with this configuration: PPO's rollout service."""
-    service = config.get("rollouts")
-    if service is None:
-        return {"CPU": 0.0, "GPU": 0.0}
-    rewards = any(section["kind"] != "function" for section in config["rewards"])
-    replicas = service["replicas"] + rewards
-    return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}

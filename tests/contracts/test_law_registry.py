@@ -149,7 +149,7 @@ def test_the_run_says_what_the_law_is(place: Place, client: Any) -> None:
         assert f"| alpha | {law.parameters['alpha']:.5g} |" in note
         assert law.form.formula in note
         assert all(finding in note for finding in law.findings)
-        assert f"escala laws predict small@{version} --n-active" in note
+        assert f"escala laws predict small@{version} --at n_active=" in note
         assert client.get_model_version("small", str(version)).description == note
     (used,) = client.get_run(place.registry().load("small@1").provenance["law_run_id"]).inputs.dataset_inputs
     assert used.dataset.name == "points.csv sha256=0"

@@ -484,7 +484,7 @@ def test_the_spool_is_bounded_and_says_so(tmp_path: Path) -> None:
 def test_runs_are_read_back(uri: str, experiment: str, tmp_path: Path) -> None:
     tracker = open_tracker(uri)
     for number in range(3):
-        tags = {"escala.job_id": f"job{number}", "escala.contract.attempt": "1", "escala.workload": "pretrain",
+        tags = {"escala.job_id": f"job{number}", "escala.attempt": "1", "escala.workload": "pretrain",
                 "escala.name": f"n{number}", "escala.config_fingerprint": "abc"}  # fmt: skip
         run_id = tracker.start(f"{experiment}-{number}", experiment, f"n{number}", tags, {})
         if number:
@@ -512,7 +512,7 @@ def test_runs_are_read_back(uri: str, experiment: str, tmp_path: Path) -> None:
 def test_a_run_with_a_damaged_record_hides_no_other(uri: str, experiment: str, written: str) -> None:
     tracker, experiment = open_tracker(uri), f"{experiment}-{len(written)}"
     for number, attempt in enumerate(("1", "x")):
-        tags = {"escala.contract.attempt": attempt, "escala.name": f"n{number}", "escala.record": written}
+        tags = {"escala.attempt": attempt, "escala.name": f"n{number}", "escala.record": written}
         tracker.start(f"{experiment}-{number}", experiment, "name", tags, {})
     assert sorted((r.name, r.attempt) for r in list_runs(uri, experiment)) == [("n0", 1), ("n1", 0)]
 

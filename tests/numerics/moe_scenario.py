@@ -20,7 +20,8 @@ from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
 from workloads.training.experts import Routers, expert_group
-from workloads.training.step import accumulate, next_token_loss
+from workloads.training.gradient import accumulate
+from workloads.training.loss import next_token_loss
 
 MODEL = ModelConfig(
     vocab_size=101, n_layers=2, d_model=33, n_heads=2, head_dim=16, d_ff=48, max_context_tokens=16,

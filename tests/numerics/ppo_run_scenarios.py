@@ -24,10 +24,12 @@ from escala.tracking.tracker import open_tracker
 from tests.numerics.local_service import LocalService
 from workloads import ppo
 from workloads.alignment.learner import policy_weights
+from workloads.alignment.ppo_step import PpoStep
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.training.driver import WorkerInputs
+from workloads.training.entry import WorkerInputs
+from workloads.training.loop import RunLoop
 from workloads.training.zero import adam_step
 
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:", "try", "with", "as"]
@@ -73,7 +75,7 @@ class Job:
         for name in ("checkpoints", "data"):
             (directory / name).mkdir(parents=True)
 
-    def attempt(self, stop_after: int | None = None) -> ppo.Ppo:
+    def attempt(self, stop_after: int | None = None) -> RunLoop[PpoConfig]:
         """One attempt to its end, from the newest checkpoint; `stop_after` iterations the user stops it."""
         self.attempts += 1
         files = AttemptFiles(self.directory / str(self.attempts))
@@ -89,31 +91,34 @@ class Job:
         tokenizer = load_chat_tokenizer(Path(self.config.tokenizer or ""))
         service = LocalService(Transformer(self.config.model), tokenizer)
         source = str(found.path) if found else None
-        trainer = ppo.Ppo(WorkerInputs(spec, prepared.path, source, run, prepared.fingerprints), service)
+        inputs: WorkerInputs[PpoConfig] = WorkerInputs(
+            spec, prepared.path, source, run, prepared.fingerprints
+        )
+        loop = RunLoop(inputs, lambda given: PpoStep(given, service))
         if stop_after is not None:
-            trainer.watch.poll = lambda *_: "user" if trainer.count.step == stop_after else None  # type: ignore[method-assign]
+            loop.watch.poll = lambda *_: "user" if loop.count.step == stop_after else None  # type: ignore[method-assign]
         try:
-            trainer.run()
+            loop.run()
         finally:
             points = [p for e in read_events(files.spool) if e["event"] == "metrics" for p in e["points"]]
             self.told = [step for name, _, step, _ in points if name == "reward"]
-            trainer.close()
-        return trainer
+            loop.close()
+        return loop
 
 
-def facts(trainer: ppo.Ppo) -> dict[str, Any]:
-    weights = policy_weights(trainer.engine)
-    critic = policy_weights(trainer.critic) if trainer.critic is not None else {}
+def facts(loop: RunLoop[PpoConfig]) -> dict[str, Any]:
+    step: Any = loop.step
+    critic = policy_weights(step.critic) if step.critic is not None else {}
     return {
-        "measures": trainer.measures,
-        "kl_coef": trainer.kl_coef,
-        "scores": vars(trainer.scores),
-        "actor": {name: tensor.double().sum().item() for name, tensor in weights.items()},
+        "measures": step.measures,
+        "kl_coef": step.kl_coef,
+        "scores": vars(step.shaping.moments),
+        "actor": {name: tensor.double().sum().item() for name, tensor in policy_weights(step.engine).items()},
         "critic": {name: tensor.double().sum().item() for name, tensor in critic.items()},
-        "tokens": trainer.count.train_tokens,
-        "versions": [asked[2] for asked in trainer.service.asked],
-        "seeds": [[p.seed for p in asked[1]] for asked in trainer.service.asked],
-        "samples": trainer.samples,
+        "tokens": loop.count.train_tokens,
+        "versions": [asked[2] for asked in step.service.asked],
+        "seeds": [[p.seed for p in asked[1]] for asked in step.service.asked],
+        "samples": step.samples,
     }
 
 
@@ -175,7 +180,7 @@ def main() -> None:
         ],
         "exploded": error_of(lambda: run("exploded", kl={"limit_nats_per_token": 1e-6})),
         "diverged": error_of(lambda: run("diverged", training=wild)),
-        "early_steps": adam_step(stopped_early.engine),
+        "early_steps": adam_step(stopped_early.step.engine),
         "grpo": run("grpo", **grpo),
         "reinforce": run("reinforce", advantage={"kind": "reinforce_plus_plus"}, critic=None),
         "loss": run("loss", kl=in_loss),

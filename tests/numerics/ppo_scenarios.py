@@ -22,10 +22,11 @@ from workloads.alignment import losses
 from workloads.alignment.advantages import gae, whiten
 from workloads.alignment.critic import Critic
 from workloads.alignment.learner import Learner, critic_training, estimate, exchange, policy_weights
-from workloads.alignment.microbatches import Rows, minibatches
+from workloads.alignment.microbatches import RolloutBatch, minibatches
 from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import add_lora, merge_lora, without_lora
 from workloads.model.transformer import Transformer
+from workloads.rewards.reward_model import RewardModel
 from workloads.training import checkpoint, zero
 
 PROMPTS, RATE, KL_COEF, TEMPERATURE = 10, 1e-2, 0.3, 0.7
@@ -51,13 +52,13 @@ def config(stage: int, **changes: Any) -> PpoConfig:
     return PpoConfig(**{**BASE, **changes, "training": {**BASE["training"], "zero_stage": stage}})
 
 
-def rows(rank: int, ranks: int) -> Rows:
+def rows(rank: int, ranks: int) -> RolloutBatch:
     """Ragged, with responses of one token; the prompts rank, rank + ranks, ... of all."""
     generator = torch.Generator().manual_seed(1)
     sizes = [(int(torch.randint(1, 6, (), generator=generator)), 1 + (7 * n) % 13) for n in range(PROMPTS)]
     whole = [torch.randint(1, 53, (p + r,), generator=generator).tolist() for p, r in sizes]
     mine = range(rank, PROMPTS, ranks)
-    found = Rows([whole[n] for n in mine], [sizes[n][0] for n in mine], {})
+    found = RolloutBatch([whole[n] for n in mine], [sizes[n][0] for n in mine], {})
     found.columns["engine_logp"] = torch.zeros(found.mask_BT.shape)
     return found
 
@@ -74,7 +75,7 @@ def after(rank: int, ranks: int, values_B: Tensor) -> Tensor:
 def networks(section: PpoConfig) -> tuple[Transformer, Critic, Transformer]:
     """Actor, critic and a reference that is another model."""
     torch.manual_seed(0)
-    actor, critic = Transformer(section.model), Critic(Transformer(section.model))
+    actor, critic = Transformer(section.model), Critic(RewardModel(Transformer(section.model)))
     reference = copy.deepcopy(actor)
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -113,7 +114,7 @@ def learned(stage: int, directory: Path) -> dict[str, Any]:
     return found
 
 
-def iterate(section: PpoConfig, learner: Learner, iteration: int) -> tuple[Rows, dict[str, float]]:
+def iterate(section: PpoConfig, learner: Learner, iteration: int) -> tuple[RolloutBatch, dict[str, float]]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = rows(rank, ranks)
     columns, last_B, _ = learner.assess(mine)

@@ -26,8 +26,9 @@ from workloads.model.start import load_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.rewards.judge_models import LanguageModelJudge
 from workloads.rewards.reward_model import RewardModel, answer_tokens, save_reward_model
+from workloads.training.entry import Prepared
 from workloads.training.finetune import open_tokenizer
-from workloads.training.run import Prepared, keep_tokenizer
+from workloads.training.run import keep_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
 LLAMA2 = (

@@ -18,7 +18,8 @@ from escala.schema import ModelConfig, TrainingConfig
 from tests.numerics.ranks import leave
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
-from workloads.training.step import accumulate, next_token_loss
+from workloads.training.gradient import accumulate
+from workloads.training.loss import next_token_loss
 
 # d_model 33: norms and the embedding have an odd number of elements, which two ranks cannot halve.
 MODEL = ModelConfig(

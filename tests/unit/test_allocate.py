@@ -11,7 +11,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 from escala.contract.errors import LawError
 from escala.laws import Law, Objective
-from escala.laws.forms import FORMS, closed_form_optimum
+from escala.laws.forms import FORMS
 from escala.planning.allocate import allocate, front, to_target
 from escala.planning.limits import Chi, Limits, Speed
 from escala.planning.plots import plot_front
@@ -106,8 +106,8 @@ def test_chinchilla_ratios(flops, printed, corrected):
 )
 def test_numeric_is_the_closed_form(form, changed, context, ratio, flops):
     law = law_of(form, **changed)
-    closed = closed_form_optimum(
-        law.form, law.parameters, flops, kappa=6.5, context_tokens=context, n_total_over_active=ratio
+    closed = law.form.optimum(
+        law.parameters, flops, kappa=6.5, context_tokens=context, n_total_over_active=ratio
     )
     limits = Limits(compute_flops=flops, n_total_over_active=ratio)
     plan = allocate(law, limits, kappa=6.5, context_tokens=context)

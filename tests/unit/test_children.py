@@ -8,7 +8,7 @@ import pytest
 
 from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, write_json
 from escala.sweeps.design import Trial
-from escala.sweeps.trials import Planned, write_planned
+from escala.sweeps.trials import PlannedTrial, write_planned
 from escala.tracking.children import SWEEP_ATTEMPT_TAG, FamilyDelivery
 from escala.tracking.delivery import Delivery
 from escala.tracking.spool import SpoolTracker
@@ -62,7 +62,7 @@ def test_a_sweep_and_its_trials_are_closed_the_same(
     write_json(
         trial.spec, AttemptSpec("j1", 1, "t", "pretrain", "x", {}, experiment="tests", tags=tags, **where)
     )
-    write_planned(tmp_path, "j1", [Planned(1, "f" * 8, Trial({}, {}, 1, 1, 1, 1, 1.0))])
+    write_planned(tmp_path, "j1", [PlannedTrial(1, "f" * 8, Trial({}, {}, 1, 1, 1, 1, 1.0))])
     if outcome is not None:
         write_json(sweep.outcome, outcome)
     runs = Runs()

@@ -23,7 +23,7 @@ from escala.jobs.model import Attempt, HistoryEvent, Job
 from escala.rollouts.deployment import Deployment, Replica, RolloutsStatus
 from escala.settings import Settings
 from escala.sweeps.design import Trial
-from escala.sweeps.plan import Plan as SweepPlan
+from escala.sweeps.plan import SweepPlan
 from escala.views.base import View
 from escala.views.cluster import ClusterView
 from escala.views.jobs import AttemptView, EventView, JobDetailsView, JobView, ProgressView, WatchedJobView

@@ -17,7 +17,7 @@ from escala.laws.reference import Cache, Stored
 from escala.tracking.spool import read_events
 
 TEXT = {"tokenizer_fingerprint": "t", "evaluation_fingerprint": "e"}
-COMMON = {"training.precision": "fp32", "training.seed": "0", "model.vocab_size": "1024"}
+COMMON = {"training": {"precision": "fp32", "seed": 0}, "model": {"vocab_size": 1024}}
 CONFIG = {"training": {"precision": "fp32", "seed": 3}, "model": {"vocab_size": 1024}}
 
 

@@ -13,11 +13,13 @@ import pytest
 
 from escala import preflight
 from escala.contract.errors import EscalaError, SpecError, StateError
+from escala.schema.workloads import WORKLOADS
 from escala.storage import user_code
 from workloads.preflight import problems
 from workloads.rewards import functions
 from workloads.rewards.functions import UserFunction
 
+INPUTS = WORKLOADS["ppo"].inputs
 MODULE = """
 import os, re, sys, time
 calls = 0
@@ -170,7 +172,7 @@ def ppo(directory: Path, **changes: Any) -> dict[str, Any]:
 def test_a_module_takes_no_command_down(code: Path, tmp_path: Path, function: str, says: str) -> None:
     config = ppo(tmp_path, rewards=[{"kind": "function", "function": function}])
     with pytest.raises(SpecError) as caught:
-        preflight.check("ppo", config, code, seconds=2 if "loops" in function else 60)
+        preflight.check(INPUTS, config, code, seconds=2 if "loops" in function else 60)
     assert function in caught.value.message
     assert says in caught.value.message
 
@@ -181,21 +183,21 @@ def test_functions_of_the_present_directory_are_found_and_copied(
     monkeypatch.delenv(functions.CODE)
     monkeypatch.chdir(code)
     home = tmp_path / "home"
-    digest = preflight.ready("ppo", ppo(tmp_path), home)
+    digest = preflight.ready(INPUTS, ppo(tmp_path), home)
     assert digest is not None
     assert (user_code.directory(home, digest) / "mine" / "rewards.py").is_file()
-    assert preflight.ready("ppo", ppo(tmp_path), tmp_path / "other", keep=False) == digest
+    assert preflight.ready(INPUTS, ppo(tmp_path), tmp_path / "other", keep=False) == digest
     assert not (tmp_path / "other").exists()
     (code / "spread" / "inner").mkdir(parents=True)  # Python in a subfolder alone, and no __init__.py
     (code / "spread" / "inner" / "r.py").write_text("def score(prompts, responses): return []")
     spread = ppo(tmp_path, rewards=[{"kind": "function", "function": "spread.inner.r:score"}])
-    assert preflight.ready("ppo", spread, home) not in (None, digest)
+    assert preflight.ready(INPUTS, spread, home) not in (None, digest)
     shutil.rmtree(code / "spread")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match="No module named 'mine'"):
-        preflight.ready("ppo", ppo(tmp_path), home)
-    assert preflight.ready("ppo", ppo(tmp_path), home, code=code) == digest
-    assert preflight.ready("pretrain", {"data": {"corpora": [{"kind": "python_source"}]}}, home) is None
+        preflight.ready(INPUTS, ppo(tmp_path), home)
+    assert preflight.ready(INPUTS, ppo(tmp_path), home, code=code) == digest
+    assert preflight.ready({}, {"data": {"corpora": [{"kind": "python_source"}]}}, home) is None
 
 
 @pytest.mark.parametrize(
@@ -222,11 +224,13 @@ def test_files_are_looked_into_before_a_job_is_queued(
         config = {"data": {key: str(path), "held_out": None}}
     if workload == "judge":
         config = {"responses": str(path), "judge": {"model": str(tmp_path)}}
-    [(message, _)] = problems(workload, config, waits=False)
+    [(message, _)] = problems(WORKLOADS[workload].inputs, config, waits=False)
     assert str(path) in message
     assert says in message
     if text is None:
-        assert not problems(workload, config, waits=True)  # the job before it may write the file
+        assert not problems(
+            WORKLOADS[workload].inputs, config, waits=True
+        )  # the job before it may write the file
 
 
 def test_a_critic_reads_the_actor_s_tokens(tmp_path: Path) -> None:
@@ -240,13 +244,13 @@ def test_a_critic_reads_the_actor_s_tokens(tmp_path: Path) -> None:
         start = {"start": {"path": str(tmp_path / critic)}}
         return ppo(tmp_path, start={"path": str(tmp_path / "actor")}, critic=start, rewards=[])
 
-    assert not problems("ppo", config("same"), waits=False)
-    [(message, _)] = problems("ppo", config("other"), waits=False)
+    assert not problems(INPUTS, config("same"), waits=False)
+    [(message, _)] = problems(INPUTS, config("other"), waits=False)
     assert "another tokenizer than the actor" in message
 
 
 def said(workload: str, config: dict[str, Any]) -> str:
-    return problems(workload, config, waits=False)[0][0]
+    return problems(WORKLOADS[workload].inputs, config, waits=False)[0][0]
 
 
 def test_pipes_and_directories_are_no_data(tmp_path: Path) -> None:

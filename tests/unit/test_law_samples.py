@@ -11,6 +11,7 @@ import pytest
 
 from escala.contract.errors import LawError
 from escala.laws import Law, fit_law
+from escala.laws.backtest import backtest
 from escala.laws.drift import check
 from escala.laws.plots import figures
 from escala.laws.reference import Stored
@@ -178,7 +179,7 @@ def test_a_law_without_intervals_answers_everywhere() -> None:
     assert (best.low_nats, best.n_active_low) == (None, None)
     assert "isoflop" in figures(law)
     assert not Law.from_json(law.to_json()).has_intervals
-    assert math.isnan(law.backtest().covered)
+    assert math.isnan(backtest(law).covered)
     assert json.loads(law.to_json())["replicates_BP"] == []
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,27 +14,26 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
-from escala.contract.errors import LawError, SpecError
+from escala.contract.errors import LawError, SpecError, StateError
 from escala.laws import fit_law
 from escala.laws.reference import Cache, Stored
-from escala.planning.explore import Exploration, _next, _open, _planned_flops, fitting
-from escala.planning.plans import Proposed, base_of, chi_of, config_for
+from escala.planning.explore import Exploration, _next, _open, _planned_flops, fitting, width_at
+from escala.planning.limits import Budget, Limits
+from escala.planning.plans import PlanOptions, Proposed, base_of, chi_of, config_for, plan_law, propose_runs
 from escala.planning.propose import Proposal, candidates, propose
 from escala.schema import ModelConfig, PretrainConfig
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.settings import Settings
 
 URI = "http://127.0.0.1:9"  # nothing listens there
-CONFIGURATION = {  # as a sweep stores it: dotted keys and texts
-    "model.vocab_size": "320",
-    "model.max_context_tokens": "64",
-    "model.n_heads": "4",
-    "data.tokenizer.vocab_size": "320",
-    "data.allow_repeats": "True",
-    "training.context_tokens": "64",
-    "training.optimizer.warmup_steps": "None",
-    "training.optimizer.learning_rate": "0.01",
-    "training.seed": "0",
+CONFIGURATION: dict[str, Any] = {  # as a sweep stores it
+    "model": {"vocab_size": 320, "max_context_tokens": 64, "n_heads": 4},
+    "data": {"tokenizer": {"vocab_size": 320}, "allow_repeats": True},
+    "training": {
+        "context_tokens": 64,
+        "optimizer": {"warmup_steps": None, "learning_rate": 0.01},
+        "seed": 0,
+    },
 }
 
 
@@ -45,7 +45,7 @@ def stored() -> Stored:
     frame["tokens"] = compute / 6 / frame.n_active
     clean = 1.2 + 80 * frame.n_active**-0.45 + 1600 * frame.tokens**-0.58
     frame["loss_nats"] = clean * np.exp(0.003 * rng.standard_normal(24))
-    return Stored("tiny", 1, fit_law(frame, bootstrap=100), {"configuration": CONFIGURATION})
+    return Stored("tiny", 1, fit_law(frame, bootstrap=100), {"format": 2, "configuration": CONFIGURATION})
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_the_configuration_of_a_law_s_runs_comes_back_without_what_the_recipe_de
 
 
 def test_a_planned_mixture_has_the_experts_that_both_sizes_say(stored: Stored) -> None:
-    moe = {"model.moe.chosen": "1", "model.moe.capacity_factor": "1.25"}
-    mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, **moe}})
+    model = {**CONFIGURATION["model"], "moe": {"chosen": 1, "capacity_factor": 1.25}}
+    mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, "model": model}})
     for total in (90_000, 400_000):
         config = PretrainConfig.model_validate(config_for(mixture, 50_000, total, 2e6))
         counts = parameter_counts(config.model)
@@ -180,6 +180,40 @@ def test_a_proposal_says_what_it_expects_and_by_which_formula(home: Path) -> Non
         ask(*arguments, "--unit", "EUR")
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_params": 1e5}, {"data_tokens": 1e6, "inference_tokens": 1e9}])
+def test_plan_proposal_and_exploration_aim_at_the_same_point(
+    home: Path, stored: Stored, limits: dict[str, float]
+) -> None:
+    """The runs of this law share a context, so attention counts (chi), and the limits hold for all three."""
+    target = Limits(compute_flops=1e14, **limits)
+    plan = plan_law(Settings(), "tiny", target).plan
+    assert plan.chi > 1.01
+    found = propose_runs(Settings(), "tiny", target, 1e13)
+    assert found.plan == plan
+    mean = stored.law.predict_mean(0.9, **plan.point("n_active"))
+    assert mean.low_nats is not None
+    assert mean.high_nats is not None
+    width = (mean.high_nats - mean.low_nats) / mean.loss_nats
+    assert width_at(Settings(), "tiny", target) == width
+    assert found.proposals[0].width_now == pytest.approx(width, rel=1e-6)
+
+
+def test_a_journal_of_escala_0_1_is_continued(home: Path) -> None:
+    """Its target was a number of FLOPs."""
+    path = home / "home" / "explore" / "tiny.json"
+    path.parent.mkdir()
+    old = {"name": "tiny", "law": "tiny@1", "target_flops": 1e15, "max_flops": 1e14, "budget_flops": 1e14}
+    path.write_text(
+        json.dumps({**old, "width": 0.02, "batch": 1, "rounds": [{"law": "tiny@1", "proposals": []}]})
+    )
+    asked = Exploration("tiny", "tiny@1", Limits(compute_flops=1e15), 1e13, 1e14, width=1e-3, batch=2)
+    state = _open(Settings(), asked)
+    assert (len(state.rounds), state.batch, state.target) == (1, 2, asked.target)
+    assert _open(Settings(), asked) == state
+    with pytest.raises(StateError, match="another target: compute_flops"):
+        _open(Settings(), replace(asked, target=Limits(compute_flops=1e16)))
+
+
 def test_a_law_of_a_table_can_neither_submit_nor_explore(home: Path) -> None:
     with pytest.raises(SpecError, match="does not know how its runs were configured"):
         ask("laws", "plan", "table@1", "--compute-flops", "1e14", "--submit")
@@ -193,17 +227,26 @@ def test_exploration_makes_a_run_smaller_until_its_plan_fits(
     """Of the one candidate of 6 N D = what is left, attention and whole steps do not fit in it."""
 
     def largest(
-        settings: Settings, law: str, target: float, most: float, *, count: int, width: float
+        settings: Settings,
+        law: str,
+        target: Limits,
+        most: float,
+        options: PlanOptions,
+        *,
+        count: int,
+        width: float,
     ) -> Proposed:
         point = {"n_active": np.sqrt([most / 120]), "tokens": 20 * np.sqrt([most / 120])}
         columns = {**point, "n_total": point["n_active"]}
-        return Proposed(stored, propose(stored.law, target, columns, width=width), "")
+        return Proposed(stored, propose(stored.law, Budget(target), columns, width=width), "", None)
 
     monkeypatch.setattr("escala.planning.explore.propose_runs", largest)
     said: list[str] = []
     left, settings = 1e12, Settings()
-    state = _open(settings, Exploration("tiny", "tiny@1", 1e15, 1e14, left, width=1e-3, batch=1))
-    first = largest(settings, "tiny@1", 1e15, left, count=1, width=1e-3).proposals
+    state = _open(
+        settings, Exploration("tiny", "tiny@1", Limits(compute_flops=1e15), 1e14, left, width=1e-3, batch=1)
+    )
+    first = largest(settings, "tiny@1", state.target, left, state.options, count=1, width=1e-3).proposals
     assert _planned_flops(settings, state, "tiny@1", list(first)) > left
     following = _next(settings, state, said.append)
     assert following is not None

@@ -13,7 +13,7 @@ from escala.contract.errors import SpecError
 from escala.hardware import load_cluster
 from escala.planning.cost import cost
 from escala.schema import PpoConfig
-from escala.schema.flops import ppo_flops_per_token, training_flops_per_token
+from escala.schema.flops import step_flops_per_token, training_flops_per_token
 from escala.schema.serve import OwnerConfig
 from escala.settings import Settings
 
@@ -86,19 +86,19 @@ def test_a_judge_needs_a_second_response_or_a_reference() -> None:
 
 def test_flops_count_generation_three_forward_passes_and_the_epochs() -> None:
     without = config(advantage={"kind": "rloo"})
-    forward = ppo_flops_per_token(without, 0) / 3
-    assert ppo_flops_per_token(without, 2) == pytest.approx(9 * forward)
-    assert training_flops_per_token(without) == ppo_flops_per_token(without, without.batch.epochs)
+    forward = step_flops_per_token(without, 0) / 3
+    assert step_flops_per_token(without, 2) == pytest.approx(9 * forward)
+    assert training_flops_per_token(without) == step_flops_per_token(without, without.batch.epochs)
     with_critic = config()
-    assert ppo_flops_per_token(with_critic, 2, frozen_actor=True) < ppo_flops_per_token(with_critic, 2)
-    assert ppo_flops_per_token(with_critic, 0) > 3 * forward
+    assert step_flops_per_token(with_critic, 2, frozen_actor=True) < step_flops_per_token(with_critic, 2)
+    assert step_flops_per_token(with_critic, 0) > 3 * forward
 
 
 def test_it_can_be_planned() -> None:
     answer = spec.resolve(spec.load_job("ppo", base=BASE))
     assert answer.derived["training.steps"] == 100
     assert answer.train_tokens == 100 * 16 * 64  # at most: responses are as long as they come
-    found = cost(answer.config, load_cluster("local"))
+    found = cost(answer.spec.trained, load_cluster("local"))
     assert found.wall_seconds > 0
     assert any("PPO" in note for note in found.notes)
 
@@ -139,10 +139,11 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
 
 def test_a_job_has_room_for_its_service_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from escala.jobs.actions import _check_room
+    from escala.spec import JobOptions, JobSpec
 
-    def job(workers: int, **changes: Any) -> Any:
+    def job(workers: int, **changes: Any) -> JobSpec:
         found = config(resources={"workers": workers}, **changes)
-        return SimpleNamespace(config=found, plain=lambda: found.model_dump(mode="json"))
+        return JobSpec("ppo", "workloads.ppo", JobOptions(), found)
 
     monkeypatch.setenv("ESCALA_NUM_CPUS", "4")
     monkeypatch.delenv("ESCALA_RAY_ADDRESS", raising=False)

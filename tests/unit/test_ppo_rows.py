@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from escala.contract.errors import SpecError, StaleWeights, StateError
 from tests.unit.test_ppo_config import config
 from workloads.alignment.learner import estimate
-from workloads.alignment.microbatches import Rows, cut, deal, micro_batch, minibatches
-from workloads.alignment.rollouts import Drawing, PromptTokens, Scores, Scoring, request_seed
+from workloads.alignment.microbatches import RolloutBatch, cut, deal, micro_batch, minibatches
+from workloads.alignment.rollouts import PromptTokens, RolloutSampler, Scores, Scoring, request_seed
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 PROMPTS = [PromptTokens(f"prompt {n}", [n + 1, n + 2]) for n in range(11)]
@@ -50,9 +50,9 @@ def test_minibatches_visit_all_rows_in_an_order_of_their_own(rows: int, count: i
         assert parts != minibatches(rows, count, 3, 6, 0)
 
 
-def rows() -> Rows:
+def rows() -> RolloutBatch:
     columns = {"x": torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]])}
-    return Rows([[7, 8, 11, 12, 13], [9, 21]], [2, 1], columns)
+    return RolloutBatch([[7, 8, 11, 12, 13], [9, 21]], [2, 1], columns)
 
 
 def test_a_micro_batch_marks_what_predicts_each_response_token() -> None:
@@ -68,15 +68,15 @@ def test_a_micro_batch_marks_what_predicts_each_response_token() -> None:
 
 
 def test_rows_of_several_ranks_are_joined_in_one_order() -> None:
-    other = Rows([[5, 6]], [1], {"x": torch.tensor([[9.0]])})
-    whole = Rows.join([other, rows()], [1, 0, 2])
+    other = RolloutBatch([[5, 6]], [1], {"x": torch.tensor([[9.0]])})
+    whole = RolloutBatch.join([other, rows()], [1, 0, 2])
     assert whole.sequences == [[7, 8, 11, 12, 13], [5, 6], [9, 21]]
     assert whole.columns["x"].tolist() == [[1, 2, 3], [9, 0, 0], [4, 0, 0]]
     assert whole.mask_BT.sum(1).tolist() == [3, 1, 1]
 
 
 def test_a_response_that_is_cut_off_goes_on_or_ends_there() -> None:
-    made = Rows(
+    made = RolloutBatch(
         rows().sequences,
         rows().prompt_lengths,
         {n: rows().columns["x"] for n in ("logp_old", "logp_ref", "values")},
@@ -93,10 +93,14 @@ def test_a_response_that_is_cut_off_goes_on_or_ends_there() -> None:
 
 
 def test_ranks_together_ask_what_one_alone_asks_and_never_the_same_seed_twice() -> None:
-    alone = [Drawing(config(), PROMPTS, 0, 1).requests(i) for i in range(4)]
+    alone = [RolloutSampler(config(), PROMPTS, 0, 1).requests(i) for i in range(4)]
     together = [
         sorted(
-            (request for rank in range(2) for request in Drawing(config(), PROMPTS, rank, 2).requests(i)),
+            (
+                request
+                for rank in range(2)
+                for request in RolloutSampler(config(), PROMPTS, rank, 2).requests(i)
+            ),
             key=lambda request: request[:2],
         )
         for i in range(4)
@@ -127,7 +131,7 @@ class Service:
 
 
 def test_a_response_of_other_weights_or_none_in_time_is_an_error() -> None:
-    drawing = Drawing(config(), PROMPTS, 0, 1)
+    drawing = RolloutSampler(config(), PROMPTS, 0, 1)
     found = drawing.draw(Service(5), 0, 5)
     assert [(one.slot, one.number) for one in found] == [(s, n) for s in range(8) for n in range(2)]
     with pytest.raises(StaleWeights, match="version 4, and 5"):
@@ -139,7 +143,7 @@ def test_a_response_of_other_weights_or_none_in_time_is_an_error() -> None:
 def test_functions_score_here_and_models_at_the_service() -> None:
     here = {"kind": "function", "function": "tests.reward_functions:count_a", "weight": 2.0}
     served = {"kind": "model", "model": "reward"}
-    responses = Drawing(config(), PROMPTS, 0, 1).draw(Service(1), 0, 1)
+    responses = RolloutSampler(config(), PROMPTS, 0, 1).draw(Service(1), 0, 1)
     both = Scoring(config(rewards=[here, served]))
     assert both.score(Service(1), responses) == Scores(
         [12.0] * 16, {"count_a": [1.0] * 16, "served": [10.0] * 16}
@@ -153,7 +157,10 @@ def test_functions_score_here_and_models_at_the_service() -> None:
 
 def test_the_order_of_prompts_is_the_seeds() -> None:
     orders = [
-        [request[2].prompt for request in Drawing(config(training={"seed": s}), PROMPTS, 0, 1).requests(0)]
+        [
+            request[2].prompt
+            for request in RolloutSampler(config(training={"seed": s}), PROMPTS, 0, 1).requests(0)
+        ]
         for s in (0, 0, 1)
     ]
     assert orders[0] == orders[1]

@@ -9,12 +9,13 @@ import pytest
 from escala import spec
 from escala.contract.errors import LawError, SpecError
 from escala.contract.records import Outcome, TrialFiles, write_json
+from escala.schema.workloads import WORKLOADS, objective_of
 from escala.settings import Settings
 from escala.sweeps import launch, plan
 from escala.sweeps.design import Trial
-from escala.sweeps.points import objective, read_points
+from escala.sweeps.points import read_points
 from escala.sweeps.space import Space, load_space
-from escala.sweeps.trials import Planned, write_planned
+from escala.sweeps.trials import PlannedTrial, write_planned
 
 
 def space(**changes: Any) -> Space:
@@ -29,14 +30,14 @@ def test_the_shipped_space_is_planned_with_its_service() -> None:
     coefficients = {t.config["kl"]["coefficient"] for t in found.trials}
     assert (rates, coefficients) == ({3e-6, 1e-5, 3e-5}, {0.01, 0.05, 0.2})
     assert found.compute_flops > 0
-    assert plan.served(found.trials[0]) == {
+    assert WORKLOADS["ppo"].sidecar_needs(found.trials[0].config) == {
         "CPU": 1.0,
         "GPU": 0.0,
     }  # a policy and a reward replica of half each
     trial: Trial = found.trials[0]
-    assert plan.fitting([trial], {"CPU": 4.5}, None) == 2
+    assert plan.fitting("ppo", [trial], {"CPU": 4.5}, None) == 2
     with pytest.raises(SpecError, match="largest trial needs"):
-        plan.fitting([trial], {"CPU": 1.5}, None)
+        plan.fitting("ppo", [trial], {"CPU": 1.5}, None)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_trial_is_judged_by_its_reward_and_gives_a_row_but_no_law(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = plan.make_plan(*load_space("ppo"), Settings())
-    planned = [Planned(n, f"trial{n}", trial) for n, trial in enumerate(found.trials[:3], 1)]
+    planned = [PlannedTrial(n, f"trial{n}", trial) for n, trial in enumerate(found.trials[:3], 1)]
     (tmp_path / "jobs" / "s").mkdir(parents=True)
     write_planned(tmp_path, "s", planned)
     record = {
@@ -69,11 +70,13 @@ def test_a_trial_is_judged_by_its_reward_and_gives_a_row_but_no_law(
         attempt = TrialFiles(tmp_path, one.fingerprint).attempt(1)
         attempt.directory.mkdir(parents=True)
         write_json(attempt.outcome, Outcome("succeeded", record=kept))
-    assert (objective(record), objective({**record, "measures": {}})) == (-0.5, None)
-    assert objective({"workload": "pretrain", "held_out_loss_nats": 3.0}) == 3.0
+    assert objective_of(record).minimised(record) == -0.5
+    assert objective_of(record).minimised({**record, "measures": {}}) is None
+    trained = {"workload": "pretrain", "held_out_loss_nats": 3.0}
+    assert objective_of(trained).minimised(trained) == 3.0
     points = read_points(tmp_path, "s")
     assert points.points[["reward", "kl_nats", "tokens"]].values.tolist() == [[0.5, 2.0, 17]]
-    assert points.refused["reason"].tolist() == ["it has no held-out loss", "not started"]
+    assert points.refused["reason"].tolist() == ["it has no reward", "not started"]
     assert points.noise is None
     monkeypatch.setattr(launch, "sweep_points", lambda _, name: points)
     with pytest.raises(LawError, match="no held-out loss"):

@@ -12,6 +12,8 @@ import pytest
 from escala.contract.errors import LawError
 from escala.laws import Law, fit_law
 from escala.laws.solve import Objective
+from escala.planning.allocate import allocate
+from escala.planning.limits import Budget, Chi, Limits
 from escala.planning.propose import (
     candidates,
     information,
@@ -171,10 +173,15 @@ def test_predicted_loss_is_the_law_s(law: Law) -> None:
 def test_a_budget_is_a_target(law: Law, aim: str) -> None:
     columns = candidates(law, 1e18)
     by_number = propose(law, 1e21, columns, aim=aim, count=2)
-    assert by_number == propose(law, {"compute_flops": 1e21}, columns, aim=aim, count=2)
-    best = law.optimum(1e21)
+    limits = Limits(compute_flops=1e21)
+    assert by_number == propose(law, Budget(limits), columns, aim=aim, count=2)
+    best = allocate(law, limits)
     if aim == "loss":
         assert by_number == propose(law, {"n_active": best.n_active, "tokens": best.tokens}, columns, count=2)
+        far = Budget(limits, chi=Chi(1.0, 0.3), context_tokens=4096.0)
+        there = allocate(law, **vars(far))
+        assert there.n_active < 0.95 * best.n_active
+        assert propose(law, far, columns, count=2) == propose(law, there.point("n_active"), columns, count=2)
     elif best.n_active_low is not None and best.n_active_high is not None:
         width = (best.n_active_high - best.n_active_low) / best.n_active
         assert by_number[0].width_now == pytest.approx(width)
@@ -208,8 +215,6 @@ def test_what_cannot_be_answered_is_refused(law: Law) -> None:
         propose(law, TARGET, columns, aim="n_active")
     with pytest.raises(LawError, match="needs tokens"):
         propose(law, {"n_active": 1e9}, columns)
-    with pytest.raises(LawError, match="knows no ratio"):
-        propose(law, {"compute_flops": 1e21, "ratio": 8.0}, columns)
     with pytest.raises(LawError, match="lack tokens"):
         propose(law, TARGET, {"n_active": columns["n_active"]})
     with pytest.raises(LawError, match="differ in length"):

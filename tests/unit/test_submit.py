@@ -197,6 +197,7 @@ def test_a_page_holds_what_runs_then_what_waits_in_order_then_says_that_there_is
 def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from escala.planning import explore
     from escala.planning.explore import Exploration, Round
+    from escala.planning.limits import Limits
 
     keys: list[str] = []
 
@@ -208,7 +209,9 @@ def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch:
 
     monkeypatch.setattr(explore, "_write_space", lambda *_: Path("space.yaml"))
     monkeypatch.setattr(explore.sweeps, "sweep", sweep)
-    state = Exploration("x", "x@1", 1e21, 1e18, 1e19, 0.02, 2, [Round("x@1", [], key="explore-k")])
+    state = Exploration(
+        "x", "x@1", Limits(compute_flops=1e21), 1e18, 1e19, 0.02, 2, [Round("x@1", [], key="explore-k")]
+    )
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             explore._finish(Settings(), state, state.rounds[-1], print)

@@ -19,8 +19,9 @@ from escala.sweeps import design, plan, trials
 from escala.sweeps.launch import plan_sweep
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import read_points
+from escala.sweeps.recipes import by_recipe
 from escala.sweeps.space import Space, load_space, names
-from escala.sweeps.trials import Planned
+from escala.sweeps.trials import PlannedTrial
 from tests.conftest import wait_for
 
 BETA2 = {"low": 0.9, "high": 1.0, "scale": "linear"}
@@ -181,26 +182,28 @@ def test_concurrency_never_lets_trials_wait_for_each_other():
         base = {**BASE, "resources": {"workers": workers, "cpus_per_worker": cpus}}
         return design.make_trial(space(vary={"tokens": [1e4]}, base=base), {"tokens": 1e4})
 
-    assert plan.fitting([trial(1)], {"CPU": 4.0}, None) == 4
-    assert plan.fitting([trial(1)], {"CPU": 4.0}, 3) == 3
-    assert plan.fitting([trial(2)], {"CPU": 4.0}, None) == 1  # 2 x (2 + 0.1) are more than 4
-    assert plan.fitting([trial(2)], {"CPU": 4.2}, None) == 2
-    assert plan.fitting([trial(1)], {"CPU": 8.0}, None, cores=2) == 2  # logical CPUs compute nothing
-    assert plan.fitting([trial(2)], {"CPU": 4.0}, None, cores=1) == 1
+    assert plan.fitting("pretrain", [trial(1)], {"CPU": 4.0}, None) == 4
+    assert plan.fitting("pretrain", [trial(1)], {"CPU": 4.0}, 3) == 3
+    assert plan.fitting("pretrain", [trial(2)], {"CPU": 4.0}, None) == 1  # 2 x (2 + 0.1) are more than 4
+    assert plan.fitting("pretrain", [trial(2)], {"CPU": 4.2}, None) == 2
+    assert (
+        plan.fitting("pretrain", [trial(1)], {"CPU": 8.0}, None, cores=2) == 2
+    )  # logical CPUs compute nothing
+    assert plan.fitting("pretrain", [trial(2)], {"CPU": 4.0}, None, cores=1) == 1
     with pytest.raises(SpecError, match=r"needs 4.1 CPUs, and there are 4"):
-        plan.fitting([trial(2, 2.0)], {"CPU": 4.0}, None)
+        plan.fitting("pretrain", [trial(2, 2.0)], {"CPU": 4.0}, None)
 
 
 # Points
 
 
-def planned(home: Path, tokens: int, seed: int = 0, number: int = 1) -> Planned:
+def planned(home: Path, tokens: int, seed: int = 0, number: int = 1) -> PlannedTrial:
     base = design.make_trial(space(vary={"tokens": [1]}), {"tokens": tokens})
     trial = design.with_seed(base, seed)
-    return Planned(number, trials.trial_fingerprint(trial.config, {"corpus": "c"}), trial)
+    return PlannedTrial(number, trials.trial_fingerprint(trial.config, {"corpus": "c"}), trial)
 
 
-def end(home: Path, one: Planned, kind: str, loss: float | None, tokens: int | None = None) -> None:
+def end(home: Path, one: PlannedTrial, kind: str, loss: float | None, tokens: int | None = None) -> None:
     """What a trial's attempt leaves."""
     attempt = TrialFiles(home, one.fingerprint).attempt(1)
     attempt.directory.mkdir(parents=True)
@@ -236,14 +239,14 @@ def test_what_is_no_point_keeps_its_reason(tmp_path: Path):
     assert reasons[0] == "diverged: why"
     assert reasons[1].startswith("unfinished: 10 of 6")
     assert reasons[2:] == ["it has no held-out loss", "unfinished: it has no outcome", "not started"]
-    assert found.configuration["model.vocab_size"] == "512"
-    assert "training.train_tokens" in found.configuration  # one point: everything is in common
+    assert found.configuration["model"]["vocab_size"] == 512
+    assert "train_tokens" in found.configuration["training"]  # one point: everything is in common
 
 
 def test_a_point_of_a_mixture_has_its_capacity_factor(tmp_path: Path):
     JobFiles(tmp_path, "j").directory.mkdir(parents=True)
     asked = space(vary={"model.moe.capacity_factor": [0.5, 1.5], "tokens": [20_000]})
-    made = [Planned(i, str(i), trial) for i, trial in enumerate(design.plan(asked))]
+    made = [PlannedTrial(i, str(i), trial) for i, trial in enumerate(design.plan(asked))]
     trials.write_planned(tmp_path, "j", made)
     for one in made:
         end(tmp_path, one, "succeeded", 5.0)
@@ -411,7 +414,7 @@ def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypat
 )
 def test_a_recipe_refuses_what_makes_no_model(written: dict, axes: dict, says: str) -> None:
     with pytest.raises(SpecError, match=says):
-        design.by_recipe(written, axes)
+        by_recipe(written, axes)
 
 
 def test_a_dry_run_checks_the_job_s_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
 from escala.schema import PpoConfig
-from workloads.model.start import find_checkpoint, load_model, new_model
-from workloads.model.transformer import Transformer
+from workloads.model.start import find_checkpoint, has_scalar_head, load_model, new_model
 from workloads.rewards.reward_model import HEAD_FILE, RewardModel, load_reward_model
 
 
-class Critic(RewardModel):
-    """The return that is expected from here on. Its head starts near 0, or as the reward model's that it is made of."""
+class Critic(nn.Module):
+    """The return that is expected from here on. Trunk and head are those of `scorer`, whose head starts near 0."""
+
+    def __init__(self, scorer: RewardModel) -> None:
+        super().__init__()
+        self.trunk, self.head = scorer.trunk, scorer.head
 
     def forward(self, tokens_BT: Tensor, at_BT: Tensor) -> Tensor:
         """fp32 values_N of the positions where `at_BT` is true, in row order: what follows the token there.
@@ -25,7 +28,8 @@ class Critic(RewardModel):
         Args:
             tokens_BT: token ids, padded on the right.
         """
-        return self.head(self.trunk.hidden(tokens_BT, at_BT=at_BT)).squeeze(-1).float()
+        values_N1: Tensor = self.head(self.trunk.hidden(tokens_BT, at_BT=at_BT))
+        return values_N1.squeeze(-1).float()
 
 
 def build_critic(config: PpoConfig) -> Critic:
@@ -37,14 +41,13 @@ def build_critic(config: PpoConfig) -> Critic:
     if section is None:
         raise ValueError("this run has no critic")
     if section.start is None or section.start.path is None:
-        return _prepared(Critic(new_model(config)), config)
+        return _prepared(Critic(RewardModel(new_model(config))), config)
     path = Path(section.start.path)
     if is_reward_model(path):
         scorer, _ = load_reward_model(path)
-        critic = Critic(scorer.trunk)
-        critic.head = scorer.head
+        critic = Critic(scorer)
     else:
-        critic = Critic(load_model(path))
+        critic = Critic(RewardModel(load_model(path)))
     found, wanted = critic.trunk.config, section.model
     if wanted is not None and found.model_copy(update={"tie_embeddings": wanted.tie_embeddings}) != wanted:
         raise CheckpointError(
@@ -55,8 +58,7 @@ def build_critic(config: PpoConfig) -> Critic:
 
 
 def _prepared(critic: Critic, config: PpoConfig) -> Critic:
-    trunk: Transformer = critic.trunk
-    trunk.activation_checkpointing = config.training.activation_checkpointing
+    critic.trunk.activation_checkpointing = config.training.activation_checkpointing
     return critic
 
 
@@ -65,4 +67,4 @@ def is_reward_model(path: Path) -> bool:
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         return (path / HEAD_FILE).is_file()
-    return checkpoint.part("workload", str) == "reward"
+    return has_scalar_head(checkpoint)

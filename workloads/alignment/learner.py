@@ -30,7 +30,7 @@ from workloads.alignment.losses import (
     policy_loss,
     value_loss,
 )
-from workloads.alignment.microbatches import MicroBatch, Rows, cut, deal, micro_batch, minibatches
+from workloads.alignment.microbatches import MicroBatch, RolloutBatch, cut, deal, micro_batch, minibatches
 from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import LoraLinear, without_lora
 from workloads.model.moe import mixtures
@@ -60,7 +60,7 @@ class Updates:
 
 
 @dataclass
-class Kept:
+class CachedForward:
     """What an assessment's one forward pass of each engine found, with their graphs. Without a critic no values."""
 
     batch: MicroBatch
@@ -81,10 +81,10 @@ class Learner:
         self.config, self.actor, self.critic, self.reference = config, actor, critic, reference
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device: torch.device = actor.device
-        self._kept: Kept | None = None
+        self._cached: CachedForward | None = None
 
     @torch.no_grad()
-    def assess(self, rows: Rows) -> tuple[dict[str, Tensor], Tensor, float]:
+    def assess(self, rows: RolloutBatch) -> tuple[dict[str, Tensor], Tensor, float]:
         """What the three say of this rank's rows before the first update: the columns logp_old_BT, logp_ref_BT and,
         with a critic, values_BT; the values_B after each row's last token; and the sum of the entropies of all
         response tokens. A collective call.
@@ -92,7 +92,7 @@ class Learner:
         columns = {n: torch.zeros(rows.mask_BT.shape) for n in ("logp_old", "logp_ref", "values")}
         after_B, entropies = torch.zeros(len(rows)), 0.0
         engines = [e for e in (self.actor, self.critic) if e is not None]
-        batches, self._kept = self._in_step(rows), None
+        batches, self._cached = self._in_step(rows), None
         keep = self._serves_first_update(batches, engines)
         for engine in engines:
             engine.train(keep)
@@ -100,16 +100,16 @@ class Learner:
             with torch.set_grad_enabled(keep):
                 logits_NV = self._logits(self.actor, batch)
             if keep:
-                self._kept = Kept(batch, logits_NV)
+                self._cached = CachedForward(batch, logits_NV)
             found = {"logp_old": log_probabilities(logits_NV, batch.targets_N)}
             entropies += float(_entropy_sum(logits_NV))
             del logits_NV
             found["logp_ref"] = log_probabilities(self._reference_logits(batch), batch.targets_N)
             if self.critic is not None:
                 with torch.set_grad_enabled(keep):
-                    found["values"], last = self._values_and_last(batch)
-                if self._kept is not None:
-                    self._kept.values_N = found["values"]
+                    found["values"], last = _values_and_last(self.critic, batch)
+                if self._cached is not None:
+                    self._cached.values_N = found["values"]
                 after_B[batch.rows] = last.cpu()
             for name, values_N in found.items():
                 placed_BT = batch.place(values_N).cpu()
@@ -131,7 +131,7 @@ class Learner:
             return False
         return len(engines) * batches[0].tokens_BS.numel() <= batch.micro_batch_tokens
 
-    def update(self, rows: Rows, iteration: int, kl_coef: float, freeze_actor: bool) -> Updates:
+    def update(self, rows: RolloutBatch, iteration: int, kl_coef: float, freeze_actor: bool) -> Updates:
         """All epochs of an iteration on all ranks' rows. A collective call.
 
         Raises Diverged where a loss or a gradient is not finite.
@@ -152,7 +152,7 @@ class Learner:
         return updates
 
     def _minibatch(
-        self, rows: Rows, part: Sequence[int], kl_coef: float, freeze_actor: bool, updates: Updates
+        self, rows: RolloutBatch, part: Sequence[int], kl_coef: float, freeze_actor: bool, updates: Updates
     ) -> None:
         """One update of each engine, unless something is not finite."""
         cuts = deal(rows.lengths, part, self.ranks, self.config.batch.micro_batch_tokens)[self.rank]
@@ -162,9 +162,10 @@ class Learner:
         if not freeze_actor:
             self._accumulate(self.actor, batches, lambda b: self._actor_loss(rows, b, whole, kl_coef, sums))
         if self.critic is not None:
-            self._accumulate(self.critic, batches, lambda b: self._critic_loss(rows, b, whole, sums))
+            critic = self.critic
+            self._accumulate(critic, batches, lambda b: self._critic_loss(critic, rows, b, whole, sums))
         torch.distributed.all_reduce(sums)
-        self._kept = None
+        self._cached = None
         total, policy, value, clipped, moved = sums.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss of a minibatch is {total}", DIVERGED_HINT)
@@ -194,12 +195,12 @@ class Learner:
             engine.backward(loss(batch) * self.ranks, scale_wrt_gas=False)
 
     def _actor_loss(
-        self, rows: Rows, batch: MicroBatch, whole: Tensor, kl_coef: float, sums: Tensor
+        self, rows: RolloutBatch, batch: MicroBatch, whole: Tensor, kl_coef: float, sums: Tensor
     ) -> Tensor:
         """A micro-batch's share of the policy's loss over the rows of mask `whole`; adds to `sums` what is reported."""
         section, kl_section, mask = self.config.policy_loss, self.config.kl, batch.mask_BT
-        kept = self._kept_of(batch)
-        logits_NV = self._logits(self.actor, batch) if kept is None else kept.logits_NV
+        cached = self._cached_for(batch)
+        logits_NV = self._logits(self.actor, batch) if cached is None else cached.logits_NV
         logp_BT = batch.place(log_probabilities(logits_NV, batch.targets_N))
         old_BT, advantages_BT = batch.take(rows.columns["logp_old"]), batch.take(rows.columns["advantages"])
         ratio = (logp_BT, old_BT, advantages_BT, mask, section.clip_low, section.clip_high)
@@ -207,7 +208,7 @@ class Learner:
         tokens = float(mask.sum() / whole.sum())
         policy = policy_loss(*ratio, section.dual_clip, section.mode) * share
         loss = policy
-        if kl_section.place == "loss":
+        if kl_section.place == "loss" and kl_section.estimator is not None:
             reference_BT = batch.take(rows.columns["logp_ref"])
             loss = loss + kl_coef * tokens * kl_loss(logp_BT, reference_BT, mask, kl_section.estimator)
         if section.entropy_coefficient:
@@ -217,11 +218,13 @@ class Learner:
         sums += torch.stack([*found, moved_BT.sum() / len(whole)]).detach().double()
         return loss
 
-    def _critic_loss(self, rows: Rows, batch: MicroBatch, whole: Tensor, sums: Tensor) -> Tensor:
+    def _critic_loss(
+        self, critic: Any, rows: RolloutBatch, batch: MicroBatch, whole: Tensor, sums: Tensor
+    ) -> Tensor:
         """A micro-batch's share of the critic's loss."""
         columns = {name: batch.take(rows.columns[name]) for name in ("values", "returns")}
-        kept = self._kept_of(batch)
-        values_BT = batch.place(self.critic(*batch.before_last) if kept is None else kept.values_N)
+        cached = self._cached_for(batch)
+        values_BT = batch.place(critic(*batch.before_last) if cached is None else cached.values_N)
         clip = None if self.config.critic is None else self.config.critic.value_clip
         loss = value_loss(values_BT, columns["values"], columns["returns"], batch.mask_BT, clip)
         loss = loss * float(batch.mask_BT.sum() / whole.sum())
@@ -229,17 +232,17 @@ class Learner:
         sums[2] += loss.detach()
         return loss
 
-    def _kept_of(self, batch: MicroBatch) -> Kept | None:
-        """What the assessment kept, if it read the same rows."""
-        kept = self._kept
-        if kept is None or not torch.equal(kept.batch.tokens_BS, batch.tokens_BS):
+    def _cached_for(self, batch: MicroBatch) -> CachedForward | None:
+        """What the assessment computed, if it read the same rows."""
+        cached = self._cached
+        if cached is None or not torch.equal(cached.batch.tokens_BS, batch.tokens_BS):
             return None
-        return kept if torch.equal(kept.batch.at_BS, batch.at_BS) else None
+        return cached if torch.equal(cached.batch.at_BS, batch.at_BS) else None
 
     def _logits(self, model: Any, batch: MicroBatch) -> Tensor:
         """Logits_NV at the sampling temperature."""
         tokens_BS, at_BS = batch.before_last
-        logits_NV = model(tokens_BS, at_BT=at_BS)
+        logits_NV: Tensor = model(tokens_BS, at_BT=at_BS)
         temperature = self.config.sampling.temperature
         return logits_NV if temperature == 1 else logits_NV / temperature
 
@@ -249,14 +252,7 @@ class Learner:
         with without_lora(self.actor.module):
             return self._logits(self.actor, batch)
 
-    def _values_and_last(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Values_N before each response token, and values_B after each row's last."""
-        at_BS = batch.at_BS | batch.last_BS
-        values = self.critic(batch.tokens_BS, at_BT=at_BS)
-        is_last = batch.last_BS[at_BS]
-        return values[~is_last], values[is_last]
-
-    def _in_step(self, rows: Rows) -> list[MicroBatch]:
+    def _in_step(self, rows: RolloutBatch) -> list[MicroBatch]:
         """This rank's rows as micro-batches, as many as every other rank has."""
         parts = cut(rows.lengths, range(len(rows)), self.config.batch.micro_batch_tokens)
         most = torch.tensor(len(parts), device=self.device)
@@ -270,6 +266,14 @@ DIVERGED_HINT = (
 )
 
 
+def _values_and_last(critic: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Values_N before each response token, and values_B after each row's last."""
+    at_BS = batch.at_BS | batch.last_BS
+    values = critic(batch.tokens_BS, at_BT=at_BS)
+    is_last = batch.last_BS[at_BS]
+    return values[~is_last], values[is_last]
+
+
 def _entropy_sum(logits_NV: Tensor) -> Tensor:
     """Sum of the entropies of all rows, in nats."""
     mask_1N = torch.ones(1, len(logits_NV), dtype=torch.bool, device=logits_NV.device)
@@ -278,7 +282,7 @@ def _entropy_sum(logits_NV: Tensor) -> Tensor:
 
 def estimate(
     config: PpoConfig,
-    rows: Rows,
+    rows: RolloutBatch,
     scores_B: Tensor,
     groups_B: Tensor,
     after_B: Tensor,
@@ -319,7 +323,7 @@ def estimate(
     return found | {"advantages": advantages_BT}
 
 
-def exchange(mine: Rows, prompts: int, responses_per_prompt: int) -> Rows:
+def exchange(mine: RolloutBatch, prompts: int, responses_per_prompt: int) -> RolloutBatch:
     """All ranks' rows, in the order of their prompts: the same at every number of ranks. A collective call.
 
     Args:
@@ -334,7 +338,7 @@ def exchange(mine: Rows, prompts: int, responses_per_prompt: int) -> Rows:
         for slot in range(rank, prompts, ranks)
         for number in range(responses_per_prompt)
     ]
-    return Rows.join(parts, sorted(range(len(keys)), key=keys.__getitem__))
+    return RolloutBatch.join(parts, sorted(range(len(keys)), key=keys.__getitem__))
 
 
 @torch.no_grad()

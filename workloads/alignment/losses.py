@@ -200,7 +200,7 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(logits, rows)
-        parts = rows.split(max(1, CHUNK_LOGITS // logits.shape[-1]))
+        parts = torch.split(rows, max(1, CHUNK_LOGITS // logits.shape[-1]))
         return torch.cat([torch.special.entr(wide(logits[part]).softmax(-1)).sum(-1) for part in parts])
 
     @staticmethod
@@ -209,7 +209,7 @@ class _Entropy(torch.autograd.Function):
         logits, rows = ctx.saved_tensors
         size = max(1, CHUNK_LOGITS // logits.shape[-1])
         result = torch.zeros_like(logits)
-        for part, weight in zip(rows.split(size), grad.split(size), strict=True):
+        for part, weight in zip(torch.split(rows, size), torch.split(grad, size), strict=True):
             p = wide(logits[part]).softmax(-1)
             terms = torch.special.entr(p)
             gradient = terms.addcmul_(p, terms.sum(-1, keepdim=True), value=-1).mul_(weight.unsqueeze(-1))
@@ -224,4 +224,6 @@ def entropy(logits_BTV: Tensor, mask_BT: Tensor) -> Tensor:
     sampled, divide the logits by the temperature first. Weight micro-batches by `loss_count(mask_BT)`.
     """
     rows = mask_BT.bool().flatten().nonzero().squeeze(-1)
-    return _Entropy.apply(logits_BTV.flatten(0, 1), rows).sum() / max(1, len(rows))
+    # torch annotates no `apply`.
+    entropies_N: Tensor = _Entropy.apply(logits_BTV.flatten(0, 1), rows)  # type: ignore[no-untyped-call]
+    return entropies_N.sum() / max(1, len(rows))

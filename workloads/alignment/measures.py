@@ -18,14 +18,14 @@ from torch import Tensor
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.kl import kl
 from workloads.alignment.learner import Updates
-from workloads.alignment.microbatches import Rows
+from workloads.alignment.microbatches import RolloutBatch
 from workloads.alignment.rollouts import Response, Scores
 
 SAMPLES_KEPT, SAMPLES_EACH = 500, 4
 SAMPLE_COLUMNS = ["iteration", "prompt", "response", "reward", "finished"]
 
 
-def of_reference(rows: Rows, device: torch.device) -> dict[str, float]:
+def of_reference(rows: RolloutBatch, device: torch.device) -> dict[str, float]:
     """KL(policy|reference): the three estimators a token (SPEC.md C.5), and k1 a response."""
     pair, mask = (rows.columns["logp_old"], rows.columns["logp_ref"]), rows.mask_BT
     sums = [torch.where(mask, kl(*pair, kind), 0.0).sum().item() for kind in ("k1", "k2", "k3")]
@@ -35,7 +35,7 @@ def of_reference(rows: Rows, device: torch.device) -> dict[str, float]:
 
 
 def of_responses(
-    rows: Rows,
+    rows: RolloutBatch,
     responses: Sequence[Response],
     scores: Scores,
     entropies: float,
@@ -74,10 +74,12 @@ def _summed(device: torch.device, *values: float) -> list[float]:
     """The sums over all ranks."""
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(sums)
-    return sums.tolist()  # type: ignore[no-any-return]
+    return sums.tolist()
 
 
-def of_work(rows: Rows, updates: Updates, minibatches: int, seconds: Mapping[str, float]) -> dict[str, float]:
+def of_work(
+    rows: RolloutBatch, updates: Updates, minibatches: int, seconds: Mapping[str, float]
+) -> dict[str, float]:
     """What the updates found, and the tokens per second of each phase.
 
     Args:

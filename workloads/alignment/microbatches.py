@@ -19,7 +19,7 @@ ORDER = 11  # of the random numbers: minibatches draw from (seed, ORDER, iterati
 
 
 @dataclass(frozen=True)
-class Rows:
+class RolloutBatch:
     """Prompts with their responses, and numbers for every response token.
 
     Attributes:
@@ -53,7 +53,7 @@ class Rows:
         return torch.arange(int(lengths_B.max())) < lengths_B[:, None]
 
     @classmethod
-    def join(cls, parts: Sequence[Rows], order: Sequence[int]) -> Rows:
+    def join(cls, parts: Sequence[RolloutBatch], order: Sequence[int]) -> RolloutBatch:
         """The rows of several parts, number `order[i]` of them all (in the parts' order) at place i."""
         width = max(int(part.response_lengths_B.max()) for part in parts)
         columns = {
@@ -83,7 +83,7 @@ class MicroBatch:
         at_BS: where the next token is a response's, N in all.
         last_BS: each row's last token.
         targets_N: those next tokens, in row order.
-        mask_BT: as in `Rows`, of these rows, as wide as the longest response among them.
+        mask_BT: as in `RolloutBatch`, of these rows, as wide as the longest response among them.
     """
 
     rows: list[int]
@@ -104,13 +104,13 @@ class MicroBatch:
         return empty_BT.masked_scatter(self.mask_BT, values_N)
 
     def take(self, column_BT: Tensor) -> Tensor:
-        """The part of a column of `Rows` that belongs to these rows, on their device."""
+        """The part of a column of `RolloutBatch` that belongs to these rows, on their device."""
         if not self.rows:
             return torch.zeros(self.mask_BT.shape, dtype=column_BT.dtype, device=self.mask_BT.device)
         return column_BT[self.rows, : self.mask_BT.shape[1]].to(self.mask_BT.device)
 
 
-def micro_batch(rows: Rows, chosen: Sequence[int], device: torch.device) -> MicroBatch:
+def micro_batch(rows: RolloutBatch, chosen: Sequence[int], device: torch.device) -> MicroBatch:
     """The rows `chosen`. Without any, the shortest row with nothing of it counted."""
     real = list(chosen) or [min(range(len(rows)), key=lambda i: len(rows.sequences[i]))]
     sequences = [rows.sequences[i] for i in real]

@@ -8,20 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from escala.contract.errors import DataError, StaleWeights, StateError
 from escala.contract.records import write_json
+from escala.rollouts.weights import WeightVersion
 from escala.schema import PpoConfig
-from escala.schema.rewards import FunctionRewardConfig
+from escala.schema.rewards import FunctionRewardConfig, RewardConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt, prompt_of, read_lines
 from workloads.data.examples import Draws
-from workloads.generation.protocol import RequestFailed, SamplingParams
+from workloads.generation.protocol import Completion, RequestFailed, SamplingParams
 from workloads.rewards.scoring import FunctionReward, weighted_sums
+
+T = TypeVar("T")
 
 PROMPTS = "prompts.json"
 OTHER_SEED = 1 << 62
@@ -51,24 +56,42 @@ class Response:
     version: int  # of those weights
 
 
-class Service(Protocol):
+class ServedResponse(Protocol):
+    """A response as the service gives it (`workloads.serving.records`)."""
+
+    @property
+    def completion(self) -> Completion:
+        """Its tokens."""
+        ...
+
+    @property
+    def weights(self) -> WeightVersion:
+        """The weights that drew it."""
+        ...
+
+
+class RolloutService(Protocol):
     """What is asked of the rollout service (`workloads.serving.client.Rollouts`)."""
 
     def generate(
-        self, prompts: Sequence[Any], params: Sequence[SamplingParams], min_version: int = 0
-    ) -> list[Any]:
-        """A `Generated` for each prompt."""
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], min_version: int = 0
+    ) -> Sequence[ServedResponse]:
+        """A response to each prompt."""
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """The served rewards' weighted sum."""
         ...
 
+    def publish(self, state: Mapping[str, Tensor], version: int, *, timeout_seconds: float) -> object:
+        """Make `state` the weights of every replica, as `version`."""
+        ...
+
 
 def read_prompts(path: Path, tokenizer: ChatTokenizer, most_tokens: int) -> list[PromptTokens]:
-    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, for cut, it would be
-    another prompt, and so is one that the model's template refuses: which, and how many, is printed. Raises DataError
-    where none is left.
+    """The prompts of a JSONL file, tokenised. One that is longer than `most_tokens` is left out, since
+    cutting it would make another prompt, and so is one that the model's template refuses: which, and how many, is
+    printed. Raises DataError where none is left.
     """
     found, fitting = 0, list[PromptTokens]()
     for where, record in read_lines(path):
@@ -108,7 +131,7 @@ def request_seed(seed: int, iteration: int, slot: int, number: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class Drawing:
+class RolloutSampler:
     """One rank's share of every iteration: the prompts in the slots rank, rank + ranks, ..., all their responses.
 
     Args:
@@ -137,7 +160,7 @@ class Drawing:
             seed=request_seed(self.config.training.seed, iteration, slot, number),
         )
 
-    def draw(self, service: Service, iteration: int, version: int) -> list[Response]:
+    def draw(self, service: RolloutService, iteration: int, version: int) -> list[Response]:
         """This rank's responses of `iteration`, by weights of `version`.
 
         Raises StaleWeights for a response of other weights, StateError where the service does not answer in time, and
@@ -151,7 +174,7 @@ class Drawing:
             if answer.weights.version != version:
                 raise StaleWeights(
                     f"A response is of version {answer.weights.version}, and {version} was asked for.",
-                    "Nobody but this job may publish to its rollout service.",
+                    "Only this job may publish to its rollout service.",
                 )
             done = answer.completion
             found.append(
@@ -171,14 +194,13 @@ class Drawing:
 
 
 def ask(
-    service: Service, prompts: Sequence[list[int]], params: Sequence[SamplingParams], version: int
-) -> list[Any]:
+    service: RolloutService, prompts: Sequence[list[int]], params: Sequence[SamplingParams], version: int
+) -> list[ServedResponse]:
     """A response to each prompt. One that failed by itself is asked for again with another seed, one time; the others
-    stay as they are, for they depend on nothing but themselves. Raises as `Drawing.draw`.
+    stay as they are, for they depend on nothing but themselves. Raises as `RolloutSampler.draw`.
     """
     try:
-        found: list[Any] = timely(lambda: service.generate(prompts, params, min_version=version), "responses")
-        return found
+        return list(timely(lambda: service.generate(prompts, params, min_version=version), "responses"))
     except RequestFailed as error:
         if len(prompts) > 1:
             half = len(prompts) // 2
@@ -210,7 +232,7 @@ class Scoring:
         self._weights[SERVED] = 1.0  # the service has weighted what it sums
         self._served = bool(served_rewards(config))
 
-    def score(self, service: Service, responses: Sequence[Response]) -> Scores:
+    def score(self, service: RolloutService, responses: Sequence[Response]) -> Scores:
         """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a function or a service
         that is late.
         """
@@ -225,12 +247,12 @@ class Scoring:
         return Scores(weighted_sums([(self._weights[name], column) for name, column in parts.items()]), parts)
 
 
-def served_rewards(config: PpoConfig) -> list[Any]:
+def served_rewards(config: PpoConfig) -> list[RewardConfig]:
     """The sections that the `reward` deployment computes."""
     return [one for one in config.rewards if not isinstance(one, FunctionRewardConfig)]
 
 
-def timely(ask: Any, what: str) -> Any:
+def timely(ask: Callable[[], T], what: str) -> T:
     """The answer of `ask`. Raises StateError for one that is late."""
     try:
         return ask()

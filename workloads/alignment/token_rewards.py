@@ -47,7 +47,8 @@ class RunningMoments:
             raise ValueError(f"{self.count:g} scores seen, normalisation needs two: call update first")
         variance = self.squared_deviations / (self.count - 1)
         scores = wide(scores_B)
-        return ((scores.double() - self.mean) * (variance + 1e-8) ** -0.5).to(scores.dtype)
+        scale: float = (variance + 1e-8) ** -0.5
+        return ((scores.double() - self.mean) * scale).to(scores.dtype)
 
 
 def missing_eos_penalty(scores_B: Tensor, finished_B: Tensor, penalty: float) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -24,7 +23,7 @@ from escala.contract.checkpoints import (
     verify_tokenizer,
 )
 from escala.contract.errors import CheckpointError
-from escala.schema import WORKLOADS, FineTuneConfig, ModelConfig, TrainedConfig
+from escala.schema import WORKLOADS, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
@@ -88,30 +87,37 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
     """The configuration of the run that wrote it. Raises CheckpointError where this version does not know it."""
     workload, config = checkpoint.part("workload", str), checkpoint.part("config", dict)
     try:
-        return WORKLOADS[workload].parse(config)
+        parsed: TrainedConfig = WORKLOADS[workload].parse(config)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",
             "use the version of escala that wrote it",
         ) from error
+    return parsed
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
     """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
-    is_reward = checkpoint.part("workload", str) == "reward"
+    is_reward = has_scalar_head(checkpoint)
     if is_reward:
         weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
-    if not isinstance(config, FineTuneConfig) or config.lora is None:
+    if config.adapter is None:
         with torch.device("meta"):
             model = Transformer(headless(config.model) if is_reward else config.model)
         _assign(model, weights, checkpoint)
         return model
     model = new_model(config)
-    add_lora(model, config.lora)
+    add_lora(model, config.adapter)
     _assign(model, {**dict(model.state_dict()), **weights}, checkpoint)
     merge_lora(model)
     return model
+
+
+def has_scalar_head(checkpoint: Checkpoint) -> bool:
+    """Whether its model is a trunk with a scalar head (a reward model)."""
+    workload = WORKLOADS.get(checkpoint.part("workload", str))
+    return workload is not None and workload.scalar_head
 
 
 def headless(model: ModelConfig) -> ModelConfig:
@@ -121,9 +127,13 @@ def headless(model: ModelConfig) -> ModelConfig:
 
 def new_model(config: TrainedConfig) -> Transformer:
     """What a run with this configuration starts from, in fp32: its start, or weights drawn from torch's generator."""
-    start: Any = config.start if isinstance(config, FineTuneConfig) else None
+    start = config.starts_from
     if start is None:
         return Transformer(config.model)
+    if start.path is None:
+        raise CheckpointError(
+            f"the job {start.job} to start from was not looked up", "submit it by `escala submit`"
+        )
     model = load_model(Path(start.path))
     if model.config != config.model:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 Safetensors files of each rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
 and a manifest. A file is written as soon as its tensors are there: a rank holds no more than one file's.
-Engines beside the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
+Other engines than the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
 nothing here unpickles. What the control plane needs (names, hashes, retention) is in `escala.contract.checkpoints`.
 """
 
@@ -55,7 +55,7 @@ def save(
     step: int,
     manifest: dict[str, Any],
     keep: int,
-    beside: Mapping[str, Any] | None = None,
+    other_engines: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write checkpoint `step` into `directory` and free what retention does not keep. A collective call.
 
@@ -65,9 +65,9 @@ def save(
 
     Args:
         engine: whose weights are the run's model.
-        beside: other engines, by name.
+        other_engines: what else is trained, by name.
     """
-    engines = _prefixed(engine, beside)
+    engines = _prefixed(engine, other_engines)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = checkpoint_name(step)
     partial = directory / (name + PARTIAL)
@@ -82,7 +82,9 @@ def save(
         "format_version": FORMAT_VERSION,
         "step": step,
         "adam_step": zero.adam_step(engine),
-        "adam_steps_beside": {name: zero.adam_step(one) for name, one in (beside or {}).items()},
+        "adam_steps_beside": {  # of the other engines: the format's name for them
+            name: zero.adam_step(one) for name, one in (other_engines or {}).items()
+        },
         "written_by": {"ranks": ranks, "zero_stage": int(engine.zero_optimization_stage())},
         "files": files,
     }
@@ -121,12 +123,12 @@ def _from_first(failures: list[str]) -> list[str]:
     return shared[0]
 
 
-def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None = None) -> None:
+def load(engine: Any, checkpoint: Checkpoint, other_engines: Mapping[str, Any] | None = None) -> None:
     """Restore weights and optimisers from a verified checkpoint, at any number of ranks and any ZeRO stage.
 
     Raises CheckpointError where the tensors are not those of the engines' models.
     """
-    stored, engines = _index(checkpoint), _prefixed(engine, beside)
+    stored, engines = _index(checkpoint), _prefixed(engine, other_engines)
     shapes = {
         f"{prefix}{key}/{name}": shape
         for prefix, one in engines.items()
@@ -147,9 +149,9 @@ def load(engine: Any, checkpoint: Checkpoint, beside: Mapping[str, Any] | None =
             zero.end_restore(one)
 
 
-def _prefixed(engine: Any, beside: Mapping[str, Any] | None) -> dict[str, Any]:
+def _prefixed(engine: Any, other_engines: Mapping[str, Any] | None) -> dict[str, Any]:
     """Engines by what their tensors' names begin with."""
-    return {"": engine, **{f"{name}/": one for name, one in (beside or {}).items()}}
+    return {"": engine, **{f"{name}/": one for name, one in (other_engines or {}).items()}}
 
 
 def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

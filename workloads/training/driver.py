@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from escala.contract.records import AttemptSpec
-from escala.schema import WORKLOADS, ResourcesConfig, TrainedConfig
+from escala.schema import ResourcesConfig
+from workloads.training.entry import WorkerInputs
 
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a dead worker is seen in a quarter of a second, not in two
@@ -24,39 +22,13 @@ TRAIN_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class WorkerInputs:
-    """What the driver gives every worker."""
-
-    spec: AttemptSpec
-    prepared: str  # path of the prepared data, for the entry point's make_task
-    checkpoint: str | None  # a verified one to resume from
-    run_id: str  # of the tracker
-    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
-
-    @cached_property
-    def config(self) -> TrainedConfig:
-        """The workload's configuration."""
-        return WORKLOADS[self.spec.workload].parse(self.spec.config)
+WORKER = "workloads.training.worker:train"
+"""What each rank runs. By name: its module needs DeepSpeed, which the driver and Ray's controller do without."""
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """One rank of the run. Raises what Trainer raises."""
-    trainer = make_trainer(arguments["inputs"])
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
-
-
-def make_trainer(inputs: WorkerInputs, on_evaluation: Callable[[int, Any], None] | None = None) -> Any:
-    """The workload's own trainer, or a Trainer of its task (training.run.Entry); in its process group."""
-    # Here, so that the driver and Ray's controller need no DeepSpeed.
-    from workloads.training.loop import Trainer
-
-    module = import_module(inputs.spec.entry_point)
-    own = getattr(module, "make_trainer", None)
-    return Trainer(inputs, module.make_task, on_evaluation) if own is None else own(inputs, on_evaluation)
+    """One rank of the run. Raises what the run loop raises."""
+    resolve_name(WORKER)(arguments["inputs"])
 
 
 # Huge pages make fresh memory cheaper: 3 % of a step. Blocks of 1 MB and more given back at once cost 9 % of a step and
@@ -65,7 +37,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 GIVE_BACK = "glibc.malloc.mmap_threshold=1048576"
 
 
-def fit(inputs: WorkerInputs) -> None:
+def fit(inputs: WorkerInputs[Any]) -> None:
     """Run the training loop on the workers that `resources` asks for. Raises ray.train.TrainingFailedError."""
     config = inputs.config
     tunables = [HUGE_PAGES, *([GIVE_BACK] if config.training.activation_checkpointing else [])]

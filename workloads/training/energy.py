@@ -6,6 +6,7 @@ Counters: NVML (a rank's own GPU) and RAPL (the sockets and memory of a node, re
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -57,11 +58,11 @@ def _monitor(device: torch.device) -> Any:
     on_gpu, has_rapl = device.type == "cuda", os.path.isdir(RAPL)
     if not on_gpu and not has_rapl:
         return None
-    from zeus.monitor import ZeusMonitor
+    zeus: Any = importlib.import_module("zeus.monitor")
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     gpus = [torch.cuda.current_device()] if on_gpu else []
-    return ZeusMonitor(gpu_indices=gpus, cpu_indices=None if first and has_rapl else [])
+    return zeus.ZeusMonitor(gpu_indices=gpus, cpu_indices=None if first and has_rapl else [])
 
 
 def account(

@@ -7,9 +7,7 @@ then losses of nodes and workers, then what is left.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from escala.contract.errors import EscalaError
+from escala.contract.failures import Failure, internal
 from escala.contract.records import TEXT_CHARACTERS
 from escala.contract.redaction import hide
 
@@ -36,16 +35,6 @@ PEER_WORDS = (
 )
 NODE_WORDS = ("node has died", "node died", "node was terminated", "its node", "The node it was running on")
 PROBE_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class Failure:
-    """`kind` as in records.Outcome."""
-
-    kind: str
-    message: str
-    hint: str = ""
-    exit_code: int = 1
 
 
 class NodeWatch:
@@ -131,8 +120,7 @@ def classify(error: BaseException, nodes: NodeWatch | None) -> Failure:
         return Failure("node_lost", f"a node of the cluster died during training: {_said(chain[-1])}")
     if lost is not None:
         return Failure("worker_lost", f"a worker died during training: {_said(lost)}")
-    text = hide("".join(traceback.format_exception_only(chain[-1])).strip())
-    return Failure("internal", text, "the log has the traceback; please report it")
+    return internal(chain[-1])
 
 
 MEMORY_HINT = (

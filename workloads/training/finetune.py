@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed
@@ -22,28 +22,30 @@ from torch import Tensor
 from escala.contract.checkpoints import file_sha256
 from escala.contract.errors import DataError
 from escala.contract.records import AttemptSpec, write_json
-from escala.schema import FineTuneConfig
+from escala.schema import DpoConfig, FineTuneConfig, RewardTrainingConfig, SftConfig
 from escala.tracking.lineage import fingerprint
 from workloads.data.batches import Batch
 from workloads.data.cache import check_directory, is_stored, new_directory
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
-from workloads.data.dialogues import Prompt, split
+from workloads.data.dialogues import Prompt, Prompted, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences
 from workloads.model.lora import add_lora
 from workloads.model.start import beside, load_tokenizer, new_model
 from workloads.model.transformer import Transformer
-from workloads.training.driver import WorkerInputs
-from workloads.training.run import Prepared
+from workloads.training.entry import Prepared, WorkerInputs
 from workloads.training.task import StepSize
 
-X = TypeVar("X")
+X = TypeVar("X", bound=Prompted)
+E = TypeVar("E", RewardTrainingConfig, DpoConfig)
+ExamplesTuneConfig = SftConfig | RewardTrainingConfig | DpoConfig
+"""The configurations that have examples in files."""
 Tokenised = tuple[Sequence[int], Sequence[bool]]
 
 
 def prepare(
     spec: AttemptSpec,
-    config: FineTuneConfig,
+    config: ExamplesTuneConfig,
     read: Callable[[Path], Iterable[X]],
     tokenise: Callable[[ChatTokenizer, X], list[Tokenised]],
     margin: Callable[[X], float] = lambda example: 0.0,
@@ -169,7 +171,7 @@ def store_tokenizer(tokenizer: ChatTokenizer, root: Path) -> Path:
 
 def prepare_pairs(
     spec: AttemptSpec,
-    config: FineTuneConfig,
+    config: ExamplesTuneConfig,
     tokens: Callable[[ChatTokenizer, Prompt, str], Tokenised],
 ) -> Prepared:
     """Preferences as pairs of sequences: chosen, rejected, chosen, ... Raises DataError."""
@@ -190,14 +192,14 @@ def build_model(config: FineTuneConfig) -> Transformer:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairedSequences:
     """Pairs of sequences, chosen then rejected, and their margins."""
 
     sequences: Sequences
     margins: list[float]
 
     @classmethod
-    def load(cls, directory: Path, split: str) -> Pairs:
+    def load(cls, directory: Path, split: str) -> PairedSequences:
         """One side of what `prepare_pairs` stored."""
         margins = json.loads((directory / f"{split}_margins.json").read_text())
         return cls(Sequences.load(directory / f"{split}.safetensors"), margins)
@@ -215,17 +217,20 @@ class Pairs:
         return [2 * pair for pair in pairs] + [2 * pair + 1 for pair in pairs]
 
 
-class PairBatches:
+class PairBatches(Generic[E]):
     """The part of a training task that cuts pairs into steps (training.task.Task). Units are pairs; a micro-batch has
     two rows a pair, the chosen ones first.
     """
 
-    def __init__(self, inputs: WorkerInputs) -> None:
-        self.config = inputs.config
+    def __init__(self, inputs: WorkerInputs[E]) -> None:
+        self.config: E = inputs.config
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         directory = Path(inputs.prepared)
         check_directory(directory)
-        self.train, self.held_out = Pairs.load(directory, "train"), Pairs.load(directory, "held_out")
+        self.train, self.held_out = (
+            PairedSequences.load(directory, "train"),
+            PairedSequences.load(directory, "held_out"),
+        )
         training = self.config.training
         self.draws = Draws(len(self.train), training.batch_sequences, training.seed)
 
@@ -239,7 +244,7 @@ class PairBatches:
         size = self.config.micro_batch_sequences
         return self.batch(self.train, self.draws.micro_batch(step, micro, self.rank, self.ranks, size))
 
-    def batch(self, pairs: Pairs, chosen: Sequence[int]) -> Batch:
+    def batch(self, pairs: PairedSequences, chosen: Sequence[int]) -> Batch:
         """The rows of the chosen pairs, as inputs and targets."""
         return row_batch(pairs.sequences, [[row] for row in pairs.rows(chosen)])
 

@@ -5,6 +5,8 @@ Dimensions: B batch, T context, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor, mask: Tensor | None = Non
     total = torch.stack(
         [
             F.cross_entropy(part.float(), wanted, reduction="sum", ignore_index=-100)
-            for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True)
+            for part, wanted in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
         ]
     ).sum()
     return total, count
@@ -43,6 +45,12 @@ def log_probabilities(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return torch.cat(
         [
             -F.cross_entropy(part.float(), wanted, reduction="none")
-            for part, wanted in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+            for part, wanted in zip(torch.split(logits_NV, rows), torch.split(targets_N, rows), strict=True)
         ]
     )
+
+
+def next_token_loss(engine: Any, tokens_BT1: Tensor) -> Tensor:
+    """The summed loss of all next tokens of `tokens_BT1` (T + 1 token ids a row), in nats."""
+    total, _ = token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
+    return total

@@ -64,7 +64,9 @@ class OwnExperts:
             self.masters[name] = weight
             if (dtype, home) != (torch.float32, device):
                 self.masters[name] = drawn.detach().to(home, torch.float32, copy=True).requires_grad_()
-                weight.register_post_accumulate_grad_hook(_adds_to(self.masters[name]))
+                hook = _adds_to(self.masters[name])
+                # torch annotates its decorator of this method, and not the method.
+                weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         decay = training.optimizer.weight_decay
         groups = [{"params": list(self.masters.values()), "weight_decay": decay}]
         self.optimizer = adamw(groups) if self.masters else None
@@ -110,8 +112,10 @@ class OwnExperts:
 
     def begin_restore(self, adam_step: int) -> None:
         """Empty moments after `adam_step` updates."""
+        if self.optimizer is None:
+            return
         for master in self.masters.values():
-            self.optimizer.state[master] = empty_moments(master, adam_step)  # type: ignore[union-attr]
+            self.optimizer.state[master] = empty_moments(master, adam_step)
 
     def set(self, name: str, key: str, full: Tensor) -> None:
         """Write this rank's share of `full` (E, ...) into state `key`."""
@@ -124,7 +128,12 @@ class OwnExperts:
 
     def _state(self, name: str, key: str) -> Tensor:
         master = self.masters[name]
-        return master if key == "master" else self.optimizer.state[master][key]  # type: ignore[union-attr]
+        if key == "master":
+            return master
+        if self.optimizer is None:
+            raise RuntimeError("no expert is trained here, so none has moments")
+        moments: dict[str, Tensor] = self.optimizer.state[master]
+        return moments[key]
 
     def _refresh(self, name: str, master: Tensor) -> None:
         weight = self.weights[name]

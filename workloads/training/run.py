@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
-from importlib import import_module
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
-from escala.contract import handshake
-from escala.contract.attempt import STOP_REASONS, check_fence, finish, flatten, read_attempt, stop_on_sigterm
+from escala.contract.attempt import stop_on_sigterm
 from escala.contract.checkpoints import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
-from escala.contract.errors import CheckpointError, EscalaError, SpecError
+from escala.contract.errors import CheckpointError, SpecError
 from escala.contract.files import replacing, set_aside
 from escala.contract.records import (
+    STOP_REASONS,
     AttemptFiles,
     AttemptSpec,
     Outcome,
@@ -32,13 +30,13 @@ from escala.contract.records import (
     read_json,
     read_record,
 )
-from escala.contract.redaction import hide_in, print_exception
-from escala.schema import WORKLOADS, TrainedConfig
-from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.schema import TrainedConfig
+from escala.schema.workloads import get_workload
 from escala.tracking.lineage.datasets import dataset_of
-from escala.tracking.lineage.notes import NOTE_TAG, TRIAL_TAG, run_note, start_tags
-from escala.tracking.tracker import Tracker, open_tracker
-from workloads.training.driver import WorkerInputs, fit
+from escala.tracking.lineage.lifecycle import LiveAttempt, RunSummary, run_attempt
+from workloads.training.driver import fit
+from workloads.training.entry import Prepared, WorkerInputs, load_entry
+from workloads.training.failures import NodeWatch, classify
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,205 +47,74 @@ TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What an entry point has made ready for its workers."""
-
-    path: str  # for `make_task`
-    tokenizer: Path  # a tokenizer.json, or a directory with one; it is kept beside the checkpoints
-    fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
-
-
-class Entry(Protocol):
-    """The module of a workload that trains.
-
-    One whose steps are no task's has `make_trainer(inputs, on_evaluation)` instead of `make_task`; one that needs
-    something to run while its workers do has `beside(inputs)`, a context manager.
-    """
-
-    def prepare(self, spec: AttemptSpec, config: Any) -> Prepared:
-        """In the driver: data made ready. Raises DataError."""
-        ...
-
-    def make_task(self, inputs: WorkerInputs) -> Any:
-        """In a worker: its training.task.Task."""
-        ...
-
-
 def main(arguments: list[str]) -> int:
     """Run one attempt; returns the process's exit code (0 for every clean end, else the error's)."""
+    return run_attempt(arguments, train, partial(classify, nodes=None), summary)
+
+
+def train(attempt: LiveAttempt) -> None:
+    """Everything up to the end of training. Raises what goes wrong."""
+    import ray
+
+    config = attempt.open(partial(parse, attempt.spec.workload))
+    entry = load_entry(attempt.spec.entry_point)
+    inputs = worker_inputs(attempt, entry.prepare(attempt.spec, config), config)
+    ray.init(address="auto", log_to_driver=True, namespace="escala")
+    stop_on_sigterm(attempt.files)
+    attempt.classify = partial(classify, nodes=NodeWatch())
+    with entry.sidecar(inputs):
+        fit(inputs)
+    attempt.outcome = ending(attempt)
+
+
+def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfig) -> WorkerInputs[Any]:
+    """What the training loop is given: the data, and the checkpoint to start from, which the attempt's record names."""
+    spec = attempt.spec
+    attempt.reads(prepared.fingerprints)
+    found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
+    keep_tokenizer(prepared.tokenizer, Path(spec.checkpoints), found)
+    attempt.checkpoint = str(found.path) if found else None
+    _, run_id = attempt.run
+    return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)
+
+
+def ending(attempt: LiveAttempt) -> Outcome:
+    """Trained to the last step, or stopped for a stated reason with a checkpoint. Raises RuntimeError for neither."""
+    kind = _facts(attempt.files).get("outcome", "internal")
+    if kind != "succeeded" and kind not in STOP_REASONS:
+        raise RuntimeError("the workers ended without saying how")
+    return Outcome(kind, STOP_MESSAGES[kind])
+
+
+def summary(attempt: LiveAttempt) -> RunSummary:
+    """What rank 0 left of the run, and the configuration's part of its record."""
+    facts = _facts(attempt.files)
+    known = {f.name for f in fields(RunRecord)}
+    values = spec_numbers(attempt.spec) | {k: v for k, v in facts.items() if k in known}
+    progress = read_record(Progress, attempt.files.progress)
+    if progress is not None:  # newer than the facts where the attempt was cut off
+        values["attempt_tokens"] = max(values.get("attempt_tokens") or 0, progress.train_tokens)
+        values["attempt_flops"] = max(values.get("attempt_flops") or 0.0, progress.compute_flops)
+        values["wall_seconds"] = max(values.get("wall_seconds") or 0.0, progress.wall_seconds)
+    rows = []
+    if attempt.fingerprints:
+        data = dataset_of(attempt.spec.config, attempt.fingerprints)
+        rows = [("data", f"{data.name} (`{data.digest[:12]}`)")]
+    held = "parameters_held"
+    tags = {f"escala.{held}": json.dumps(facts[held])} if held in facts else {}
+    return RunSummary(values, rows, tags, checkpoint=facts.get("checkpoint", attempt.checkpoint))
+
+
+def _facts(files: AttemptFiles) -> dict[str, Any]:
+    """What rank 0 left (training/report.py); empty where it did not get far enough."""
     try:
-        spec = read_attempt(arguments)
-    except EscalaError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
-    run = Run(spec)
-    try:
-        run.train()
-    except BaseException as error:  # noqa: BLE001  whatever happened, the outcome says so
-        return run.fail(error)
-    return run.succeed()
-
-
-class Run:
-    """One attempt: its tracker run, and its outcome."""
-
-    def __init__(self, spec: AttemptSpec) -> None:
-        self.spec, self.files = spec, AttemptFiles(spec.directory)
-        self.started_at = time.time()
-        self.tracker: Tracker | None = None
-        self.run_id: str | None = None
-        self.fingerprints: dict[str, str] = {}
-        self.resumed_from: Checkpoint | None = None
-        self.nodes: Any = None  # failures.NodeWatch, once Ray is reached
-
-    def train(self) -> None:
-        """Everything up to the end of training. Raises what goes wrong."""
-        config = self.open()
-        inputs = self.inputs(entry(self.spec).prepare(self.spec, config), config)
-
-        import ray
-
-        from workloads.training.failures import NodeWatch
-
-        ray.init(address="auto", log_to_driver=True, namespace="escala")
-        stop_on_sigterm(self.files)
-        self.nodes = NodeWatch()
-        with beside(inputs):
-            fit(inputs)
-
-    def open(self) -> TrainedConfig:
-        """Check versions, fence and configuration, and open the tracker's run."""
-        handshake.check(self.spec.versions)
-        check_fence(self.files, self.spec.attempt)
-        config = parse_config(self.spec)
-        self._start_tracking(config)
-        return config
-
-    def inputs(self, prepared: Prepared, config: TrainedConfig) -> WorkerInputs:
-        """What the training loop is given: the data, and the checkpoint to start from."""
-        if self.tracker is None or self.run_id is None:
-            raise RuntimeError("open() comes first")
-        self.fingerprints = prepared.fingerprints
-        tags = {f"escala.{k}_fingerprint": v for k, v in self.fingerprints.items()}
-        self.tracker.tags(self.run_id, tags)
-        self.tracker.dataset(self.run_id, dataset_of(self.spec.config, self.fingerprints))
-        self.resumed_from = choose_checkpoint(self.spec, config, self.fingerprints["tokenizer"])
-        keep_tokenizer(prepared.tokenizer, Path(self.spec.checkpoints), self.resumed_from)
-        source = str(self.resumed_from.path) if self.resumed_from else None
-        return WorkerInputs(self.spec, prepared.path, source, self.run_id, self.fingerprints)
-
-    def _start_tracking(self, config: TrainedConfig) -> None:
-        spec = self.spec
-        resolved = config.model_dump(mode="json")
-        self.tracker = tracker = open_tracker(spec.tracking_uri)
-        tags = spec.tags | {
-            "escala.job_id": spec.job_id,
-            "escala.contract.attempt": str(spec.attempt),
-            "escala.workload": spec.workload,
-            "escala.name": spec.name,
-            "escala.config_fingerprint": fingerprint(spec.config),
-            "escala.code_fingerprint": code_fingerprint().fingerprint,
-            **start_tags(spec),
-        }
-        key = spec.run_key or f"{spec.job_id}-{spec.attempt}"
-        name = (
-            spec.name
-            if spec.attempt == 1 or TRIAL_TAG in spec.tags
-            else f"{spec.name} (attempt {spec.attempt})"
-        )
-        self.run_id = tracker.start(key, spec.experiment, name, tags, flatten(resolved))
-        tracker.text(self.run_id, "config.json", json.dumps(hide_in(resolved), indent=1, sort_keys=True))
-
-    def succeed(self) -> int:
-        """A clean end: trained to the last step, or stopped for a stated reason with a checkpoint."""
-        kind = self._facts().get("outcome", "internal")
-        if kind != "succeeded" and kind not in STOP_REASONS:
-            return self.fail(RuntimeError("the workers ended without saying how"))
-        status = "FINISHED" if kind in ("succeeded", "budget") else "KILLED"
-        self._conclude(Outcome(kind, STOP_MESSAGES[kind]), status)
-        return 0
-
-    def fail(self, error: BaseException) -> int:
-        """Classify `error` and write it down."""
-        from workloads.training.failures import classify
-
-        failure = classify(error, self.nodes)
-        if failure.kind in ("internal", "worker_lost", "node_lost"):
-            # The others say themselves what is to be done.
-            print_exception(error)
-        outcome = Outcome(failure.kind, failure.message, failure.hint)
-        if failure.kind == "superseded":
-            # In this attempt's own directory; its tracker run is the control plane's now.
-            finish(self.spec, outcome)
-        else:
-            self._conclude(outcome, "FAILED")
-        return int(failure.exit_code)
-
-    def _conclude(self, outcome: Outcome, status: str) -> None:
-        """Record, tracker, outcome: in this order, the outcome last."""
-        facts = self._facts()
-        record = self._record(outcome, facts)
-        plain = asdict(record)
-        source = str(self.resumed_from.path) if self.resumed_from else None
-        checkpoint = facts.get("checkpoint", source)
-        if self.tracker is not None and self.run_id is not None:
-            self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
-            known = {k: v for k, v in plain.items() if v is not None}
-            tags = {
-                "escala.record": json.dumps(known, separators=(",", ":"), sort_keys=True),
-                NOTE_TAG: run_note(self.spec, record, self._data_rows(), outcome.hint, checkpoint),
-            }
-            if "parameters_held" in facts:
-                tags["escala.parameters_held"] = json.dumps(facts["parameters_held"])
-            self.tracker.tags(self.run_id, tags)
-            self.tracker.finish(self.run_id, status)
-            self.tracker.drain()
-        finish(self.spec, Outcome(outcome.kind, outcome.message, outcome.hint, checkpoint, plain))
-
-    def _data_rows(self) -> list[tuple[str, str]]:
-        """What the run's note says of its data."""
-        if not self.fingerprints:
-            return []
-        data = dataset_of(self.spec.config, self.fingerprints)
-        return [("data", f"{data.name} (`{data.digest[:12]}`)")]
-
-    def _facts(self) -> dict[str, Any]:
-        """What rank 0 left (training/report.py); empty where it did not get far enough."""
-        try:
-            facts: dict[str, Any] = read_json(self.files.facts)
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            set_aside(self.files.facts, str(error))
-            return {}
-        return facts
-
-    def _record(self, outcome: Outcome, facts: dict[str, Any]) -> RunRecord:
-        spec, config = self.spec, spec_numbers(self.spec)
-        known = {f.name for f in fields(RunRecord)}
-        values = config | {k: v for k, v in facts.items() if k in known}
-        progress = read_record(Progress, self.files.progress)
-        if progress is not None:  # newer than the facts where the attempt was cut off
-            values["attempt_tokens"] = max(values.get("attempt_tokens") or 0, progress.train_tokens)
-            values["attempt_flops"] = max(values.get("attempt_flops") or 0.0, progress.compute_flops)
-            values["wall_seconds"] = max(values.get("wall_seconds") or 0.0, progress.wall_seconds)
-        values |= {f"{k}_fingerprint": v for k, v in self.fingerprints.items()}
-        return RunRecord(
-            run_id=self.run_id,
-            job_id=spec.job_id,
-            attempt=spec.attempt,
-            name=spec.name,
-            workload=spec.workload,
-            status=outcome.kind,
-            started_at=self.started_at,
-            ended_at=time.time(),
-            config_fingerprint=fingerprint(spec.config),
-            code_fingerprint=code_fingerprint().fingerprint,
-            parent_run_id=spec.tags.get("escala.parent_run_id"),
-            reason=outcome.message or None,
-            **values,
-        )
+        facts: dict[str, Any] = read_json(files.facts)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        set_aside(files.facts, str(error))
+        return {}
+    return facts
 
 
 # What the manifest of a checkpoint must say for a run to go on from it.
@@ -267,31 +134,17 @@ STOP_MESSAGES = {
 }
 
 
-def entry(spec: AttemptSpec) -> Entry:
-    """The workload's module."""
-    module: Any = import_module(spec.entry_point)
-    return module  # type: ignore[no-any-return]
-
-
-def beside(inputs: WorkerInputs) -> AbstractContextManager[None]:
-    """What the workload wants to run while its workers do."""
-    own: Any = getattr(entry(inputs.spec), "beside", None)
-    return nullcontext() if own is None else own(inputs)
-
-
-def parse_config(spec: AttemptSpec) -> TrainedConfig:
-    """The validated configuration. Raises SpecError with pydantic's words."""
-    try:
-        return WORKLOADS[spec.workload].parse(spec.config)
-    except ValidationError as error:
-        raise SpecError(f"the {spec.workload} configuration is not valid: {error}") from error
+def parse(workload: str, plain: dict[str, Any]) -> TrainedConfig:
+    """The configuration of a workload that trains. Raises pydantic.ValidationError, SpecError."""
+    kind = get_workload(workload)
+    return kind.trained(kind.parse(plain))
 
 
 def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     """What the record takes from the configuration; nothing where it does not validate."""
     try:
-        config = parse_config(spec)
-    except SpecError:
+        config = parse(spec.workload, spec.config)
+    except (SpecError, ValidationError):
         return {}
     return {
         "context_tokens": config.context_tokens,

@@ -1,4 +1,4 @@
-"""What a workload tells the training loop: its model, its batches, its loss, its evaluation.
+"""What supervised training (training.supervised) is told: its model, its batches, its loss, its evaluation.
 
 One contract for all: a step's gradient is that of the mean loss over the step's units (tokens, answers' tokens, pairs),
 however ranks and micro-batches cut it. So a task gives sums, and how many units the whole step has, which every rank
@@ -31,6 +31,7 @@ class Evaluation:
     record: dict[str, float]
     measures: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)  # artifacts of the run, by path
+    is_reported: bool = False  # its measures were reported with the step that made them
 
     @property
     def loss_nats(self) -> float:

@@ -232,7 +232,8 @@ def gather_state(engine: Any, name: str, key: str, owner: int) -> Tensor | None:
     collective call.
     """
     if _is_own(engine, name):
-        return engine.own_experts.gather(name, key, owner)  # type: ignore[no-any-return]
+        experts: OwnExperts = engine.own_experts
+        return experts.gather(name, key, owner)
     param = engine.module.get_parameter(name)
     rank = torch.distributed.get_rank()
     shape = param.ds_shape if hasattr(param, "ds_id") else param.shape
@@ -336,7 +337,7 @@ def _replica(engine: Any, param: nn.Parameter, key: str) -> Tensor:
     return master if key == MASTER else engine.basic_optimizer.state[master][key]
 
 
-def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
+def _fragment(param: Any, key: str) -> tuple[int, Tensor] | None:
     """This rank's part of state `key`: (offset in the flat parameter, values); None where it has none."""
     if hasattr(param, "ds_id"):
         local = (
@@ -350,7 +351,7 @@ def _fragment(param: nn.Parameter, key: str) -> tuple[int, Tensor] | None:
     return mapping.lp_fragment_address.start, values
 
 
-def _set_stage3(param: nn.Parameter, key: str, full: Tensor) -> None:
+def _set_stage3(param: Any, key: str, full: Tensor) -> None:
     """DeepSpeed's own setter for full tensors reads past their end when P does not divide them; hence the
     padding.
     """

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
@@ -54,7 +55,8 @@ nouns = typer.Typer(help="One job: its history, another try, a continuation.", n
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    for verb in (submit, ps, logs, stop, gc, export):
+    app.command(cls=SubmitCommand)(submit)
+    for verb in (ps, logs, stop, gc, export):
         app.command()(verb)
     nouns.command()(show)
     nouns.command()(retry)
@@ -62,8 +64,20 @@ def register(app: typer.Typer) -> None:
     app.add_typer(nouns, name="jobs")
 
 
+class SubmitCommand(TyperCommand):
+    """`escala submit`, whose help lists the workloads that there are; they are read when the help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        from escala.schema.workloads import submittable
+
+        listed = [f"{each.name}: {each.summary}" for each in submittable()]
+        self.epilog = "\n\n".join(["Workloads:", *listed])
+        super().format_help(ctx, formatter)
+
+
 def submit(
-    workload: Annotated[str, typer.Argument(help="What to run: pretrain, sft, reward, dpo, ppo, judge.")],
+    workload: Annotated[str, typer.Argument(help="What to run; see below.")],
     files: Files = None,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="For people; need not be unique.")] = None,

@@ -11,6 +11,7 @@ from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.contract.errors import LawError
+from escala.laws.forms import FORMS
 
 if TYPE_CHECKING:
     from escala.client import Escala
@@ -50,7 +51,7 @@ def fit(
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
     ] = None,
-    form: Annotated[str, typer.Option(help="nd, ndt, moe, moe_cf, c or joules.")] = "nd",
+    form: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMS)}.")] = "nd",
     group: Annotated[
         str | None, typer.Option(help="Column of points that are not independent, e.g. run_id.")
     ] = None,
@@ -128,6 +129,10 @@ def predict(
     context_tokens: Annotated[float | None, typer.Option(help="Context length T.")] = None,
     capacity_factor: Annotated[float | None, typer.Option(help="Of a mixture of experts.")] = None,
     compute_flops: Annotated[float | None, typer.Option(help="C, for a law of form c.")] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", help="Any input of the law's form: NAME=VALUE, e.g. energy_joules=1e9."),
+    ] = None,
     level: Annotated[float, typer.Option(help="Of the predictive interval.")] = 0.9,
     refresh: Refresh = False,
     json: Json = False,
@@ -143,7 +148,7 @@ def predict(
         "compute_flops": compute_flops,
     }
     point = {name: value for name, value in given.items() if value is not None}
-    render_laws.prediction(open_home().predict_law(law, point, level, refresh), json)
+    render_laws.prediction(open_home().predict_law(law, _merged(point, at or []), level, refresh), json)
 
 
 def compare(first: Name, second: Name, json: Json = False) -> None:
@@ -184,6 +189,22 @@ def promote(
         render_laws.law(promoted, json)
     else:
         render.note(f"{promoted.law} is champion")
+
+
+def _merged(point: dict[str, float], at: list[str]) -> dict[str, float]:
+    """The point with what --at says. Raises LawError for an input that is given twice, and for what is no number."""
+    merged = dict(point)
+    for text in at:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals):
+            raise LawError(f"--at '{text}' is not NAME=VALUE.", "For example --at tokens=2e10.")
+        if name in merged:
+            raise LawError(f"{name} is given twice.", "Give it once, by its own option or by --at.")
+        try:
+            merged[name] = float(value)
+        except ValueError as error:
+            raise LawError(f"--at {name}={value} is no number.", "For example --at tokens=2e10.") from error
+    return merged
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:

@@ -100,16 +100,16 @@ def plan(
 ) -> None:
     """Spend a budget on parameters and tokens so that the law's loss is lowest; several limits at once."""
     from escala.planning.limits import Limits
-    from escala.planning.plans import Question
+    from escala.planning.plans import PlanOptions
 
     escala = open_home()
-    question = Question(
+    options = PlanOptions(
         kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
     )
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
-        target = escala.plan_target(law, target_loss, question)
+        target = escala.plan_target(law, target_loss, options)
         render_plans.target(target, json)
         best: PlanView = target
     else:
@@ -124,10 +124,10 @@ def plan(
             max_context_tokens=max_context_tokens,
             n_total_over_active=n_total_over_active,
         )
-        best = escala.plan_law(law, limits, question)
+        best = escala.plan_law(law, limits, options)
         if front is not None:
             with progress.working("planning smaller budgets", quiet=json):
-                smaller = escala.plan_front(law, limits, question, front)
+                smaller = escala.plan_front(law, limits, options, front)
             best = best.model_copy(update={"front": tuple(smaller), "front_plot": str(front)})
         render_plans.plan(best, json)
     if submit:
@@ -154,19 +154,21 @@ def propose(
     json: Json = False,
 ) -> None:
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
+    from escala.planning.limits import Limits
+    from escala.planning.plans import PlanOptions
+
+    options = PlanOptions(cluster=cluster, precision=render_plans.precision(precision), refresh=refresh)
     escala = open_home()
     with progress.working("weighing the candidates", quiet=json):
         found = escala.propose_runs(
             law,
-            target_flops,
+            Limits(compute_flops=target_flops),
             max_flops,
+            options,
             aim=aim,
             count=count,
             unit=unit,
-            cluster=cluster,
-            precision=render_plans.precision(precision),
             width=width,
-            refresh=refresh,
         )
     render_plans.proposals(found, json)
     if submit:
@@ -193,11 +195,13 @@ def explore(
     json: Json = False,
 ) -> None:
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
+    from escala.planning.limits import Limits
+
     escala = open_home()
-    last = None
+    last, target = None, Limits(compute_flops=target_flops)
     with progress.reporting("exploring", json) as report:
         for last in escala.explore(
-            law, target_flops, max_flops, budget_flops, width=width, batch=batch, report=report
+            law, target, max_flops, budget_flops, width=width, batch=batch, report=report
         ):
             if not json:
                 render_plans.round_(last)

@@ -54,20 +54,20 @@ def points(found: SweepPointsView, json: bool) -> None:
         as_json(found)
         return
     raw(f"points    {len(found.points)}")
-    name, unit = (
-        ("reward", "") if "reward" in next(iter(found.points), {}) else ("loss_nats", " nats per token")
-    )
+    measure = found.measure
     if found.points:
         compute = [float(point["compute_flops"]) for point in found.points]
-        least, most = min(compute), max(compute)
-        raw(f"compute   {number(least)} to {number(most)} FLOPs ({most / least:.0f}x)")
-        values = [float(point[name]) for point in found.points if point[name] is not None]
-        if values:
-            worst, best = (min(values), max(values)) if name == "reward" else (max(values), min(values))
-            raw(f"{name.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
+        raw(
+            f"compute   {number(min(compute))} to {number(max(compute))} FLOPs ({max(compute) / min(compute):.0f}x)"
+        )
+        values = [float(value) for point in found.points if (value := point.get(measure.column)) is not None]
+        low, high = min(values), max(values)
+        worst, best = (low, high) if measure.higher_is_better else (high, low)
+        unit = f" {measure.unit}" if measure.unit else ""
+        raw(f"{measure.column.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
     if found.noise is not None:
         raw(f"noise     {found.noise:.2%} of the loss between seeds")
     for row in found.refused:
         raw(f"refused   {row['name']}: {row['reason']}")
-    if name != "reward":
+    if measure.fits_laws:
         note(f"next: escala laws fit --sweep {found.job_id} --name NAME")

@@ -40,7 +40,7 @@ class JobMethods(Home):
         )
         answer = submission.resolve(self.settings, request)
         loaded = load_cluster(cluster or self.settings.cluster)
-        price = CostView.of_cost(cost(answer.config, loaded), loaded)
+        price = CostView.of_cost(cost(answer.spec.trained, loaded), loaded)
         return ResolvedSpecView.of_resolved(answer, price)
 
     def cost(

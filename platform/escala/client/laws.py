@@ -68,8 +68,8 @@ class LawMethods(Home):
         """The loss at a point, `at` input -> value, with its predictive interval. Raises LawError, as `law`."""
         from escala.laws import queries
 
-        found = queries.predict_law(self.settings, reference, level, refresh, **at)
-        return PredictionView.of_answer(found.law, found.answer, found.assumed)
+        found = queries.predict_law(self.settings, reference, at, level, refresh)
+        return PredictionView.of_answer(found.law, found.prediction, found.assumed)
 
     def compare_laws(self, first: str, second: str) -> LawComparisonView:
         """Two laws side by side. Raises as `law`."""

@@ -11,25 +11,25 @@ from escala.views.jobs import JobView
 from escala.views.plans import ExplorationView, PlanView, ProposalsView, TargetView
 
 if TYPE_CHECKING:
-    from escala.hardware import Cluster, Precision
+    from escala.hardware import Cluster
     from escala.jobs.actions import Report
     from escala.planning.limits import Limits
-    from escala.planning.plans import Question
+    from escala.planning.plans import PlanOptions
 
 
 class PlanMethods(Home):
     """See the module."""
 
-    def plan_law(self, reference: str, limits: Limits, question: Question | None = None) -> PlanView:
+    def plan_law(self, reference: str, limits: Limits, options: PlanOptions | None = None) -> PlanView:
         """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
         from escala.planning import plans
 
         return PlanView.of_planned(
-            plans.plan_law(self.settings, reference, limits, question or plans.Question())
+            plans.plan_law(self.settings, reference, limits, options or plans.PlanOptions())
         )
 
     def plan_front(
-        self, reference: str, limits: Limits, question: Question | None = None, plot: Path | None = None
+        self, reference: str, limits: Limits, options: PlanOptions | None = None, plot: Path | None = None
     ) -> list[PlanView]:
         """Plans for budgets from a hundredth to the whole of the one given, drawn into the PNG `plot`.
 
@@ -37,33 +37,31 @@ class PlanMethods(Home):
         """
         from escala.planning import plans
 
-        found = plans.plan_front(self.settings, reference, limits, question or plans.Question())
+        found = plans.plan_front(self.settings, reference, limits, options or plans.PlanOptions())
         if plot is not None:
             from escala.planning.plots import plot_front
 
             plot_front([each.plan for each in found], plot, found[0].law.reference)
         return [PlanView.of_planned(each) for each in found]
 
-    def plan_target(self, reference: str, loss_nats: float, question: Question | None = None) -> TargetView:
+    def plan_target(self, reference: str, loss_nats: float, options: PlanOptions | None = None) -> TargetView:
         """The least compute that reaches a loss, its split, and its energy. Raises as `plan_law`."""
         from escala.planning import plans
 
-        found = plans.plan_target(self.settings, reference, loss_nats, question or plans.Question())
+        found = plans.plan_target(self.settings, reference, loss_nats, options or plans.PlanOptions())
         return TargetView.of_target(*found)
 
     def propose_runs(
         self,
         reference: str,
-        target: float | Mapping[str, float],
+        target: Limits | Mapping[str, float],
         max_flops: float,
+        options: PlanOptions | None = None,
         *,
         aim: str = "loss",
         count: int = 1,
         unit: str = "FLOP",
-        cluster: str | None = None,
-        precision: Precision = "bf16",
         width: float | None = None,
-        refresh: bool = False,
     ) -> ProposalsView:
         """The next runs: those that tell most of the target per cost. Args, errors: `planning.plans.propose_runs`."""
         from escala.planning import plans
@@ -73,22 +71,21 @@ class PlanMethods(Home):
             reference,
             target,
             max_flops,
+            options or plans.PlanOptions(),
             aim=aim,
             count=count,
             unit=unit,
-            cluster=cluster,
-            precision=precision,
             width=width,
-            refresh=refresh,
         )
         return ProposalsView.of_proposed(found)
 
     def explore(
         self,
         reference: str,
-        target_flops: float,
+        target: Limits,
         max_flops: float,
         budget_flops: float,
+        options: PlanOptions | None = None,
         *,
         width: float = 0.02,
         batch: int = 2,
@@ -96,13 +93,15 @@ class PlanMethods(Home):
     ) -> Iterator[ExplorationView]:
         """Propose, run, refit, within a budget; the journal after every round. As `planning.explore.explore`."""
         from escala.planning import explore
+        from escala.planning.plans import PlanOptions
 
         rounds = explore.explore(
             self.settings,
             reference,
-            target_flops,
+            target,
             max_flops,
             budget_flops,
+            options or PlanOptions(),
             width=width,
             batch=batch,
             report=report,

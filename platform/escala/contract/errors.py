@@ -6,7 +6,20 @@ exits with the code. `kind` is the failure class that the retry rule reads (see 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from escala.contract.redaction import hide
+
+FailureKind = Literal[
+    "user_error",  # of every error below that names no other
+    "out_of_memory",
+    "diverged",
+    "worker_lost",
+    "node_lost",
+    "driver_lost",
+    "superseded",
+    "internal",
+]
 
 
 class EscalaError(Exception):
@@ -18,7 +31,7 @@ class EscalaError(Exception):
     """
 
     exit_code = 1
-    kind = "user_error"
+    kind: FailureKind = "user_error"
 
     def __init__(self, message: str, hint: str = "") -> None:
         message, hint = hide(message), hide(hint)
@@ -76,21 +89,21 @@ class OutOfMemory(EscalaError):
     """A process ran out of memory, on the device or by the kernel's hand. Not retried."""
 
     exit_code = 9
-    kind = "out_of_memory"
+    kind: FailureKind = "out_of_memory"
 
 
 class Diverged(EscalaError):
     """The loss or the gradient is not finite. The step is named. Not retried."""
 
     exit_code = 10
-    kind = "diverged"
+    kind: FailureKind = "diverged"
 
 
 class Superseded(EscalaError):
     """This attempt was declared lost and another one has taken the job over: stop without writing."""
 
     exit_code = 11
-    kind = "superseded"
+    kind: FailureKind = "superseded"
 
 
 class LawError(EscalaError):

@@ -25,6 +25,7 @@ from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
 from escala.jobs.model import RATES_TAG
 from escala.jobs.state import FINAL
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.storage import user_code
 
@@ -37,7 +38,6 @@ Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
-SWEEP = "sweep"  # the workload of a sweep's job
 
 
 def silent(text: str) -> None:
@@ -123,9 +123,9 @@ def resume(
     """
     with open_store(settings) as store:
         old = store.get(name)
-    if old.workload == SWEEP:
+    if get_workload(old.workload).result == "points":
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
-        raise StateError(f"job {old.id} is a sweep, which has no checkpoint of its own", hint)
+        raise StateError(f"job {old.id} is a {old.workload}, which has no checkpoint of its own", hint)
     directory = JobFiles(settings.home, old.id).checkpoints
     if checkpoints.newest(directory)[0] is None:
         raise NotFoundError(
@@ -179,16 +179,17 @@ def watch(settings: Settings, name: str) -> Iterator[Watched]:
 
 def _check_room(settings: Settings, job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
-    resources = job.config.resources
-    beside = spec.served(job.plain())["CPU"]
-    cpus = resources.workers * resources.cpus_per_worker + beside
-    if settings.ray_address is None and cpus > settings.num_cpus:
-        service = f" and {beside:g} of the rollout service" if beside else ""
+    kind, config = job.kind, job.plain()
+    workers, beside = kind.worker_needs(config)["CPU"], kind.sidecar_needs(config)["CPU"]
+    if settings.ray_address is None and workers + beside > settings.num_cpus:
+        resources = config["resources"]
+        service, key = "", ""
+        if kind.sidecar is not None:
+            service, key = f" and {beside:g} of {kind.sidecar.name}", f" or {kind.sidecar.cpus_key}"
         raise SpecError(
-            f"{resources.workers} workers x {resources.cpus_per_worker:g} CPUs{service} are {cpus:g} CPUs; the "
-            f"embedded head has {settings.num_cpus}",
-            f"lower resources.workers or resources.cpus_per_worker{' or rollouts.replica_cpus' if beside else ''}, "
-            "or raise ESCALA_NUM_CPUS (logical CPUs)",
+            f"{resources['workers']} workers x {resources['cpus_per_worker']:g} CPUs{service} are "
+            f"{workers + beside:g} CPUs; the embedded head has {settings.num_cpus}",
+            f"lower resources.workers or resources.cpus_per_worker{key}, or raise ESCALA_NUM_CPUS (logical CPUs)",
         )
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from escala.contract.errors import CheckpointError, NotFoundError, SpecError
 from escala.contract.records import JobFiles
-from escala.jobs.actions import SWEEP, job
+from escala.jobs.actions import job
 from escala.jobs.tracked_runs import run
 from escala.runtime_env import source_paths
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
 
 ENTRY_POINT = "workloads.export"
@@ -26,9 +27,10 @@ def export(settings: Settings, name: str, to: Path, adapter: bool = False) -> Pa
         found = job(settings, name).job
     except NotFoundError:
         found = job(settings, run(settings, name).job_id).job
-    if found.workload == SWEEP:
+    if get_workload(found.workload).result == "points":
         raise SpecError(
-            f"job {found.id} is a sweep, which has no checkpoint of its own", "submit its best spec as a job"
+            f"job {found.id} is a {found.workload}, which has no checkpoint of its own",
+            "submit its best spec as a job",
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise SpecError(f"{to} is there and not empty", "give a new directory")

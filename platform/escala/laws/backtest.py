@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from escala.contract.errors import LawError
 from escala.laws.fit import fit_law
-from escala.laws.forms import Floats
+from escala.laws.inputs import TOKENS
 from escala.laws.law import Law
-from escala.laws.table import read_points
+from escala.laws.powers import Floats
+from escala.laws.table import Table, read_points
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,14 @@ class Backtest:
 
 
 def backtest(law: Law, share: float = 0.1) -> Backtest:
-    """Refit without the largest `share` of points by compute (6 N D, or compute_flops for form c)."""
+    """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines.
+
+    Compute is 6 N D; of a form without N and D it is the table's compute_flops. Raises LawError where it is not known.
+    """
     settings = law.settings
     points = law.points
     table = read_points(points, law.form, law.size, settings["group"])
-    compute_N = table.compute_N if law.form_name in ("c", "joules") else _n_times_d(law, table.points)
+    compute_N = _compute(law, table)
     if compute_N is None:
         raise LawError("The points do not say their compute.", "Give tokens and a size, or compute_flops.")
     order = np.argsort(compute_N, kind="stable")
@@ -59,7 +62,7 @@ def backtest(law: Law, share: float = 0.1) -> Backtest:
         size=law.size,
         seed=settings["seed"],
     )
-    inputs = {law.size if name == "size" else name: values[test] for name, values in table.columns.items()}
+    inputs = {name: values[test] for name, values in zip(law.inputs, table.columns.values(), strict=True)}
     actual = table.loss_N[test]
     predicted = refit.curve(inputs)
     log_c, log_l = np.log(compute_N[train]), np.log(table.loss_N[train])
@@ -92,7 +95,10 @@ def _covered(law: Law, inputs: dict[str, Floats], actual_N: Floats) -> float:
     return float(np.mean(inside))
 
 
-def _n_times_d(law: Law, points: pd.DataFrame) -> Floats:
-    size = "n_active" if law.form.mixed else law.size
-    product: Floats = 6.0 * points[size].to_numpy(np.float64) * points["tokens"].to_numpy(np.float64)
+def _compute(law: Law, table: Table) -> Floats | None:
+    size = law.form.size_input(law.size)
+    if size is None or law.form.token_term is None:
+        return table.compute_N
+    size_N, tokens_N = (table.points[name].to_numpy(np.float64) for name in (size, TOKENS.name))
+    product: Floats = 6.0 * size_N * tokens_N
     return product

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
+from escala.laws.fit import fit_law
+from escala.laws.inputs import CONTEXT_TOKENS, SIZE, TOKENS
 from escala.laws.law import Law
+from escala.laws.powers import Floats
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def isoflop_parabolas(law: Law, tolerance: float = 0.1, smallest: int = 4) -> li
     """One parabola per group of points whose compute agrees within `tolerance` (relative) and that has
     `smallest` sizes.
     """
-    if law.form_name in ("c", "joules") or law.form.mixed:
+    if not {SIZE, TOKENS} <= set(law.form.inputs):
         raise LawError("IsoFLOP parabolas need one N and D per point.", "Fit form nd or ndt.")
     points = law.points
     size_N, tokens_N = (points[c].to_numpy(np.float64) for c in (law.size, "tokens"))
@@ -65,10 +67,7 @@ def _parabola(law: Law, rows: pd.DataFrame, compute: float) -> Parabola:
     vertex = _vertex(np.log(size_N), rows["loss_nats"].to_numpy(np.float64))
     bias = None
     if vertex is not None:
-        columns = {
-            name: rows[law.size if name == "size" else name].to_numpy(np.float64) for name in law.form.columns
-        }
-        columns[law.size] = columns.pop("size")
+        columns = {name: rows[name].to_numpy(np.float64) for name in law.inputs}
         own = _vertex(np.log(size_N), law.curve(columns))
         bias = _bias(law, rows, own, compute)
     if vertex is None:
@@ -84,7 +83,7 @@ def _parabola(law: Law, rows: pd.DataFrame, compute: float) -> Parabola:
 def _bias(law: Law, rows: pd.DataFrame, own: tuple[float, float] | None, compute: float) -> float | None:
     if own is None:
         return None
-    context = float(rows["context_tokens"].median()) if law.form_name == "ndt" else None
+    context = float(rows[CONTEXT_TOKENS.name].median()) if CONTEXT_TOKENS in law.form.inputs else None
     try:
         best = law.optimum(compute, context_tokens=context).n_active
     except LawError:  # the law itself has no interior optimum: there is nothing to compare with
@@ -120,9 +119,7 @@ def slices(law: Law, factor: str, tolerance: float = 0.05, smallest: int = 5) ->
     """Log-log regressions along `factor` with the constant profiled out; none where no slice has `smallest`
     values.
     """
-    from escala.laws.fit import fit_law
-
-    inputs = [law.size if name == "size" else name for name in law.form.columns]
+    inputs = law.inputs
     if factor not in inputs:
         raise LawError(f"The law has no factor '{factor}'.", f"It has: {', '.join(inputs)}.")
     points, others = law.points, [name for name in inputs if name != factor]

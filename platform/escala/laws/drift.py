@@ -20,6 +20,7 @@ from escala.contract import lines
 from escala.contract.attempt import flatten
 from escala.contract.fields import build
 from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record
+from escala.laws.forms import known_inputs
 from escala.laws.intervals import resolves
 from escala.laws.reference import Cache, Stored
 from escala.tracking.spool import SpoolTracker
@@ -28,7 +29,6 @@ log = logging.getLogger("escala.drift")
 LEVEL = 0.9  # of the interval whose coverage is counted
 FALSE_ALARMS = 0.01  # of the runs of a law that is right
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
-INPUTS = {"tokens": "train_tokens"}  # a law's input -> the record's field, where they differ
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def check(
         return None
     if run_id in origin.get("run_ids", ()):
         return None
-    names = [law.size if column == "size" else column for column in law.form.columns]
-    point = {name: record.get(INPUTS.get(name, name)) for name in names}
+    known = known_inputs()
+    point = {name: record.get(known[name].field) for name in law.inputs}
     if any(value is None for value in point.values()):
         return None
     numbers = {name: float(value) for name, value in point.items() if value is not None}
@@ -122,13 +122,13 @@ def check(
     )
 
 
-def difference(common: Mapping[str, str] | None, config: Mapping[str, Any]) -> dict[str, list[str]] | None:
+def difference(common: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, list[str]] | None:
     """Where a configuration leaves what all of a law's runs had in common; None where that was not kept."""
     if common is None:
         return None
-    flat = flatten(config)
-    keys = [key for key in common if key != "training.seed" and flat.get(key) != common[key]]
-    return {key: [common[key], flat.get(key, "-")] for key in keys}
+    theirs, ours = flatten(common), flatten(config)
+    keys = [key for key in theirs if key != "training.seed" and ours.get(key) != theirs[key]]
+    return {key: [theirs[key], ours.get(key, "-")] for key in keys}
 
 
 def calibration(checks: Sequence[Checked]) -> Calibration:
@@ -147,12 +147,12 @@ def calibration(checks: Sequence[Checked]) -> Calibration:
     )
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
-    share, scale = hits / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest  # a second of imports, for a calibration alone
+
+    found = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 # Files

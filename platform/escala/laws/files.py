@@ -21,30 +21,36 @@ from typing import TYPE_CHECKING, Any
 
 from escala.contract.errors import LawError, NotFoundError
 from escala.laws import cells
+from escala.laws.forms import known_inputs
 
 if TYPE_CHECKING:
     import pandas as pd
 
-QUANTITIES = (
-    "loss_nats",
-    "n_total",
-    "n_active",
-    "n_non_embedding",
-    "tokens",
-    "context_tokens",
-    "capacity_factor",
-    "compute_flops",
-    "energy_joules",
-)
+LOSS = "loss_nats"
 NAMES = ("run_id", "tokenizer_fingerprint", "evaluation_fingerprint")
-KNOWN = (*QUANTITIES, *NAMES)
-RUN_COLUMNS = {"held_out_loss_nats": "loss_nats", "train_tokens": "tokens"}  # of a RunRecord
 RUN_LABELS = ("job_id", "name", "seed")
 REFUSAL = "escala_refusal"  # the column in which a table says why a row is no point; empty: it is one
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or a spreadsheet", b"PAR1": "Parquet", b"BZh": "bzip2"}
 COMMENT = "the line is a comment (it begins with #)"
+
+
+def quantities() -> tuple[str, ...]:
+    """The columns of a law's points that hold numbers."""
+    return (LOSS, *known_inputs())
+
+
+def known_columns() -> tuple[str, ...]:
+    """The columns of a law's points."""
+    return (*quantities(), *NAMES)
+
+
+def _run_columns() -> dict[str, str]:
+    """A RunRecord's field -> the column of a law's points, where they differ."""
+    return {"held_out_loss_nats": LOSS} | {
+        each.field: name for name, each in known_inputs().items() if each.field != name
+    }
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,8 @@ def _points_of_runs(raw: _Raw) -> _Raw:
     What a run measured besides its loss (seconds, memory, training loss) goes: no law is a function of it. Raises
     LawError where a run did not succeed: its loss is not that of its planned tokens.
     """
-    if not {"workload", "status", *RUN_COLUMNS} <= set(raw.names):
+    columns = _run_columns()
+    if not {"workload", "status", *columns} <= set(raw.names):
         return raw
     statuses = raw.columns[raw.names.index("status")]
     bad = [str(status) for status in statuses if status != "succeeded"]
@@ -290,11 +297,11 @@ def _points_of_runs(raw: _Raw) -> _Raw:
             "`escala runs list --status succeeded --json` leaves them out.",
         )
     kept = {
-        RUN_COLUMNS.get(name, name): column
+        columns.get(name, name): column
         for name, column in zip(raw.names, raw.columns, strict=True)
         if not all(cells.is_missing(cell) for cell in column)
     }
-    kept = {name: kept[name] for name in (*KNOWN, *RUN_LABELS) if name in kept}
+    kept = {name: kept[name] for name in (*known_columns(), *RUN_LABELS) if name in kept}
     return _Raw(
         list(kept), list(kept.values()), raw.rows, raw.unit, {**raw.understood, "runs_of_escala": True}
     )
@@ -305,16 +312,16 @@ def _points_of_runs(raw: _Raw) -> _Raw:
 
 def _renamed(names: Sequence[str], rename: Mapping[str, str]) -> list[str]:
     """The columns' names after `rename`. Raises LawError for an unknown name, and for two columns of one name."""
-    targets = Counter(rename.values())
+    targets, known = Counter(rename.values()), known_columns()
     for old, new in rename.items():
         if old not in names:
-            if new in names and old in KNOWN:
+            if new in names and old in known:
                 raise LawError(
                     f"The file has no column '{old}'.", f"The file's name first: --map {new}={old}"
                 )
             raise LawError(f"The file has no column '{old}'.", _nearest(old, names, "it has"))
-        if new not in KNOWN:
-            raise LawError(f"A law's points have no column '{new}'.", _nearest(new, KNOWN, "they are"))
+        if new not in known:
+            raise LawError(f"A law's points have no column '{new}'.", _nearest(new, known, "they are"))
         if targets[new] > 1:
             both = ", ".join(each for each, target in rename.items() if target == new)
             raise LawError(f"{both} cannot all be {new}.", "Map one column to it, and leave the others.")
@@ -335,7 +342,7 @@ def _frame(raw: _Raw, renamed: Sequence[str], path: Path, names: Collection[str]
     import pandas as pd
 
     found: dict[str, pd.Series] = {}
-    index = pd.Index(raw.rows, name=raw.unit)
+    index, numbers = pd.Index(raw.rows, name=raw.unit), quantities()
     for old, new, column in zip(raw.names, renamed, raw.columns, strict=True):
 
         def where(i: int, old: str = old) -> str:
@@ -344,7 +351,7 @@ def _frame(raw: _Raw, renamed: Sequence[str], path: Path, names: Collection[str]
         nested = next((i for i, cell in enumerate(column) if isinstance(cell, list | dict)), None)
         if nested is not None:
             raise LawError(f"{where(nested)}: a nested value.", "A table has one value a cell: leave it out.")
-        if new in QUANTITIES:
+        if new in numbers:
             values = cells.quantities(column, where)
         else:
             values = cells.texts(column) if new in names or old in names else cells.plain(column)

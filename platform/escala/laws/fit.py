@@ -11,16 +11,11 @@ import numpy as np
 import pandas as pd
 
 from escala.contract.errors import LawError
-from escala.laws.forms import (
-    Floats,
-    Form,
-    get_form,
-    loss_and_jacobian,
-    losses,
-    make_features,
-    to_natural,
-)
+from escala.laws.form import Form
+from escala.laws.forms import get_form
+from escala.laws.frames import plain_frame
 from escala.laws.health import Evidence, problems, remarks
+from escala.laws.inputs import SIZES
 from escala.laws.intervals import (
     FEWEST_HEALTHY,
     FEWEST_REPLICATES,
@@ -28,7 +23,14 @@ from escala.laws.intervals import (
     bootstrap_weights,
     residual_draws,
 )
-from escala.laws.law import Law, plain_frame
+from escala.laws.law import Law
+from escala.laws.powers import (
+    Floats,
+    loss_and_jacobian,
+    losses,
+    make_features,
+    to_natural,
+)
 from escala.laws.sample import Sample, by_curve
 from escala.laws.search import best_fit, replicate_fits
 from escala.laws.solve import Objective, Problem, huber, residuals
@@ -55,7 +57,7 @@ def fit_law(
 
     Args:
         points: one row per run or checkpoint: `loss_nats` and the form's inputs; other columns are kept.
-        form: "nd", "ndt", "moe", "moe_cf", "c" (loss against compute) or "joules" (against energy).
+        form: a form's name, see `escala.laws.forms`: "nd", "ndt", "moe", ..., "c" (loss against compute).
         objective: residual space and Huber's delta; delta 1e-8 is the L1 limit.
         bootstrap: replicates; fewer than 20 give no intervals, and a law without intervals is not healthy.
         group: column whose values are resampled together (checkpoints of one run are not independent). Copies of a row
@@ -161,7 +163,7 @@ def _problem(
     """
     held = {**fixed, **priors}
     features = make_features(form, table.columns, tuple(term.coefficient not in held for term in form.terms))
-    low, high = form.bounds()
+    low, high = (np.array(ends) for ends in form.bounds())
     mean, weight = np.zeros(len(form.names)), np.zeros(len(form.names))
     for name, value in fixed.items():
         low[form.names.index(name)] = high[form.names.index(name)] = value
@@ -220,7 +222,7 @@ def _assemble(
         objective_value=float(huber(residual_N, problem.objective.huber_delta).sum()),
         findings=(*found, *remarks(evidence), *table.notes, *_notes(settings)),
         healthy=not found,
-        ranges=_ranges(table, size),
+        ranges=_ranges(table, form, size),
         replicates_BP=natural_BP,
         residual_draws_B=draws_B,
         residual_N=residual_N,
@@ -270,7 +272,7 @@ def _evidence(
 
 def _inputs_of(table: Table) -> set[str]:
     """Columns that say the same as an input (another count of N): no evidence of a regime."""
-    return {name for name in ("n_active", "n_total", "n_non_embedding") if name in table.points}
+    return {name for name in SIZES if name in table.points}
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
@@ -282,8 +284,9 @@ def _notes(settings: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _ranges(table: Table, size: str) -> dict[str, tuple[float, float]]:
-    out = {size if k == "size" else k: (float(v.min()), float(v.max())) for k, v in table.columns.items()}
+def _ranges(table: Table, form: Form, size: str) -> dict[str, tuple[float, float]]:
+    names = form.needs(size)
+    out = {k: (float(v.min()), float(v.max())) for k, v in zip(names, table.columns.values(), strict=True)}
     if table.compute_N is not None:
         out["compute_flops"] = (float(table.compute_N.min()), float(table.compute_N.max()))
     return out

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from escala.laws.forms import EXPONENT_BOUNDS, Floats, Form
+from escala.laws.form import FLOOR, Form
+from escala.laws.powers import Floats
 
 SMALLEST_SPAN = 1.2  # a factor whose largest value is less than 1.2 times its smallest was hardly varied
 LARGEST_CONDITION = 3e4  # of the unit-column Jacobian by log-coefficients and exponents
@@ -60,21 +61,18 @@ def _few_points(e: Evidence) -> list[str]:
 def _never_varied(e: Evidence) -> list[str]:
     out = []
     for term in e.form.terms:
-        if not term.mix and _free(e, term.coefficient) and _span(e.columns[term.column]) < SMALLEST_SPAN:
-            out.append(
-                f"{term.column} was never varied (factor {_span(e.columns[term.column]):.3g}): {_names(term)}"
-            )
-        if term.mix and _free(e, term.coefficient) and _span(e.columns["n_active"]) < SMALLEST_SPAN:
-            out.append(f"n_active was never varied: {_names(term)}")
-        if term.mix and _free(e, term.mix):
-            span = _span(e.columns["n_total"] / e.columns["n_active"])
+        values_N = e.columns[term.column]
+        if _free(e, term.coefficient) and _span(values_N) < SMALLEST_SPAN:
+            factor = "" if term.mix else f" (factor {_span(values_N):.3g})"
+            out.append(f"{term.column} was never varied{factor}: {term.not_identified}")
+        if term.mix and _free(e, term.mix.parameter):
+            name, span = term.mix.over.name, _span(e.columns[term.mix.over.name] / values_N)
             if span < SMALLEST_SPAN:
-                out.append(f"n_total/n_active was never varied (factor {span:.3g}): rho is not identified")
+                out.append(
+                    f"{name}/{term.column} was never varied (factor {span:.3g}): "
+                    f"{term.mix.parameter} is not identified"
+                )
     return out
-
-
-def _names(term: object) -> str:
-    return f"{term.coefficient} and {term.exponent} are not identified"  # type: ignore[attr-defined]
 
 
 def _span(values: Floats) -> float:
@@ -92,32 +90,33 @@ def _not_identified(e: Evidence) -> list[str]:
     """
     out = []
     smallest = 1e-6 * float(e.loss_N.min())
-    parts = _shares(e)
+    parts, (lows, highs) = _shares(e), e.form.bounds()
     for i, name in enumerate(e.form.names):
         if not _free(e, name):
             continue
         draws = e.replicates_BP[:, i] if len(e.replicates_BP) else e.theta_P[None, i]
         if name in e.form.coefficients:
-            zero = draws <= smallest if name == "L_inf" else draws <= 0
+            zero = draws <= smallest if name == FLOOR else draws <= 0
             if parts[i] <= 1e-6:
                 out.append(f"{name} is zero: the data do not identify this term")
             elif zero.mean() > 0.05:
                 out.append(f"{name} is zero in {zero.mean():.0%} of bootstrap replicates: not identified")
             continue
-        low, high = (0.0, 1.0) if name == "rho" else EXPONENT_BOUNDS
+        low, high = lows[i], highs[i]
         near = (draws <= low * 1.001 + 1e-9) | (draws >= high - 1e-3)
         if e.theta_P[i] <= low * 1.001 + 1e-9 or e.theta_P[i] >= high - 1e-3:
             out.append(f"{name} = {e.theta_P[i]:.3g} is at its bound: not identified")
         elif near.mean() > 0.05:
             out.append(f"{name} is at a bound in {near.mean():.0%} of bootstrap replicates: not identified")
         elif len(e.replicates_BP):
-            out += _too_wide(name, draws)
+            is_share = e.form.mix is not None and name == e.form.mix.parameter
+            out += _too_wide(name, draws, is_share)
     return out
 
 
-def _too_wide(name: str, draws: Floats) -> list[str]:
+def _too_wide(name: str, draws: Floats, is_share: bool) -> list[str]:
     low, high = (float(q) for q in np.quantile(draws, [0.05, 0.95]))
-    wide = high - low > 0.8 if name == "rho" else high > WIDEST_RATIO * low
+    wide = high - low > 0.8 if is_share else high > WIDEST_RATIO * low
     return [f"{name} is hardly identified: its 90 % interval is {low:.3g} to {high:.3g}"] if wide else []
 
 

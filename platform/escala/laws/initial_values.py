@@ -12,22 +12,18 @@ from itertools import chain, combinations, product
 
 import numpy as np
 
-from escala.laws.forms import MIX_BOUNDS, Floats
+from escala.laws.powers import Floats
 from escala.laws.solve import Problem
-
-FINE = (0.03, 0.08, 0.15, 0.22, 0.3, 0.38, 0.48, 0.6, 0.8, 1.1, 1.5, 1.9)
-COARSE = (0.04, 0.14, 0.26, 0.38, 0.55, 0.85, 1.4)
 
 
 def _grid(problem: Problem) -> Floats:
     """Exponents to try, (G, number of exponents); a fixed one keeps its value."""
     form, first = problem.form, len(problem.form.coefficients)
-    ladder = FINE if len(form.terms) <= 2 and not form.mixed else COARSE
     axes = []
     for i, name in enumerate(form.names[first:], first):
         low, high = problem.low_P[i], problem.high_P[i]
-        values = (0.0, 0.25, 0.5, 0.75, MIX_BOUNDS[1]) if name == "rho" else ladder
-        axes.append((low,) if low == high else tuple(v for v in values if low <= v <= high))
+        starts = form.starts_of(name)
+        axes.append((low,) if low == high else tuple(v for v in starts if low <= v <= high))
     return np.array(list(product(*axes)), dtype=float)
 
 

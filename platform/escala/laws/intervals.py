@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
+from escala.laws.powers import Floats
 
 FEWEST_REPLICATES = 20  # for an interval at 90 %: with fewer the smallest and the largest draw lie inside it
 FEWEST_HEALTHY = 40  # two draws beyond each end of a 90 % interval; with 40 it holds 86 % (of 1000: 89.8 %)

@@ -14,26 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Features, Floats, Form, Optimum, closed_form_optimum, get_form, losses
+from escala.laws.form import Form
+from escala.laws.forms import get_form, known_inputs
+from escala.laws.frames import frame
 from escala.laws.intervals import FEWEST_REPLICATES, check_level, quantile_pair, resolves
+from escala.laws.optimum import Optimum
+from escala.laws.powers import Floats, losses, plain_features
 from escala.laws.solve import Objective
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from escala.laws.backtest import Backtest
-
 VERSION = 1  # of the JSON
-INPUTS = (
-    "n_active",
-    "n_total",
-    "n_non_embedding",
-    "tokens",
-    "context_tokens",
-    "capacity_factor",
-    "compute_flops",
-    "energy_joules",
-)
 
 
 @dataclass(frozen=True)
@@ -109,14 +101,19 @@ class Law:
         return get_form(self.form_name)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that the law reads."""
+        return self.form.needs(self.size)
+
+    @property
     def points(self) -> pd.DataFrame:
         """The points that were fitted, all their columns kept."""
-        return _frame(self.table)
+        return frame(self.table)
 
     @property
     def refused(self) -> pd.DataFrame:
         """The points that were not, each with its `reason`; the table's own column of that name: `table_reason`."""
-        return _frame(self.refused_table)
+        return frame(self.refused_table)
 
     @property
     def refusals(self) -> list[tuple[Any, str]]:
@@ -173,11 +170,11 @@ class Law:
 
     def _answer(self, level: float, point: Mapping[str, float], residual: bool) -> Prediction:
         self._check_level(level)
-        columns = self._columns(point)
+        columns = self.columns_of(point)
         loss = float(self.curve(columns)[0])
         low, high = None, None
         if len(self.replicates_BP):
-            draws_B = self._evaluate(self.replicates_BP, columns)[:, 0]
+            draws_B = self.evaluate(self.replicates_BP, columns)[:, 0]
             if residual and self.objective.space == "log":
                 draws_B = draws_B * np.exp(self.residual_draws_B)
             elif residual:
@@ -190,34 +187,43 @@ class Law:
         searches.
         """
         theta_BP = np.array([[self.parameters[name] for name in self.form.names]])
-        loss_N: Floats = self._evaluate(theta_BP, columns)[0]
+        loss_N: Floats = self.evaluate(theta_BP, columns)[0]
         return loss_N
 
-    def _evaluate(self, theta_BP: Floats, columns: Mapping[str, Floats]) -> Floats:
-        named = {name: columns[self.size if name == "size" else name] for name in self.form.columns}
+    def evaluate(self, theta_BP: Floats, columns: Mapping[str, Floats]) -> Floats:
+        """The loss of parameters of the form (B, P) at arrays of inputs (N,): (B, N)."""
         form = self.form
-        main = np.stack([np.log(named[term.column]) for term in form.terms])
-        mix = np.log(named["n_total"]) - np.log(named["n_active"]) if form.mixed else None
-        return losses(form, theta_BP, Features(main, mix, np.zeros(len(form.terms)), 0.0))
+        named = {
+            name: columns[column] for name, column in zip(form.columns, form.needs(self.size), strict=True)
+        }
+        return losses(form, theta_BP, plain_features(form, named))
 
-    def _columns(self, point: Mapping[str, float]) -> dict[str, Floats]:
-        unknown = sorted(set(point) - set(INPUTS))
+    def columns_of(self, point: Mapping[str, float]) -> dict[str, Floats]:
+        """A point as arrays of one value, of the inputs that the law reads.
+
+        Raises LawError for an input that is missing, unknown or not positive.
+        """
+        unknown = sorted(set(point) - set(known_inputs()))
         if unknown:
-            raise LawError(f"A law knows no input {', '.join(unknown)}.", f"Inputs are: {', '.join(INPUTS)}.")
+            raise LawError(f"A law knows no input {', '.join(unknown)}.", self._reads())
         given = dict(point)
-        if self.form_name == "c" and "compute_flops" not in given and {"n_active", "tokens"} <= set(given):
-            given["compute_flops"] = 6.0 * given["n_active"] * given["tokens"]
-        needed = [self.size if name == "size" else name for name in self.form.columns]
-        missing = [name for name in needed if name not in given]
+        for each in self.form.derived:
+            if each.input.name not in given and set(each.sources) <= set(given):
+                given[each.input.name] = each.compute(given)
+        missing = [name for name in self.inputs if name not in given]
         if missing:
-            raise LawError(
-                f"The law ({self.form.formula}) needs {', '.join(missing)}.",
-                f"It reads: {', '.join(needed)}.",
-            )
-        for name in needed:
+            raise LawError(f"The law ({self.form.formula}) needs {', '.join(missing)}.", self._reads())
+        for name in self.inputs:
             if not (np.isfinite(given[name]) and given[name] > 0):
                 raise LawError(f"{name} = {given[name]} must be a positive number.", "Give counts, not logs.")
-        return {name: np.array([float(given[name])]) for name in needed}
+        return {name: np.array([float(given[name])]) for name in self.inputs}
+
+    def _reads(self) -> str:
+        """Which inputs the law reads, with units, and from what it derives one."""
+        inputs, form = known_inputs(), self.form
+        words = [str(inputs[name]) for name in self.inputs]
+        words += [f"or {' and '.join(str(inputs[name]) for name in each.sources)}" for each in form.derived]
+        return f"It reads: {', '.join(words)}."
 
     def _extrapolation(self, point: Mapping[str, float]) -> dict[str, float]:
         """How many times beyond the data, per input and for compute (6 N D where the point does not say
@@ -245,12 +251,11 @@ class Law:
         """N and D that minimise the loss at C = kappa N_active D, in closed form (nd; ndt at T; moe at a
         ratio).
 
-        Raises LawError for form c or moe_cf, and where the bound that the form needs is missing.
+        Raises LawError for a form without a split, and where the bound that the form needs is missing.
         """
 
         def best(theta: Mapping[str, float]) -> Optimum:
-            return closed_form_optimum(
-                self.form,
+            return self.form.optimum(
                 theta,
                 compute_flops,
                 kappa=kappa,
@@ -291,16 +296,10 @@ class Law:
         self, best: Callable[[Mapping[str, float]], Optimum]
     ) -> tuple[float | None, float | None]:
         """90 % interval of the optimal N over the replicates that have an interior optimum."""
-        replicates_BP = self.replicates_BP[(self.replicates_BP[:, 1:3] > 0).all(axis=1)]
+        replicates_BP = self.replicates_BP[self.form.interior(self.replicates_BP)]
         thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
         sizes = np.array([best(theta).size for theta in thetas])
         return quantile_pair(sizes, 0.9) if len(sizes) >= FEWEST_REPLICATES else (None, None)
-
-    def backtest(self, share: float = 0.1) -> Backtest:
-        """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines."""
-        from escala.laws.backtest import backtest
-
-        return backtest(self, share)
 
     def to_json(self) -> str:
         """All of the law as JSON; every float64 comes back exactly."""
@@ -316,8 +315,12 @@ class Law:
         """The law of `to_json`. Raises LawError for anything else."""
         try:
             plain = json.loads(text)
-            if plain.pop("version") != VERSION:
-                raise LawError("law.json was written by another version of escala.", "Fit the law again.")
+            version = plain.pop("version")
+            if version != VERSION:
+                raise LawError(
+                    f"This law.json has format {version}; this escala reads format {VERSION}.",
+                    "Use the escala that wrote it, or fit the law again.",
+                )
             width = len(get_form(plain["form_name"]).names)
             plain["objective"] = Objective(**plain["objective"])
             plain["replicates_BP"] = np.array(plain["replicates_BP"], dtype=np.float64).reshape(-1, width)
@@ -328,36 +331,3 @@ class Law:
             return cls(**plain)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LawError(f"This is no law.json: {error!r}.", "Law.to_json writes one.") from error
-
-
-def plain_frame(frame: pd.DataFrame) -> dict[str, Any]:
-    """A DataFrame as JSON-ready data: per column its dtype and values; NaN as null, infinities as text."""
-    columns = []
-    for name in frame.columns:
-        series = frame[name]
-        kind = "float" if series.dtype.kind == "f" else series.dtype.kind
-        values = [_plain(value) for value in series.tolist()]
-        columns.append({"name": str(name), "kind": kind, "values": values})
-    return {"columns": columns, "index": [_plain(value) for value in frame.index.tolist()]}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if np.isfinite(value) else (None if np.isnan(value) else str(value))
-    return None if value != value else str(value)
-
-
-def _frame(plain: dict[str, Any]) -> pd.DataFrame:
-    import pandas as pd
-
-    series = {}
-    for column in plain["columns"]:
-        values = column["values"]
-        if column["kind"] == "float":
-            values = [np.nan if v is None else float(v) for v in values]
-        series[column["name"]] = pd.Series(
-            values, index=plain["index"], dtype="float64" if column["kind"] == "float" else None
-        )
-    return pd.DataFrame(series, index=plain["index"])

@@ -51,17 +51,14 @@ def _points(law: Law, provenance: dict[str, Any]) -> str:
 
 
 def _usage(law: Law, reference: str) -> str:
-    inputs = [law.size if name == "size" else name for name in law.form.columns]
-    asked = " ".join(
-        f"--{name.replace('_', '-')} {law.ranges[name][1]:.3g}" for name in inputs if name in law.ranges
-    )
+    asked = " ".join(f"--at {name}={law.ranges[name][1]:.3g}" for name in law.inputs if name in law.ranges)
     name, _, version = reference.partition("@")
     lines = [
         "## Use\n\n```bash",
         f"escala laws show {reference}",
         f"escala laws predict {reference} {asked}",
     ]
-    if law.form_name not in ("c", "joules"):
+    if law.form.no_split is None:
         lines.append(f"escala laws plan {reference} --compute-flops 1e21")
     lines += ["```\n\n```python", f'mlflow.pyfunc.load_model("models:/{name}/{version}")', "```"]
     return "\n".join(lines)

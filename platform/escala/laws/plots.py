@@ -13,22 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
+from escala.laws.forms import known_inputs
 from escala.laws.health import SMALLEST_SPAN
 from escala.laws.law import Allocation, Law
+from escala.laws.powers import Floats
 
 STEPS = 40  # points of a curve
 BEYOND = 10.0  # curves go on to ten times the largest value measured
-LABELS = {
-    "n_active": "N active",
-    "n_total": "N total",
-    "n_non_embedding": "N non-embedding",
-    "tokens": "D, tokens",
-    "context_tokens": "T, tokens of context",
-    "capacity_factor": "capacity factor",
-    "compute_flops": "C, FLOPs",
-    "energy_joules": "energy, joules",
-}
 
 
 def write_plots(law: Law, directory: Path) -> list[Path]:
@@ -64,8 +55,7 @@ def figures(law: Law) -> dict[str, Figure]:
 
 
 def _columns(law: Law) -> dict[str, Floats]:
-    names = [law.size if name == "size" else name for name in law.form.columns]
-    return {name: law.points[name].to_numpy(np.float64) for name in names}
+    return {name: law.points[name].to_numpy(np.float64) for name in law.inputs}
 
 
 def _new(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -81,7 +71,8 @@ def _along(
     """The law along one input, the others at their geometric mean. Each point is moved there along the law, so
     its distance from the curve is its residual.
     """
-    figure, axes = _new(f"Loss against {LABELS[name]}", LABELS[name], "loss, nats per token")
+    label = known_inputs()[name].label
+    figure, axes = _new(f"Loss against {label}", label, "loss, nats per token")
     values = columns[name]
     x = np.geomspace(values.min(), values.max() * BEYOND, STEPS)
     answers = [law.predict(0.9, **{**middle, name: float(value)}) for value in x]
@@ -117,14 +108,19 @@ def _frontier(law: Law, middle: Mapping[str, float]) -> list[Allocation]:
             law.optimum(float(c), context_tokens=context, n_total_over_active=ratio)
             for c in np.geomspace(low, high * BEYOND, STEPS // 2)
         ]
-    except LawError:  # form c, moe_cf, or a term that is zero: no split to draw
+    except LawError:  # a form without a split, or a term that is zero: nothing to draw
         return []
 
 
 def _flops(law: Law, columns: Mapping[str, Floats]) -> Floats:
     """6 N D of each point: the compute that `optimum` divides."""
-    flops: Floats = 6.0 * columns["n_active" if law.form.mixed else law.size] * columns["tokens"]
+    flops: Floats = 6.0 * columns[_size(law)] * columns["tokens"]
     return flops
+
+
+def _size(law: Law) -> str:
+    """The input that is N of 6 N D."""
+    return law.form.size_input(law.size) or law.size
 
 
 def _compute(law: Law, columns: Mapping[str, Floats], loss_N: Floats, best: list[Allocation]) -> Figure:
@@ -141,8 +137,8 @@ def _compute(law: Law, columns: Mapping[str, Floats], loss_N: Floats, best: list
 
 def _isoflop(law: Law, columns: Mapping[str, Floats], loss_N: Floats, middle: Mapping[str, float]) -> Figure:
     """The law's loss against N at five budgets, and the runs in the colour of their compute."""
-    size = "n_active" if law.form.mixed else law.size
-    figure, axes = _new("IsoFLOP curves of the law", LABELS[size], "loss, nats per token")
+    size = _size(law)
+    figure, axes = _new("IsoFLOP curves of the law", known_inputs()[size].label, "loss, nats per token")
     flops_N = _flops(law, columns)
     budgets = np.geomspace(flops_N.min(), flops_N.max() * BEYOND, 5)
     low, high = np.log10(budgets[0]), np.log10(budgets[-1])

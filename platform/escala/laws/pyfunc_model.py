@@ -13,7 +13,8 @@ from typing import Any
 import mlflow
 import pandas as pd
 
-from escala.laws.law import INPUTS, Law
+from escala.laws.forms import known_inputs
+from escala.laws.law import Law
 
 
 class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -28,7 +29,7 @@ class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     ) -> pd.DataFrame:
         """A row for each row: loss_nats, low_nats, high_nats (NaN: the law has no intervals), farthest (1: inside)."""
         level = float((params or {}).get("level", 0.9))
-        known = [name for name in INPUTS if name in model_input]
+        known = [name for name in known_inputs() if name in model_input]
         rows = []
         for point in model_input[known].to_dict("records"):
             answer = self._law.predict(level, **{str(name): float(value) for name, value in point.items()})

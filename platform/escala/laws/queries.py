@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala.laws.inputs import SIZE
 from escala.laws.law import Law, Prediction
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
@@ -40,25 +41,25 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Forecast:
     """A prediction with the law that gave it. `assumed`: what the question left open."""
 
     law: Stored
-    answer: Prediction
+    prediction: Prediction
     assumed: tuple[str, ...]
 
     @property
     def extrapolation(self) -> dict[str, float]:
         """Per input, the factor beyond the data; 1 is inside."""
-        return self.answer.extrapolation
+        return self.prediction.extrapolation
 
     def plain(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        answer, law = asdict(self.answer), self.law.law
-        answer["farthest"] = max(self.extrapolation.values(), default=1.0)
+        law = self.law.law
         return {
             "law": self.law.reference,
-            **answer,
+            **asdict(self.prediction),
+            "farthest": self.prediction.farthest,
             "assumed": list(self.assumed),
             "healthy": law.healthy,
             "findings": list(law.findings),
@@ -66,7 +67,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LawComparison:
     """Two laws side by side. `disagreement`: the median of |B/A - 1| over both laws' points; None where one of
     them lacks an input of the other. Parameters can differ much while the losses agree.
     """
@@ -166,7 +167,7 @@ def fit_points(
     bootstrap: int = 1000,
     seed: int = 0,
     report: Report | None = None,
-    configuration: Mapping[str, str] | None = None,
+    configuration: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Fit a law to `points` and store it as the next version of `name`.
 
@@ -174,7 +175,7 @@ def fit_points(
         sources: where the points came from, in words.
         form, group, size, bootstrap, seed: see `fit_law`.
         report: told what is being done.
-        configuration: what all points share, dotted keys; a drift alarm compares a run with it.
+        configuration: what all points' runs have in common, nested; a drift alarm compares a run with it.
 
     Raises LawError, ClusterError.
     """
@@ -253,41 +254,41 @@ def law(settings: Settings, reference: str, refresh: bool = False) -> Stored:
 
 
 def predict_law(
-    settings: Settings, reference: str, level: float = 0.9, refresh: bool = False, **point: float
-) -> Answer:
-    """The loss at a point with its predictive interval. A law of n_active that is asked with n_total alone (or
-    the reverse) takes the model as dense, and says so.
+    settings: Settings, reference: str, at: Mapping[str, float], level: float = 0.9, refresh: bool = False
+) -> Forecast:
+    """The loss at a point, `at` = {input: value}, with its predictive interval. A law of n_active that is asked with
+    n_total alone (or the reverse) takes the model as dense, and says so.
 
-    Raises LawError for a missing or impossible input, and as `load_law`.
+    Raises LawError for a missing, unknown or impossible input, with what the law reads; and as `load_law`.
     """
     stored = law(settings, reference, refresh)
-    asked, assumed = _dense(stored.law, point)
-    return Answer(stored, stored.law.predict(level, **asked), assumed)
+    asked, assumed = _dense(stored.law, at)
+    return Forecast(stored, stored.law.predict(level, **asked), assumed)
 
 
 def _dense(law: Law, point: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
     other = {"n_active": "n_total", "n_total": "n_active"}.get(law.size)
     asked = dict(point)
-    if "size" in law.form.columns and other in asked and law.size not in asked:
+    if SIZE in law.form.inputs and other in asked and law.size not in asked:
         asked[law.size] = asked[other]
         return asked, (f"a dense model: {law.size} = {other}",)
     return asked, ()
 
 
-def compare_laws(settings: Settings, first: str, second: str) -> Comparison:
+def compare_laws(settings: Settings, first: str, second: str) -> LawComparison:
     """Two laws side by side. Raises as `load_law`."""
     import numpy as np
 
     a, b = law(settings, first), law(settings, second)
     off = []
     for points in (a.law.points, b.law.points):
-        needed = {each.size if c == "size" else c for each in (a.law, b.law) for c in each.form.columns}
+        needed = {*a.law.inputs, *b.law.inputs}
         if not needed <= set(points.columns):
-            return Comparison(a, b, None, None)
+            return LawComparison(a, b, None, None)
         columns = {name: points[name].to_numpy(np.float64) for name in needed}
         off.append(np.abs(b.law.curve(columns) / a.law.curve(columns) - 1))
     both = np.concatenate(off)
-    return Comparison(a, b, float(np.median(both)), float(both.max()))
+    return LawComparison(a, b, float(np.median(both)), float(both.max()))
 
 
 def promote_law(settings: Settings, reference: str, force: bool = False) -> Stored:

@@ -17,6 +17,7 @@ from escala.contract.errors import LawError
 from escala.contract.files import set_aside, write_whole
 from escala.contract.records import read_json, write_json
 from escala.laws.law import Law
+from escala.laws.provenance import FORMAT, upgraded
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -47,7 +48,9 @@ def parse(text: str) -> Reference:
 
 @dataclass(frozen=True)
 class Stored:
-    """A law as it was registered. `provenance`: by whom, when, from which runs, sources, code and data."""
+    """A law as it was registered. `provenance`: by whom, when, from which runs, sources, code and data; nested JSON,
+    see provenance.py.
+    """
 
     name: str
     version: int
@@ -77,7 +80,7 @@ class Cache:
         if provenance is None:
             return None
         law = Law.from_json((self._root / name / f"{version}.json").read_text())
-        return Stored(name, version, law, provenance)
+        return Stored(name, version, law, upgraded(provenance))
 
     def find(self, asked: Reference) -> Stored | None:
         """The law asked for, as far as this home knows: its version, or the champion when last read."""
@@ -90,7 +93,8 @@ class Cache:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / f"{stored.version}.json", stored.law.to_json())
         write_json(
-            directory / f"{stored.version}.provenance.json", {**stored.provenance, "tracker": self._tracker}
+            directory / f"{stored.version}.provenance.json",
+            {"format": FORMAT, **stored.provenance, "tracker": self._tracker},
         )
 
     def champion(self, name: str) -> int | None:

@@ -26,6 +26,7 @@ import psutil
 from escala.contract.errors import LawError, NotFoundError
 from escala.laws import note
 from escala.laws.law import Law
+from escala.laws.provenance import FORMAT, upgraded
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
 from escala.tracking.lineage import code_fingerprint, fingerprint
@@ -38,6 +39,7 @@ ALIAS = "champion"
 KEY = "law"  # a law's run has the key law:HOST:PID:RANDOM, of the client that writes it
 ABANDONED_SECONDS = 60.0  # a law's run is RUNNING for a moment; one that is so for longer has lost its client
 KIND, OUR_KIND = "escala.kind", "law"
+SUMMARY = "escala.summary"  # of a version, JSON
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
 
 
@@ -77,7 +79,7 @@ class Registry:
         experiment: str,
         by: str,
         sources: Sequence[str] = (),
-        configuration: Mapping[str, str] | None = None,
+        configuration: Mapping[str, Any] | None = None,
     ) -> int:
         """Store a law as the next version of `name`; see the module for what that holds.
 
@@ -86,7 +88,7 @@ class Registry:
             by: who fitted it.
             sources: where the points came from, in words (a file with its fingerprint, a sweep's id). The ids of
                 the measured runs are read from the points' column run_id.
-            configuration: dotted keys that all measured runs share; None: not known.
+            configuration: what all measured runs have in common, nested; None: not known.
 
         Raises LawError for a bad name, ClusterError where the tracker does not answer.
         """
@@ -194,7 +196,7 @@ class Registry:
             with tempfile.TemporaryDirectory(prefix="escala-law-") as directory:
                 law = Path(client.download_artifacts(row.run_id, "law.json", directory)).read_text()
                 made = Path(client.download_artifacts(row.run_id, "provenance.json", directory)).read_text()
-        stored = Stored(name, version, Law.from_json(law), json.loads(made))
+        stored = Stored(name, version, Law.from_json(law), upgraded(json.loads(made)))
         self._cache.put(stored)
         return stored
 
@@ -256,7 +258,7 @@ def _name(client: Any, run_id: str, law: Law, reference: str, provenance: dict[s
 
 
 def _provenance(
-    law: Law, by: str, sources: Sequence[str], configuration: Mapping[str, str] | None
+    law: Law, by: str, sources: Sequence[str], configuration: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     points = law.points
     code = code_fingerprint()
@@ -265,6 +267,7 @@ def _provenance(
         name: str(points[name].iloc[0]) for name in FINGERPRINTS if name in points
     }  # one: fit_law saw to it
     return {
+        "format": FORMAT,
         "by": by,
         "created_at": time.time(),
         "sources": list(sources),
@@ -281,28 +284,19 @@ def _provenance(
 
 
 def _summary(law: Law, provenance: dict[str, Any]) -> dict[str, str]:
-    """Tags of the model version: what `list` shows without reading a file."""
-    return {
-        KIND: OUR_KIND,
-        "escala.form": law.form_name,
-        "escala.size": law.size,
-        "escala.healthy": str(law.healthy).lower(),
-        "escala.points": str(provenance["points"]),
-        "escala.by": str(provenance["by"]),
-        "escala.created_at": str(provenance["created_at"]),
-    }
+    """Tags of the model version: what `list` shows without reading a file, as one JSON."""
+    summary = {"form": law.form_name, "size": law.size, "healthy": law.healthy}
+    summary |= {key: provenance[key] for key in ("points", "by", "created_at")}
+    return {KIND: OUR_KIND, SUMMARY: json.dumps(summary)}
 
 
 def _tags(law: Law, provenance: dict[str, Any]) -> dict[str, str]:
-    """Tags of the law's run."""
-    found = {
-        f"escala.{k}": str(v)
-        for k, v in provenance.items()
-        if v is not None and not isinstance(v, list | dict)
-    }
-    found["escala.sources"] = json.dumps(provenance["sources"])
-    found["escala.run_ids"] = json.dumps(provenance["run_ids"])
-    return {**found, **_summary(law, provenance), "escala.findings": json.dumps(law.findings)}
+    """Tags of the law's run, for people and for MLflow's search; nothing reads them back."""
+    told = {k: v for k, v in provenance.items() if v is not None and not isinstance(v, list | dict)}
+    told |= {"form": law.form_name, "size": law.size, "healthy": str(law.healthy).lower()}
+    lists = {"sources": provenance["sources"], "run_ids": provenance["run_ids"], "findings": law.findings}
+    found = {k: str(v) for k, v in told.items()} | {k: json.dumps(v) for k, v in lists.items()}
+    return {KIND: OUR_KIND, **{f"escala.{k}": v for k, v in found.items()}}
 
 
 def _params(law: Law) -> dict[str, str]:
@@ -365,16 +359,18 @@ def _alias(model: Any) -> int | None:
 
 
 def _row(row: Any, champion: int | None) -> LawVersion:
-    tags, version = row.tags, int(row.version)
-    return LawVersion(
-        row.name,
-        version,
-        version == champion,
-        tags["escala.healthy"] == "true",
-        tags["escala.form"],
-        tags["escala.size"],
-        int(tags["escala.points"]),
-        tags["escala.by"],
-        float(tags["escala.created_at"]),
-        row.run_id,
-    )
+    version = int(row.version)
+    said = json.loads(row.tags[SUMMARY]) if SUMMARY in row.tags else _summary_of_0_1(row.tags)
+    return LawVersion(name=row.name, version=version, champion=version == champion, run_id=row.run_id, **said)
+
+
+def _summary_of_0_1(tags: Mapping[str, str]) -> dict[str, Any]:
+    """The summary of a version that escala 0.1 registered, a text a tag."""
+    return {
+        "healthy": tags["escala.healthy"] == "true",
+        "form": tags["escala.form"],
+        "size": tags["escala.size"],
+        "points": int(tags["escala.points"]),
+        "by": tags["escala.by"],
+        "created_at": float(tags["escala.created_at"]),
+    }

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from escala.laws.forms import Floats
+from escala.laws.inputs import SIZES
+from escala.laws.powers import Floats
 
 Ints = NDArray[np.intp]
 
-SIZES = ("n_active", "n_total", "n_non_embedding")
 FEWEST_UNITS = 8  # with fewer, percentile intervals of a bootstrap are far too narrow, whatever the level
 FEWEST_EFFECTIVE = (
     4.0  # (sum of rows)^2 / sum of squared rows over the units: one group may hold nearly all of them

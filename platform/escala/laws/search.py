@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from escala.laws.forms import Floats, losses
 from escala.laws.initial_values import grid_starts
+from escala.laws.powers import Floats, losses
 from escala.laws.solve import Problem, descend, minimise, residuals
 
 # Round by round: how far the safety weights stray from 1, and where delta starts below the median residual.

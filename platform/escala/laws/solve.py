@@ -1,6 +1,6 @@
 """Minimise the sum of Huber losses of many fits at once: damped Newton with bounds, batched over replicates.
 
-Letters: B replicates (bootstrap weights, or starts), N points, P parameters, K terms; see forms.py.
+Letters: B replicates (bootstrap weights, or starts), N points, P parameters, K terms; see powers.py.
 The objective is sum_i w_i rho_delta(r_i), a SUM (a mean stops quasi-Newton early), with r = log L_obs - log
 L_pred ("log") or L_obs - L_pred ("linear"). The step solves (H + mu A) s = -g with the exact Hessian H and A
 the Hessian of the IRLS majoriser: mu -> 0 is Newton, large mu a short IRLS step, which always descends (Huber
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Features, Floats, Form, term_powers
+from escala.laws.form import Form
+from escala.laws.powers import Features, Floats, term_powers
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,8 @@ def local_model(problem: Problem, theta_BP: Floats, weight_BN: Floats, delta: fl
     for i, term in enumerate(form.terms):
         np.multiply(powers[i], inverse_BN, out=slopes_BPN[:, 1 + i])
         np.multiply(slopes_BPN[:, 1 + i], -logs[i], out=slopes_BPN[:, 1 + k + i])
-        if term.mix:
-            mix_N = -problem.features.mix_N  # type: ignore[operator]
-            slopes_BPN[:, -1] = slopes_BPN[:, 1 + i] * theta_BP[:, 1 + k + i, None] * mix_N
+        if term.mix and problem.features.mix_N is not None:
+            slopes_BPN[:, -1] = slopes_BPN[:, 1 + i] * theta_BP[:, 1 + k + i, None] * -problem.features.mix_N
     bare_BP = np.einsum("bn,bpn->bp", weighted_BN, slopes_BPN)
     second_BPP = _second_order(problem, theta_BP, weighted_BN, slopes_BPN, logs, bare_BP)
     scale_BP = np.ones_like(theta_BP)
@@ -143,13 +143,13 @@ def _second_order(
         pulled_BN = weighted_BN * slopes_BPN[:, e]
         log_BN = np.broadcast_to(logs[i], pulled_BN.shape)
         out_BPP[:, e, e] = -coefficient_B * np.einsum("bn,bn->b", pulled_BN, log_BN)
-        if term.mix:
-            mix_N, alpha_B = problem.features.mix_N, theta_BP[:, e]
+        mix_N, alpha_B = problem.features.mix_N, theta_BP[:, e]
+        if term.mix and mix_N is not None:
             mixed_BN = weighted_BN * slopes_BPN[:, -1]
             out_BPP[:, c, -1] = out_BPP[:, -1, c] = bare_BP[:, -1]
             cross_B = np.einsum("bn,bn->b", mixed_BN, log_BN) - bare_BP[:, -1] / alpha_B
             out_BPP[:, e, -1] = out_BPP[:, -1, e] = -coefficient_B * cross_B
-            out_BPP[:, -1, -1] = -coefficient_B * alpha_B * (mixed_BN @ mix_N)  # type: ignore[operator]
+            out_BPP[:, -1, -1] = -coefficient_B * alpha_B * (mixed_BN @ mix_N)
     return out_BPP
 
 

@@ -11,9 +11,11 @@ import pandas as pd
 
 from escala.contract.errors import LawError
 from escala.laws import cells
-from escala.laws.files import QUANTITIES, REFUSAL
-from escala.laws.forms import Floats, Form
-from escala.laws.sample import SIZES, Sample, effective_sample
+from escala.laws.files import REFUSAL, quantities
+from escala.laws.form import Form
+from escala.laws.inputs import SIZES
+from escala.laws.powers import Floats
+from escala.laws.sample import Sample, effective_sample
 
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
 KAPPA = 6.0  # FLOPs per parameter and token (SPEC.md D.2), where a table has no compute_flops
@@ -34,10 +36,6 @@ class Table:
     notes: tuple[str, ...]
 
 
-def _needed(form: Form, size: str) -> list[str]:
-    return [size if name == "size" else name for name in form.columns]
-
-
 def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) -> Table:
     """Check `points` for `form`; a row with a missing, non-finite or non-positive number is refused with its
     reason. So is a row that states one itself, in the column `escala_refusal`.
@@ -56,8 +54,8 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
         raise LawError(
             f"The table has two columns called {', '.join(doubled)}.", "Rename or remove all but one of them."
         )
-    frame, notes = _with_compute(points, form)
-    missing = [name for name in ["loss_nats", *_needed(form, size)] if name not in frame]
+    frame, notes = _with_derived(points, form)
+    missing = [name for name in ["loss_nats", *form.needs(size)] if name not in frame]
     if group is not None and group not in frame:
         missing.append(group)
     if missing:
@@ -80,7 +78,9 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
             f"No usable point among {len(frame)} rows: {_told(refused)}.",
             "Correct the rows, or name their columns with --map.",
         )
-    columns = {name: floats(used[size if name == "size" else name]) for name in form.columns}
+    columns = {
+        name: floats(used[column]) for name, column in zip(form.columns, form.needs(size), strict=True)
+    }
     loss_N = floats(used["loss_nats"])
     sample = effective_sample(used, columns, loss_N, group)
     notes = (*notes, *sample.notes)
@@ -113,19 +113,21 @@ def floats(series: pd.Series) -> Floats:
 def _plain_types(used: pd.DataFrame) -> pd.DataFrame:
     """The usable rows with numbers as numbers: a column that a refused row's word made one of texts, too."""
     changed = {}
-    for name in (name for name in QUANTITIES if name in used and used[name].dtype.kind == "O"):
+    for name in (name for name in quantities() if name in used and used[name].dtype.kind == "O"):
         values_N = floats(used[name])
         if not np.isnan(values_N).any():
             changed[name] = values_N
     return used.assign(**changed) if changed else used
 
 
-def _with_compute(points: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Form c needs compute_flops; a table that has none gets 6 N_active D, and a note says so."""
-    if form.name != "c" or "compute_flops" in points or not {"n_active", "tokens"} <= set(points.columns):
-        return points, ()
-    derived = KAPPA * floats(points["n_active"]) * floats(points["tokens"])
-    return points.assign(compute_flops=derived), ("The table has no compute_flops: 6 N_active D was used.",)
+def _with_derived(points: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """The table with what the form derives from other columns where it lacks it, and a note that says so."""
+    notes: tuple[str, ...] = ()
+    for each in form.derived:
+        if each.input.name not in points and set(each.sources) <= set(points.columns):
+            known = {name: floats(points[name]) for name in each.sources}
+            points, notes = points.assign(**{each.input.name: each.compute(known)}), (*notes, each.note)
+    return points, notes
 
 
 def _compute(used: pd.DataFrame) -> Floats | None:
@@ -151,7 +153,7 @@ def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> n
     def refuse(bad_N: np.ndarray, reason: str) -> None:
         reasons_N[bad_N & (reasons_N == "")] = reason
 
-    for name in ["loss_nats", *_needed(form, size)]:
+    for name in ["loss_nats", *form.needs(size)]:
         values_N = floats(frame[name])
         for i in np.flatnonzero(np.isnan(values_N) & (reasons_N == "")):
             value = frame[name].iloc[i]
@@ -159,11 +161,9 @@ def _reasons(frame: pd.DataFrame, form: Form, size: str, group: str | None) -> n
             reasons_N[i] = f"{name} is {said} not a number"
         refuse(np.isinf(values_N), f"{name} is infinite")
         refuse(values_N <= 0, f"{name} is not positive")
-    if form.mixed:
-        refuse(
-            floats(frame["n_total"]) < floats(frame["n_active"]) * (1 - 1e-9),
-            "n_total is less than n_active",
-        )
+    if form.mix is not None:
+        most, least = form.mix.over.name, form.terms[0].column
+        refuse(floats(frame[most]) < floats(frame[least]) * (1 - 1e-9), f"{most} is less than {least}")
     if group is not None:
         refuse(np.asarray(frame[group].isna()), f"{group} is missing")
     return reasons_N

@@ -1,6 +1,6 @@
 """Units that contradict one another: N in billions, tokens in millions, perplexity for a loss, FLOPs in petaFLOP days.
 
-Inside a fit nothing depends on units (forms.py), so a law of such a table looks as good as any; every prediction and
+Inside a fit nothing depends on units (powers.py), so a law of such a table looks as good as any; every prediction and
 plan that is asked in parameters, tokens and FLOPs would be far off.
 """
 
@@ -9,17 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from escala.laws.forms import Floats
+from escala.laws.forms import known_inputs
+from escala.laws.powers import Floats
 from escala.laws.table import floats
 
-SMALLEST = {  # no table of language models has less; Kaplan et al. (2020) begin at 768 non-embedding parameters
-    "n_active": 1e3,
-    "n_total": 1e3,
-    "n_non_embedding": 10.0,
-    "tokens": 1e3,
-    "context_tokens": 1.0,
-    "compute_flops": 6e6,  # 6 N D of the two smallest
-}
 COMPUTE_FACTOR = (
     30.0  # of compute_flops over 6 N D, either way, in the median row: attention and experts explain less
 )
@@ -35,7 +28,7 @@ def contradictions(points: pd.DataFrame) -> list[str]:
     """What contradicts itself, in plain words; empty where nothing does."""
     known = {  # NaN where a number is missing or not positive
         name: np.where(values_N > 0, values_N, np.nan)
-        for name in (*SMALLEST, "loss_nats")
+        for name in (*known_inputs(), "loss_nats")
         if name in points and ((values_N := floats(points[name])) > 0).any()
     }
     return [*_too_small(known), *_out_of_order(known), *_compute(known), *_ratio(known), *_loss(known)]
@@ -45,8 +38,8 @@ def _too_small(known: dict[str, Floats]) -> list[str]:
     return [
         f"units: {name} is below {least:,.0f} in {int((known[name] < least).sum())} of {len(known[name])} rows "
         f"(the smallest is {np.nanmin(known[name]):.4g}): give plain counts, not thousands, millions or billions"
-        for name, least in SMALLEST.items()
-        if name in known and (known[name] < least).any()
+        for name, each in known_inputs().items()
+        if (least := each.smallest) is not None and name in known and (known[name] < least).any()
     ]
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from escala.laws.law import Law
-from escala.planning.split import Question, dense_split, gains_from_experts
-
-if TYPE_CHECKING:
-    from escala.planning.allocate import Plan
+from escala.planning.plan import Plan
+from escala.planning.split import SplitProblem, dense_split, gains_from_experts
 
 USUAL_RATIO = (10.0, 30.0)  # tokens per active parameter (SPEC.md D.9)
 SIMILAR_EXPONENTS = 0.1  # |alpha - beta| up to which D/N hardly moves with compute, so the usual ratio holds
@@ -18,7 +15,7 @@ USUAL_EXPERTS = (8.0, 64.0)  # N_total/N_active (SPEC.md D.9)
 WORTHWHILE_EPOCHS = 4.0  # up to here repeats are nearly as good as new tokens (Muennighoff et al. 2023)
 
 
-def advise(law: Law, q: Question, plan: Plan) -> Iterator[str]:
+def advise(law: Law, q: SplitProblem, plan: Plan) -> Iterator[str]:
     """One sentence or a few per matter that is worth one."""
     if not USUAL_RATIO[0] <= plan.tokens_per_parameter <= USUAL_RATIO[1]:
         yield _unusual_ratio(law, q, plan)
@@ -35,7 +32,8 @@ def advise(law: Law, q: Question, plan: Plan) -> Iterator[str]:
             "beyond 4 epochs repeats are worth visibly less (Muennighoff et al. 2023): find more data, or "
             "spend less."
         )
-    if q.context_is_free and not law.parameters["c"]:
+    context = law.form.term_of("context_tokens")
+    if q.context_is_free and context is not None and not law.parameters[context.coefficient]:
         yield "The law's term of T is zero: by this law a longer context lowers no loss, so T is the least."
     elif q.context_is_free and not q.chi.scale:
         yield "chi is constant (Chi.scale is 0), so a longer context costs nothing here and T is at its bound."
@@ -43,10 +41,12 @@ def advise(law: Law, q: Question, plan: Plan) -> Iterator[str]:
         yield "Hours limit training only, so the inference demand changed nothing."
 
 
-def _unusual_ratio(law: Law, q: Question, plan: Plan) -> str:
+def _unusual_ratio(law: Law, q: SplitProblem, plan: Plan) -> str:
     """Whether a limit or the law itself is why D/N_active is outside 10-30."""
     dense = dense_split(law, plan.compute_flops, q.kappa)  # the rule is of dense models
-    own, (alpha, beta) = dense.tokens / dense.size, (law.parameters[name] for name in ("alpha", "beta"))
+    own = dense.tokens / dense.size
+    terms = (law.form.size_term, law.form.token_term)
+    alpha, beta = (law.parameters[term.exponent] for term in terms if term is not None)
     said = f"{plan.tokens_per_parameter:.3g} tokens per active parameter, outside the usual 10 to 30"
     exponents = f"alpha = {alpha:.3g} and beta = {beta:.3g}"
     if USUAL_RATIO[0] <= own <= USUAL_RATIO[1]:

@@ -6,73 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
 from escala.laws.intervals import FEWEST_REPLICATES, quantile_pair
 from escala.laws.law import Law
+from escala.laws.powers import Floats
 from escala.planning import split
 from escala.planning.advice import advise
 from escala.planning.limits import Chi, Limits, Speed
-from escala.planning.split import BINDS, Question, Split
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The best split. Intervals are at 90 %: of the loss PREDICTIVE, of N and D over the replicates whose
-    terms of N and D are not zero; None without a bootstrap.
-
-    The loss is the law's at D' (`effective_tokens`); `extrapolation` is at the real D. `hours` are the
-    training's; `usd` and `kwh` include inference demand; None where the speed cannot tell. `residuals`:
-    relative first-order residuals of "N" and "T", absent for what lies at a bound or a corner of two.
-    """
-
-    n_active: float
-    n_total: float
-    tokens: float
-    context_tokens: float | None
-    loss_nats: float
-    low_nats: float | None
-    high_nats: float | None
-    n_active_low: float | None
-    n_active_high: float | None
-    tokens_low: float | None
-    tokens_high: float | None
-    compute_flops: float  # training
-    inference_flops: float
-    effective_tokens: float  # D'
-    epochs: float  # D over the unique tokens used; 1 without repeats
-    chi: float
-    hours: float | None
-    usd: float | None
-    kwh: float | None
-    binding: tuple[str, ...]
-    residuals: dict[str, float]
-    extrapolation: dict[str, float]
-    advice: tuple[str, ...]
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        """D/N_active."""
-        return self.tokens / self.n_active
-
-
-@dataclass(frozen=True)
-class Target:
-    """The least compute that reaches a loss, and its split; `plan.tokens_low` and `_high` are of D*(loss).
-
-    Intervals (90 %) are of the fit: where the law's mean reaches the loss. An end is None where the law has
-    no bootstrap, or where the replicates there never reach the loss; `reached` is the share that do.
-    """
-
-    plan: Plan
-    compute_low_flops: float | None
-    compute_high_flops: float | None
-    reached: float | None
+from escala.planning.plan import Plan, Target
+from escala.planning.split import BINDS, SplitProblem, Splits
 
 
 def allocate(
@@ -145,7 +92,7 @@ def to_target(
     return Target(plan, *_interval(replicates.flops_B), reached)
 
 
-def _plan(law: Law, q: Question, best: Split, replicates: Split, speed: Speed | None) -> Plan:
+def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Speed | None) -> Plan:
     n, d, t = min(float(best.n_B[0]), q.max_params), float(best.d_B[0]), float(best.t_B[0])
     t = next((bound for bound in q.context if math.isclose(bound, t, rel_tol=BINDS)), t)
     training, inference = float(best.flops_B[0]), 2.0 * n * q.inference_tokens
@@ -198,7 +145,7 @@ def _interval(values_B: Floats) -> tuple[float | None, float | None]:
     return low if math.isfinite(low) else None, high if math.isfinite(high) else None
 
 
-def _binding(law: Law, q: Question, plan: Plan, t: float) -> Iterator[str]:
+def _binding(law: Law, q: SplitProblem, plan: Plan, t: float) -> Iterator[str]:
     """Names of the limits that hold the plan where it is."""
     for name, bound in q.budgets.items():
         used = plan.compute_flops + (0.0 if name == "hours" else plan.inference_flops)
@@ -216,7 +163,7 @@ def _binding(law: Law, q: Question, plan: Plan, t: float) -> Iterator[str]:
         yield "shortest_measured_context"
 
 
-def _residuals(q: Question, best: Split, plan: Plan, t: float) -> dict[str, float]:
+def _residuals(q: SplitProblem, best: Splits, plan: Plan, t: float) -> dict[str, float]:
     """As in the closed form, gain over cost less 1. A bound or a corner of two limits has none."""
     capped = q.limits.max_params_reason in plan.binding
     corner = capped and (plan.n_active >= q.max_params * (1 - BINDS) or "n_total_over_active" in plan.binding)

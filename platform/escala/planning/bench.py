@@ -17,12 +17,12 @@ from escala.jobs import actions
 from escala.jobs.actions import Report, silent
 from escala.planning.cost import cost
 from escala.schema import BenchConfig, PretrainConfig
+from escala.schema.workloads import BENCH, get_workload
 from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.jobs.model import Job
 
-WORKLOAD, ENTRY_POINT = "bench", "workloads.bench"
 SINGLE = ("memory_bytes", "memory_bytes_per_second", "optimizer_parameters_per_second", "runtime_bytes")
 LINKS = ("link_bytes_per_second", "link_seconds")  # None where one worker measured alone
 
@@ -38,12 +38,14 @@ def bench_device(
     from escala.jobs.model import NewJob
 
     resources = {"workers": workers, "gpus_per_worker": gpus_per_worker}
-    config: BenchConfig = spec.validate(BenchConfig, {**(overrides or {}), "resources": resources}, WORKLOAD)
+    config: BenchConfig = spec.validate(
+        BenchConfig, {**(overrides or {}), "resources": resources}, BENCH.name
+    )
     new = NewJob(
-        workload=WORKLOAD,
-        entry_point=ENTRY_POINT,
+        workload=BENCH.name,
+        entry_point=BENCH.entry_point,
         config=config.model_dump(mode="json"),
-        name="bench",
+        name=BENCH.name,
         command=tuple(sys.argv),
         experiment=settings.experiment,
     )
@@ -56,7 +58,7 @@ def write_cluster(settings: Settings, name: str, path: Path) -> Cluster:
     Raises NotFoundError; StateError where the job has not succeeded; SpecError where the present file is none.
     """
     details = actions.job(settings, name)
-    if details.job.workload != WORKLOAD:
+    if get_workload(details.job.workload).result != "figures":
         raise NotFoundError(
             f"job {details.job.id} is a {details.job.workload}, not a bench", "escala ps --all"
         )

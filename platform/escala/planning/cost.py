@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from escala.contract.errors import SpecError
 from escala.hardware import Cluster, Device, Precision
-from escala.schema import ModelConfig, PpoConfig, TrainedConfig
+from escala.schema import ModelConfig, TrainedConfig
 from escala.schema.flops import (
     exchanged_elements_per_token,
     flops_per_token,
@@ -314,11 +314,8 @@ def _notes(config: TrainedConfig, cluster: Cluster) -> tuple[str, ...]:
         notes.append(
             f"{precision} is not in the device's figures; taken as {next(iter(device.peak_flops_per_second))}"
         )
-    if isinstance(config, PpoConfig):
-        notes.append(
-            "PPO: responses are taken as of full length; memory is the actor's and its reference's alone, without "
-            "critic and rollout service; waiting for the service is not in the time"
-        )
+    if config.cost_note:
+        notes.append(config.cost_note)
     if config.resources.workers > cluster.devices:
         notes.append(f"{config.resources.workers} workers; the cluster has {cluster.devices} devices")
     if device.training is None and device.utilization is not None:

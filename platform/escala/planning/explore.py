@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from escala.contract.records import read_json, write_json
 from escala.jobs import actions as jobs
 from escala.jobs.actions import Report, silent
 from escala.laws import queries as laws
-from escala.planning.plans import base_of, propose_runs
+from escala.planning.limits import Limits
+from escala.planning.plans import PlanOptions, ask, base_of, propose_runs
 from escala.planning.propose import Proposal
 from escala.settings import Settings
 from escala.sweeps import launch as sweeps
@@ -51,12 +52,13 @@ class Exploration:
 
     name: str
     law: str  # the first one
-    target_flops: float
+    target: Limits  # whose optimum is to be known better
     max_flops: float  # of one run
     budget_flops: float  # of all of them
     width: float  # relative, of the 90 % interval of the mean loss at the target
     batch: int
     rounds: list[Round] = field(default_factory=list)
+    options: PlanOptions = field(default_factory=PlanOptions)
 
     @property
     def spent_flops(self) -> float:
@@ -67,9 +69,10 @@ class Exploration:
 def explore(
     settings: Settings,
     reference: str,
-    target_flops: float,
+    target: Limits,
     max_flops: float,
     budget_flops: float,
+    options: PlanOptions = PlanOptions(),
     *,
     width: float = 0.02,
     batch: int = 2,
@@ -77,6 +80,8 @@ def explore(
 ) -> Iterator[Exploration]:
     """Explore until the interval at the target is `width`, or the next run does not fit in the budget. Yields the
     journal after every round.
+
+    `target`: limits, whose optimum (that of `plans.plan_law`) is to be known better.
 
     The journal of this law, target and budget is continued where it was left: a round that runs is waited for, none
     is run twice. The budget is hard: a proposal whose FLOPs do not fit in what is left is not run.
@@ -89,10 +94,9 @@ def explore(
             f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
             "explore a law of sweeps: escala laws fit --sweep SPACE --name NAME",
         )
-    state = _open(
-        settings,
-        Exploration(stored.name, stored.reference, target_flops, max_flops, budget_flops, width, batch),
-    )
+    options = replace(options, refresh=False)
+    asked = Exploration(stored.name, stored.reference, target, max_flops, budget_flops, width, batch)
+    state = _open(settings, replace(asked, options=options))
     while True:
         if state.rounds and state.rounds[-1].fitted is None:
             state = _save(
@@ -114,18 +118,38 @@ def _open(settings: Settings, asked: Exploration) -> Exploration:
     if not path.exists():
         return _save(settings, asked)
     try:
-        data = read_json(path)
-        rounds = [Round(**each) for each in data.pop("rounds")]
+        data = _of_today(read_json(path))
+        law, rounds = data["law"], [Round(**each) for each in data["rounds"]]
+        target, options = Limits(**data["target"]), PlanOptions(**data["options"])
     except (ValueError, TypeError, LookupError) as error:
         raise StateError(
             f"{path} is damaged ({error})", "restore it, or move it away: the exploration then starts again"
         ) from error
-    if data["target_flops"] != asked.target_flops:
+    if (target, options) != (asked.target, asked.options):
         raise StateError(
-            f"{asked.name} is explored for a target of {data['target_flops']:g} FLOPs",
+            f"{asked.name} is explored for another target: {_stated(target, options)}",
             f"continue with that target, or move {path} away",
         )
-    return _save(settings, replace(asked, law=data["law"], rounds=rounds))
+    return _save(settings, replace(asked, law=law, rounds=rounds))
+
+
+def _of_today(data: dict[str, Any]) -> dict[str, Any]:
+    """A journal of escala 0.1, which knew a target in FLOPs alone, as one of today."""
+    if "target_flops" in data:
+        target = {"compute_flops": data.pop("target_flops")}
+        return {**data, "target": target, "options": {}}
+    return data
+
+
+def _stated(*records: Limits | PlanOptions) -> str:
+    """The fields that are not their defaults."""
+    stated = [
+        f"{f.name} = {getattr(r, f.name)}"
+        for r in records
+        for f in fields(r)
+        if getattr(r, f.name) != f.default
+    ]
+    return ", ".join(stated)
 
 
 def _save(settings: Settings, state: Exploration) -> Exploration:
@@ -151,8 +175,8 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
         )
     left = state.budget_flops - state.spent_flops
     smallest = laws.law(settings, law).law.ranges.get("compute_flops", (0.0,))[0]
-    now = width_at(settings, law, state.target_flops)
-    report(f"{law}: the interval of the mean loss at {state.target_flops:.3g} FLOPs is {now:.2%} wide")
+    now = width_at(settings, law, state.target, state.options)
+    report(f"{law}: the interval of the mean loss at {_stated(state.target)} is {now:.2%} wide")
     if now <= state.width:
         return None
     if left < smallest:
@@ -161,7 +185,7 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
 
     def ask(most_flops: float) -> list[Proposal]:
         found = propose_runs(
-            settings, law, state.target_flops, most_flops, count=state.batch, width=state.width
+            settings, law, state.target, most_flops, state.options, count=state.batch, width=state.width
         )
         return list(found.proposals)
 
@@ -283,14 +307,14 @@ def _fit(settings: Settings, state: Exploration, current: Round) -> Round:
         obtained=obtained,
         refused=refused,
         fitted=fitted,
-        width_obtained=_width(settings, fitted, state.target_flops),
+        width_obtained=_width(settings, fitted, state),
     )
 
 
-def _width(settings: Settings, law: str, target_flops: float) -> float | None:
+def _width(settings: Settings, law: str, state: Exploration) -> float | None:
     """`width_at`; None where the law has no interval or no optimum there."""
     try:
-        return width_at(settings, law, target_flops)
+        return width_at(settings, law, state.target, state.options)
     except LawError:
         return None
 
@@ -316,17 +340,13 @@ def _compared(law: Any, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def width_at(settings: Settings, reference: str, target_flops: float) -> float:
-    """Relative width of the 90 % interval of the mean loss at the law's optimum for `target_flops`. Raises LawError."""
-    law = laws.law(settings, reference).law
-    best = law.optimum(target_flops)
-    point = {
-        "n_active": best.n_active,
-        "n_total": best.n_total,
-        "tokens": best.tokens,
-        law.size: best.n_active,
-    }
-    found = law.predict_mean(0.9, **point)
+def width_at(
+    settings: Settings, reference: str, target: Limits, options: PlanOptions = PlanOptions()
+) -> float:
+    """Relative width of the 90 % interval of the mean loss at the plan for `target`. Raises LawError."""
+    stored = laws.law(settings, reference)
+    plan = ask(settings, stored, target, options).answer().plan
+    found = stored.law.predict_mean(0.9, **plan.point(stored.law.size))
     if found.low_nats is None or found.high_nats is None:
         raise LawError(
             f"{reference} has no intervals, so there is no width to narrow.",

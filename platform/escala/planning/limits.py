@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats
+from escala.laws.powers import Floats
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")
 NEEDED = {"usd": "usd_per_hour", "kwh": "watts"}  # of the speed, for a budget
@@ -102,6 +102,17 @@ class Limits:
             )
         prices = {"compute_flops": 1.0} | (speed.spending(1.0) if speed else {})  # of one FLOP
         return {name: budget / _known(prices[name], name) for name, budget in given.items()}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `allocate` splits: limits, and what a FLOP of a run is. The fields are its arguments beside the law."""
+
+    limits: Limits
+    kappa: float = 6.0  # FLOPs per active parameter and token, attention apart
+    chi: Chi = Chi()
+    speed: Speed | None = None
+    context_tokens: float | None = None  # None: chosen, where the law has T
 
 
 def _known(price: float | None, budget: str) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from escala import documents, spec
+from escala import spec
 from escala.contract.errors import LawError, SpecError
 from escala.hardware import Cluster, Precision, load_cluster
 from escala.laws import queries as laws
 from escala.laws.reference import Stored
 from escala.planning import cost
-from escala.planning.allocate import Plan, Target, allocate, front, to_target
-from escala.planning.limits import Chi, Limits, Speed
+from escala.planning.allocate import allocate, front, to_target
+from escala.planning.limits import Budget, Chi, Limits, Speed
+from escala.planning.plan import Plan, Target
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,32 +40,22 @@ class Planned:
     cluster: Cluster | None
     assumed: tuple[str, ...]
 
-    def plain(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        known = self.law.law
-        return {
-            "law": self.law.reference,
-            **asdict(self.plan),
-            "tokens_per_parameter": self.plan.tokens_per_parameter,
-            "farthest": max(self.plan.extrapolation.values(), default=1.0),
-            "assumed": list(self.assumed),
-            "healthy": known.healthy,
-            "findings": list(known.findings),
-        }
-
 
 @dataclass(frozen=True)
 class Proposed:
-    """Runs to make next, best first, and the law that asked for them."""
+    """Runs to make next, best first, and the law that asked for them. `plan`: what they are to make better known, as
+    `plan_law` has it; None where that is a point.
+    """
 
     law: Stored
     proposals: Sequence[Proposal]
     method: str
+    plan: Plan | None
 
 
 @dataclass(frozen=True)
-class Question:
-    """What `plan_law`, `plan_front` and `plan_target` are asked beside their limits.
+class PlanOptions:
+    """What plans, proposals and explorations are asked beside their limits.
 
     cluster: a name or file, whose devices' memory then bounds N; None: ESCALA_CLUSTER, where a limit needs one.
     max_memory_gb: of one device, instead of all that it has.
@@ -78,68 +69,86 @@ class Question:
     refresh: bool = False
 
 
-def plan_law(settings: Settings, reference: str, limits: Limits, question: Question = Question()) -> Planned:
+@dataclass(frozen=True)
+class Asked:
+    """A question with its law, its cluster and the budget in full (memory among its limits); `assumed`: in words."""
+
+    law: Stored
+    cluster: Cluster | None
+    budget: Budget
+    assumed: tuple[str, ...]
+
+    def answer(self) -> Planned:
+        """The best split of the budget. Raises LawError."""
+        return self.planned(allocate(self.law.law, **vars(self.budget)))
+
+    def planned(self, plan: Plan) -> Planned:
+        """A plan with what it rests on."""
+        return Planned(self.law, plan, self.cluster, self.assumed)
+
+
+def plan_law(
+    settings: Settings, reference: str, limits: Limits, options: PlanOptions = PlanOptions()
+) -> Planned:
     """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
-    stored, cluster, limits, ask, assumed = _asked(settings, reference, limits, question)
-    plan = allocate(stored.law, limits, **ask)
-    return Planned(stored, plan, cluster, assumed)
+    return ask(settings, laws.law(settings, reference, options.refresh), limits, options).answer()
 
 
 def plan_front(
-    settings: Settings, reference: str, limits: Limits, question: Question = Question()
+    settings: Settings, reference: str, limits: Limits, options: PlanOptions = PlanOptions()
 ) -> list[Planned]:
     """Plans for budgets from a hundredth to the whole of the one given. Raises as `plan_law`."""
-    stored, cluster, limits, ask, assumed = _asked(settings, reference, limits, question)
-    top = allocate(stored.law, limits, **ask)
+    asked = ask(settings, laws.law(settings, reference, options.refresh), limits, options)
+    top = asked.answer().plan
     most = top.compute_flops + top.inference_flops
     budgets = [most * 10 ** (-FRONT_DECADES * i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)]
-    return [Planned(stored, p, cluster, assumed) for p in front(stored.law, limits, budgets, **ask)]
+    found = front(asked.law.law, budgets=budgets, **vars(asked.budget))
+    return [asked.planned(plan) for plan in found]
 
 
 def plan_target(
-    settings: Settings, reference: str, loss_nats: float, question: Question = Question()
+    settings: Settings, reference: str, loss_nats: float, options: PlanOptions = PlanOptions()
 ) -> tuple[Planned, Target]:
     """The least compute that reaches a loss, its split, and its energy (SPEC.md E.5). Raises as `plan_law`."""
-    stored, cluster, limits, ask, assumed = _asked(settings, reference, Limits(), question)
-    target = to_target(stored.law, loss_nats, limits, **ask)
-    return Planned(stored, target.plan, cluster, assumed), target
+    asked = ask(settings, laws.law(settings, reference, options.refresh), Limits(), options)
+    target = to_target(asked.law.law, loss_nats, **vars(asked.budget))
+    return asked.planned(target.plan), target
 
 
-def _asked(
-    settings: Settings, reference: str, limits: Limits, question: Question
-) -> tuple[Stored, Cluster | None, Limits, dict[str, Any], tuple[str, ...]]:
-    """The law, the cluster, the limits with memory among them, the solver's other arguments, what was assumed."""
-    stored = laws.law(settings, reference, question.refresh)
-    context = question.context_tokens or _context(stored)
-    chi = Chi() if context is None and stored.law.form_name != "ndt" else chi_of(stored)
+def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions = PlanOptions()) -> Asked:
+    """The question in full: plans, proposals and explorations of one law and one budget start from the same.
+
+    Raises LawError, NotFoundError, SpecError.
+    """
+    context = options.context_tokens or _context(stored)
+    in_law = "context_tokens" in stored.law.form.columns
+    chi = Chi() if context is None and not in_law else chi_of(stored)
     assumed = [
-        f"C = {question.kappa:g} N D"
+        f"C = {options.kappa:g} N D"
         + (f" (1 + {chi.scale:.3g} T N^-{chi.exponent:.3g})" if chi.scale else "")
     ]
-    wanted = (
-        question.cluster is not None or limits.usd or limits.hours or limits.kwh or question.max_memory_gb
-    )
-    cluster = load_cluster(question.cluster or settings.cluster) if wanted else None
+    wanted = options.cluster is not None or limits.usd or limits.hours or limits.kwh or options.max_memory_gb
+    cluster = load_cluster(options.cluster or settings.cluster) if wanted else None
     speed = None
     if cluster is not None:
-        speed, how = cluster_speed(cluster, question.precision)
+        speed, how = cluster_speed(cluster, options.precision)
         assumed.append(how)
-    if cluster is not None and (question.max_memory_gb or question.cluster):
-        most, how = largest_model(stored, cluster, question, context)
+    if cluster is not None and (options.max_memory_gb or options.cluster):
+        most, how = largest_model(stored, cluster, options, context)
         if limits.max_params is None or most < limits.max_params:
             limits = replace(limits, max_params=most, max_params_reason="device memory")
         assumed.append(how)
-    free = stored.law.form_name == "ndt" and question.context_tokens is None
-    ask = {"kappa": question.kappa, "chi": chi, "speed": speed, "context_tokens": None if free else context}
-    return stored, cluster, limits, ask, tuple(assumed)
+    free = in_law and options.context_tokens is None
+    budget = Budget(limits, options.kappa, chi, speed, None if free else context)
+    return Asked(stored, cluster, budget, tuple(assumed))
 
 
 def _context(stored: Stored) -> float | None:
     """The context of the law's runs, where they all have one."""
     configuration = stored.provenance.get("configuration") or {}
-    text = configuration.get("training.context_tokens", "None")
-    text = configuration.get("model.max_context_tokens", "None") if text == "None" else text
-    return None if text == "None" else float(text)
+    tokens = configuration.get("training", {}).get("context_tokens")
+    tokens = configuration.get("model", {}).get("max_context_tokens") if tokens is None else tokens
+    return None if tokens is None else float(tokens)
 
 
 def chi_of(stored: Stored) -> Chi:
@@ -148,7 +157,7 @@ def chi_of(stored: Stored) -> Chi:
 
     from escala.schema import ModelConfig
     from escala.schema.flops import flops_per_token, parameter_counts
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
@@ -191,20 +200,20 @@ def cluster_speed(cluster: Cluster, precision: Precision) -> tuple[Speed, str]:
 
 
 def largest_model(
-    stored: Stored, cluster: Cluster, question: Question, context: float | None
+    stored: Stored, cluster: Cluster, options: PlanOptions, context: float | None
 ) -> tuple[float, str]:
     """The largest N whose training fits in the memory of a device: ZeRO-3 over all of them, one sequence at a time,
     activations checkpointed. Raises LawError where no model does.
     """
     from escala.schema import PretrainConfig
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     base = base_of(stored).get("model", {})
     tokens = int(context or 2048)
     training = {
         "zero_stage": 3,
         "activation_checkpointing": True,
-        "precision": question.precision,
+        "precision": options.precision,
         "batch_sequences": cluster.devices,
         "micro_batch_sequences": 1,
         "context_tokens": tokens,
@@ -218,7 +227,7 @@ def largest_model(
         )
         return cost.memory_bytes(config, cluster.device).total
 
-    limit = question.max_memory_gb * 1e9 if question.max_memory_gb else cluster.device.memory_bytes.value
+    limit = options.max_memory_gb * 1e9 if options.max_memory_gb else cluster.device.memory_bytes.value
     low, high = 1e5, 1e12
     if needed(low) > limit:
         raise LawError(f"No model trains in {limit / 1e9:g} GB a device.", "Raise --max-memory-gb.")
@@ -233,17 +242,19 @@ def base_of(stored: Stored) -> dict[str, Any]:
     """The configuration that the law's runs share, less what the recipe decides: what a run that is to be compared
     with them has. Empty for a law of a table that says nothing of its runs.
     """
-    base: dict[str, Any] = {}
-    for key, text in (stored.provenance.get("configuration") or {}).items():
-        *sections, last = key.split(".")
-        if text == "None" and sections[-1:] != ["moe"]:  # of experts None says something: nothing is dropped
+    return _comparable(stored.provenance.get("configuration") or {}, "")
+
+
+def _comparable(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    base = dict[str, Any]()
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            inner = _comparable(value, key)
+            base |= {key: inner} if inner else {}
+        elif key in RECIPE_DECIDES.get(name, ()):
             continue
-        if last in RECIPE_DECIDES.get(sections[-1] if sections else "", ()):
-            continue
-        node = base
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = documents.parse_value(text, key) if text else text
+        elif value is not None or name == "moe":  # of experts None says something: nothing is dropped
+            base[key] = value
     return base
 
 
@@ -253,8 +264,7 @@ def config_for(
     """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
     from both N. Raises SpecError for a law that knows none.
     """
-    from escala.sweeps.design import by_recipe
-    from tune_spaces.recipes import experts
+    from escala.sweeps.recipes import by_recipe, experts
 
     base = base_of(stored)
     if not base:
@@ -274,21 +284,19 @@ def config_for(
 def propose_runs(
     settings: Settings,
     reference: str,
-    target: float | Mapping[str, float],
+    target: Limits | Mapping[str, float],
     max_flops: float,
+    options: PlanOptions = PlanOptions(),
     *,
     aim: str = "loss",
     count: int = 1,
     unit: str = "FLOP",
-    cluster: str | None = None,
-    precision: Precision = "bf16",
     width: float | None = None,
-    refresh: bool = False,
 ) -> Proposed:
     """The next runs: those that most shrink the interval of the mean loss (or of N*) at the target per `unit` of cost.
 
     Args:
-        target: FLOPs, whose optimum is the point; or the point itself.
+        target: limits, whose optimum (that of `plan_law`) is the point; or the point itself.
         max_flops: of one run.
         unit: FLOP, USD or kWh; the last two by the cluster's figures.
 
@@ -296,21 +304,29 @@ def propose_runs(
     """
     from escala.planning.propose import METHOD, candidates, propose
 
-    stored = laws.law(settings, reference, refresh)
-    contexts = (_context(stored),) if stored.law.form_name == "ndt" else ()
+    stored = laws.law(settings, reference, options.refresh)
+    aimed: Budget | Mapping[str, float]
+    if isinstance(target, Limits):
+        asked = ask(settings, stored, target, options)
+        aimed, plan = asked.budget, asked.answer().plan
+    else:
+        aimed, plan = target, None
+    contexts = (_context(stored),) if "context_tokens" in stored.law.form.columns else ()
     columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
-    price = partial(_price, unit=unit, rate=_rate(unit, cluster or settings.cluster, precision))
-    found = propose(stored.law, target, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
-    return Proposed(stored, found, METHOD)
+    price = partial(
+        _price, unit=unit, rate=_rate(unit, options.cluster or settings.cluster, options.precision)
+    )
+    found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
+    return Proposed(stored, found, METHOD, plan)
 
 
 def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """The candidates whose N the recipe has a shape for. Raises LawError where none is left."""
     import numpy as np
 
-    from tune_spaces import recipes
+    from escala.sweeps import recipes
 
     def has_shape(n: float) -> bool:
         try:

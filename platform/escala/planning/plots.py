@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from escala.contract.errors import LawError
-from escala.planning.allocate import Plan
+from escala.planning.plan import Plan
 
 
 def plot_front(plans: Sequence[Plan], path: Path, title: str) -> Path:

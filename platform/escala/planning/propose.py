@@ -23,9 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats, closed_form_optimum
 from escala.laws.intervals import quantile_pair
 from escala.laws.law import Law
+from escala.laws.powers import Floats
+from escala.planning import split
+from escala.planning.allocate import allocate
+from escala.planning.limits import Budget, Limits
 
 METHOD = (
     "information = 1/2 ln(Var m / Var(m | y)) nats, Var(m | y) = Var m - Cov(m, y)^2 / (Var y + sigma^2), over the "
@@ -40,7 +43,6 @@ ONE_SIGMA = 0.6827  # this quantile of |residual| is sigma; the median would sit
 SMALLEST_SIGMA = 1e-4  # of log loss; no training run repeats itself more closely
 NEAREST_GOAL = 0.9  # of the present width: a goal nearer than this (or passed) says nothing about a plan
 OVERHEADS = (0.0, *np.geomspace(1e-3, 1.0, 13))  # shadow prices tried, in units of the dearest candidate
-BUDGET = {"compute_flops", "kappa", "context_tokens", "n_total_over_active"}  # what Law.optimum asks for
 
 Columns = dict[str, Floats]
 Cost = Callable[[Columns], Floats] | Sequence[float] | Floats
@@ -86,15 +88,14 @@ def candidates(
         min_flops: of one run; by default the smallest run of the law, at most max_flops / 10.
         tokens_per_parameter: bounds of D/N_active.
         reach: N stays within this factor of the law's smallest and largest N.
-        context_tokens: contexts to cross with the grid; form ndt needs them.
-        n_total_over_active: experts, for form moe.
+        context_tokens: contexts to cross with the grid; a law of T needs them.
+        n_total_over_active: experts, for a law of mixtures.
 
     Raises:
-        LawError: bounds that leave no run, or form moe_cf.
+        LawError: bounds that leave no run, or a form without a split of N and D.
     """
-    if law.form_name == "moe_cf":
-        raise LawError("Runs are not proposed for form moe_cf.", "Fit form moe at one capacity factor.")
-    if law.form_name == "ndt" and not len(context_tokens):
+    law.form.check_split()
+    if "context_tokens" in law.form.columns and not len(context_tokens):
         raise LawError(
             "This law depends on the context T.",
             "Fit a law of runs that share one context; in Python candidates(context_tokens=[512, 2048]).",
@@ -133,7 +134,7 @@ def candidates(
 
 def propose(
     law: Law,
-    target: Mapping[str, float] | float,
+    target: Mapping[str, float] | Budget | float,
     candidates: Mapping[str, Floats],
     *,
     aim: str = "loss",
@@ -149,8 +150,8 @@ def propose(
     So the choice looks ahead: see `shadow_price`.
 
     Args:
-        target: a point (n_active=, tokens=, ...); or a budget in FLOPs, whose optimum under the law is the point:
-            a number, or {"compute_flops": ..., and what Law.optimum asks for}.
+        target: a point (n_active=, tokens=, ...); or a budget, whose optimum (`allocate`'s) is the point; a number is
+            a budget in FLOPs.
         candidates: columns of one length, e.g. from `candidates`.
         aim: "loss", the mean loss at the target; "n_active", the optimal N of a budget.
         width: the relative width of the 90 % interval that is wanted in the end; half the present one by default.
@@ -170,7 +171,7 @@ def propose(
     value, draws_B, kept_B = _interest(law, target, aim)
     low, high = quantile_pair(np.exp(draws_B), 0.9)
     width_now = (high - low) / value
-    draws_BK = np.log(law._evaluate(law.replicates_BP[kept_B], columns))
+    draws_BK = np.log(law.evaluate(law.replicates_BP[kept_B], columns))
     covariance = winsorised_covariance(np.column_stack([draws_B, draws_BK]))
     if not covariance[0, 0] > 0:
         raise LawError(
@@ -291,35 +292,27 @@ def _costs(cost: Cost | None, columns: Columns) -> Floats:
     return cost_K
 
 
-def _interest(law: Law, target: Mapping[str, float] | float, aim: str) -> tuple[float, Floats, np.ndarray]:
+def _interest(
+    law: Law, target: Mapping[str, float] | Budget | float, aim: str
+) -> tuple[float, Floats, np.ndarray]:
     """The quantity at the target, its log in every usable replicate (B,), and which those are."""
-    given = dict(target) if isinstance(target, Mapping) else {"compute_flops": float(target)}
-    is_budget = "compute_flops" in given and "tokens" not in given and law.form_name != "c"
-    if aim == "n_active" and not is_budget:
-        raise LawError("The optimal N belongs to a budget, not to a point.", "Give the target in FLOPs.")
-    if not is_budget:
-        return _loss_at(law, given)
-    unknown = sorted(set(given) - BUDGET)
-    if unknown:
-        raise LawError(f"A budget knows no {', '.join(unknown)}.", f"It reads: {', '.join(sorted(BUDGET))}.")
-    best = law.optimum(**given)
+    if isinstance(target, Mapping):
+        if aim == "n_active":
+            raise LawError("The optimal N belongs to a budget, not to a point.", "Give the target in FLOPs.")
+        return _loss_at(law, target)
+    budget = target if isinstance(target, Budget) else Budget(Limits(compute_flops=float(target)))
+    best = allocate(law, **vars(budget))
     if aim == "loss":
-        point = {"n_active": best.n_active, "n_total": best.n_total, "tokens": best.tokens}
-        point[law.size] = best.n_active
-        if best.context_tokens is not None:
-            point["context_tokens"] = best.context_tokens
-        return _loss_at(law, point)
-    kept_B = np.all(law.replicates_BP[:, 1:3] > 0, axis=1)  # a and b: the others have no interior optimum
+        return _loss_at(law, best.point(law.size))
+    kept_B, sizes_B = split.optimal_sizes(law, budget)
     if kept_B.sum() < 20:
         raise LawError("Hardly a replicate has an optimal N.", "Measure runs that vary both N and D.")
-    thetas = (dict(zip(law.form.names, row, strict=True)) for row in law.replicates_BP[kept_B].tolist())
-    sizes_B = np.array([closed_form_optimum(law.form, theta, **given).size for theta in thetas])
     return best.n_active, np.log(sizes_B), kept_B
 
 
 def _loss_at(law: Law, point: Mapping[str, float]) -> tuple[float, Floats, np.ndarray]:
-    columns = law._columns(point)
-    draws_B = np.log(law._evaluate(law.replicates_BP, columns)[:, 0])
+    columns = law.columns_of(point)
+    draws_B = np.log(law.evaluate(law.replicates_BP, columns)[:, 0])
     return float(law.curve(columns)[0]), draws_B, np.ones(len(draws_B), dtype=bool)
 
 

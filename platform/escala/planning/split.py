@@ -22,9 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.forms import Floats, Optimum, closed_form_optimum
 from escala.laws.law import Law
-from escala.planning.limits import Chi, Limits, Speed
+from escala.laws.optimum import Optimum
+from escala.laws.powers import Floats
+from escala.planning.limits import Budget, Chi, Limits, Speed
 
 REPEAT_SCALE = 15.0  # R*: after 15 repeats the next is worth 1/e of a new token (Muennighoff et al. 2023)
 LOG_N_BRACKET = (-100.0, 200.0)  # wider than any law in any unit; float64 holds every power inside
@@ -37,7 +38,7 @@ Terms = dict[str, Floats]  # the law's parameters by name, (B,) each; 0 for what
 
 
 @dataclass(frozen=True)
-class Question:
+class SplitProblem:
     """All but the law's parameters. What is not limited is inf."""
 
     limits: Limits
@@ -59,7 +60,7 @@ class Question:
         return min((bound for name, bound in self.budgets.items() if name != "hours"), default=math.inf)
 
 
-class Split(NamedTuple):
+class Splits(NamedTuple):
     """One per replicate; N, D and the FLOPs are inf where the target is never reached."""
 
     n_B: Floats
@@ -74,18 +75,18 @@ class Split(NamedTuple):
 
 def ask(
     law: Law, limits: Limits, kappa: float, chi: Chi, speed: Speed | None, context_tokens: float | None
-) -> Question:
+) -> SplitProblem:
     """Raises LawError for a law that has no optimum, and for what is missing or makes no sense."""
     budgets = limits.budgets_flops(speed)
     dense_split(law, 1.0, kappa)
     if context_tokens is not None and not (math.isfinite(context_tokens) and context_tokens > 0):
         raise LawError(f"context_tokens = {context_tokens} must be a positive number.", "Say e.g. 2048.")
-    in_law, most = law.form.name == "ndt", limits.max_context_tokens
+    in_law, most = "context_tokens" in law.form.columns, limits.max_context_tokens
     if context_tokens is None and not in_law and chi.scale > 0:
         raise LawError("chi depends on the context T, and this law does not.", "Give context_tokens.")
     is_free = in_law and context_tokens is None
     low, high = law.ranges["context_tokens"] if is_free else (context_tokens or 1.0,) * 2
-    return Question(
+    return SplitProblem(
         limits=limits,
         kappa=kappa,
         chi=chi,
@@ -102,20 +103,27 @@ def ask(
 
 def gains_from_experts(law: Law) -> bool:
     """With rho = 0 experts lower no loss, so there is no reason to have them."""
-    return law.form.mixed and law.parameters["rho"] > 0
+    mix = law.form.mix
+    return mix is not None and law.parameters[mix.parameter] > 0
 
 
-def solve(law: Law, q: Question) -> tuple[Split, Split]:
+def solve(law: Law, q: SplitProblem) -> tuple[Splits, Splits]:
     """The optimum of the law, and of each replicate that has one: those whose a or b is 0 are dropped."""
     estimate_BP = np.array([[law.parameters[name] for name in law.form.names]])
-    interior_BP = law.replicates_BP[(law.replicates_BP[:, 1:3] > 0).all(axis=1)]
+    interior_BP = law.replicates_BP[law.form.interior(law.replicates_BP)]
     return _solve(q, _terms(law, estimate_BP)), _solve(q, _terms(law, interior_BP))
+
+
+def optimal_sizes(law: Law, budget: Budget) -> tuple[np.ndarray, Floats]:
+    """Which replicates (B,) have an optimum, and the N of each of these. Raises as `ask`."""
+    problem = ask(law, **vars(budget))
+    return law.form.interior(law.replicates_BP), solve(law, problem)[1].n_B
 
 
 def dense_split(law: Law, compute_flops: float, kappa: float) -> Optimum:
     """The closed form without experts or limits. Raises LawError for a law that has none, and for kappa."""
-    bounds = {"context_tokens": 1.0, "n_total_over_active": 1.0}  # T does not move N and D
-    return closed_form_optimum(law.form, law.parameters, compute_flops, kappa=kappa, **bounds)
+    held = {"context_tokens": 1.0, "n_total_over_active": 1.0}  # T does not move N and D
+    return law.form.optimum(law.parameters, compute_flops, kappa=kappa, **held)
 
 
 def effective_tokens(tokens: Floats, unique_tokens: float) -> Floats:
@@ -125,12 +133,20 @@ def effective_tokens(tokens: Floats, unique_tokens: float) -> Floats:
 
 
 def _terms(law: Law, theta_BP: Floats) -> Terms:
-    zero_B = np.zeros(len(theta_BP))
-    lacking = {"c": zero_B, "zeta": zero_B, "rho": zero_B}
-    return lacking | dict(zip(law.form.names, theta_BP.T, strict=True))
+    """The form's parameters under the names of the conditions above."""
+    form, zero_B = law.form, np.zeros(len(theta_BP))
+    named = dict(zip(form.names, theta_BP.T, strict=True))
+    out = {"L_inf": named["L_inf"], "c": zero_B, "zeta": zero_B, "rho": zero_B}
+    inputs = (form.size_term, form.token_term, form.term_of("context_tokens"))
+    for (coefficient, exponent), term in zip(
+        (("a", "alpha"), ("b", "beta"), ("c", "zeta")), inputs, strict=True
+    ):
+        if term is not None:
+            out |= {coefficient: named[term.coefficient], exponent: named[term.exponent]}
+    return out if form.mix is None else {**out, "rho": named[form.mix.parameter]}
 
 
-def _solve(q: Question, law: Terms) -> Split:
+def _solve(q: SplitProblem, law: Terms) -> Splits:
     """The root of N's condition along the best T of each N; what lies beyond a bound sits on it."""
 
     def best_t(log_n_B: Floats) -> Floats:
@@ -153,10 +169,12 @@ def _solve(q: Question, law: Terms) -> Split:
             reached_B = np.isfinite(d_B) & (q.target_nats > floor_B)
             n_B, d_B = np.where(reached_B, n_B, math.inf), np.where(reached_B, d_B, math.inf)
         flops_B = q.kappa * n_B * d_B * chi_B
-        return Split(n_B, np.exp(log_t_B), d_B, chi_B, flops_B, by_n_B, by_t_B, floor_B)
+        return Splits(n_B, np.exp(log_t_B), d_B, chi_B, flops_B, by_n_B, by_t_B, floor_B)
 
 
-def _conditions(q: Question, law: Terms, log_n_B: Floats, log_t_B: Floats) -> tuple[Floats, Floats, Floats]:
+def _conditions(
+    q: SplitProblem, law: Terms, log_n_B: Floats, log_t_B: Floats
+) -> tuple[Floats, Floats, Floats]:
     """log D, and the first-order conditions of N and T: log of what more of it costs (in the term of D) over
     what it gains (in its own term); negative where more of it pays.
     """
@@ -185,14 +203,14 @@ def _conditions(q: Question, law: Terms, log_n_B: Floats, log_t_B: Floats) -> tu
     return log_d_B, n_B, t_B
 
 
-def _effective_size(q: Question, law: Terms, log_n_B: Floats) -> tuple[Floats, Floats]:
+def _effective_size(q: SplitProblem, law: Terms, log_n_B: Floats) -> tuple[Floats, Floats]:
     """log N_eff at the most N_total that the limits allow, and dlnN_eff/dlnN."""
     log_ratio_B = np.minimum(math.log(q.experts), math.log(q.max_params) - log_n_B)
     free_B = log_ratio_B >= math.log(q.experts)
     return log_n_B + law["rho"] * log_ratio_B, np.where(free_B, 1.0, 1.0 - law["rho"])
 
 
-def _tokens_of_budget(q: Question, log_n_B: Floats, log_chi_B: Floats) -> tuple[Floats, Floats]:
+def _tokens_of_budget(q: SplitProblem, log_n_B: Floats, log_chi_B: Floats) -> tuple[Floats, Floats]:
     """log D that the budgets leave, and inference's share in -dlnD/dlnN."""
     inference_B, training = 2.0 * q.inference_tokens * np.exp(log_n_B), q.budgets.get("hours", math.inf)
     spare_B = q.total_flops - inference_B
@@ -200,7 +218,7 @@ def _tokens_of_budget(q: Question, log_n_B: Floats, log_chi_B: Floats) -> tuple[
     return log_d_B, np.where(spare_B <= training, inference_B / spare_B, 0.0)
 
 
-def _tokens_of_gap(q: Question, law: Terms, gap_B: Floats) -> Floats:
+def _tokens_of_gap(q: SplitProblem, law: Terms, gap_B: Floats) -> Floats:
     """log of the D whose term is `gap_B`; inf where no D is enough. The inverse of `effective_tokens`."""
     log_eff_B = np.where(gap_B > 0, (np.log(law["b"]) - np.log(gap_B)) / law["beta"], math.inf)
     if math.isinf(q.unique_tokens):
@@ -210,7 +228,7 @@ def _tokens_of_gap(q: Question, law: Terms, gap_B: Floats) -> Floats:
     return np.where(over_B <= 0, log_eff_B, math.log(q.unique_tokens) + np.log1p(repeats_B))
 
 
-def _floor(q: Question, law: Terms) -> Floats:
+def _floor(q: SplitProblem, law: Terms) -> Floats:
     by_n_B = law["a"] * q.max_params ** -law["alpha"]
     by_d_B = law["b"] * (q.unique_tokens * (1.0 + REPEAT_SCALE)) ** -law["beta"]
     return law["L_inf"] + law["c"] * q.context[1] ** -law["zeta"] + by_n_B + by_d_B

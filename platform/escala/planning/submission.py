@@ -11,6 +11,7 @@ from escala import preflight, spec
 from escala.contract.errors import SpecError
 from escala.jobs.actions import Report, silent, start
 from escala.jobs.references import resolve_jobs
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def submit_run(
 def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
     """What can be known before it is queued, checked; the digest of the user's modules."""
     waits = job.options.after is not None
-    return preflight.ready(job.workload, job.plain(), settings.home, code, waits, keep)
+    return preflight.ready(job.kind.inputs, job.plain(), settings.home, code, waits, keep)
 
 
 def _load(settings: Settings, request: Request) -> spec.JobSpec:
@@ -92,21 +93,21 @@ def _load(settings: Settings, request: Request) -> spec.JobSpec:
                 f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
             )
         return spec.load_job(workload, options=options, base=written)
-    if workload != "pretrain":
+    if not get_workload(workload).chooses_model:
         raise SpecError(
             f"--compute-flops chooses a model, and {workload} starts from one",
             "give training.train_tokens or training.steps",
         )
-    from escala.sweeps.design import by_recipe
+    from escala.sweeps.recipes import by_recipe
 
     axes = {"compute_flops": compute_flops}
     if law is not None:
         from escala.planning.limits import Limits
-        from escala.planning.plans import Question, plan_law
+        from escala.planning.plans import PlanOptions, plan_law
 
-        question = Question(context_tokens=_context(written))
+        plan_options = PlanOptions(context_tokens=_context(written))
         limits = Limits(compute_flops=compute_flops)
-        axes["n_total"] = plan_law(settings, law, limits, question).plan.n_total
+        axes["n_total"] = plan_law(settings, law, limits, plan_options).plan.n_total
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 

@@ -248,7 +248,7 @@ def prepare(
     plain = config.model_dump(mode="json")
     digest = None
     if plain["reward"]:
-        digest = preflight.ready("rollouts", plain, settings.home, code)
+        digest = preflight.ready({}, plain, settings.home, code)
     copy = user_code.directory(settings.home, digest) if digest else None
     environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
     return {

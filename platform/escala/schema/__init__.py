@@ -21,18 +21,23 @@ from escala.schema.finetune import (
     DpoConfig,
     ExamplesConfig,
     FineTuneConfig,
-    LoraConfig,
     RewardTrainingConfig,
     SftConfig,
     SftDataConfig,
-    StartConfig,
 )
 from escala.schema.judge import JudgeConfig
 from escala.schema.model import ModelConfig
 from escala.schema.moe import Annealing, BalanceConfig, MoEConfig
 from escala.schema.ppo import PpoConfig
 from escala.schema.pretrain import PretrainConfig
-from escala.schema.training import OptimizerConfig, ResourcesConfig, TrainedConfig, TrainingConfig
+from escala.schema.training import (
+    LoraConfig,
+    OptimizerConfig,
+    ResourcesConfig,
+    StartConfig,
+    TrainedConfig,
+    TrainingConfig,
+)
 from escala.schema.workloads import WORKLOADS, Workload, get_workload
 
 __all__ = [

@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
 from escala.schema.pretrained import model_config_of
-from escala.schema.training import TrainedConfig
+from escala.schema.training import LoraConfig, StartConfig, TrainedConfig
 
 CONTEXT_TOKENS = 1024  # of a fine-tuning run that states none: a pretrained model may take 100 times as many
-
-
-class StartConfig(Strict):
-    """The model that a run starts from: a path, or a job of this home, whose newest good checkpoint it is."""
-
-    path: StoredPath | None = Field(
-        None,
-        description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints",
-    )
-    job: str | None = Field(None, description="a job's id or name; `submit` writes its checkpoints into path")
-
-    @model_validator(mode="after")
-    def _one(self) -> StartConfig:
-        if self.path is None and self.job is None:
-            raise ValueError("give path or job")
-        return self
-
-
-class LoraConfig(Strict):
-    """Low-rank deltas of frozen matrices (Hu et al. 2022): W + alpha / rank * B A."""
-
-    rank: int = Field(8, gt=0)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the deltas' input, in training")
-    targets: list[Literal["query", "key", "value", "output", "gate", "up", "down"]] = Field(
-        ["query", "value"], min_length=1, description="matrices of every block"
-    )
 
 
 class FineTuneConfig(TrainedConfig):
@@ -71,6 +44,16 @@ class FineTuneConfig(TrainedConfig):
                 f"lora.targets {sorted(experts)}: experts have no deltas; name attention's matrices"
             )
         return self
+
+    @property
+    def starts_from(self) -> StartConfig | None:
+        """The model that the run starts from; None: weights drawn at random."""
+        return self.start
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The deltas that are trained; None: all weights are."""
+        return self.lora
 
     @property
     def context_tokens(self) -> int:
@@ -108,6 +91,9 @@ class RewardTrainingConfig(FineTuneConfig):
 
 class DpoConfig(FineTuneConfig):
     """The `dpo` workload (Rafailov et al. 2023; SPEC.md C.9), on the same lines as `reward`; batches count pairs."""
+
+    keeps_reference: ClassVar[bool] = True
+    forward_passes: ClassVar[int] = 1  # the reference's
 
     data: ExamplesConfig
     beta_dpo: float = Field(0.1, gt=0)

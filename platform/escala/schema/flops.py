@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from escala.schema import DpoConfig, FineTuneConfig, LoraConfig, ModelConfig, PpoConfig, TrainedConfig
+from escala.schema.model import ModelConfig
+from escala.schema.training import LoraConfig, TrainedConfig
 
 TRAINING_PER_FORWARD = 3  # forward once; backward twice that (Kaplan et al. 2020, section 2.1)
 
@@ -103,7 +104,7 @@ def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
 
 def trained_parameters(config: TrainedConfig) -> int:
     """Those that an optimiser holds: all, or LoRA's deltas."""
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    lora = config.adapter
     return parameter_counts(config.model).n_total if lora is None else lora_parameters(config.model, lora)
 
 
@@ -116,12 +117,12 @@ def shared_experts(config: TrainedConfig) -> tuple[int, int]:
         return 0, 0
     expert = 3 * config.model.d_model * config.model.expert_size
     n = mixture_layers(config.model) * moe.experts * expert
-    return n, 0 if isinstance(config, FineTuneConfig) and config.lora is not None else n
+    return n, n if config.adapter is None else 0
 
 
 def reference_parameters(config: TrainedConfig) -> int:
     """Of the frozen model that DPO and PPO keep beside the trained one; with LoRA that without its deltas serves."""
-    separate = isinstance(config, DpoConfig | PpoConfig) and config.lora is None
+    separate = config.keeps_reference and config.adapter is None
     return parameter_counts(config.model).n_total if separate else 0
 
 
@@ -129,22 +130,20 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     """What a training step spends on a token of its batch, without recomputation.
 
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
-    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. DPO adds the reference's forward pass; PPO
-    see `ppo_flops_per_token`.
+    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter.
     """
-    if isinstance(config, PpoConfig):
-        return ppo_flops_per_token(config, config.batch.epochs)
-    return _actor_flops(config) + (_forward(config.model, config) if isinstance(config, DpoConfig) else 0.0)
+    return step_flops_per_token(config, config.epochs)
 
 
-def ppo_flops_per_token(config: PpoConfig, epochs: float, frozen_actor: bool = False) -> float:
-    """What an iteration spends on a token of its prompts and responses: forward passes for generation, the old
-    log-probabilities, the reference's and the values, then `epochs` of training. Reward models are not counted.
+def step_flops_per_token(config: TrainedConfig, epochs: float, frozen_actor: bool = False) -> float:
+    """What a step spends on a token: the forward passes beside training (DPO's reference; PPO's generation, old
+    log-probabilities, reference and values), then `epochs` of training. Reward models are not counted.
 
     Args:
         frozen_actor: only the critic learns.
     """
-    passes, learning = 3 * _forward(config.model, config), 0.0 if frozen_actor else _actor_flops(config)
+    passes = config.forward_passes * _forward(config.model, config)
+    learning = 0.0 if frozen_actor else _actor_flops(config)
     if config.critic_model is not None:
         critic = flops_per_token(config.critic_model, config.context_tokens)
         passes += (critic.total - critic.logits) / TRAINING_PER_FORWARD
@@ -158,7 +157,7 @@ def _forward(model: ModelConfig, config: TrainedConfig) -> float:
 
 def _actor_flops(config: TrainedConfig) -> float:
     full = flops_per_token(config.model, config.context_tokens)
-    lora = config.lora if isinstance(config, FineTuneConfig) else None
+    lora = config.adapter
     total = full.total
     if lora is not None:
         total += (

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.finetune import FineTuneConfig, StartConfig
+from escala.schema.finetune import FineTuneConfig
 from escala.schema.model import ModelConfig
 from escala.schema.pretrained import model_config_of
 from escala.schema.rewards import FunctionRewardConfig, JudgeRewardConfig, RewardConfig
-from escala.schema.training import OptimizerConfig, TrainingConfig
+from escala.schema.training import OptimizerConfig, StartConfig, TrainingConfig
 
 
 class PpoOptimizerConfig(OptimizerConfig):
@@ -161,6 +161,13 @@ class KlConfig(Strict):
 class PpoConfig(FineTuneConfig):
     """The `ppo` workload. Prompts as JSON lines of `prompt`; `training.steps` counts iterations."""
 
+    keeps_reference: ClassVar[bool] = True
+    forward_passes: ClassVar[int] = 3  # generation, the old log-probabilities, the reference's
+    cost_note: ClassVar[str] = (
+        "PPO: responses are taken as of full length; memory is the actor's and its reference's alone, without "
+        "critic and rollout service; waiting for the service is not in the time"
+    )
+
     training: PpoTrainingConfig = PpoTrainingConfig()
     prompts: StoredPath
     rewards: list[RewardConfig] = Field(
@@ -279,6 +286,11 @@ class PpoConfig(FineTuneConfig):
     def critic_model(self) -> ModelConfig | None:
         """What the critic's transformer is; None without a critic."""
         return None if self.critic is None else self.critic.model or self.model
+
+    @property
+    def epochs(self) -> int:
+        """Times that an iteration learns from each of its responses."""
+        return self.batch.epochs
 
     @property
     def micro_batch_sequences(self) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from escala.schema.base import Strict
+from escala.schema.base import StoredPath, Strict
 from escala.schema.model import ModelConfig
 
 
@@ -76,8 +76,45 @@ class ResourcesConfig(Strict):
     )
 
 
+class StartConfig(Strict):
+    """The model that a run starts from: a path, or a job of this home, whose newest good checkpoint it is."""
+
+    path: StoredPath | None = Field(
+        None,
+        description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints",
+    )
+    job: str | None = Field(None, description="a job's id or name; `submit` writes its checkpoints into path")
+
+    @model_validator(mode="after")
+    def _one(self) -> StartConfig:
+        if self.path is None and self.job is None:
+            raise ValueError("give path or job")
+        return self
+
+
+class LoraConfig(Strict):
+    """Low-rank deltas of frozen matrices (Hu et al. 2022): W + alpha / rank * B A."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the deltas' input, in training")
+    targets: list[Literal["query", "key", "value", "output", "gate", "up", "down"]] = Field(
+        ["query", "value"], min_length=1, description="matrices of every block"
+    )
+
+
 class TrainedConfig(Strict):
-    """What every workload that trains a model shares: the model, the run's length and width, the workers."""
+    """What every workload that trains a model shares: the model, the run's length and width, the workers.
+
+    What planning and the FLOPs of a step depend on is here, so that they ask no configuration for its class:
+    `keeps_reference`: a frozen copy of the start stands beside the trained model (with LoRA the model without its
+    deltas serves). `forward_passes`: of the model over each token, beside those of training. `cost_note`: what an
+    estimate of the run's cost leaves out.
+    """
+
+    keeps_reference: ClassVar[bool] = False
+    forward_passes: ClassVar[int] = 0
+    cost_note: ClassVar[str] = ""
 
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -99,6 +136,26 @@ class TrainedConfig(Strict):
         if self.model.moe is not None:
             self.model.moe.check_workers(ranks, self.training.zero_stage)
         return self
+
+    @property
+    def starts_from(self) -> StartConfig | None:
+        """The model that the run starts from; None: weights drawn at random."""
+        return None
+
+    @property
+    def adapter(self) -> LoraConfig | None:
+        """The deltas that are trained; None: all weights are."""
+        return None
+
+    @property
+    def critic_model(self) -> ModelConfig | None:
+        """The transformer of a critic that is trained beside the model; None: there is none."""
+        return None
+
+    @property
+    def epochs(self) -> int:
+        """Times that a step learns from each token of its batch."""
+        return 1
 
     @property
     def context_tokens(self) -> int:

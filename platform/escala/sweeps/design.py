@@ -10,22 +10,14 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from escala import spec
 from escala.contract.attempt import flatten
 from escala.contract.errors import SpecError
-from escala.schema import TrainingConfig
+from escala.sweeps.recipes import AXES, by_recipe
 from escala.sweeps.space import Range, Space, Value
-from tune_spaces import recipes
 
 SEED = "training.seed"
-CLAIMS = {  # what an axis decides, and what the base may therefore not
-    "context_tokens": ("training.context_tokens",),
-    "tokens": ("training.train_tokens", "training.steps"),
-    "tokens_per_parameter": ("training.train_tokens", "training.steps"),
-    "compute_flops": ("training.train_tokens", "training.steps"),
-}
 TRIAL_DEFAULTS = {"training": {"checkpoint_every_steps": 0}}  # a trial that is lost starts again: it is short
 ONE_WORKER_DEFAULTS = {"training": {"zero_stage": 0}}  # nothing to share
 
@@ -128,10 +120,10 @@ def make_trial(space: Space, values: Mapping[str, Value]) -> Trial:
 
     Raises SpecError, naming the point, where no configuration fits it.
     """
-    axes = {key: value for key, value in values.items() if key in recipes.AXES}
+    axes = {key: value for key, value in values.items() if key in AXES}
     base: dict[str, Any] = deepcopy(space.base)
     for key, value in values.items():
-        if key not in recipes.AXES:
+        if key not in AXES:
             set_key(base, key, value)
     try:
         base = spec.merge(by_recipe(base, axes), base)
@@ -145,41 +137,9 @@ def make_trial(space: Space, values: Mapping[str, Value]) -> Trial:
         n_total=answer.n_total,
         n_active=answer.n_active,
         train_tokens=answer.train_tokens,
-        context_tokens=job.config.context_tokens,
+        context_tokens=job.trained.context_tokens,
         compute_flops=answer.compute_flops,
     )
-
-
-def by_recipe(written: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a configuration that follow from `axes` (names of recipes.AXES) by recipe, to go below what
-    was `written`. Raises SpecError, also where both decide one thing.
-    """
-    if not axes:
-        return {}
-    for section in ("model", "training"):  # the recipe reads them before the whole is checked
-        if not isinstance(written.get(section, {}), Mapping):
-            raise SpecError(f"{section} is no section", f"write `{section}:` with keys below it")
-    given = flatten(written)
-    for axis in axes:
-        both = [key for key in CLAIMS.get(axis, ()) if key in given]
-        if both:
-            raise SpecError(
-                f"{axis} and {both[0]} are both given, and decide the same", f"take out {both[0]}"
-            )
-    spec.validate(TrainingConfig, written.get("training", {}), "training", "training.")
-    try:
-        found: dict[str, Any] = recipes.sections(written, **{key: float(v) for key, v in axes.items()})
-    except ValidationError as error:
-        asked = ", ".join(f"{key} {float(value):g}" for key, value in axes.items())
-        why = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}".removeprefix(
-                ": "
-            )
-            for item in error.errors()
-        )
-        hint = "correct the model section, or ask for less"
-        raise SpecError(f"{asked} with this spec is no model: {why}", hint) from None
-    return found
 
 
 def middle(space: Space) -> Trial:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import NotFoundError, SpecError, StateError
-from escala.jobs.actions import SWEEP, Report, enqueue, open_store, retry, silent
+from escala.jobs.actions import Report, enqueue, open_store, retry, silent
 from escala.jobs.references import resolve_jobs
+from escala.schema.workloads import SWEEP, get_workload
 from escala.settings import Settings
 from escala.storage import user_code
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
     from escala.jobs.model import Job
     from escala.laws.queries import Fitted, Preview
-    from escala.sweeps.plan import Plan
+    from escala.sweeps.plan import SweepPlan
     from escala.sweeps.points import SweepPoints
     from escala.sweeps.space import Space
-
-ENTRY_POINT = "escala.sweeps.tuner"
 
 
 def plan_sweep(
@@ -32,7 +31,7 @@ def plan_sweep(
     overrides: Iterable[str] = (),
     code: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> SweepPlan:
     """What a sweep would train and cost; starts nothing.
 
     Args:
@@ -51,10 +50,17 @@ def plan_sweep(
 
 
 def _ready(
-    settings: Settings, space: Space, plan: Plan, code: str | Path | None, waits: bool, keep: bool = True
+    settings: Settings, space: Space, plan: SweepPlan, code: str | Path | None, waits: bool, keep: bool = True
 ) -> str | None:
     """What the first trial needs, checked; the digest of the user's modules."""
-    return preflight.ready(space.workload, plan.trials[0].config, settings.home, code, waits=waits, keep=keep)
+    return preflight.ready(
+        get_workload(space.workload).inputs,
+        plan.trials[0].config,
+        settings.home,
+        code,
+        waits=waits,
+        keep=keep,
+    )
 
 
 def sweep(
@@ -88,8 +94,8 @@ def sweep(
     digest = _ready(settings, loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
-        workload=SWEEP,
-        entry_point=ENTRY_POINT,
+        workload=SWEEP.name,
+        entry_point=SWEEP.entry_point,
         config=config,
         command=tuple(sys.argv),
         experiment=settings.experiment,
@@ -120,7 +126,7 @@ def space_base(space: str) -> dict[str, Any]:
 def _interrupted(settings: Settings, space: str, config: Mapping[str, Any]) -> Job:
     """The last sweep of this space, if it was interrupted."""
     with open_store(settings) as store:
-        sweeps = store.list(workload=SWEEP)
+        sweeps = store.list(workload=SWEEP.name)
     last = next((each for each in reversed(sweeps) if each.tags.get("escala.space") == space), None)
     if last is None:
         raise NotFoundError(f"no sweep of {space} has been started here", f"escala sweep {space}")
@@ -145,9 +151,9 @@ def sweep_points(settings: Settings, name: str) -> SweepPoints:
     from escala.sweeps.points import read_points
 
     with open_store(settings) as store:
-        newest = store.list(limit=1, workload=SWEEP, name=name)
+        newest = store.list(limit=1, workload=SWEEP.name, name=name)
         found = newest[0] if newest else store.get(name)
-    if found.workload != SWEEP:
+    if get_workload(found.workload).result != "points":
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
     return read_points(settings.home, found.id)
 
@@ -173,12 +179,12 @@ def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Pr
     return queries.preview_points(points, sources=sources, **asked)
 
 
-def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, str]]:
+def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
     """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.contract.errors import LawError
-    from escala.sweeps.points import in_common
+    from escala.laws.provenance import in_common
 
     found = [sweep_points(settings, name) for name in names]
     for name, each in zip(names, found, strict=True):

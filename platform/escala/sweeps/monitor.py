@@ -21,14 +21,14 @@ from escala.contract.records import (
     write_json,
 )
 from escala.sweeps import trials
-from escala.sweeps.trials import Planned
+from escala.sweeps.trials import PlannedTrial
 from escala.tracking.spool import close_spool
 
 SECONDS = 1.0  # between two looks
 
 
 @dataclass(frozen=True)
-class Spent:
+class TrialsSpending:
     """By this attempt of the sweep: sums over the trials' attempts that it started."""
 
     train_tokens: int
@@ -45,14 +45,16 @@ class Monitor:
         total: how many there will be; None: the planned ones.
     """
 
-    def __init__(self, sweep: AttemptSpec, home: Path, planned: list[Planned], total: int | None) -> None:
+    def __init__(
+        self, sweep: AttemptSpec, home: Path, planned: list[PlannedTrial], total: int | None
+    ) -> None:
         self._sweep, self._home, self._files = sweep, home, AttemptFiles(sweep.directory)
         self._planned, self._total = planned, total
         self._began, self._looked = time.monotonic(), 0.0
         self._before = {
             p.fingerprint: self._attempts(p) for p in planned
         }  # started by earlier attempts or sweeps
-        self._closed: dict[str, Spent] = {}
+        self._closed: dict[str, TrialsSpending] = {}
 
     def callback(self) -> Any:
         """For Ray Tune: called between any two of its events."""
@@ -95,17 +97,17 @@ class Monitor:
             insist(partial(close_spool, files.spool, "KILLED"), "a trial's spool")
         self._report()
 
-    def spent(self) -> Spent:
+    def spent(self) -> TrialsSpending:
         """Tokens and FLOPs so far."""
         each = [self._closed.get(p.fingerprint) or self._spent_on(p) for p in self._planned]
-        return Spent(
+        return TrialsSpending(
             sum(s.train_tokens for s in each),
             sum(s.compute_flops for s in each),
             sum(s.ended for s in each),
             tuple(loss for s in each for loss in s.losses),
         )
 
-    def _spent_on(self, planned: Planned) -> Spent:
+    def _spent_on(self, planned: PlannedTrial) -> TrialsSpending:
         """One trial's part; remembered once it has ended, since nothing is added to it then."""
         files = TrialFiles(self._home, planned.fingerprint)
         outcome = trials.finished(files)  # before the progress, which is then the last
@@ -115,12 +117,12 @@ class Monitor:
             progress = read_record(Progress, attempt.progress)
             if progress is not None:
                 tokens, flops = tokens + progress.train_tokens, flops + progress.compute_flops
-        found = Spent(tokens, flops, int(outcome is not None), () if loss is None else (loss,))
+        found = TrialsSpending(tokens, flops, int(outcome is not None), () if loss is None else (loss,))
         if outcome is not None:
             self._closed[planned.fingerprint] = found
         return found
 
-    def _report(self) -> Spent:
+    def _report(self) -> TrialsSpending:
         spent, wall = self.spent(), time.monotonic() - self._began
         progress = Progress(
             step=spent.ended,
@@ -141,7 +143,7 @@ class Monitor:
                 raise
         return spent
 
-    def _remaining(self, spent: Spent, wall: float) -> float | None:
+    def _remaining(self, spent: TrialsSpending, wall: float) -> float | None:
         """At the speed so far: trials differ in cost, so it follows from FLOPs; None where they are not known."""
         if self._total is not None or not spent.compute_flops:
             return None
@@ -161,5 +163,5 @@ class Monitor:
                 found.append(attempts[-1])
         return found
 
-    def _attempts(self, planned: Planned) -> int:
+    def _attempts(self, planned: PlannedTrial) -> int:
         return len(TrialFiles(self._home, planned.fingerprint).attempts())

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from escala import spec
 from escala.contract.errors import SpecError
 from escala.contract.records import Outcome, read_record
+from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.sweeps import design
 from escala.sweeps.design import Trial
@@ -23,7 +23,7 @@ TUNE_CPUS = 0.1  # of a multi-worker trial's own process, which only waits
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before it starts. Sums are over all `trials`: which of them are finished already shows once the data
     are read.
     """
@@ -38,7 +38,7 @@ class Plan:
     optimised: bool  # an optimiser chooses the trials: these are its space's middle, so many times
 
 
-def make_plan(name: str, space: Space, settings: Settings) -> Plan:
+def make_plan(name: str, space: Space, settings: Settings) -> SweepPlan:
     """The plan of a space on this home's cluster. Raises SpecError where a trial fits no configuration or machine.
 
     An optimiser's trials are not known; each is counted as the one in the middle of its space.
@@ -47,9 +47,11 @@ def make_plan(name: str, space: Space, settings: Settings) -> Plan:
     found = [design.middle(space)] * (space.points or 1) if optimised else design.plan(space)
     at_once = None
     if settings.ray_address is None:
-        at_once = fitting(found, {"CPU": float(settings.num_cpus)}, space.concurrency, os.cpu_count())
+        at_once = fitting(
+            space.workload, found, {"CPU": float(settings.num_cpus)}, space.concurrency, os.cpu_count()
+        )
     speed, source = flops_per_second(settings.home, median(t.compute_flops for t in found))
-    return Plan(
+    return SweepPlan(
         name=name,
         trials=found,
         train_tokens=sum(t.train_tokens for t in found),
@@ -61,21 +63,12 @@ def make_plan(name: str, space: Space, settings: Settings) -> Plan:
     )
 
 
-def needed(trial: Trial) -> dict[str, float]:
-    """CPUs and GPUs that the trial's workers take."""
-    resources = trial.config["resources"]
-    workers = trial.workers
-    cpus = workers * float(resources["cpus_per_worker"])
-    return {"CPU": cpus, "GPU": float(workers * resources["gpus_per_worker"])}
-
-
-def served(trial: Trial) -> dict[str, float]:
-    """CPUs and GPUs of what runs beside a trial's workers: the rollout service of PPO."""
-    return spec.served(trial.config)
-
-
 def fitting(
-    trials: Sequence[Trial], have: Mapping[str, float], asked: int | None, cores: int | None = None
+    workload: str,
+    trials: Sequence[Trial],
+    have: Mapping[str, float],
+    asked: int | None,
+    cores: int | None = None,
 ) -> int:
     """How many trials may run at once, such that each has all its workers: else they wait for each other forever.
 
@@ -86,7 +79,9 @@ def fitting(
 
     Raises SpecError, with the numbers, where one trial alone does not fit.
     """
-    most = {kind: max(needed(t)[kind] + served(t)[kind] for t in trials) for kind in ("CPU", "GPU")}
+    known = get_workload(workload)
+    needs = [(known.worker_needs(t.config), known.sidecar_needs(t.config)) for t in trials]
+    most = {kind: max(workers[kind] + beside[kind] for workers, beside in needs) for kind in ("CPU", "GPU")}
     waiting = TUNE_CPUS if any(t.workers > 1 for t in trials) else 0.0
     most["CPU"] += waiting
     short = [f"{most[k]:g} {k}s, and there are {have.get(k, 0):g}" for k in most if most[k] > have.get(k, 0)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.contract.attempt import flatten
-from escala.contract.records import Outcome, TrialFiles, read_record
+from escala.contract.records import Outcome, TrialFiles
 from escala.laws.files import REFUSAL
+from escala.laws.provenance import in_common
+from escala.schema.workloads import HELD_OUT_LOSS, WORKLOADS, Measure, objective_of
 from escala.sweeps.design import SEED
-from escala.sweeps.trials import Planned, read_planned
+from escala.sweeps.trials import PlannedTrial, last_outcome, read_planned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,36 +33,27 @@ RECORD = {  # column -> field of the RunRecord
 }
 
 
-def objective(record: Mapping[str, Any]) -> float | None:
-    """What a search minimises: a trial's held-out loss; of PPO its last responses' mean reward, negated. None where
-    it has none.
-    """
-    found: float | None = record.get("held_out_loss_nats")
-    if record.get("workload") == "ppo":
-        reward = (record.get("measures") or {}).get("reward")
-        found = None if reward is None else -reward
-    return found
-
-
 @dataclass(frozen=True)
 class SweepPoints:
     """`points` and `refused` (with `reason`; in the column REFUSAL, too, for `fit_law` of both), a row a trial: the
-    columns of `fit_law`, the trial, and what was varied; of PPO `reward` and `kl_nats` instead of a loss. `noise`:
-    pooled relative standard deviation of the loss between seeds; None without repeats.
-    `configuration`: dotted keys that have one value in all points.
+    columns of `fit_law`, the trial, and what was varied; where trials are judged by another measure than a loss, its
+    columns (of PPO `reward` and `kl_nats`). `measure`: what trials are judged by.
+    `noise`: pooled relative standard deviation of the loss between seeds; None without repeats.
+    `configuration`: what has one value in all points, nested.
     """
 
     points: pd.DataFrame
     refused: pd.DataFrame
     noise: float | None
-    configuration: dict[str, str]
+    configuration: dict[str, Any]
+    measure: Measure = HELD_OUT_LOSS
 
     def summary(self) -> list[tuple[str, str]]:
         """How many points there are, the best of them, and why the first trial was refused: for people."""
         rows = [("points", f"{len(self.points)}, and {len(self.refused)} refused")]
-        aim = next((key for key in ("reward", "loss_nats") if key in self.points), None)
-        if aim is not None and len(found := self.points.dropna(subset=[aim])):
-            best = found.sort_values(aim, ascending=aim == "loss_nats").iloc[0]
+        aim = self.measure.column
+        if aim in self.points and len(found := self.points.dropna(subset=[aim])):
+            best = found.sort_values(aim, ascending=not self.measure.higher_is_better).iloc[0]
             rows.append(("best", f"{aim} {best[aim]:.4g} (`{best['name']}`)"))
         if len(self.refused):
             first = self.refused.iloc[0]
@@ -74,25 +66,20 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     import pandas as pd
 
     planned = read_planned(home, job_id)
-    rows = [_row(p, TrialFiles(home, p.fingerprint)) for p in planned]
+    outcomes = [last_outcome(TrialFiles(home, p.fingerprint)) for p in planned]
+    rows = [_row(p, TrialFiles(home, p.fingerprint), o) for p, o in zip(planned, outcomes, strict=True)]
+    measure = next((objective_of(o.record) for o in outcomes if o is not None and o.record), HELD_OUT_LOSS)
     table = pd.DataFrame([row for row in rows if row["reason"] is None]).drop(
         columns="reason", errors="ignore"
     )
     refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
-    return SweepPoints(table, refused, _noise(table, planned), in_common([flatten(c) for c in used]))
+    return SweepPoints(table, refused, _noise(table, planned), in_common(used), measure)
 
 
-def in_common(configurations: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The dotted keys that have one value in all of `configurations`."""
-    first, *others = configurations or [{}]
-    return {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
-
-
-def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:
+def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> dict[str, Any]:
     trial = planned.trial
     attempts = files.attempts()
-    outcome = read_record(Outcome, attempts[-1].outcome) if attempts else None
     record: Mapping[str, Any] = (outcome.record if outcome else None) or {}
     training = trial.config["training"]
     row: dict[str, Any] = {column: record.get(name) for column, name in RECORD.items()}
@@ -108,11 +95,7 @@ def _row(planned: Planned, files: TrialFiles) -> dict[str, Any]:
         "reason": _refusal(outcome, record, trial.train_tokens, bool(attempts)),
     }
     measures = record.get("measures") or {}
-    row |= {
-        key: measures[key]
-        for key in ("reward", "kl_nats")
-        if record.get("workload") == "ppo" and key in measures
-    }
+    row |= {key: measures[key] for key in objective_of(record).columns if key in measures}
     return row | {key: value for key, value in trial.values.items() if key not in row and key != SEED}
 
 
@@ -133,9 +116,11 @@ def _refusal(
         return "unfinished: it has no outcome"
     if outcome.kind != "succeeded":
         return f"{outcome.kind}: {outcome.message}"
-    if objective(record) is None:
-        return "it has no held-out loss"
-    if record.get("workload") == "ppo":  # its tokens are as many as its responses had
+    measure = objective_of(record)
+    if measure.read(record) is None:
+        return f"it has no {measure.label}"
+    workload = WORKLOADS.get(str(record.get("workload")))
+    if workload is not None and not workload.fixed_tokens:
         return None
     if record.get("train_tokens") != train_tokens:
         return f"unfinished: {record.get('train_tokens')} of {train_tokens} tokens"
@@ -146,7 +131,7 @@ def _run_id(path: Path) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def _noise(table: pd.DataFrame, planned: list[Planned]) -> float | None:
+def _noise(table: pd.DataFrame, planned: list[PlannedTrial]) -> float | None:
     import numpy as np
 
     if table.empty or table["loss_nats"].isna().any():

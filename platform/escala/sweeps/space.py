@@ -3,7 +3,7 @@
 about: two sizes, three lengths
 design: grid
 vary:
-  n_total: [100_000, 400_000]                                # an axis of tune_spaces.recipes
+  n_total: [100_000, 400_000]                                # an axis of the recipes (sweeps.recipes.AXES)
   tokens: {low: 1e5, high: 1e6, count: 3}                    # three levels, equal steps of the logarithm
   training.optimizer.weight_decay: [0.0, 0.1]                # or any key of the workload's configuration
 base: {model: {vocab_size: 1024}, resources: {workers: 1}}   # everything else; it wins over the recipe
@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
-import tune_spaces
 from escala import documents, spec
 from escala.contract.errors import NotFoundError
 from escala.schema.base import Strict
-from tune_spaces.recipes import AXES
+from escala.schema.workloads import WORKLOADS, get_workload
+from escala.sweeps.recipes import AXES, SPACES
 
 Design = Literal["grid", "isoflop", "sobol", "random", "optuna"]
 Value = bool | int | float | str
@@ -91,7 +91,7 @@ class Space(Strict):
     """
 
     about: str = ""
-    workload: Literal["pretrain", "ppo"] = "pretrain"
+    workload: str = Field("pretrain", description="one that has an objective")
     aim: Literal["law", "search"] = "law"
     design: Design = "grid"
     vary: dict[str, list[Level] | Range] = Field(default_factory=dict)
@@ -107,6 +107,14 @@ class Space(Strict):
     concurrency: int | None = Field(None, gt=0, description="None: as many as the cluster holds")
     early_stopping: EarlyStopping | None = None
     base: dict[str, Any] = Field(default_factory=dict, description="the workload's configuration")
+
+    @field_validator("workload")
+    @classmethod
+    def _has_objective(cls, value: str) -> str:
+        swept = [name for name, each in WORKLOADS.items() if each.objective is not None]
+        if value not in swept:
+            raise ValueError(f"no sweep of {value!r}: one of {', '.join(swept)}")
+        return value
 
     @field_validator("vary", mode="before")
     @classmethod
@@ -167,14 +175,14 @@ class Space(Strict):
             raise ValueError("optuna chooses its own points: no cells, within or repeats")
 
     def _check_workload(self) -> None:
-        if self.workload == "pretrain":
-            return
+        workload = get_workload(self.workload)
         recipes = sorted(self.axes() & set(AXES))
-        if recipes:
+        if recipes and not workload.chooses_model:
             raise ValueError(f"{', '.join(recipes)} choose a model, and {self.workload} starts from one")
-        if self.aim != "search":
+        measure = workload.objective
+        if measure is None or (self.aim == "law" and not measure.fits_laws):
             raise ValueError(f"a {self.workload} run has no held-out loss, so no law: set aim: search")
-        if self.early_stopping:
+        if self.early_stopping and not measure.while_training:
             raise ValueError(f"a {self.workload} trial is judged by its end alone: leave early_stopping out")
 
     def axes(self) -> set[str]:
@@ -200,7 +208,7 @@ def load_space(name: str, overrides: Iterable[str] = ()) -> tuple[str, Space]:
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        path = directory() / f"{name}.yaml"
+        path = SPACES / f"{name}.yaml"
         if not path.is_file():
             raise NotFoundError(
                 f"there is no space {name!r}",
@@ -213,11 +221,6 @@ def load_space(name: str, overrides: Iterable[str] = ()) -> tuple[str, Space]:
     return path.stem, space
 
 
-def directory() -> Path:
-    """Where the named spaces are."""
-    return Path(str(tune_spaces.__file__)).parent
-
-
 def names() -> list[str]:
     """The named spaces."""
-    return sorted(path.stem for path in directory().glob("*.yaml"))
+    return sorted(path.stem for path in SPACES.glob("*.yaml"))

@@ -19,7 +19,7 @@ from typing import Any
 from escala.contract import handshake, lines
 from escala.contract.files import insist, write_whole
 from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
-from escala.schema import WORKLOADS
+from escala.schema.workloads import get_workload
 from escala.sweeps.design import Trial
 from escala.tracking.children import SWEEP_ATTEMPT_TAG
 from escala.tracking.lineage import fingerprint, source_fingerprint
@@ -29,7 +29,7 @@ POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTrial:
     """A line of JobFiles.trials: a trial of one sweep, and the directory that holds what became of it."""
 
     number: int  # in this sweep, from 1
@@ -65,7 +65,7 @@ def finished(files: TrialFiles) -> Outcome | None:
 
 
 def new_attempt(
-    files: TrialFiles, workload: str, aim: str, sweep: AttemptSpec, planned: Planned
+    files: TrialFiles, workload: str, aim: str, sweep: AttemptSpec, planned: PlannedTrial
 ) -> AttemptSpec:
     """Make the next attempt's directory, and move the fence to it."""
     number = len(files.attempts()) + 1
@@ -76,7 +76,7 @@ def new_attempt(
         attempt=number,
         name=f"{sweep.name} {planned.name}",
         workload=workload,
-        entry_point=WORKLOADS[workload].entry_point,
+        entry_point=get_workload(workload).entry_point,
         config=planned.trial.config,
         directory=str(attempt.directory),
         checkpoints=str(files.checkpoints),
@@ -112,26 +112,26 @@ def held(files: TrialFiles) -> Iterator[None]:
         yield
 
 
-def write_planned(home: Path, job_id: str, planned: Sequence[Planned]) -> None:
+def write_planned(home: Path, job_id: str, planned: Sequence[PlannedTrial]) -> None:
     """Write the sweep's trials, all of them, before the first one starts."""
     write_whole(JobFiles(home, job_id).trials, b"".join(_line(p) for p in planned))
 
 
-def append_planned(home: Path, job_id: str, planned: Planned) -> None:
+def append_planned(home: Path, job_id: str, planned: PlannedTrial) -> None:
     """Add a trial that an optimiser has just chosen; safe from several processes at once."""
     path, line = JobFiles(home, job_id).trials, _line(planned)
     insist(lambda: lines.append(path, line), f"the trials of {job_id}")
 
 
-def read_planned(home: Path, job_id: str) -> list[Planned]:
+def read_planned(home: Path, job_id: str) -> list[PlannedTrial]:
     """The sweep's trials, each once; empty before its driver has started. Damaged lines are left out."""
-    found: dict[str, Planned] = {}
+    found: dict[str, PlannedTrial] = {}
     for row in lines.objects(JobFiles(home, job_id).trials):
         with suppress(KeyError, TypeError):
-            trial = Planned(int(row["number"]), str(row["fingerprint"]), Trial(**row["trial"]))
+            trial = PlannedTrial(int(row["number"]), str(row["fingerprint"]), Trial(**row["trial"]))
             found.setdefault(trial.fingerprint, trial)
     return sorted(found.values(), key=lambda p: p.number)
 
 
-def _line(planned: Planned) -> bytes:
+def _line(planned: PlannedTrial) -> bytes:
     return json.dumps(asdict(planned), separators=(",", ":")).encode() + b"\n"

@@ -8,41 +8,32 @@ state is never read back.
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from escala import spec
-from escala.contract import handshake
-from escala.contract.attempt import check_fence, finish, flatten, read_attempt, stop_on_sigterm
+from escala.contract import failures
+from escala.contract.attempt import stop_on_sigterm
 from escala.contract.errors import EscalaError, SpecError
-from escala.contract.records import (
-    AttemptFiles,
-    AttemptSpec,
-    Control,
-    Outcome,
-    RunRecord,
-    TrialFiles,
-    read_record,
-)
-from escala.contract.redaction import print_exception
-from escala.schema import WORKLOADS
+from escala.contract.failures import Failure
+from escala.contract.records import AttemptFiles, AttemptSpec, Control, Outcome, TrialFiles, read_record
+from escala.contract.redaction import hide
+from escala.schema.workloads import get_workload, objective_of
 from escala.sweeps import design, plan, trials
 from escala.sweeps.monitor import Monitor
-from escala.sweeps.points import objective, read_points
+from escala.sweeps.points import read_points
 from escala.sweeps.space import Range, Space
-from escala.sweeps.trials import Planned
-from escala.tracking.lineage import code_fingerprint, fingerprint
+from escala.sweeps.trials import PlannedTrial
+from escala.tracking.lineage import fingerprint
 from escala.tracking.lineage.datasets import dataset_of
-from escala.tracking.lineage.notes import NOTE_TAG, run_note, start_tags
-from escala.tracking.tracker import Tracker, open_tracker
+from escala.tracking.lineage.lifecycle import LiveAttempt, RunSummary, run_attempt
 
 TRIAL_MODULE = "workloads.trial"  # runs on the cluster; the control plane knows it by name
 CRASHES = 2  # of a trial's process, before the trial is given up
@@ -67,69 +58,68 @@ READ = (
 
 def main(arguments: list[str]) -> int:
     """Run one attempt of a sweep; returns the process's exit code."""
-    try:
-        attempt = read_attempt(arguments)
-    except EscalaError as error:
-        print(error, file=sys.stderr, flush=True)
-        return error.exit_code
+    return run_attempt(arguments, run_sweep, classify, sweep_summary)
+
+
+def run_sweep(attempt: LiveAttempt) -> None:
+    """Data, trials, Tune. Raises what goes wrong with the sweep itself; a trial's trouble stays its own."""
+    import ray
+
+    space: Space = attempt.open(lambda plain: spec.validate(Space, plain, "the sweep's space"))
+    os.environ.update(TUNE_ENVIRONMENT)
+    ray.init(address="auto", log_to_driver=False, namespace="escala")  # each trial has a log of its own
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    stop_on_sigterm(attempt.files)
     sweep = Sweep(attempt)
-    try:
-        sweep.run()
-    except BaseException as error:  # noqa: BLE001  whatever happened, the outcome says so
-        return sweep.fail(error)
-    return sweep.succeed()
+    planned, data = sweep.plan(space)
+    total = space.points if space.design == "optuna" else None
+    monitor = Monitor(attempt.spec, sweep.home, planned, total)
+    attempt.summarise = partial(sweep_summary, monitor=monitor)
+    sweep.tune(space, planned, data, monitor)
+    monitor.close()
+    attempt.outcome = sweep.ending()
+
+
+def home_of(attempt: LiveAttempt) -> Path:
+    """The home that a job's attempt is in."""
+    return attempt.files.directory.parents[2]
+
+
+def classify(error: BaseException) -> Failure:
+    """What went wrong with the sweep: Ray's own errors mean that it was lost, and is tried again."""
+    import ray.exceptions
+
+    lost = isinstance(error, ray.exceptions.RayError | ConnectionError)
+    if lost and not isinstance(error, EscalaError):  # Ray raises errors that are of both
+        return Failure("worker_lost", hide(f"{type(error).__name__}: {error}"))
+    return failures.classify(error)
+
+
+def sweep_summary(attempt: LiveAttempt, monitor: Monitor | None = None) -> RunSummary:
+    """What the trials have spent, and the points so far."""
+    spent = monitor.spent() if monitor else None
+    found = read_points(home_of(attempt), attempt.spec.job_id)
+    values = {
+        "attempt_tokens": spent.train_tokens if spent else None,
+        "attempt_flops": spent.compute_flops if spent else None,
+        "wall_seconds": time.time() - attempt.started_at,
+    }
+    texts = {
+        "points.csv": found.points.to_csv(index=False),
+        "refused.csv": found.refused.to_csv(index=False),
+    }
+    return RunSummary(values, found.summary(), texts=texts)
 
 
 class Sweep:
     """One attempt at a sweep."""
 
-    def __init__(self, attempt: AttemptSpec) -> None:
-        self.attempt, self.files = attempt, AttemptFiles(attempt.directory)
-        self.home = self.files.directory.parents[2]
-        self.started_at = time.time()
-        self.tracker: Tracker | None = None
-        self.run_id = ""
-        self.monitor: Monitor | None = None
+    def __init__(self, attempt: LiveAttempt) -> None:
+        self.attempt, self.files = attempt.spec, attempt.files
+        self.home = home_of(attempt)
+        self.tracker, self.run_id = attempt.run
 
-    def run(self) -> None:
-        """Data, trials, Tune. Raises what goes wrong with the sweep itself; a trial's trouble stays its own."""
-        handshake.check(self.attempt.versions)
-        check_fence(self.files, self.attempt.attempt)
-        space: Space = spec.validate(Space, self.attempt.config, "the sweep's space")
-        self._start_tracking(space)
-
-        import ray
-
-        os.environ.update(TUNE_ENVIRONMENT)
-        ray.init(address="auto", log_to_driver=False, namespace="escala")  # each trial has a log of its own
-        logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-
-        stop_on_sigterm(self.files)
-        planned, data = self._plan(space)
-        self.monitor = Monitor(
-            self.attempt, self.home, planned, space.points if space.design == "optuna" else None
-        )
-        self._tune(space, planned, data)
-        self.monitor.close()
-
-    def _start_tracking(self, space: Space) -> None:
-        attempt = self.attempt
-        self.tracker = open_tracker(attempt.tracking_uri)
-        tags = attempt.tags | {
-            "escala.job_id": attempt.job_id,
-            "escala.contract.attempt": str(attempt.attempt),
-            "escala.workload": attempt.workload,
-            "escala.name": attempt.name,
-            "escala.config_fingerprint": fingerprint(attempt.config),
-            "escala.code_fingerprint": code_fingerprint().fingerprint,
-            **start_tags(attempt),
-        }
-        key = f"{attempt.job_id}-{attempt.attempt}"
-        params = flatten(space.model_dump(mode="json"))
-        name = attempt.name if attempt.attempt == 1 else f"{attempt.name} (attempt {attempt.attempt})"
-        self.run_id = self.tracker.start(key, attempt.experiment, name, tags, params)
-
-    def _plan(self, space: Space) -> tuple[list[Planned], Data]:
+    def plan(self, space: Space) -> tuple[list[PlannedTrial], Data]:
         """The sweep's trials (those of its first attempt, if this is not that), and the data that they read."""
         planned = trials.read_planned(self.home, self.attempt.job_id)
         todo = [p.trial for p in planned] if planned or space.design == "optuna" else design.plan(space)
@@ -140,15 +130,15 @@ class Sweep:
             key = data_key(config)
             if key not in data:
                 data[key] = _prepare_on_cluster(_preparation(self.attempt, space.workload, config))
-                if self.tracker is not None:
-                    self.tracker.dataset(self.run_id, dataset_of(config, data[key].fingerprints))
+                self.tracker.dataset(self.run_id, dataset_of(config, data[key].fingerprints))
         if not planned:
             planned = [identify(n, t, data[data_key(t.config)].fingerprints) for n, t in enumerate(todo, 1)]
             if planned:
                 trials.write_planned(self.home, self.attempt.job_id, planned)
         return planned, data
 
-    def _tune(self, space: Space, planned: list[Planned], data: Data) -> None:
+    def tune(self, space: Space, planned: list[PlannedTrial], data: Data, monitor: Monitor) -> None:
+        """Run the trials that are not finished, as many at once as the cluster holds."""
         import ray
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig
@@ -160,10 +150,10 @@ class Sweep:
             if not pending:
                 return
         examples = [design.middle(space)] if space.design == "optuna" else [p.trial for p in pending]
-        at_once = plan.fitting(examples, ray.cluster_resources(), space.concurrency)
+        at_once = plan.fitting(space.workload, examples, ray.cluster_resources(), space.concurrency)
         print(f"{at_once} trials at once", flush=True)
         train = partial(train_trial, sweep=self.attempt, home=str(self.home), space=space, data=dict(data))
-        trainable = tune.with_resources(train, resources_of(examples))
+        trainable = tune.with_resources(train, resources_of(space.workload, examples))
         search: dict[str, Any] = {}
         param_space: dict[str, Any] = {"number": tune.grid_search([p.number for p in pending])}
         if space.design == "optuna":
@@ -184,79 +174,24 @@ class Sweep:
                 name="tune",
                 storage_path=str(self.files.directory),
                 failure_config=FailureConfig(max_failures=CRASHES),
-                callbacks=[self.monitor.callback()] if self.monitor else [],
+                callbacks=[monitor.callback()],
                 verbose=0,
             ),
         )
         for error in tuner.fit().errors:
             print(f"a trial's process failed: {error}", file=sys.stderr, flush=True)
 
-    def succeed(self) -> int:
+    def ending(self) -> Outcome:
         """Every trial has been tried; or the sweep was asked to stop."""
         control = read_record(Control, self.files.control)
         if control is not None:
-            return self._conclude(Outcome(control.stop, "stopped before all trials were finished"), "KILLED")
+            return Outcome(control.stop, "stopped before all trials were finished")
         found = read_points(self.home, self.attempt.job_id)
-        said = f"{len(found.points)} points, {len(found.refused)} refused"
         if found.points.empty:
             reason = found.refused["reason"].iloc[0] if len(found.refused) else "it has no trials"
             hint = f"`escala logs {self.attempt.job_id}`; each trial's own log is in {self.home / 'trials'}"
-            outcome = Outcome("user_error", f"no trial gave a point: {reason}", hint)
-            return self._conclude(outcome, "FAILED") or 1
-        return self._conclude(Outcome("succeeded", said), "FINISHED")
-
-    def fail(self, error: BaseException) -> int:
-        """Write down what went wrong with the sweep."""
-        import ray.exceptions
-
-        if isinstance(error, EscalaError):
-            outcome, code = Outcome(error.kind, error.message, error.hint), error.exit_code
-        else:
-            print_exception(error)
-            lost = isinstance(error, ray.exceptions.RayError | ConnectionError)
-            outcome, code = (
-                Outcome("worker_lost" if lost else "internal", f"{type(error).__name__}: {error}"),
-                1,
-            )
-        if outcome.kind == "superseded":
-            finish(self.attempt, outcome)
-        else:
-            self._conclude(outcome, "FAILED")
-        return code
-
-    def _conclude(self, outcome: Outcome, status: str) -> int:
-        """Record, tracker, outcome: in this order, the outcome last."""
-        attempt, spent = self.attempt, self.monitor.spent() if self.monitor else None
-        record = RunRecord(
-            run_id=self.run_id or None,
-            job_id=attempt.job_id,
-            attempt=attempt.attempt,
-            name=attempt.name,
-            workload=attempt.workload,
-            status=outcome.kind,
-            started_at=self.started_at,
-            ended_at=time.time(),
-            attempt_tokens=spent.train_tokens if spent else None,
-            attempt_flops=spent.compute_flops if spent else None,
-            wall_seconds=time.time() - self.started_at,
-            config_fingerprint=fingerprint(attempt.config),
-            code_fingerprint=code_fingerprint().fingerprint,
-            reason=outcome.message or None,
-        )
-        plain = asdict(record)
-        if self.tracker is not None and self.run_id:
-            found = read_points(self.home, attempt.job_id)
-            self.tracker.text(self.run_id, "points.csv", found.points.to_csv(index=False))
-            self.tracker.text(self.run_id, "refused.csv", found.refused.to_csv(index=False))
-            self.tracker.text(self.run_id, "run_record.json", json.dumps(plain, indent=1, sort_keys=True))
-            known = {k: v for k, v in plain.items() if v is not None}
-            note = run_note(attempt, record, found.summary(), outcome.hint)
-            self.tracker.tags(
-                self.run_id, {"escala.record": json.dumps(known, sort_keys=True), NOTE_TAG: note}
-            )
-            self.tracker.finish(self.run_id, status)
-        finish(attempt, Outcome(outcome.kind, outcome.message, outcome.hint, None, plain))
-        return 0
+            return Outcome("user_error", f"no trial gave a point: {reason}", hint)
+        return Outcome("succeeded", f"{len(found.points)} points, {len(found.refused)} refused")
 
 
 def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Space, data: Data) -> None:
@@ -285,7 +220,8 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
             outcome = workload.run(
                 trials.new_attempt(files, space.workload, space.aim, sweep, planned), prepared, report
             )
-    loss = objective(outcome.record or {}) if outcome.kind == "succeeded" else None
+    record = outcome.record or {}
+    loss = objective_of(record).minimised(record) if outcome.kind == "succeeded" else None
     tune.report({"loss_nats": float("inf") if loss is None else loss, "kind": outcome.kind})
 
 
@@ -294,9 +230,9 @@ def _report(tune: Any, step: int, loss_nats: float) -> None:
         tune.report({"loss_nats": loss_nats, "step": step})
 
 
-def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> Planned:
+def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> PlannedTrial:
     """The trial with its fingerprint."""
-    return Planned(number, trials.trial_fingerprint(trial.config, data), trial)
+    return PlannedTrial(number, trials.trial_fingerprint(trial.config, data), trial)
 
 
 def data_key(config: Mapping[str, Any]) -> str:
@@ -304,7 +240,7 @@ def data_key(config: Mapping[str, Any]) -> str:
     return fingerprint([config.get(section) for section in READ])
 
 
-def resources_of(examples: list[design.Trial]) -> dict[str, float]:
+def resources_of(workload: str, examples: list[design.Trial]) -> dict[str, float]:
     """What Tune reserves for a trial: its worker's resources; of a multi-worker trial, its waiting process alone."""
     if any(t.workers > 1 for t in examples):
         if any(t.workers == 1 for t in examples):
@@ -313,11 +249,12 @@ def resources_of(examples: list[design.Trial]) -> dict[str, float]:
                 "sweep resources.workers from 2 on, or make two sweeps",
             )
         return {"CPU": plan.TUNE_CPUS}
-    return {kind: max(plan.needed(t)[kind] for t in examples) for kind in ("CPU", "GPU")}
+    needs = [get_workload(workload).worker_needs(t.config) for t in examples]
+    return {kind: max(each[kind] for each in needs) for kind in ("CPU", "GPU")}
 
 
 def _preparation(sweep: AttemptSpec, workload: str, config: Mapping[str, Any]) -> AttemptSpec:
-    entry_point = WORKLOADS[workload].entry_point
+    entry_point = get_workload(workload).entry_point
     return replace(sweep, workload=workload, entry_point=entry_point, config=dict(config))
 
 

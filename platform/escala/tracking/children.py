@@ -10,7 +10,6 @@ from typing import Any
 from escala.contract import lines
 from escala.contract.files import no_room
 from escala.contract.records import (
-    STOP_REASONS,
     TRIALS,
     AttemptFiles,
     AttemptSpec,
@@ -20,6 +19,7 @@ from escala.contract.records import (
     read_record,
 )
 from escala.tracking.delivery import Delivery
+from escala.tracking.lineage.lifecycle import identity_tags, run_key, run_name, run_status
 from escala.tracking.lineage.notes import NOTE_TAG, run_note
 from escala.tracking.spool import close_spool
 
@@ -119,15 +119,8 @@ class FamilyDelivery:
 
 
 def _status(outcome: Outcome | None, without: str) -> str:
-    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that.
-
-    A driver that stops as asked leaves its record in the outcome. One that was stopped while it started left none.
-    """
-    if outcome is None:
-        return without
-    if outcome.kind in STOP_REASONS:
-        return "FINISHED" if outcome.kind == "budget" and outcome.record is not None else "KILLED"
-    return "FINISHED" if outcome.kind == "succeeded" else "FAILED"
+    """MLflow's word for an attempt that did not close its run by itself; `without` an outcome, that."""
+    return without if outcome is None else run_status(outcome)
 
 
 def _note(spec: AttemptSpec, outcome: Outcome | None, without: str) -> dict[str, str]:
@@ -150,16 +143,10 @@ def _note(spec: AttemptSpec, outcome: Outcome | None, without: str) -> dict[str,
 
 def _start(spec: AttemptSpec) -> dict[str, Any]:
     """What opens the attempt's run, as far as its spec tells."""
-    known = {
-        "job_id": spec.job_id,
-        "attempt": str(spec.attempt),
-        "workload": spec.workload,
-        "name": spec.name,
-    }
     return {
-        "key": spec.run_key or f"{spec.job_id}-{spec.attempt}",
+        "key": run_key(spec),
         "experiment": spec.experiment,
-        "name": spec.name,
-        "tags": {**spec.tags, **{f"escala.{name}": value for name, value in known.items()}},
+        "name": run_name(spec),
+        "tags": identity_tags(spec),
         "params": {},
     }

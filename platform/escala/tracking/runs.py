@@ -150,7 +150,7 @@ def _record(run: Any) -> RunRecord:
             return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
         except (ValueError, TypeError, AttributeError) as error:  # a person may write tags: one run's trouble
             log.warning("run %s has a damaged record, and is shown without it: %s", run.info.run_id, error)
-    attempt = tags.get("escala.contract.attempt", "")
+    attempt = tags.get("escala.attempt", "")
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {
         key: tags[f"escala.{key}"]

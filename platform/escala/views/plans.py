@@ -10,18 +10,16 @@ from escala.views.base import View
 from escala.views.laws import LawAnswerView, about
 
 if TYPE_CHECKING:
-    from escala.planning.allocate import Target
     from escala.planning.explore import Exploration, Round
+    from escala.planning.plan import Target
     from escala.planning.plans import Planned, Proposed
     from escala.planning.propose import Proposal
 
 SECONDS_PER_HOUR, JOULES_PER_KWH = 3600.0, 3.6e6
 
 
-class PlanView(LawAnswerView):
-    """The best split of a budget. Intervals are at 90 %: of the loss predictive, of N and D over the replicates. Time
-    is of training; money and energy include inference demand, None where the speed cannot tell.
-    """
+class SplitView(View):
+    """A budget spent: N, D, T, and the loss that the law predicts, with its 90 % predictive interval."""
 
     n_active: float
     n_total: float
@@ -31,11 +29,18 @@ class PlanView(LawAnswerView):
     loss_nats: float
     low_nats: float | None
     high_nats: float | None
+    compute_flops: float  # training
+
+
+class PlanView(LawAnswerView, SplitView):
+    """The best split of a budget. Intervals are at 90 %: of the loss predictive, of N and D over the replicates. Time
+    is of training; money and energy include inference demand, None where the speed cannot tell.
+    """
+
     n_active_low: float | None
     n_active_high: float | None
     tokens_low: float | None
     tokens_high: float | None
-    compute_flops: float  # training
     inference_flops: float
     effective_tokens: float  # what repeated tokens are worth
     epochs: float
@@ -107,19 +112,23 @@ class ProposalView(View):
 
 
 class ProposalsView(View):
-    """Runs to make next, best first, and the law that asked for them."""
+    """Runs to make next, best first, and the law that asked for them. `target`: the plan that they make better known;
+    None where they were asked for a point.
+    """
 
     law: str  # name@version
     healthy: bool
     method: str
+    target: SplitView | None
     proposals: tuple[ProposalView, ...]
 
     @classmethod
     def of_proposed(cls, found: Proposed) -> ProposalsView:
         """Of proposals with their law."""
         proposals = tuple(ProposalView.of_proposal(each) for each in found.proposals)
-        law = found.law
-        return cls(law=law.reference, healthy=law.law.healthy, method=found.method, proposals=proposals)
+        target = None if found.plan is None else SplitView.of(found.plan)
+        known = {"law": found.law.reference, "healthy": found.law.law.healthy, "method": found.method}
+        return cls(**known, target=target, proposals=proposals)
 
 
 class ObtainedView(View):
@@ -185,7 +194,8 @@ class ExplorationView(View):
 
     name: str
     law: str  # the first one
-    target_flops: float
+    target: dict[str, Any]  # limits, whose optimum is to be known better
+    options: dict[str, Any]  # of the plan
     max_flops: float  # of one run
     budget_flops: float  # of all of them
     spent_flops: float
@@ -196,9 +206,10 @@ class ExplorationView(View):
     @classmethod
     def of_exploration(cls, found: Exploration) -> ExplorationView:
         """Of a journal."""
-        names = ("name", "law", "target_flops", "max_flops", "budget_flops", "spent_flops", "width", "batch")
+        names = ("name", "law", "max_flops", "budget_flops", "spent_flops", "width", "batch")
+        asked = {"target": asdict(found.target), "options": asdict(found.options)}
         rounds = tuple(RoundView.of_round(each) for each in found.rounds)
-        return cls(**{name: getattr(found, name) for name in names}, rounds=rounds)
+        return cls(**{name: getattr(found, name) for name in names}, **asked, rounds=rounds)
 
 
 def _plan(found: Planned) -> dict[str, Any]:

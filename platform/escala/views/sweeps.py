@@ -37,6 +37,15 @@ class SweepPlanView(View):
     optimised: bool  # an optimiser chooses: `trials` are the middle of its space, so many times
 
 
+class MeasureView(View):
+    """What trials are judged by."""
+
+    column: str  # of the points
+    unit: str
+    higher_is_better: bool
+    fits_laws: bool
+
+
 class SweepPointsView(View):
     """What a sweep measured, a row a trial: the columns of a law's points (of PPO `reward` and `kl_nats` instead of a
     loss), the trial, what was varied; refused ones with their `reason`.
@@ -45,6 +54,7 @@ class SweepPointsView(View):
     job_id: str
     points: tuple[dict[str, Any], ...]
     refused: tuple[dict[str, Any], ...]
+    measure: MeasureView
     noise: float | None  # pooled relative standard deviation of the loss between seeds; None without repeats
 
     @classmethod
@@ -53,7 +63,9 @@ class SweepPointsView(View):
         from escala.laws.files import REFUSAL
 
         refused = found.refused.drop(columns=REFUSAL, errors="ignore")
-        return cls(job_id=job_id, points=_rows(found.points), refused=_rows(refused), noise=found.noise)
+        measure = MeasureView.of(found.measure)
+        rows = {"points": _rows(found.points), "refused": _rows(refused)}
+        return cls(job_id=job_id, **rows, measure=measure, noise=found.noise)
 
 
 def _rows(table: pd.DataFrame) -> tuple[dict[str, Any], ...]:

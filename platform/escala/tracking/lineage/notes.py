@@ -12,6 +12,7 @@ from typing import Any
 
 from escala.contract.records import AttemptSpec, RunRecord
 from escala.contract.redaction import hide_arguments
+from escala.schema.workloads import WORKLOADS
 
 NOTE_TAG = "mlflow.note.content"  # MLflow's own
 COMMAND_TAG = "escala.command"  # what was typed, passwords left out
@@ -55,8 +56,9 @@ def run_note(
 
 def start_tags(spec: AttemptSpec) -> dict[str, str]:
     """What MLflow's pages show of a run from its start: the note, and what is run."""
-    verb = "escala sweep" if spec.workload == "sweep" else f"escala submit {spec.workload}"
-    return {NOTE_TAG: run_note(spec), "mlflow.source.type": "LOCAL", "mlflow.source.name": verb}
+    known = WORKLOADS.get(spec.workload)
+    command = known.started_by if known else f"escala submit {spec.workload}"
+    return {NOTE_TAG: run_note(spec), "mlflow.source.type": "LOCAL", "mlflow.source.name": command}
 
 
 def command_tag(command: Sequence[str]) -> dict[str, str]:
@@ -74,7 +76,8 @@ def next_commands(spec: AttemptSpec, status: str, checkpoint: str | None) -> lis
     if status == "running":
         return [f"escala logs -f {job}", f"escala stop {job}   # with a checkpoint"]
     found = [f"escala jobs show {job}", f"escala logs {job}"]
-    if spec.workload == "sweep":
+    known = WORKLOADS.get(spec.workload)
+    if known is not None and known.result == "points":
         found.append(f"escala laws fit --sweep {job} --name NAME   # a law of its points")
     elif checkpoint:
         found.append(f"escala export {job} --to DIRECTORY   # for transformers and vLLM")

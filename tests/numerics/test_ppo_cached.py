@@ -17,12 +17,12 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("ppo-kept")
-    run_ranks(Path(__file__).with_name("ppo_kept_scenarios.py"), 1, directory)
+    run_ranks(Path(__file__).with_name("ppo_cached_scenarios.py"), 1, directory)
     return torch.load(directory / "found.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("stage", ["0", "2"])
-def test_kept_passes_change_no_result(found: Any, stage: str) -> None:
+def test_cached_passes_change_no_result(found: Any, stage: str) -> None:
     kept, again = found[f"{stage} kept"], found[f"{stage} again"]
     for mine, other in zip(kept["iterations"], again["iterations"], strict=True):
         for name, column in other["columns"].items():

@@ -1,4 +1,4 @@
-"""What test_ppo_kept.py does in a process of its own; run as `python ppo_kept_scenarios.py 0 1 DIRECTORY`."""
+"""What test_ppo_cached.py does in a process of its own; run as `python ppo_cached_scenarios.py 0 1 DIRECTORY`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""The mathematics that all forms share: powers of the inputs, losses and their derivatives (SPEC.md D.1, D.3).
+
+Inside a fit each log x is centred, so nothing depends on the units of N, D, T, C. Letters: B replicates or starts,
+N points, K terms, P parameters (first the 1 + K coefficients, then the exponents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from escala.laws.form import Form
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Logs of the inputs less their offsets: `main_KN`, and for N_eff the log of N_total/N_active,
+    `mix_N`.
+    """
+
+    main_KN: Floats
+    mix_N: Floats | None
+    offset_K: Floats
+    mix_offset: float
+
+
+def make_features(
+    form: Form, columns: Mapping[str, Floats], centred: tuple[bool, ...] | None = None
+) -> Features:
+    """Features of `columns` (positive arrays of one length). `centred` says, per term, whether its mean is
+    taken off.
+    """
+    keep = centred if centred is not None else (True,) * len(form.terms)
+    main_KN = np.stack([np.log(columns[term.column]) for term in form.terms])
+    offset_K = np.where(keep, main_KN.mean(axis=1), 0.0)
+    mix_N = _log_ratio(form, columns)
+    if mix_N is None:
+        return Features(main_KN - offset_K[:, None], None, offset_K, 0.0)
+    mix_offset = float(mix_N.mean()) if keep[0] else 0.0
+    return Features(main_KN - offset_K[:, None], mix_N - mix_offset, offset_K, mix_offset)
+
+
+def plain_features(form: Form, columns: Mapping[str, Floats]) -> Features:
+    """Features of `columns` without offsets: for parameters of the formula."""
+    main_KN = np.stack([np.log(columns[term.column]) for term in form.terms])
+    return Features(main_KN, _log_ratio(form, columns), np.zeros(len(form.terms)), 0.0)
+
+
+def _log_ratio(form: Form, columns: Mapping[str, Floats]) -> Floats | None:
+    """log N_total/N_active; None for a form of one N."""
+    if form.mix is None:
+        return None
+    log_N: Floats = np.log(columns[form.mix.over.name]) - np.log(columns[form.terms[0].column])
+    return log_N
+
+
+def to_natural(form: Form, theta_BP: Floats, features: Features) -> Floats:
+    """Parameters of the centred problem -> those of the formula (a in nats * N^alpha, and so on). (B, P) ->
+    (B, P).
+    """
+    out = theta_BP.copy()
+    k = len(form.terms)
+    for i, term in enumerate(form.terms):
+        shift_B = theta_BP[:, 1 + k + i] * (
+            features.offset_K[i] + (theta_BP[:, -1] * features.mix_offset if term.mix else 0.0)
+        )
+        out[:, 1 + i] *= np.exp(shift_B)
+    return out
+
+
+def term_powers(form: Form, theta_BP: Floats, features: Features) -> tuple[list[Floats], list[Floats]]:
+    """Per term: x^-exponent (B, N), and log x as the term sees it ((1, N), or (B, N) for N_eff)."""
+    k = len(form.terms)
+    powers, logs = [], []
+    for i, term in enumerate(form.terms):
+        log_BN = features.main_KN[i][None, :]
+        if term.mix and features.mix_N is not None:
+            log_BN = log_BN + theta_BP[:, -1:] * features.mix_N
+        powers.append(np.exp(-theta_BP[:, 1 + k + i, None] * log_BN))
+        logs.append(log_BN)
+    return powers, logs
+
+
+def losses(form: Form, theta_BP: Floats, features: Features) -> Floats:
+    """The law's loss in nats per token: (B, P) parameters at N points -> (B, N)."""
+    powers, _ = term_powers(form, theta_BP, features)
+    loss_BN = np.repeat(theta_BP[:, :1], features.main_KN.shape[1], axis=1)
+    for i, power_BN in enumerate(powers):
+        loss_BN += theta_BP[:, 1 + i, None] * power_BN
+    return loss_BN
+
+
+def loss_and_jacobian(form: Form, theta_BP: Floats, features: Features) -> tuple[Floats, Floats]:
+    """Loss (B, N) and its derivative by every parameter (B, P, N). For a coefficient's log, multiply by the
+    coefficient.
+    """
+    k = len(form.terms)
+    powers, logs = term_powers(form, theta_BP, features)
+    jacobian_BPN = np.empty((*theta_BP.shape, features.main_KN.shape[1]))
+    jacobian_BPN[:, 0] = 1.0
+    loss_BN = np.repeat(theta_BP[:, :1], features.main_KN.shape[1], axis=1)
+    for i, term in enumerate(form.terms):
+        part_BN = theta_BP[:, 1 + i, None] * powers[i]
+        loss_BN += part_BN
+        jacobian_BPN[:, 1 + i] = powers[i]
+        jacobian_BPN[:, 1 + k + i] = -part_BN * logs[i]
+        if term.mix and features.mix_N is not None:
+            jacobian_BPN[:, -1] = -part_BN * theta_BP[:, 1 + k + i, None] * features.mix_N
+    return loss_BN, jacobian_BPN

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,11 @@ def peer(given: dict[str, Any]) -> int:
     def trial(values: dict[str, Any]) -> None:
         from escala.contract import handshake
         from escala.contract.records import AttemptFiles, AttemptSpec, write_json
+        from escala.tracking.lineage.lifecycle import LiveAttempt
         from workloads.data.prepared import PreparedData
         from workloads.pretrain import described
         from workloads.training.driver import fit
-        from workloads.training.run import Run
+        from workloads.training.run import ending, parse, summary, worker_inputs
 
         directory = Path(given["home"]) / "peers" / str(values["number"])
         files = AttemptFiles(directory)
@@ -245,10 +247,11 @@ def peer(given: dict[str, Any]) -> int:
             **where,
         )
         write_json(files.spec, spec)
-        run = Run(spec)
-        parsed = run.open()
-        fit(run.inputs(described(PreparedData.open(given["prepared"]), parsed), parsed))
-        run.succeed()
+        with LiveAttempt(spec, summarise=summary) as attempt:
+            parsed = attempt.open(partial(parse, spec.workload))
+            prepared = described(PreparedData.open(given["prepared"]), parsed)
+            fit(worker_inputs(attempt, prepared, parsed))
+            attempt.outcome = ending(attempt)
         tune.report({"done": 1})
 
     numbers = tune.grid_search(list(range(len(given["configs"]))))

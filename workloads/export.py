@@ -11,9 +11,9 @@ import sys
 import uuid
 from pathlib import Path
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
+from escala.storage.checkpoints import Checkpoint
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import (
@@ -23,8 +23,8 @@ from workloads.model.start import (
     has_scalar_head,
     load_tokenizer,
 )
+from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import load_reward_model, save_reward_model
-from workloads.training.checkpoint import load_weights
 
 
 def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
@@ -44,7 +44,7 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
 
 
 def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
-    config, checkpoints = checkpoint_config(found), found.path.parent
+    config, checkpoints = checkpoint_config(found), Path(found.store.address)
     lora = config.adapter
     tokenizer = load_tokenizer(checkpoints)
     if adapter:
@@ -53,7 +53,7 @@ def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
         start = config.starts_from
         save_adapter(load_weights(found), lora, to, (start and start.path) or "")
     elif has_scalar_head(found):
-        save_reward_model(load_reward_model(found.path)[0], tokenizer, to)
+        save_reward_model(load_reward_model(Path(found.address))[0], tokenizer, to)
         return
     else:
         save_pretrained(checkpoint_model(found), to, tokenizer.end_of_text)

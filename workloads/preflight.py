@@ -12,16 +12,18 @@ import json
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from escala.contract.checkpoints import MANIFEST, TOKENIZER
 from escala.contract.errors import DataError, EscalaError
+from escala.schema.rewards import KINDS as REWARDS
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
 from workloads.data.preferences import read_preferences
-from workloads.rewards.functions import import_function
+from workloads.rewards.user_functions import import_function
 
 FIRST_LINES = 100
 Config = dict[str, Any]
@@ -47,11 +49,13 @@ def problems(inputs: Mapping[str, str], config: Config, waits: bool) -> list[tup
 
 def checks(inputs: Mapping[str, str], config: Config, waits: bool) -> Iterator[Check]:
     """What is to be checked of this configuration, one by one."""
-    for reward in [*config.get("rewards", []), *config.get("reward", [])]:
-        if reward["kind"] == "function":
-            yield lambda name=reward["function"]: import_function(name)  # type: ignore[misc]
-        for path, read in _reward_files(reward):
-            yield from _file(path, read, waits)
+    for section in [*config.get("rewards", []), *config.get("reward", [])]:
+        needs = REWARDS.read(section).needs()
+        yield from (partial(import_function, name) for name in needs.functions)
+        for references in needs.references:
+            yield from _file(references, _references, waits)
+        for model in needs.models:
+            yield from _file(model, _any_model, waits)
     for key, content in inputs.items():
         yield from _file(_value(config, key), READERS[content], waits)
     for corpus in (config.get("data") or {}).get("corpora", []):
@@ -68,14 +72,6 @@ def _value(config: Config, key: str) -> Any:
     for part in key.split("."):
         found = None if found is None else found[part]
     return found
-
-
-def _reward_files(reward: Config) -> Iterator[tuple[str | None, Callable[[Path], Iterable[Any]]]]:
-    if reward["kind"] == "judge":
-        yield reward["references"], _references
-        yield reward["judge"]["model"], _any_model
-    elif reward["kind"] == "model" and not reward.get("job"):
-        yield reward["model"], _any_model
 
 
 def _file(path: str | None, read: Callable[[Path], Iterable[Any]], waits: bool) -> Iterator[Check]:
@@ -126,12 +122,16 @@ def _same_tokens(config: Config) -> None:
     """Raise DataError for a critic that reads other tokens than the actor. GGUF files are left to the run: to read them
     takes long.
     """
-    actor = config.get("tokenizer") or (config.get("start") or {}).get("path")
-    critic = ((config.get("critic") or {}).get("start") or {}).get("path")
-    paths = [Path(path) for path in (actor, critic) if path is not None and not path.endswith(".gguf")]
-    if len(paths) < 2 or not all(path.exists() for path in paths):
+    actor: str | None = config.get("tokenizer") or (config.get("start") or {}).get("path")
+    critic: str | None = ((config.get("critic") or {}).get("start") or {}).get("path")
+    if actor is None or critic is None:
         return
-    if len({load_chat_tokenizer(_beside(path)).fingerprint for path in paths}) > 1:
+    if any(path.endswith(".gguf") or not Path(path).exists() for path in (actor, critic)):
+        return
+    if (
+        load_chat_tokenizer(_beside(Path(actor))).fingerprint
+        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
+    ):
         raise DataError(
             f"The critic at {critic} has another tokenizer than the actor.",
             "Train the reward model from the same base, or leave critic.start out.",

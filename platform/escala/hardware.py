@@ -103,6 +103,7 @@ class Cluster(Strict):
     about: str = ""
     device: Device
     devices: int = Field(gt=0)
+    backend: str = Field("ray", description="what starts its jobs (escala.jobs.backends)")
     usd_per_device_hour: Sourced | None = None
     gco2e_per_kwh: Sourced | None = Field(None, description="of the grid: grams of CO2 equivalent")
     power_usage_effectiveness: Sourced | None = Field(None, description="of the site; None: 1")

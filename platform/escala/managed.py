@@ -12,11 +12,10 @@ import shutil
 import socket
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from escala import http_client
 from escala.contract.errors import ClusterError
 from escala.contract.files import set_aside
 from escala.processes import Command, Processes, create_once
@@ -24,8 +23,6 @@ from escala.settings import Settings
 from escala.watchdog import RUNNER, RUNNER_ARGUMENTS
 
 ANSWER_SECONDS = 5.0
-# No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 away.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def ray_environment(settings: Settings) -> dict[str, str]:
@@ -169,11 +166,11 @@ def prune_sessions(settings: Settings, keep: int = 3) -> None:
 def ray_nodes_alive(settings: Settings) -> int:
     """How many nodes of the cluster live, by its dashboard; 0 where that does not answer (yet)."""
     token = head_token(settings)
-    body = _get(f"{settings.ray_dashboard}/nodes?view=summary", token)
-    if body is None or not answers(f"{settings.ray_dashboard}/api/jobs/", token):
+    found = _get(f"{settings.ray_dashboard}/nodes?view=summary", token)
+    if found is None or not found.succeeded or not answers(f"{settings.ray_dashboard}/api/jobs/", token):
         return 0
     try:
-        nodes: list[dict[str, Any]] = json.loads(body)["data"]["summary"]
+        nodes: list[dict[str, Any]] = found.json()["data"]["summary"]
         return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in nodes)
     except (ValueError, LookupError, TypeError, AttributeError):  # no head's answer: somebody else's port
         return 0
@@ -181,21 +178,14 @@ def ray_nodes_alive(settings: Settings) -> int:
 
 def answers(url: str, token: str | None = None, any_status: bool = False) -> bool:
     """Whether `url` answers with success, or at all where `any_status`."""
-    try:
-        return _get(url, token, raising=True) is not None
-    except urllib.error.HTTPError:
-        return any_status
+    found = _get(url, token)
+    return found is not None and (any_status or found.succeeded)
 
 
-def _get(url: str, token: str | None, raising: bool = False) -> bytes | None:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+def _get(url: str, token: str | None) -> http_client.HttpResponse | None:
+    """None: no answer."""
     try:
-        with _OPENER.open(request, timeout=ANSWER_SECONDS) as response:
-            return bytes(response.read())
-    except urllib.error.HTTPError:
-        if raising:
-            raise
-        return None
+        return http_client.request(url, token=token, timeout_seconds=ANSWER_SECONDS)
     except OSError:
         return None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from escala.contract.errors import SpecError
 from escala.runtime_env import source_paths
+from escala.schema.rewards import KINDS as REWARDS
 from escala.storage import user_code
 
 SECONDS = 30.0
@@ -25,7 +26,7 @@ TAIL_LINES = 3
 def functions(config: Mapping[str, Any]) -> list[str]:
     """The user's functions that a configuration names: package.module:function."""
     rewards = [*(config.get("rewards") or []), *(config.get("reward") or [])]
-    return [r["function"] for r in rewards if isinstance(r, Mapping) and isinstance(r.get("function"), str)]
+    return [name for reward in rewards for name in REWARDS.read(reward).needs().functions]
 
 
 def ready(

@@ -11,7 +11,6 @@ wall clock and the boot time that follows from it may step.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import psutil
 from escala.contract.errors import ClusterError
 from escala.contract.files import make_private, private_directory, set_aside, sync
 from escala.contract.records import load_record, write_json
+from escala.storage.locks import locked
 
 CLUSTER_ID = "ESCALA_CLUSTER_ID"
 PROCESS_NAME = "ESCALA_PROCESS"
@@ -117,20 +117,13 @@ class Processes:
     @contextmanager
     def lock(self, wait: bool = True) -> Iterator[bool]:
         """Hold HOME/run/lock. Yields False, at once, where another holds it and `wait` is False."""
-        try:
-            descriptor = os.open(self.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            hint = "make it writable (and free some space), or set ESCALA_HOME"
-            raise ClusterError(f"cannot write in {self.run}: {error.strerror}", hint) from error
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-        finally:
-            os.close(descriptor)
+                held = stack.enter_context(locked(self.run / "lock", wait))
+            except OSError as error:
+                hint = "make it writable (and free some space), or set ESCALA_HOME"
+                raise ClusterError(f"cannot write in {self.run}: {error.strerror}", hint) from error
+            yield held
 
     def record(self, name: str) -> Record | None:
         """The record of `name`, alive or not. A damaged one is set aside, and made again where the process

@@ -1,4 +1,4 @@
-"""The only builder of a Ray runtime_env: the environment variables of a job's driver and its workers."""
+"""The environment variables of a job's driver and its workers, and the only builder of a Ray runtime_env."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PASSED_ON = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME", "NCCL
 processes, from which drivers and workers inherit, have it already."""
 
 
-def runtime_env(
+def job_variables(
     ray_address: str,
     threads: int = 1,
     gpus: bool = False,
@@ -27,8 +27,8 @@ def runtime_env(
     environ: Mapping[str, str] = os.environ,
     code: Path | None = None,
     one_node: bool = False,
-) -> dict[str, Any]:
-    """A runtime_env for a job.
+) -> dict[str, str]:
+    """The environment variables of a job.
 
     Args:
         ray_address: HOST:PORT of the head's GCS. Without it, a killed Train run on a machine with two Ray
@@ -64,7 +64,12 @@ def runtime_env(
     if one_node:
         variables[ONE_NODE] = "1"
     variables |= {name: environ[name] for name in PASSED_ON if name in environ}
-    return {"env_vars": variables}
+    return variables
+
+
+def runtime_env(variables: Mapping[str, str]) -> dict[str, Any]:
+    """A Ray runtime_env with these environment variables."""
+    return {"env_vars": dict(variables)}
 
 
 def source_paths() -> list[str]:

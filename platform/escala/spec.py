@@ -21,6 +21,7 @@ from escala.contract.errors import SpecError
 from escala.documents import Section
 from escala.schema.base import Strict
 from escala.schema.flops import parameter_counts, training_flops_per_token
+from escala.schema.kinds import Kinds
 from escala.schema.serve import ServeConfig
 from escala.schema.training import TrainedConfig
 from escala.schema.workloads import WORKLOADS, Workload, get_workload, submittable
@@ -289,9 +290,10 @@ def _keys_at(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:
     for part in location:
         if not isinstance(part, str):
             continue
-        fields = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
+        fields = [c.model_fields[part] for c in candidates if part in c.model_fields]
         if fields:
-            candidates = [m for annotation in fields for m in _models_in(annotation)]
+            written = [each for field in fields for each in (field.annotation, *field.metadata)]
+            candidates = [m for annotation in written for m in _models_in(annotation)]
         else:  # the tag of a discriminated union
             candidates = [c for c in candidates if _tag(c) == part] or candidates
     return [name for c in candidates for name in c.model_fields]
@@ -300,6 +302,8 @@ def _keys_at(kind: type[BaseModel], location: Iterable[int | str]) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if isinstance(annotation, Kinds):
+        return list(annotation.values())
     return [m for a in get_args(annotation) for m in _models_in(a)]
 
 

@@ -21,7 +21,7 @@ from escala.contract.errors import ClusterError, NotFoundError, SpecError, State
 from escala.contract.records import Outcome, Progress
 from escala.jobs import database, tables
 from escala.jobs.database import open_engine, writing
-from escala.jobs.model import NewJob, Usage
+from escala.jobs.records import NewJob, Usage
 from escala.jobs.state import BudgetSpent, DriverSeen, StopRequested
 from escala.jobs.store import JobStore, LostRace
 
@@ -586,7 +586,7 @@ class TestDamagedFile:
             home.chmod(0o555)
             (home / locked).chmod(0o000)
             code = (
-                "import os, sys; from escala.jobs.store import JobStore; from escala.jobs.model import NewJob\n"
+                "import os, sys; from escala.jobs.store import JobStore; from escala.jobs.records import NewJob\n"
                 "from escala.contract.errors import ClusterError\n"
                 "os.geteuid() or os.seteuid(12345)\n"
                 "try: JobStore(sys.argv[1]).submit(NewJob('a', 'b', {}))\n"

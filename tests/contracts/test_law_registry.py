@@ -220,6 +220,28 @@ def test_the_champion_is_a_pyfunc_model(place: Place, monkeypatch: pytest.Monkey
     assert answer.farthest[0] == expected.farthest > 1
 
 
+def test_a_law_that_escala_0_1_registered_is_listed_and_loaded(
+    place: Place, client: Any, tmp_path: Path
+) -> None:
+    """Its version has a tag for each fact, and its provenance the configuration as dotted keys and texts."""
+    written = {"law.json": place.first.to_json()}
+    written["provenance.json"] = json.dumps({"by": "she", "configuration": {"model.n_layers": "2"}})
+    run = client.create_run(client.create_experiment("laws of 0.1")).info.run_id
+    for name, text in written.items():
+        client.log_text(run, text, name)
+    facts = {"form": "nd", "size": "n_active", "healthy": "true", "points": "24", "by": "she"}
+    facts |= {"kind": "law", "created_at": "12.5"}
+    tags = {f"escala.{key}": text for key, text in facts.items()}
+    client.create_registered_model("old", tags={"escala.kind": "law"})
+    source = client.get_run(run).info.artifact_uri
+    client.create_model_version("old", source, run, tags=tags, await_creation_for=None)
+    (row,) = place.registry().versions("old")
+    assert (row.healthy, row.points, row.by, row.created_at) == (True, 24, "she", 12.5)
+    stored = place.registry(tmp_path).load("old@1")
+    assert stored.law.to_json() == place.first.to_json()
+    assert stored.provenance["configuration"] == {"model": {"n_layers": 2}}
+
+
 def test_another_tracker_is_another_registry(place: Place, tmp_path: Path) -> None:
     """The cache of one tracker's small@1 never answers for another's."""
     other = Registry(f"sqlite:///{tmp_path}/other.db", place.home)
@@ -239,4 +261,4 @@ def test_what_is_not_there_is_named(place: Place, client: Any) -> None:
     client.create_registered_model("bert")
     with pytest.raises(LawError, match="no law"):
         registry.save(place.first, "bert", experiment="laws", by="somebody")
-    assert {row.name for row in registry.versions()} <= {"small", "sick", "alone"}
+    assert {row.name for row in registry.versions()} <= {"small", "sick", "alone", "old"}

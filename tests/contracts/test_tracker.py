@@ -27,7 +27,7 @@ from escala.tracking.children import PARENT_TAG, SWEEP_ATTEMPT_TAG, FamilyDelive
 from escala.tracking.delivery import Delivery
 from escala.tracking.lineage import canonical_json, code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import MlflowTracker, joined_tag, split_tag
-from escala.tracking.runs import get_run, list_runs, run_url
+from escala.tracking.queries import get_run, list_runs, run_url
 from escala.tracking.spool import DROPPED_TAG, SpoolTracker, close_spool
 from escala.tracking.tracker import Dataset, Metric, Tracker, open_tracker
 from tests.small_disk import Disk

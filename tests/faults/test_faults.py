@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from escala import Escala
 from escala.settings import Settings
-from escala.tracking.runs import list_runs
+from escala.tracking.queries import list_runs
 from escala.views.jobs import JobDetailsView
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, driver, ended, titled

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from escala import Escala
-from escala.contract.checkpoints import list_checkpoints
 from escala.contract.records import JobFiles
 from escala.managed import ray_directory
 from escala.schema import ModelConfig
 from escala.settings import Settings
+from escala.storage.checkpoints import list_checkpoints, open_checkpoints
 from escala.tracking.mlflow_tracker import open_client
 from escala.tracking.spool import read_events
 from tests.conftest import wait_for
@@ -97,7 +97,7 @@ def found(job_id: str) -> Found:
         for name, points in histories(run.run_id).items():
             add(metrics.setdefault(name, {}), points)
         add(samples, table(job_id, run.attempt))
-    last = list_checkpoints(JobFiles(Settings().home, job_id).checkpoints)[-1]
+    last = list_checkpoints(open_checkpoints(JobFiles(Settings().home, job_id).checkpoints))[-1]
     assert last.step == ITERATIONS
     manifest = last.manifest
     state = {key: manifest[key] for key in ("counters", "data", "ppo", "adam_step")}
@@ -195,7 +195,10 @@ def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4
     checkpoints = JobFiles(Settings().home, undisturbed).checkpoints
-    assert [c.step for c in list_checkpoints(checkpoints)] == [ITERATIONS - EVERY, ITERATIONS]
+    assert [c.step for c in list_checkpoints(open_checkpoints(checkpoints))] == [
+        ITERATIONS - EVERY,
+        ITERATIONS,
+    ]
     wait_for(lambda: gone(undisturbed), 30, "the end of its service")
 
 

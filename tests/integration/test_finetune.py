@@ -12,16 +12,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from escala import Escala
-from escala.contract.checkpoints import latest
 from escala.contract.errors import CheckpointError, SpecError
 from escala.contract.records import JobFiles
 from escala.settings import Settings
+from escala.storage.checkpoints import latest, open_checkpoints
 from escala.views.run_records import RunView
 from tests.integration.test_jobs import OVERRIDES, ended
 from workloads.model.start import load_model, load_tokenizer
+from workloads.model.weights import load_weights
+from workloads.rewards.model import RewardModelScorer
 from workloads.rewards.reward_model import load_reward_model
-from workloads.rewards.scoring import RewardModelScorer
-from workloads.training.checkpoint import load_weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -86,7 +86,7 @@ def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: Run
     assert tuned.held_out_loss_nats < 0.5 * tuned.initial_held_out_loss_nats
     assert 0 < tuned.n_trained < 0.2 * tuned.n_total
     checkpoints = JobFiles(Settings().home, tuned.job_id).checkpoints
-    newest, _ = latest(checkpoints)
+    newest, _ = latest(open_checkpoints(checkpoints))
     assert newest is not None
     assert all(".lora_" in name for name in load_weights(newest))
     model, tokenizer = load_model(checkpoints), load_tokenizer(checkpoints)

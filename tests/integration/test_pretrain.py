@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from escala.contract.checkpoints import list_checkpoints
 from escala.planning.cost import communication
 from escala.schema import PretrainConfig
+from escala.storage.checkpoints import list_checkpoints, open_checkpoints
 
 _spec = importlib.util.spec_from_file_location("attempts", Path(__file__).with_name("attempts.py"))
 assert _spec is not None
@@ -87,7 +87,7 @@ def test_two_workers_train_and_record(undisturbed: Any) -> None:
     assert 0 < record["model_flops_utilization"] < 1
     for name in ("corpus", "tokenizer", "evaluation", "config", "code"):
         assert len(record[f"{name}_fingerprint"]) == 64
-    assert [c.step for c in list_checkpoints(job.root / "checkpoints")] == [30, 40]
+    assert [c.step for c in list_checkpoints(open_checkpoints(job.root / "checkpoints"))] == [30, 40]
     assert outcome.checkpoint.endswith("step-00000040")
 
 
@@ -125,4 +125,4 @@ def test_divergence_is_named_and_not_checkpointed(
     outcome = job.run(1)
     assert outcome.kind == "diverged"
     assert "diverged at step" in outcome.message
-    assert not list_checkpoints(job.root / "checkpoints")
+    assert not list_checkpoints(open_checkpoints(job.root / "checkpoints"))

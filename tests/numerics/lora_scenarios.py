@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escala.contract.checkpoints import latest
 from escala.schema import LoraConfig, ModelConfig, TrainingConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from tests.numerics.ranks import leave
 from workloads.alignment.losses import dpo_loss
 from workloads.data.examples import Sequences, row_batch
 from workloads.dpo import response_log_probabilities
 from workloads.model.lora import add_lora, without_lora
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.training import checkpoint, zero
 from workloads.training.finetune import halves
 
@@ -94,14 +95,16 @@ def zero3(directory: Path) -> dict[str, Any]:
     micro, half = PAIRS // dist.get_world_size(), STEPS // 2
     straight = zero.make_engine(model(), training, micro, 1)
     first = run(straight, training, range(half))
-    saved = checkpoint.save(straight, directory, half, {"config": {}, "workload": "dpo"}, keep=1)
+    saved = checkpoint.save(
+        straight, open_checkpoints(directory), half, {"config": {}, "workload": "dpo"}, keep=1
+    )
     rest = run(straight, training, range(half, STEPS))
-    found, _ = latest(directory)
+    found, _ = latest(open_checkpoints(directory))
     assert found is not None
     again = zero.make_engine(model(), training, micro, 1)
     checkpoint.load(again, found)
     resumed = run(again, training, range(half, STEPS))
-    names = sorted(checkpoint.load_weights(saved))
+    names = sorted(load_weights(saved))
     return {"straight": first + rest, "resumed": first + resumed, "names": names}
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from escala.contract.checkpoints import latest
 from escala.schema import LoraConfig, ModelConfig, TrainingConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from tests.numerics.ranks import leave
 from workloads.model.lora import add_lora
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.training import checkpoint, zero
 from workloads.training.experts import Routers, expert_group
 from workloads.training.gradient import accumulate
@@ -118,13 +119,13 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
         kept = directory / ("shared" if precision == "fp32" else "shared-bf16")
         engine = start(config, changed(expert_parallel=True))
         run(engine, config, range(3), with_balance=False)
-        found = checkpoint.save(engine, kept, 3, MANIFEST, keep=2)
+        found = checkpoint.save(engine, open_checkpoints(kept), 3, MANIFEST, keep=2)
         results["files"] = len(found.manifest["files"])
         results[f"straight-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
         engine = start(config, changed(expert_parallel=True))
         checkpoint.load(engine, found)
         results[f"resumed-{precision}"] = run(engine, config, range(3, 6), with_balance=False)
-    results["shapes"] = {n: list(w.shape) for n, w in checkpoint.load_weights(found).items()}
+    results["shapes"] = {n: list(w.shape) for n, w in load_weights(found).items()}
 
 
 def main() -> None:
@@ -144,7 +145,7 @@ def main() -> None:
         results[f"idle-{stage}"] = idle
         engine = start(config)
         losses = run(engine, config, range(3), with_balance=True)
-        checkpoint.save(engine, directory / f"{ranks}-{stage}", 3, MANIFEST, keep=2)
+        checkpoint.save(engine, open_checkpoints(directory / f"{ranks}-{stage}"), 3, MANIFEST, keep=2)
         results[f"balanced-{stage}"] = losses + run(engine, config, range(3, 6), with_balance=True)
     if ranks == 2:
         shared(directory, results)
@@ -152,7 +153,7 @@ def main() -> None:
         # resume at stage 0 what two ranks wrote at stage 3, and what they wrote with shared experts
         config = TrainingConfig(steps=50, zero_stage=0, optimizer={"clip_norm": 0.5})
         for name, source, with_balance in (("elsewhere", "2-3", True), ("unshared", "shared", False)):
-            found, _ = latest(directory / source)
+            found, _ = latest(open_checkpoints(directory / source))
             assert found is not None
             engine = start(config)
             checkpoint.load(engine, found)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from escala.contract.checkpoints import latest
 from escala.contract.errors import EscalaError
 from escala.contract.records import AttemptFiles, AttemptSpec
 from escala.schema import PpoConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from escala.tracking.spool import read_events
 from escala.tracking.tracker import open_tracker
 from tests.numerics.local_service import LocalService
@@ -86,11 +86,11 @@ class Job:
             f"spool:{files.spool}", "tests",
         )  # fmt: skip
         prepared = ppo.prepare(spec, self.config)
-        found, _ = latest(self.directory / "checkpoints")
+        found, _ = latest(open_checkpoints(self.directory / "checkpoints"))
         run = open_tracker(spec.tracking_uri).start("key", "tests", "t", {}, {})
         tokenizer = load_chat_tokenizer(Path(self.config.tokenizer or ""))
         service = LocalService(Transformer(self.config.model), tokenizer)
-        source = str(found.path) if found else None
+        source = found.address if found else None
         inputs: WorkerInputs[PpoConfig] = WorkerInputs(
             spec, prepared.path, source, run, prepared.fingerprints
         )
@@ -136,7 +136,7 @@ def failing(directory: Path) -> dict[str, Any]:
     reward = {"kind": "function", "function": "tests.reward_functions:broken_at_third"}
     job = Job(directory / "failing", config(directory, rewards=[reward]))
     message = error_of(lambda: job.attempt())
-    saved, _ = latest(job.directory / "checkpoints")
+    saved, _ = latest(open_checkpoints(job.directory / "checkpoints"))
     return {"message": message, "step": saved.step if saved else None, "after": facts(job.attempt())}
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from escala.contract.checkpoints import latest
 from escala.schema import PpoConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from tests.numerics.ranks import leave
 from workloads.alignment import losses
 from workloads.alignment.advantages import gae, whiten
@@ -26,6 +26,7 @@ from workloads.alignment.microbatches import RolloutBatch, minibatches
 from workloads.alignment.token_rewards import token_rewards
 from workloads.model.lora import add_lora, merge_lora, without_lora
 from workloads.model.transformer import Transformer
+from workloads.model.weights import load_weights
 from workloads.rewards.reward_model import RewardModel
 from workloads.training import checkpoint, zero
 
@@ -94,7 +95,7 @@ def learned(stage: int, directory: Path) -> dict[str, Any]:
     learner = Learner(section, engine, critic_engine, reference)
     everyone, updates = iterate(section, learner, 0)
     found: dict[str, Any] = {"columns": everyone.columns, "updates": updates, **weights(learner)}
-    checkpoint.save(engine, directory, 1, {"config": {}}, 1, {"critic": critic_engine})
+    checkpoint.save(engine, open_checkpoints(directory), 1, {"config": {}}, 1, {"critic": critic_engine})
     iterate(section, learner, 1)
     found["straight"] = weights(learner)
 
@@ -105,12 +106,12 @@ def learned(stage: int, directory: Path) -> dict[str, Any]:
         zero.make_engine(critic, critic_training(section), 1, 1),
         reference,
     )
-    saved, _ = latest(directory)
+    saved, _ = latest(open_checkpoints(directory))
     assert saved is not None
     checkpoint.load(again.actor, saved, {"critic": again.critic})
     iterate(section, again, 1)
     found["resumed"] = weights(again)
-    found["actor_only"] = sorted(checkpoint.load_weights(saved)) == sorted(dict(actor.named_parameters()))
+    found["actor_only"] = sorted(load_weights(saved)) == sorted(dict(actor.named_parameters()))
     return found
 
 

@@ -14,6 +14,7 @@ import transformers
 from escala.contract.errors import DataError
 from escala.contract.records import AttemptSpec
 from escala.schema import ModelConfig, SftConfig
+from escala.storage.checkpoints import open_checkpoints
 from tests.numerics.chain_model import chain, ids_of, path
 from tests.numerics.small_tokenizers import CHATML, byte_level, sentencepiece, write
 from workloads import sft
@@ -105,7 +106,7 @@ def test_ends_are_those_of_files_tokenizer_and_template(
     found = load_chat_tokenizer(tmp_path)
     assert ends(found) == expected
     found.save(tmp_path / "saved")  # an export, or what is kept beside checkpoints
-    keep_tokenizer(tmp_path / "saved", tmp_path / "checkpoints", None)
+    keep_tokenizer(tmp_path / "saved", open_checkpoints(tmp_path / "checkpoints"), None)
     for again in (tmp_path / "saved", tmp_path / "checkpoints" / "tokenizer"):
         assert load_chat_tokenizer(again) == found
         theirs = transformers.GenerationConfig.from_pretrained(again)

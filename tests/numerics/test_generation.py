@@ -12,14 +12,14 @@ import transformers
 from torch import Tensor, nn
 
 from escala.schema import ModelConfig
-from workloads.generation import attention, network
 from workloads.generation import engine as engine_module
-from workloads.generation.attention import PagedCache
+from workloads.generation import network
 from workloads.generation.engine import Engine
 from workloads.generation.linear import MIN_ROWS, PackedLinear
-from workloads.generation.network import Network, Piece
+from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import Completion, Request, SamplingParams
 from workloads.generation.sampling import Draw, sample
+from workloads.model.attention import paged
 from workloads.model.transformer import Transformer
 
 NAMES = {
@@ -256,11 +256,9 @@ def test_bf16_is_as_near_to_fp32_as_the_plain_forward_pass() -> None:
 def last_logits(net: Network, prompts: list[list[int]], block_tokens: int = 8) -> Tensor:
     config = net.config
     blocks = -(-max(map(len, prompts)) // block_tokens)
-    cache = PagedCache(
-        config.n_layers, blocks * len(prompts), config.kv_heads, block_tokens, config.head_size, net.like
-    )
+    cache = net.decode_state(blocks * len(prompts), block_tokens)
     tables = [range(n * blocks, (n + 1) * blocks) for n in range(len(prompts))]
-    pieces = [Piece(p, 0, list(t)) for p, t in zip(prompts, tables, strict=True)]
+    pieces = [TokenSpan(p, 0, list(t)) for p, t in zip(prompts, tables, strict=True)]
     return net.logits(net.forward(pieces, cache, tiled=True))[:, : config.vocab_size]
 
 
@@ -277,8 +275,8 @@ def test_reading_in_place_and_copying_give_the_same_bits(monkeypatch: pytest.Mon
     engine = engine_of(model)
     wanted = engine.generate(prompts, GREEDY)
     in_place = engine.cache.copied_blocks
-    plain = attention._choose_view
-    monkeypatch.setattr(attention, "_choose_view", lambda block, tile, in_place: plain(block, tile, False))
+    plain = paged._choose_view
+    monkeypatch.setattr(paged, "_choose_view", lambda block, tile, in_place: plain(block, tile, False))
     engine = engine_of(model)
     assert engine.generate(prompts, GREEDY) == wanted
     assert engine.cache.copied_blocks > 2 * in_place

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from escala.contract.checkpoints import latest
 from escala.schema import ModelConfig, TrainingConfig
+from escala.storage.checkpoints import latest, open_checkpoints
 from tests.numerics.ranks import leave
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
@@ -89,9 +89,9 @@ def resumed(stage: int, precision: str, directory: Path) -> dict[str, list[float
     straight = engine_for(config)
     first = run(straight, config, range(3))
     manifest = {"config": {"model": MODEL.model_dump()}, "fingerprints": {"tokenizer": "none"}}
-    checkpoint.save(straight, directory, 3, manifest, keep=2)
+    checkpoint.save(straight, open_checkpoints(directory), 3, manifest, keep=2)
     rest = run(straight, config, range(3, 6))
-    found, refused = latest(directory)
+    found, refused = latest(open_checkpoints(directory))
     assert found is not None
     assert not refused
     torch.manual_seed(1)  # other weights: the checkpoint must bring all of them
@@ -103,7 +103,7 @@ def resumed(stage: int, precision: str, directory: Path) -> dict[str, list[float
 def elsewhere(stage: int, precision: str, directory: Path) -> list[float]:
     """Resume what two ranks wrote with another number of ranks."""
     config = training(stage, precision)
-    found, _ = latest(directory)
+    found, _ = latest(open_checkpoints(directory))
     assert found is not None
     engine = engine_for(config)
     checkpoint.load(engine, found)

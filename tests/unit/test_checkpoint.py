@@ -14,20 +14,22 @@ from pathlib import Path
 import pytest
 
 from escala.contract import checkpoints
-from escala.contract.checkpoints import (
+from escala.contract.checkpoints import to_delete
+from escala.contract.errors import CheckpointError
+from escala.contract.sealed import SEAL, seal
+from escala.storage.checkpoints import (
+    Retention,
     check_fits,
     check_readable,
+    checkpoint_at,
     latest,
     list_checkpoints,
     newest,
-    read_checkpoint,
+    open_checkpoints,
     retention,
-    to_delete,
     verify,
     verify_tokenizer,
 )
-from escala.contract.errors import CheckpointError
-from escala.contract.sealed import SEAL, seal
 
 
 def make(directory: Path, step: int, content: bytes = b"weights", **extra: object) -> Path:
@@ -57,14 +59,14 @@ def flipped(content: bytes, bit: int) -> bytes:
 def test_the_newest_is_used(tmp_path: Path) -> None:
     make(tmp_path, 5)
     make(tmp_path, 10)
-    found, refused = latest(tmp_path)
+    found, refused = latest(open_checkpoints(tmp_path))
     assert found is not None
     assert (found.step, found.size_bytes, refused) == (10, 7, [])
-    assert [c.step for c in list_checkpoints(tmp_path)] == [5, 10]
+    assert [c.step for c in list_checkpoints(open_checkpoints(tmp_path))] == [5, 10]
 
 
 def test_no_directory_is_no_checkpoint(tmp_path: Path) -> None:
-    assert latest(tmp_path / "missing") == (None, [])
+    assert latest(open_checkpoints(tmp_path / "missing")) == (None, [])
 
 
 def corrupt(path: Path) -> None:
@@ -185,7 +187,7 @@ def partial(path: Path) -> None:
 def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_used(tmp_path: Path, damage) -> None:
     make(tmp_path, 5)
     damage(make(tmp_path, 10))
-    found, refused = latest(tmp_path)
+    found, refused = latest(open_checkpoints(tmp_path))
     assert found is not None
     assert found.step == 5
     assert len(refused) == 1
@@ -196,13 +198,13 @@ def test_verify_names_the_file(tmp_path: Path) -> None:
     path = make(tmp_path, 5)
     corrupt(path)
     with pytest.raises(CheckpointError, match=r"hash of rank-0\.safetensors"):
-        verify(read_checkpoint(path))
+        verify(checkpoint_at(path))
 
 
 def test_another_format_is_refused_with_its_number(tmp_path: Path) -> None:
     path = make(tmp_path, 5, format_version=2, versions={"escala": "0.1.7"})
     with pytest.raises(CheckpointError, match="format 2; this version reads 3") as caught:
-        read_checkpoint(path)
+        checkpoint_at(path)
     assert "use the version of escala that wrote it (0.1.7), or move the directory away" in caught.value.hint
 
 
@@ -220,7 +222,7 @@ def test_a_flipped_bit_of_a_manifest_is_refused_or_says_the_same(tmp_path: Path,
     for bit in random.Random(14).sample(range(8 * len(content)), 300):
         manifest.write_bytes(flipped(content, bit))
         try:
-            found = read_checkpoint(path)
+            found = checkpoint_at(path)
         except CheckpointError:
             continue
         assert found.manifest == before
@@ -234,7 +236,7 @@ def test_a_flipped_bit_of_a_file_is_refused(tmp_path: Path) -> None:
     for bit in random.Random(14).sample(range(8 * len(content)), 100):
         (path / WEIGHTS).write_bytes(flipped(content, bit))
         with pytest.raises(CheckpointError, match=r"hash of rank-0\.safetensors differs"):
-            verify(read_checkpoint(path))
+            verify(checkpoint_at(path))
 
 
 NAMES = ["step-00000005", "step-00000010", "step-00000015"]
@@ -259,7 +261,7 @@ def test_retention(names: list[str], keep: int, expected: list[str]) -> None:
 
 
 def retained(directory: Path, keep: int) -> list[str]:
-    for name in retention(directory, keep).delete:
+    for name in retention(open_checkpoints(directory), keep).delete:
         shutil.rmtree(directory / name)
     return sorted(path.name for path in directory.iterdir())
 
@@ -274,10 +276,10 @@ def test_refused_checkpoints_do_not_push_out_the_one_just_written(tmp_path: Path
     assert retained(tmp_path, 2) == ["step-00000010", "step-00000020", *names[1:]]
     make(tmp_path, 30)  # now there are three good ones, the damaged ones stay
     assert retained(tmp_path, 2) == ["step-00000020", "step-00000030", *names[1:]]
-    found = [error.message for error in retention(tmp_path, 2).damaged]
+    found = [error.message for error in retention(open_checkpoints(tmp_path), 2).damaged]
     assert len(found) == 3
     assert all(name in " ".join(found) for name in names[1:])
-    newest, refused = latest(tmp_path)
+    newest, refused = latest(open_checkpoints(tmp_path))
     assert newest is not None
     assert (newest.step, len(refused)) == (30, 3)
 
@@ -286,7 +288,7 @@ def test_refused_checkpoints_do_not_push_out_the_one_just_written(tmp_path: Path
 def test_a_damaged_one_is_never_what_is_kept_or_deleted(tmp_path: Path, damage) -> None:
     for step in (5, 10, 15):
         make(tmp_path, step)
-    assert len(retention(tmp_path, 2).delete) == 1  # they are known to be good from here on
+    assert len(retention(open_checkpoints(tmp_path), 2).delete) == 1  # they are known to be good from here on
     damage(tmp_path / "step-00000015")
     assert retained(tmp_path, 2) == ["step-00000005", "step-00000010", "step-00000015"]
     assert retained(tmp_path, 1) == ["step-00000010", "step-00000015"]
@@ -300,53 +302,55 @@ def test_what_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
     (directory / "step-000000002").mkdir()  # 2, but not as we write it
     (directory / "step-00000003.damaged-0123abcd").mkdir()
     (directory / "step-\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668").mkdir()
-    found = retention(directory, 1)
+    found = retention(open_checkpoints(directory), 1)
     assert found.delete == ["step-00000005"]
     assert len(found.damaged) == 2
-    assert list_checkpoints(directory)[0].step == 1  # to read from a link is fine
+    assert list_checkpoints(open_checkpoints(directory))[0].step == 1  # to read from a link is fine
 
 
 def test_a_job_whose_checkpoints_are_all_refused_does_not_start_again_silently(tmp_path: Path) -> None:
-    assert newest(tmp_path) == (None, [])
+    assert newest(open_checkpoints(tmp_path)) == (None, [])
     partial(make(tmp_path, 5))
-    assert newest(tmp_path)[0] is None  # the first one was never finished: there is nothing to lose
+    assert (
+        newest(open_checkpoints(tmp_path))[0] is None
+    )  # the first one was never finished: there is nothing to lose
     another_format(make(tmp_path, 10)), corrupt(make(tmp_path, 20))
     with pytest.raises(
         CheckpointError, match=r"none of the checkpoints in .* can be used: .*step-00000020"
     ) as caught:
-        newest(tmp_path)
+        newest(open_checkpoints(tmp_path))
     assert "(and 1 more)" in caught.value.message
     assert "move these directories away" in caught.value.hint
     make(tmp_path, 6)
-    found, refused = newest(tmp_path)
+    found, refused = newest(open_checkpoints(tmp_path))
     assert found is not None
     assert (found.step, len(refused)) == (6, 2)
     with pytest.raises(CheckpointError, match="no usable 'counters'"):
-        newest(tmp_path, {"counters": dict})
+        newest(open_checkpoints(tmp_path), {"counters": dict})
 
 
 def test_who_only_names_checkpoints_learns_that_none_can_be_read(tmp_path: Path) -> None:
-    check_readable(tmp_path / "missing")
+    check_readable(open_checkpoints(tmp_path / "missing"))
     another_format(make(tmp_path, 5))
     partial(make(tmp_path, 6))
     with pytest.raises(
         CheckpointError, match=r"none of the checkpoints .* can be used: .*step-00000005 has format 2"
     ):
-        check_readable(tmp_path)
+        check_readable(open_checkpoints(tmp_path))
     corrupt(make(tmp_path, 4))  # its files are read by whoever uses it
-    check_readable(tmp_path)
+    check_readable(open_checkpoints(tmp_path))
 
 
 def test_a_place_that_is_no_directory_is_an_error_not_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        newest(tmp_path / "file")
-    assert retention(tmp_path / "file", 1).damaged
-    assert retention(tmp_path / "missing", 1) == checkpoints.Retention()
+        newest(open_checkpoints(tmp_path / "file"))
+    assert retention(open_checkpoints(tmp_path / "file"), 1).damaged
+    assert retention(open_checkpoints(tmp_path / "missing"), 1) == Retention()
 
 
 def test_parts_of_a_manifest_that_are_not_there_are_named(tmp_path: Path) -> None:
-    found = read_checkpoint(make(tmp_path, 5, counters={"steps": 3, "on": True}, config=[]))
+    found = checkpoint_at(make(tmp_path, 5, counters={"steps": 3, "on": True}, config=[]))
     assert found.part("counters.steps", int) == 3
     for where, kind in (
         ("counters.on", int),
@@ -364,7 +368,7 @@ def test_the_tokenizer_beside_checkpoints_is_the_one_of_the_manifest(tmp_path: P
     place = tmp_path / checkpoints.TOKENIZER
     place.mkdir()
     (place / "tokenizer.json").write_text("{}")
-    found = read_checkpoint(make(tmp_path, 5, tokenizer=checkpoints.tokenizer_entries(tmp_path)))
+    found = checkpoint_at(make(tmp_path, 5, tokenizer=open_checkpoints(tmp_path).tokenizer_entries()))
     verify_tokenizer(found)
     (place / "chat_template.jinja").write_text("planted")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not of it"):
@@ -380,7 +384,7 @@ def test_the_tokenizer_beside_checkpoints_is_the_one_of_the_manifest(tmp_path: P
 
 def test_another_model_or_tokenizer_is_refused_naming_the_keys(tmp_path: Path) -> None:
     stored = {"config": {"model": {"d_model": 8, "n_layers": 2}}, "fingerprints": {"tokenizer": "aaa"}}
-    checkpoint = read_checkpoint(make(tmp_path, 5, **stored))
+    checkpoint = checkpoint_at(make(tmp_path, 5, **stored))
     check_fits(checkpoint, {"d_model": 8, "n_layers": 2}, "aaa")
     with pytest.raises(CheckpointError, match="n_layers: 2 there, 3 here") as caught:
         check_fits(checkpoint, {"d_model": 8, "n_layers": 3}, "aaa")
@@ -392,7 +396,7 @@ def test_another_model_or_tokenizer_is_refused_naming_the_keys(tmp_path: Path) -
 def test_how_experts_lie_on_workers_is_not_the_model_s(tmp_path: Path) -> None:
     model = {"d_model": 8, "moe": {"experts": 4, "expert_parallel": True}}
     stored = {"config": {"model": model}, "fingerprints": {"tokenizer": "aaa"}}
-    checkpoint = read_checkpoint(make(tmp_path, 5, **stored))
+    checkpoint = checkpoint_at(make(tmp_path, 5, **stored))
     check_fits(checkpoint, {**model, "moe": {"experts": 4, "expert_parallel": False}}, "aaa")
     with pytest.raises(CheckpointError, match="another model"):
         check_fits(checkpoint, {**model, "moe": {"experts": 8, "expert_parallel": True}}, "aaa")
@@ -401,5 +405,5 @@ def test_how_experts_lie_on_workers_is_not_the_model_s(tmp_path: Path) -> None:
 
 
 def test_the_control_plane_reads_checkpoints_without_torch() -> None:
-    code = "import sys, escala.contract.checkpoints; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, escala.storage.checkpoints; sys.exit(bool({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ import typer
 from escala.cli import main
 from escala.cli.main import app
 from escala.contract.errors import SpecError
-from escala.jobs.model import NewJob
+from escala.jobs.records import NewJob
 from escala.jobs.store import JobStore
 from escala.settings import Settings
 

@@ -19,8 +19,8 @@ from escala.client import Escala
 from escala.cluster import ClusterStatus
 from escala.contract.records import Progress, RunRecord
 from escala.jobs.actions import JobDetails, Watched
-from escala.jobs.model import Attempt, HistoryEvent, Job
-from escala.rollouts.deployment import Deployment, Replica, RolloutsStatus
+from escala.jobs.records import Attempt, HistoryEvent, Job
+from escala.rollouts.serve_interface import Deployment, Replica, RolloutsStatus
 from escala.settings import Settings
 from escala.sweeps.design import Trial
 from escala.sweeps.plan import SweepPlan

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from escala.contract.errors import DataError
-from workloads.data.dialogues import Chat, Completion, read_dialogues, read_lines, split
+from workloads.data.dialogues import Chat, TextCompletion, read_dialogues, read_lines, split
 from workloads.data.messages import OF_A_LINE, WITHOUT_MEANING
 from workloads.data.preferences import Preference, read_preferences, write_preferences
 
@@ -32,7 +32,7 @@ def test_dialogues_of_all_three_kinds(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": ""}, USER, ANSWER, USER, ANSWER]},
     )
     text, short, long = read_dialogues(path)
-    assert text == Completion("Once", " upon")
+    assert text == TextCompletion("Once", " upon")
     assert short == Chat([USER, ANSWER])
     assert short.prompt == [USER]
     assert isinstance(long, Chat)
@@ -142,4 +142,4 @@ def test_the_split_is_by_prompt_and_the_same_in_any_order() -> None:
 
 def test_a_split_without_a_side_is_refused() -> None:
     with pytest.raises(DataError, match=r"leaves 0 examples|0 held out"):
-        split([Completion("the only prompt", str(i)) for i in range(50)], 0.1)
+        split([TextCompletion("the only prompt", str(i)) for i in range(50)], 0.1)

@@ -12,9 +12,10 @@ import pytest
 
 from escala.contract import fields, files, lines
 from escala.contract.attempt import check_fence
-from escala.contract.errors import Superseded
+from escala.contract.errors import Superseded, VersionError
 from escala.contract.files import forgiving_log, insist, no_room, private_directory, rename_whole, write_whole
 from escala.contract.records import (
+    FORMAT,
     AttemptFiles,
     AttemptSpec,
     Control,
@@ -299,3 +300,15 @@ def test_a_spool_that_cannot_be_closed_says_so_and_is_closed_later(disk: Disk) -
 def test_set_aside_where_nothing_can_be_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files.set_aside(tmp_path / "gone", "it is damaged")
     assert "cannot be set aside" in caplog.text
+
+
+def test_a_record_says_its_format_and_a_newer_one_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "control.json"
+    write_json(path, Control("user"))
+    assert json.loads(path.read_text()) == {"format": FORMAT, "stop": "user"}
+    path.write_text('{"stop": "user"}')  # as escala 0.1 wrote it
+    assert read_record(Control, path) == Control("user")
+    path.write_text(json.dumps({"stop": "user", "format": FORMAT + 1}))
+    with pytest.raises(VersionError, match=rf"control\.json has format {FORMAT + 1}"):
+        read_record(Control, path)
+    assert path.exists()  # it is not damaged

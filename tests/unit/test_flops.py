@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from escala.schema import ModelConfig
-from escala.schema.flops import flops_per_token, mean_keys, parameter_counts
+from escala.schema.attention.exact import mean_keys
+from escala.schema.flops import flops_per_token, parameter_counts
 from workloads.training.meter import prefer_medium
 
 GPT2_LIKE = ModelConfig(vocab_size=1000, n_layers=3, d_model=64, n_heads=4, d_ff=160, max_context_tokens=512)

@@ -16,8 +16,8 @@ from escala.contract.errors import EscalaError, SpecError, StateError
 from escala.schema.workloads import WORKLOADS
 from escala.storage import user_code
 from workloads.preflight import problems
-from workloads.rewards import functions
-from workloads.rewards.functions import UserFunction
+from workloads.rewards import user_functions
+from workloads.rewards.user_functions import UserFunction
 
 INPUTS = WORKLOADS["ppo"].inputs
 MODULE = """
@@ -58,7 +58,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import os; print('last words', flush=True); os.kill(os.getpid(), 11)"
     )
     (package / "words.txt").write_text("good")
-    monkeypatch.setenv(functions.CODE, str(package.parent))
+    monkeypatch.setenv(user_functions.CODE, str(package.parent))
     return package.parent
 
 
@@ -180,7 +180,7 @@ def test_a_module_takes_no_command_down(code: Path, tmp_path: Path, function: st
 def test_functions_of_the_present_directory_are_found_and_copied(
     code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(functions.CODE)
+    monkeypatch.delenv(user_functions.CODE)
     monkeypatch.chdir(code)
     home = tmp_path / "home"
     digest = preflight.ready(INPUTS, ppo(tmp_path), home)

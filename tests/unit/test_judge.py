@@ -19,19 +19,13 @@ from workloads import judge as entry_point
 from workloads.data.preferences import Preference, read_preferences
 from workloads.judge import Responses, comparisons, merge, read_responses, totals
 from workloads.model.transformer import Transformer
-from workloads.rewards.judge_models import (
-    Judge,
-    LanguageModelJudge,
-    Question,
-    compare,
-    prompt_key,
-    read_references,
-)
+from workloads.rewards.judge import Judge, read_references
+from workloads.rewards.judge_models import JudgeQuestion, LanguageModelJudge, compare, prompt_key
 
 QUESTION = "{prompt}|{first}|{second}?"
 
 
-def longer_wins(questions: Sequence[Question], bias: float = 0.1) -> list[float]:
+def longer_wins(questions: Sequence[JudgeQuestion], bias: float = 0.1) -> list[float]:
     """Prefers longer responses, and the first place by `bias`."""
     return [0.5 + bias + 0.05 * (len(first) - len(second)) for _, first, second in questions]
 
@@ -43,9 +37,9 @@ def language_model_judge(batch: int = 3) -> LanguageModelJudge:
 
 
 def test_both_orders_are_asked_so_the_place_cancels() -> None:
-    asked: list[Question] = []
+    asked: list[JudgeQuestion] = []
 
-    def model(questions: Sequence[Question]) -> list[float]:
+    def model(questions: Sequence[JudgeQuestion]) -> list[float]:
         asked.extend(questions)
         return longer_wins(questions)
 
@@ -88,7 +82,7 @@ def test_a_judge_must_answer_with_probabilities(answers: list[float]) -> None:
 
 def test_a_language_model_judges_by_the_logits_of_a_and_b() -> None:
     judge = language_model_judge()
-    questions: list[Question] = [("p", "x" * i, "yy") for i in range(7)]
+    questions: list[JudgeQuestion] = [("p", "x" * i, "yy") for i in range(7)]
     questions.append(([{"role": "user", "content": "hi"}], "a {b}", "c"))
     probabilities = judge(questions)
     for (prompt, first, second), found in zip(questions, probabilities, strict=True):

@@ -12,9 +12,9 @@ import pytest
 from escala.contract.errors import DataError
 from workloads.data.dialogues import read_dialogues
 from workloads.data.preferences import read_preferences
-from workloads.rewards.judge_models import read_references
-from workloads.serving.openai import ChatRequest, parse
-from workloads.serving.scores import CompareRequest, ScoreRequest
+from workloads.rewards.judge import read_references
+from workloads.serving.parsing import parse
+from workloads.serving.schemas import ChatRequest, CompareRequest, ScoreRequest
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}

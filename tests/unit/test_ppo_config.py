@@ -107,10 +107,10 @@ def test_it_can_be_planned() -> None:
 def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_response(
     monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    from escala.runtime_env import runtime_env
+    from escala.runtime_env import job_variables
     from workloads import sidecar
 
-    variables = runtime_env("127.0.0.1:1", environ={}, one_node=local)["env_vars"]
+    variables = job_variables("127.0.0.1:1", environ={}, one_node=local)
     monkeypatch.delenv("ESCALA_ONE_NODE", raising=False)
     for name in variables.keys() & {"ESCALA_ONE_NODE"}:
         monkeypatch.setenv(name, variables[name])

@@ -12,8 +12,8 @@ import pytest
 from escala.contract.errors import DataError
 from workloads.data import raters
 from workloads.data.preferences import read_preferences
-from workloads.data.raters import HELD_OUT_RATERS, RESPONSE, TRAIN_RATERS, Entries, Pairs
-from workloads.rewards.scoring import FunctionReward
+from workloads.data.raters import HELD_OUT_RATERS, RESPONSE, TRAIN_RATERS, Entries, RatedPairs
+from workloads.rewards.function import FunctionReward
 
 needs_ratings = pytest.mark.skipif(
     importlib.util.find_spec(raters.PACKAGE) is None, reason="vaderSentiment is not installed"
@@ -32,7 +32,7 @@ def entries() -> Entries:
     return Entries(texts, np.clip(np.round(mean[:, None] + noise), -4, 4).astype(np.int64), "0")
 
 
-def sides(entries: Entries, seed: int = 0) -> tuple[Pairs, Pairs]:
+def sides(entries: Entries, seed: int = 0) -> tuple[RatedPairs, RatedPairs]:
     return (
         raters.draw_pairs(entries, False, TRAIN_RATERS, 2000, seed),
         raters.draw_pairs(entries, True, HELD_OUT_RATERS, 500, seed),

@@ -17,9 +17,9 @@ from escala.contract import redaction
 from escala.contract.errors import EscalaError, SpecError
 from escala.contract.redaction import hide, hide_arguments, hide_in
 from escala.jobs.database import open_engine
-from escala.jobs.model import NewJob
+from escala.jobs.records import NewJob
 from escala.jobs.store import JobStore
-from escala.runtime_env import runtime_env
+from escala.runtime_env import job_variables
 from escala.settings import Settings
 from escala.tracking.mlflow_tracker import MlflowTracker
 
@@ -194,10 +194,10 @@ def test_nothing_secret_goes_to_the_tracker_or_ray(monkeypatch: pytest.MonkeyPat
     sent = {item.key: item.value for item in Client.sent}
     assert SECRET not in str(sent)
     assert sent["training.steps"] == "3"
-    with_password = runtime_env("127.0.0.1:1", tracking_uri=f"http://u:{SECRET}@h", environ={})
-    assert "MLFLOW_TRACKING_URI" not in with_password["env_vars"]
-    without = runtime_env("127.0.0.1:1", tracking_uri="http://h:1", environ={})
-    assert without["env_vars"]["MLFLOW_TRACKING_URI"] == "http://h:1"
+    with_password = job_variables("127.0.0.1:1", tracking_uri=f"http://u:{SECRET}@h", environ={})
+    assert "MLFLOW_TRACKING_URI" not in with_password
+    without = job_variables("127.0.0.1:1", tracking_uri="http://h:1", environ={})
+    assert without["MLFLOW_TRACKING_URI"] == "http://h:1"
 
 
 @pytest.mark.parametrize(

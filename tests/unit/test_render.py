@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 
 from escala.cli import render
-from escala.jobs.model import Job
+from escala.jobs.records import Job
 from escala.views.jobs import JobDetailsView, JobView
 from escala.views.run_records import RunView
 
@@ -83,7 +83,7 @@ def test_a_job_shows_its_times_and_its_whole_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from escala.jobs.actions import JobDetails
-    from escala.jobs.model import HistoryEvent
+    from escala.jobs.records import HistoryEvent
 
     monkeypatch.setattr(time, "time", lambda: 1.796e9 + 125)
     events = [HistoryEvent(1, JOB.id, 1, JOB.changed_at, "failed", "user_error", REASON)]

@@ -25,8 +25,9 @@ from workloads.generation import engine as engine_module
 from workloads.generation.protocol import EngineStopped, SamplingParams
 from workloads.serving import guard, retry, tokenising
 from workloads.serving.loopback import keep_serve_on_loopback
-from workloads.serving.openai import ChatRequest, CompletionRequest, parse
+from workloads.serving.parsing import parse
 from workloads.serving.policy import Policy
+from workloads.serving.schemas import ChatRequest, CompletionRequest
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 12, "seed": 3, "logprobs": 0, "ignore_eos": True}
@@ -426,7 +427,7 @@ def test_a_body_that_does_not_come_and_a_client_that_is_gone(
     served(tokenizer, test)
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/nothing", "/v1/completions/", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/", "/v1/nothing", "/v1/completions/", "/redoc"])
 def test_unknown_paths_get_an_error_object(tokenizer: Any, path: str) -> None:
     async def test(policy: Policy) -> None:
         answer = await ask(path)
@@ -516,7 +517,8 @@ def test_serve_s_own_ports_are_opened_on_loopback(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("value", [1e39, -1e300, float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_in_fp32_is_refused(value: float) -> None:
-    from workloads.rewards.scoring import FunctionReward, weighted_sums
+    from workloads.rewards.function import FunctionReward
+    from workloads.rewards.scoring import weighted_sums
 
     with pytest.raises(SpecError, match="response 2"):
         FunctionReward("tests.reward_functions:said").score(["a", "b"], ["0.5", str(value)])

@@ -21,9 +21,6 @@ from escala.contract.checkpoints import (
     TOKENIZER,
     checkpoint_name,
     file_entry,
-    latest,
-    tokenizer_entries,
-    verify_tokenizer,
 )
 from escala.contract.errors import CheckpointError
 from escala.contract.files import no_room
@@ -32,10 +29,12 @@ from escala.contract.sealed import seal
 from escala.jobs import retention
 from escala.schema import ModelConfig
 from escala.schema.pretrained import model_config_of
+from escala.storage.checkpoints import latest, open_checkpoints, verify_tokenizer
 from tests.small_disk import Disk
 from workloads.model.start import checkpoint_config, find_checkpoint, load_tokenizer
+from workloads.model.weights import load_weights
 from workloads.training import zero
-from workloads.training.checkpoint import _begin, _publish, load_weights, save
+from workloads.training.checkpoint import _begin, _publish, save
 from workloads.training.run import choose_checkpoint, keep_tokenizer
 
 MODEL = ModelConfig(vocab_size=64, n_layers=1, d_model=16, n_heads=2)
@@ -54,7 +53,7 @@ def make(directory: Path, step: int, **changes: Any) -> Path:
         "fingerprints": {"tokenizer": "aaa"},
         "adam_step": step,
         "counters": {"train_tokens": 5, "compute_flops": 1e3},
-        "tokenizer": tokenizer_entries(directory),
+        "tokenizer": open_checkpoints(directory).tokenizer_entries(),
     }
     (path / MANIFEST).write_text(json.dumps(seal(manifest | changes)))
     return path
@@ -127,44 +126,43 @@ def test_a_configuration_that_this_version_does_not_know(tmp_path: Path, change:
 
 
 def test_a_new_checkpoint_sets_a_damaged_one_of_its_step_aside(tmp_path: Path) -> None:
-    tokenizer = tmp_path / TOKENIZER
+    store, tokenizer = open_checkpoints(tmp_path), tmp_path / TOKENIZER
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     make(tmp_path, 5, format_version=1)
     for number, others in ((1, 1), (2, 1)):  # the second time a good one is replaced: nothing is left of it
-        partial = tmp_path / (checkpoint_name(5) + PARTIAL)
-        assert _begin(partial) == ""
-        (partial / "rank.safetensors").write_bytes(b"new %d" % number)
-        files = {"rank.safetensors": file_entry(partial / "rank.safetensors")}
-        manifest = {"format_version": FORMAT_VERSION, "step": 5, "files": files}
-        assert _publish(partial, tmp_path / checkpoint_name(5), manifest) == []
-        found, refused = latest(tmp_path)
+        name, content = checkpoint_name(5), b"new %d" % number
+        assert _begin(store, name) == ""
+        entry = store.put(name, "rank.safetensors", lambda path, content=content: path.write_bytes(content))
+        manifest = {"format_version": FORMAT_VERSION, "step": 5, "files": {"rank.safetensors": entry}}
+        assert _publish(store, name, manifest) == []
+        found, refused = latest(store)
         assert found is not None
         assert refused == []
-        assert (found.path / "rank.safetensors").read_bytes() == b"new %d" % number
+        assert store.open(name, "rank.safetensors").read() == content
         verify_tokenizer(found)
         assert len(list(tmp_path.glob("step-00000005.damaged-*"))) == others
 
 
 def test_a_checkpoint_that_cannot_be_published_is_told(tmp_path: Path) -> None:
-    assert "FileNotFoundError" in _publish(tmp_path / "gone.partial", tmp_path / checkpoint_name(5), {})[0]
+    assert "FileNotFoundError" in _publish(open_checkpoints(tmp_path), checkpoint_name(5), {})[0]
 
 
 def test_the_tokenizer_is_kept_while_it_is_whole_and_copied_again_where_it_is_not(tmp_path: Path) -> None:
     source = tmp_path / "source.json"
     source.write_text("{}")
     own = tmp_path / "own"
-    keep_tokenizer(source, own, None)
+    keep_tokenizer(source, open_checkpoints(own), None)
     found = find_checkpoint(make(own, 5))
     kept = own / TOKENIZER / "tokenizer.json"
     source.write_text("{ }")  # the same tokenizer as another version writes it
-    keep_tokenizer(source, own, found)
+    keep_tokenizer(source, open_checkpoints(own), found)
     assert kept.read_text() == "{}"
     kept.write_text("[]")
     with pytest.raises(CheckpointError, match=r"hash of tokenizer\.json differs"):
         load_tokenizer(own)
     source.write_text("{}")
-    keep_tokenizer(source, own, found)
+    keep_tokenizer(source, open_checkpoints(own), found)
     assert kept.read_text() == "{}"
 
 
@@ -215,10 +213,13 @@ def test_a_disk_without_room_for_the_directory_is_told_as_full(
     monkeypatch.setattr(zero, "link_state", lambda engine: None)
     monkeypatch.setattr(zero, "gather_state", lambda *_: torch.ones(2))
     monkeypatch.setattr(zero, "adam_step", lambda engine: 3)
-    engine, directory = SimpleNamespace(zero_optimization_stage=lambda: 0), disk.path / "checkpoints"
+    engine, store = (
+        SimpleNamespace(zero_optimization_stage=lambda: 0),
+        open_checkpoints(disk.path / "checkpoints"),
+    )
     disk.fill()
     with pytest.raises(CheckpointError, match="No space left") as caught:
-        save(engine, directory, 7, {}, keep=2)
+        save(engine, store, 7, {}, keep=2)
     assert no_room(caught.value)  # so that the loop waits, and tries again
     disk.free()
-    assert save(engine, directory, 7, {}, keep=2).step == 7
+    assert save(engine, store, 7, {}, keep=2).step == 7

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from escala.contract.errors import SpecError
-from escala.rollouts.policy import Decision, History, Load, Rules, decide, demand, replay
+from escala.rollouts.policy import History, Load, Rules, ScalingDecision, decide, demand, replay
 
 REPLICAS = st.integers(0, 8)
 AMOUNT = st.floats(0, 1e4)
@@ -125,7 +125,7 @@ def test_what_was_recorded_gives_the_same_decisions_again(rules: Rules, loads: l
     recorded = [json.loads(json.dumps(asdict(load))) for load in every_second(loads)]
     first = replay(every_second(loads), rules)
     assert replay([Load(**values) for values in recorded], rules) == first
-    assert all(Decision(**{**vars(d), "history": History(**asdict(d.history))}) == d for d in first)
+    assert all(ScalingDecision(**{**vars(d), "history": History(**asdict(d.history))}) == d for d in first)
 
 
 @pytest.mark.parametrize(

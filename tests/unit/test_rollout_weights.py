@@ -116,12 +116,12 @@ async def test_a_replica_follows_and_a_late_one_pulls_before_it_serves() -> None
     await early.receiver.start(INITIAL)
     assert early.receiver.current == INITIAL
     await store.announce(offer(5, weights(1)))
-    progress = await store.progress(5, 5)
-    assert (progress.acknowledged, progress.missing, early.loaded) == (("serve/a",), (), [5])
+    found = await store.acknowledgements(5, 5)
+    assert (found.acknowledged, found.missing, early.loaded) == (("serve/a",), (), [5])
     late = Replica([store], "serve/b")
     await late.receiver.start(INITIAL)
     assert (late.loaded, late.receiver.current.version) == ([5], 5)
-    assert (await store.progress(5, 0)).acknowledged == ("serve/a", "serve/b")
+    assert (await store.acknowledgements(5, 0)).acknowledged == ("serve/a", "serve/b")
 
 
 @run
@@ -131,10 +131,10 @@ async def test_a_silent_replica_is_missing_and_a_forgotten_one_is_not() -> None:
     await slow.receiver.start(INITIAL)
     slow.gate.clear()
     await store.announce(offer(1, weights(1)))
-    assert (await store.progress(1, 0.05)).missing == ("serve/a",)
+    assert (await store.acknowledgements(1, 0.05)).missing == ("serve/a",)
     assert slow.receiver.current.version == 0  # and says so in its responses
     await store.forget("serve/a")
-    assert (await store.progress(1, 5)).missing == ()
+    assert (await store.acknowledgements(1, 5)).missing == ()
 
 
 @run
@@ -144,8 +144,8 @@ async def test_damaged_or_unfit_weights_are_refused_and_the_replica_answers_noth
     await replica.receiver.start(INITIAL)
     bad = offer(1, weights(1))
     await store.announce(Offer(replace(bad.weights, digest="0" * 32), bad.where))
-    progress = await store.progress(1, 5)
-    assert "DigestMismatch" in progress.refused["serve/a"]
+    found = await store.acknowledgements(1, 5)
+    assert "DigestMismatch" in found.refused["serve/a"]
     assert replica.loaded == []
     with pytest.raises(DigestMismatch):
         await replica.receiver.require()
@@ -155,7 +155,7 @@ async def test_damaged_or_unfit_weights_are_refused_and_the_replica_answers_noth
     await store.announce(Offer(replace(good.weights, precision="int4"), good.where))
     with pytest.raises(WeightsNotLoaded, match="another precision"):
         await unfit.receiver.start(INITIAL)
-    assert "serve/b" in (await store.progress(2, 0)).refused
+    assert "serve/b" in (await store.acknowledgements(2, 0)).refused
 
 
 @run
@@ -202,7 +202,7 @@ async def test_a_replica_outlives_its_store_and_follows_the_next_one() -> None:
     replica = Replica(stores)
     await replica.receiver.start(INITIAL)
     await stores[-1].announce(offer(1, weights(1)))
-    await stores[-1].progress(1, 5)
+    await stores[-1].acknowledgements(1, 5)
     stores.append(Store("key", memory))
     assert (
         await replica.receiver.require(0, 0)

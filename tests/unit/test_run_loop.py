@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from escala.contract.attempt import request_stop
-from escala.contract.checkpoints import Checkpoint
+from escala.contract.checkpoints import checkpoint_name
 from escala.contract.errors import CheckpointError, StateError, Superseded
 from escala.contract.records import AttemptFiles, AttemptSpec
 from escala.schema import PretrainConfig
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import Checkpoint, open_checkpoints
 from workloads.training import checkpoint, loop, status
 from workloads.training.agreement import AgreedError, from_first_rank, on_all_ranks
 from workloads.training.entry import WorkerInputs
@@ -81,9 +83,9 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The manifests of what was saved; nothing is written."""
     manifests: list[dict[str, Any]] = []
 
-    def save(engine: Any, directory: Path, step: int, manifest: dict[str, Any], *_: Any) -> Checkpoint:
+    def save(engine: Any, store: CheckpointStore, step: int, manifest: dict[str, Any], *_: Any) -> Checkpoint:
         manifests.append({"step": step, **manifest})
-        return Checkpoint(directory / f"step-{step:08d}", step, manifest)
+        return Checkpoint(store, checkpoint_name(step), step, manifest)
 
     monkeypatch.setattr(checkpoint, "save", save)
     monkeypatch.setattr(checkpoint, "load", lambda *_: None)
@@ -135,10 +137,12 @@ def test_a_resumed_run_goes_on_from_its_counters(
         "initial": {"held_out_loss_nats": 8.0},
         "last_loss": 4.0,
     }
-    stored = Checkpoint(tmp_path / "c", 2, {"counters": counters, "counting": {"runs": 2}})
-    monkeypatch.setattr(loop, "read_checkpoint", lambda path: stored)
+    stored = Checkpoint(
+        open_checkpoints(tmp_path), checkpoint_name(2), 2, {"counters": counters, "counting": {"runs": 2}}
+    )
+    monkeypatch.setattr(loop, "checkpoint_at", lambda path: stored)
     step = CountingStep()
-    this = RunLoop(inputs(tmp_path, source=str(stored.path)), lambda _: step)
+    this = RunLoop(inputs(tmp_path, source=stored.address), lambda _: step)
     this.run()
     assert step.calls == ["build", "restore 2", "run", "report 3", "run", "report 4", "evaluate"]
     assert (this.count.train_tokens, this.count.attempt_tokens) == (40, 20)

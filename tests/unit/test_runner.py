@@ -11,13 +11,12 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from escala.contract.errors import ClusterError
 from escala.contract.records import (
     AttemptFiles,
     AttemptSpec,
@@ -28,10 +27,12 @@ from escala.contract.records import (
     write_json,
 )
 from escala.jobs import reconcile
-from escala.jobs.model import NewJob
+from escala.jobs.backends.base import Submission
 from escala.jobs.reconcile import Reconciler
+from escala.jobs.records import NewJob
 from escala.jobs.runner import only_one
 from escala.jobs.store import JobStore
+from tests.memory_backend import MemoryBackend
 
 REAL_WRITE, REAL_READ = write_json, read_record
 
@@ -69,47 +70,22 @@ class Breakable:
         return self._killer.around(getattr(self._inner, name))
 
 
-@dataclass
-class Cluster:
+class Cluster(MemoryBackend):
     """The backend and its drivers. `plans`: what the n-th driver of a job does; the default is to succeed."""
 
-    home: Path
-    plans: dict[str, list[str]]
-    up: bool = True
-    steps: bool = True  # a driver makes its first step at once
-    drivers: dict[str, str] = field(default_factory=dict)  # submission id -> status
-    submissions: list[str] = field(default_factory=list)
-    killed: list[str] = field(default_factory=list)
-    fences: list[tuple[str, str]] = field(default_factory=list)  # as they stood at each submission
+    def __init__(self, home: Path, plans: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.home, self.plans = home, plans
+        self.steps = True  # a driver makes its first step at once
+        self.fences: list[tuple[str, str]] = []  # as they stood at each submission
 
-    def _asked(self) -> None:
-        if not self.up:
-            raise ClusterError("the head is away")
-
-    def reachable(self) -> bool:
-        return self.up
-
-    def submit(self, submission_id: str, entrypoint: str, env: Any, metadata: Any) -> None:
-        self._asked()
-        job_id, _, number = submission_id.rpartition("-")
-        assert read_record(AttemptSpec, self._files(submission_id).spec).attempt == int(number)
-        self.fences.append((submission_id, (self.home / "jobs" / job_id / "current").read_text()))
-        self.submissions.append(submission_id)
-        self.drivers[submission_id] = "pending"
-
-    def status(self, submission_id: str) -> str:
-        self._asked()
-        return self.drivers.get(submission_id, "absent")
-
-    def kill(self, submission_id: str) -> None:
-        self._asked()
-        if self.drivers.get(submission_id) in ("pending", "running"):
-            self.killed.append(submission_id)
-            self.drivers[submission_id] = "ended"
-
-    def restart(self) -> None:
-        """The head dies with all it knew; the next one knows nothing."""
-        self.drivers.clear()
+    def submit(self, submission: Submission) -> None:
+        self._answer()
+        assert submission.id not in self.drivers
+        job_id, _, number = submission.id.rpartition("-")
+        assert read_record(AttemptSpec, self._files(submission.id).spec).attempt == int(number)
+        self.fences.append((submission.id, (self.home / "jobs" / job_id / "current").read_text()))
+        super().submit(submission)
 
     def _files(self, submission_id: str) -> AttemptFiles:
         job_id, _, number = submission_id.rpartition("-")
@@ -323,7 +299,7 @@ def test_who_does_not_stop_is_killed_after_the_grace(tmp_path):
     world.store.request_stop(job)
     asked = world.now
     world.run()
-    assert world.cluster.killed == [f"{job}-1"]
+    assert world.cluster.stopped == [f"{job}-1"]
     assert 60 < world.now - asked < 80
     assert world.end()["x"][:2] == ("stopped", "user")
 
@@ -344,7 +320,7 @@ def test_who_has_not_made_a_step_is_stopped_at_once(tmp_path, state, progress):
     world.store.request_stop(job)
     world.reconciler.step()
     assert world.end()["x"][:2] == ("stopped", "user")
-    assert world.cluster.killed == [f"{job}-1"]
+    assert world.cluster.stopped == [f"{job}-1"]
     assert json.loads(files.control.read_text())["stop"] == "user"  # should it outlive the kill
     assert read_record(Outcome, files.outcome).record is None
     world.store.request_retry(job)
@@ -366,7 +342,7 @@ def test_who_overruns_its_seconds_is_asked_then_killed(tmp_path):
     world = World(tmp_path, {"x": ["hang"]})
     world.submit("x", max_seconds=20.0)
     world.run()
-    assert len(world.cluster.killed) == 1
+    assert len(world.cluster.stopped) == 1
     assert world.end()["x"][:2] == ("stopped", "budget")
 
 

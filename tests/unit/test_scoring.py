@@ -12,14 +12,15 @@ from torch import nn
 
 from escala.contract.errors import CheckpointError, DataError, SpecError
 from escala.schema import ModelConfig
-from escala.schema.rewards import JudgeModelConfig, RewardConfig
+from escala.schema.rewards import RewardConfig
+from escala.schema.rewards.judge import JudgeModelConfig
 from tests.unit.small_chat import END, ByteChat
 from workloads.data.chat import load_chat_tokenizer
 from workloads.data.dialogues import Prompt
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.rewards import scoring
-from workloads.rewards.functions import CODE
+from workloads.rewards.function import FunctionReward
+from workloads.rewards.model import RewardModelScorer
 from workloads.rewards.reward_model import (
     HEAD_FILE,
     RewardModel,
@@ -28,7 +29,8 @@ from workloads.rewards.reward_model import (
     pad_right,
     save_reward_model,
 )
-from workloads.rewards.scoring import FunctionReward, RewardModelScorer, WeightedSum, build_reward
+from workloads.rewards.scoring import WeightedSum, build_reward
+from workloads.rewards.user_functions import CODE
 
 SMALL = ModelConfig(vocab_size=END + 1, n_layers=2, d_model=16, n_heads=2, max_context_tokens=64)
 CHAT: list[Prompt] = [[{"role": "user", "content": "2 + 2?"}], "Once"]
@@ -183,7 +185,7 @@ def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
         load_reward_model(tmp_path)
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(CheckpointError, match="can't be read as a reward model's head"):
-        scoring.load_reward_model(tmp_path)
+        load_reward_model(tmp_path)
 
 
 def test_an_exported_reward_model_says_how_it_opens(

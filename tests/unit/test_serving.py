@@ -27,14 +27,10 @@ from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
 from workloads.serving.access import Unauthorized, authorise
 from workloads.serving.engine_loading import initial_version
-from workloads.serving.openai import (
-    ChatRequest,
-    CompletionRequest,
-    answer,
-    parse,
-    server_sent,
-)
-from workloads.serving.records import Generated, Piece
+from workloads.serving.openai import format_of, server_sent
+from workloads.serving.parsing import parse
+from workloads.serving.records import Generated, GeneratedChunk
+from workloads.serving.schemas import ChatRequest, CompletionRequest
 from workloads.serving.weights import pack, unpack
 
 SHIPPED = directory() / "services" / "rollouts.yaml"
@@ -128,13 +124,13 @@ def test_answers_carry_their_weights_the_oldest_of_several() -> None:
     choices = [
         Generated(Completion((5, 6), (-0.5, -0.25), "ab", "stop", v.version), v, 3) for v in (newer, V3)
     ]
-    body = answer("m", asked).body(choices, 3)
+    body = format_of("m", asked).body(choices, 3)
     assert (body["weights_version"], body["system_fingerprint"]) == (3, "v3-abababab-fp32")
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert body["choices"][0]["logprobs"]["token_logprobs"] == [-0.5, -0.25]
-    piece = Piece(Output("r", (5,), (-0.5,), "é", None, 3), V3, 3)
-    chat = answer("m", parse(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}]}'))
-    event = json.loads(server_sent(chat.event(0, piece, first=True)).removeprefix("data: "))
+    given = GeneratedChunk(Output("r", (5,), (-0.5,), "é", None, 3), V3, 3)
+    chat = format_of("m", parse(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}]}'))
+    event = json.loads(server_sent(chat.chunk(0, given, first=True)).removeprefix("data: "))
     assert event["choices"][0]["delta"] == {"role": "assistant", "content": "é"}
     assert (event["object"], event["weights_version"]) == ("chat.completion.chunk", 3)
 

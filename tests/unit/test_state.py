@@ -15,13 +15,13 @@ from escala.jobs.state import (
     AttemptEnded,
     BudgetOverrun,
     BudgetSpent,
+    BudgetUse,
     Claimed,
     DependencyEnded,
     DriverSeen,
     JobView,
     Queued,
     RetryRequested,
-    Spent,
     StopRequested,
     budget_spent,
     next_to_start,
@@ -110,11 +110,11 @@ def test_the_queue_goes_by_priority_then_order_within_the_limit():
 
 
 def test_a_budget_sums_what_was_reported():
-    assert budget_spent(None, None, Spent(1e30, 1e9)) is None
-    assert budget_spent(10.0, 10.0, Spent(None, None)) is None
-    assert budget_spent(10.0, None, Spent(9.0, None)) is None
-    assert "10 FLOPs of 10" in (budget_spent(10.0, None, Spent(10.0, None)) or "")
-    assert "12.0 s of 10.0 s" in (budget_spent(None, 10.0, Spent(None, 12.0)) or "")
+    assert budget_spent(None, None, BudgetUse(1e30, 1e9)) is None
+    assert budget_spent(10.0, 10.0, BudgetUse(None, None)) is None
+    assert budget_spent(10.0, None, BudgetUse(9.0, None)) is None
+    assert "10 FLOPs of 10" in (budget_spent(10.0, None, BudgetUse(10.0, None)) or "")
+    assert "12.0 s of 10.0 s" in (budget_spent(None, 10.0, BudgetUse(None, 12.0)) or "")
     assert (remaining(None, 3.0), remaining(5.0, None), remaining(5.0, 7.0)) == (None, 5.0, 0.0)
 
 

@@ -12,7 +12,16 @@ import pytest
 
 from escala import spec
 from escala.contract.errors import NotFoundError, SpecError
-from escala.contract.records import AttemptSpec, JobFiles, Outcome, RunRecord, TrialFiles, write_json
+from escala.contract.records import (
+    AttemptSpec,
+    Control,
+    JobFiles,
+    Outcome,
+    RunRecord,
+    TrialFiles,
+    read_record,
+    write_json,
+)
 from escala.laws import fit_law
 from escala.settings import Settings
 from escala.sweeps import design, plan, trials
@@ -353,7 +362,7 @@ def test_the_monitor_passes_a_stop_on_and_sees_the_budget(tmp_path: Path):
     }
     write_json(running.attempt(1).progress, {**progress, **rest, "updated_at": 0.0})
     wait_for(lambda: monitor.look() or running.attempt(1).control.exists(), 10, "the budget is seen")
-    assert json.loads(running.attempt(1).control.read_text()) == {"stop": "budget"}
+    assert read_record(Control, running.attempt(1).control) == Control("budget")
     monitor.close()
     outcome = json.loads(running.attempt(1).outcome.read_text())
     assert outcome["kind"] == "cut_off"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import Diverged
 from escala.contract.records import SAMPLES
 from escala.schema import PpoConfig
 from escala.schema.flops import step_flops_per_token
+from escala.storage.checkpoints import Checkpoint
 from workloads.alignment import measures
 from workloads.alignment.critic import build_critic
 from workloads.alignment.kl import ProportionalKL, ThresholdKL
@@ -57,7 +57,7 @@ class PpoStep:
         self.measures: dict[str, float] = {}  # of the last iteration
         self.metrics: dict[str, float | None] = {}  # these, and those of its work
         self.seconds: dict[str, float] = {}  # of its phases
-        self.samples: list[list[Any]] = []  # a few of rank 0's responses with their rewards, for people
+        self.samples: list[list[Any]] = []  # a few responses with their rewards; people see rank 0's
 
     def build(self) -> None:
         """See Step: actor, critic and reference; optimisers with empty moments, since the actor's may be saved before

@@ -19,12 +19,12 @@ from escala.contract.errors import DataError, StaleWeights, StateError
 from escala.contract.records import write_json
 from escala.rollouts.weights import WeightVersion
 from escala.schema import PpoConfig
-from escala.schema.rewards import FunctionRewardConfig, RewardConfig
+from escala.schema.rewards import RewardKind
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt, prompt_of, read_lines
 from workloads.data.examples import Draws
 from workloads.generation.protocol import Completion, RequestFailed, SamplingParams
-from workloads.rewards.scoring import FunctionReward, weighted_sums
+from workloads.rewards.scoring import make_reward, weighted_sums
 
 T = TypeVar("T")
 
@@ -220,23 +220,21 @@ class Scores:
 
 
 class Scoring:
-    """The rewards of a run: functions here, by their names; models and judges by the service, as its weighted sum."""
+    """The rewards of a run: some here, by their names; those that are served by the service, as its weighted sum."""
 
     def __init__(self, config: PpoConfig) -> None:
-        functions = [one for one in config.rewards if isinstance(one, FunctionRewardConfig)]
+        here = [one for one in config.rewards if not one.is_served]
         self._seconds = config.rollouts.timeout_seconds
-        self._here = {
-            one.function.partition(":")[2]: FunctionReward(one.function, self._seconds) for one in functions
-        }
-        self._weights = {name: one.weight for name, one in zip(self._here, functions, strict=True)}
+        self._here = {one.column: make_reward(one, timeout_seconds=self._seconds) for one in here}
+        self._weights = {one.column: one.weight for one in here}
         self._weights[SERVED] = 1.0  # the service has weighted what it sums
         self._served = bool(served_rewards(config))
 
     def score(self, service: RolloutService, responses: Sequence[Response]) -> Scores:
-        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for a function or a service
+        """Of each response. Raises SpecError or DataError, as the rewards do; StateError for one of them or a service
         that is late.
         """
-        deadline = time.monotonic() + self._seconds  # of all functions together
+        deadline = time.monotonic() + self._seconds  # of all rewards that are computed here
         prompts, texts = [one.prompt for one in responses], [one.text for one in responses]
         parts = {
             name: reward.score(prompts, texts, max(0.0, deadline - time.monotonic()))
@@ -247,9 +245,9 @@ class Scoring:
         return Scores(weighted_sums([(self._weights[name], column) for name, column in parts.items()]), parts)
 
 
-def served_rewards(config: PpoConfig) -> list[RewardConfig]:
+def served_rewards(config: PpoConfig) -> list[RewardKind]:
     """The sections that the `reward` deployment computes."""
-    return [one for one in config.rewards if not isinstance(one, FunctionRewardConfig)]
+    return [one for one in config.rewards if one.is_served]
 
 
 def timely(ask: Callable[[], T], what: str) -> T:

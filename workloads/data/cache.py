@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
-class Split:
+class TokenSplit:
     """One side of a corpus. `documents` are separated by end-of-text, which `tokens` includes."""
 
     tokens: int
@@ -51,8 +51,8 @@ class Manifest:
     dtype: str
     corpus_fingerprint: str
     tokenizer_fingerprint: str
-    train: Split
-    held_out: Split
+    train: TokenSplit
+    held_out: TokenSplit
 
 
 class TokenWriter:
@@ -82,9 +82,10 @@ class TokenWriter:
             os.fsync(file.fileno())
             file.close()
             _write_block_hashes(self._directory / f"{split}.bin")
-            splits.append(Split(*map(int, counts), documents.hexdigest()))
+            tokens, count, text_bytes = (int(number) for number in counts)
+            splits.append(TokenSplit(tokens, count, text_bytes, documents.hexdigest()))
         manifest = Manifest(self.dtype.name, corpus_fingerprint, tokenizer_fingerprint, *splits)
-        write_json(self._directory / "manifest.json", manifest)
+        write_json(self._directory / "manifest.json", asdict(manifest))
         return manifest
 
 
@@ -122,7 +123,7 @@ class TokenFile:
     def _check(self, block: int) -> None:
         first, last = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, len(self._bytes))
         right = self._hashes[block * HASH_BYTES : (block + 1) * HASH_BYTES]
-        if hashlib.sha256(self._bytes[first:last]).digest() != right:
+        if hashlib.sha256(self._bytes[first:last].data).digest() != right:
             raise damaged(self._path, f"the hash of block {block} (bytes {first} to {last - 1}) differs")
         self._checked[block] = True
 
@@ -140,7 +141,7 @@ class TokenDirectory:
         try:
             data = json.loads((path / "manifest.json").read_text())
             self.manifest = Manifest(
-                **{**data, "train": Split(**data["train"]), "held_out": Split(**data["held_out"])}
+                **{**data, "train": TokenSplit(**data["train"]), "held_out": TokenSplit(**data["held_out"])}
             )
             self._files = {name: self._open(name) for name in SPLITS}
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -198,7 +199,7 @@ def check_directory(path: Path, lazily: Collection[str] = ()) -> None:
     Raises DataError naming the file.
     """
     try:
-        entries = read_sealed(path / CONTENTS).get("files")
+        entries: Any = read_sealed(path / CONTENTS).get("files")
         check_entries(entries)
     except ValueError as error:
         raise damaged(path / CONTENTS, str(error)) from error

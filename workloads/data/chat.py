@@ -30,7 +30,7 @@ from workloads.data.tokenizer import KNOWN_ENDS, tokenizer_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Prompt = str | Sequence[Mapping[str, Any]]
+PromptLike = str | Sequence[Mapping[str, Any]]
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -86,7 +86,7 @@ class ChatTokenizer:
         """The text of token ids; `special` tokens are left out or shown."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
-    def prompt(self, messages_or_text: Prompt) -> list[int]:
+    def prompt(self, messages_or_text: PromptLike) -> list[int]:
         """What the model is given to continue.
 
         Messages go through the template with its generation prompt; a text is taken as it is, after a
@@ -96,7 +96,7 @@ class ChatTokenizer:
             return self._leading + self.encode(messages_or_text)
         return self._prompt_ids(self._rendered(self._guarded(messages_or_text), prompt=True))
 
-    def sequence(self, prompt: Prompt, answer: str) -> tuple[list[int], list[bool]]:
+    def sequence(self, prompt: PromptLike, answer: str) -> tuple[list[int], list[bool]]:
         """A prompt with its answer, as token ids and which of them are the answer's, its end included.
 
         The one way to put the two together, for SFT, preferences, reward models and judges: `prompt`'s tokens, then
@@ -362,16 +362,15 @@ def load_chat_tokenizer(path: str | Path, model: Path | None = None) -> ChatToke
         )
     from transformers import PreTrainedTokenizerFast
 
+    fast: Any = PreTrainedTokenizerFast  # its constructor has no types
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if path.suffix == ".gguf":
-            theirs = PreTrainedTokenizerFast.from_pretrained(
-                str(path.parent), gguf_file=path.name, local_files_only=True
-            )
+            theirs = fast.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
         elif path.is_dir():
-            theirs = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            theirs = fast.from_pretrained(str(path), local_files_only=True)
         else:
-            theirs = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            theirs = fast(tokenizer_file=str(path))
     except ImportError as error:
         raise DataError(f"the tokenizer {path} can't be read: {error}.", "pip install gguf") from error
     except Exception as error:  # tokenizers raises bare Exception

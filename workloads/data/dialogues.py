@@ -42,7 +42,7 @@ P = TypeVar("P", bound=Prompted)
 
 
 @dataclass(frozen=True)
-class Completion:
+class TextCompletion:
     """A text and its continuation, outside of any chat."""
 
     prompt: str
@@ -67,7 +67,7 @@ class Chat:
         return self.messages[:first]
 
 
-Dialogue = Completion | Chat
+Dialogue = TextCompletion | Chat
 
 
 def read_dialogues(path: Path) -> Iterator[Dialogue]:
@@ -86,7 +86,7 @@ def _dialogue(where: str, record: dict[str, Any]) -> Dialogue:
         return _chat(where, record)
     prompt, completion = prompt_of(where, record), text_of(where, record, "completion")
     if isinstance(prompt, str):
-        return Completion(prompt, completion)
+        return TextCompletion(prompt, completion)
     return Chat([*prompt, {"role": ASSISTANT, "content": completion}], answers_in(prompt))
 
 

@@ -55,7 +55,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RatedPairs:
     """Comparisons: rater `rater[i]` rated entry `chosen[i]` higher than `rejected[i]`."""
 
     chosen: npt.NDArray[np.int64]
@@ -123,7 +123,9 @@ def is_held_out(text: str, seed: int) -> bool:
     return unit_interval(hashlib.sha256(family.encode()).digest()[:8]) < HELD_OUT_SHARE
 
 
-def draw_pairs(entries: Entries, held_out: bool, raters: tuple[int, ...], count: int, seed: int) -> Pairs:
+def draw_pairs(
+    entries: Entries, held_out: bool, raters: tuple[int, ...], count: int, seed: int
+) -> RatedPairs:
     """`count` comparisons by `raters` of entries on one side of the split, drawn with replacement."""
     side = np.array([i for i, text in enumerate(entries.texts) if is_held_out(text, seed) == held_out])
     generator = np.random.default_rng([seed, held_out])
@@ -135,10 +137,10 @@ def draw_pairs(entries: Entries, held_out: bool, raters: tuple[int, ...], count:
         gap = entries.ratings[first, rater] - entries.ratings[second, rater]
         drawn = np.stack([np.where(gap > 0, first, second), np.where(gap > 0, second, first), rater], axis=1)
         kept.append(drawn[(gap != 0) & (texts[first] != texts[second])])  # a few texts were rated twice
-    return Pairs(*np.concatenate(kept)[:count].T)
+    return RatedPairs(*np.concatenate(kept)[:count].T)
 
 
-def agreement(entries: Entries, pairs: Pairs, raters: tuple[int, ...]) -> float:
+def agreement(entries: Entries, pairs: RatedPairs, raters: tuple[int, ...]) -> float:
     """How often another one of `raters` agrees with the rater of a pair, those who see a tie left out."""
     gap = entries.ratings[pairs.chosen][:, raters] - entries.ratings[pairs.rejected][:, raters]
     votes = (gap != 0) & (np.array(raters) != pairs.rater[:, None])
@@ -191,7 +193,7 @@ def answers(entries: Entries, held_out: bool, seed: int) -> list[dict[str, str]]
     return [{"prompt": PROMPT, "completion": RESPONSE.format(side[i])} for i in order]
 
 
-def _preferences(entries: Entries, pairs: Pairs) -> list[Preference]:
+def _preferences(entries: Entries, pairs: RatedPairs) -> list[Preference]:
     texts = entries.texts
     return [
         Preference(PROMPT, RESPONSE.format(texts[chosen]), RESPONSE.format(texts[rejected]))

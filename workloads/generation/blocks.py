@@ -34,14 +34,13 @@ class BlockPool:
     """Blocks 0 to total - 1, each free (nobody's) or with a count of owners."""
 
     def __init__(self, total: int) -> None:
-        self.total = total
+        self.total, self._owned = total, 0
         self.clear()
 
     def clear(self) -> None:
         """Forget all contents. Only while nobody owns a block."""
-        if getattr(self, "_owned", 0):
+        if self._owned:
             raise RuntimeError(f"{self._owned} blocks have owners: contents can't be forgotten")
-        self._owned = 0
         self._owners = [0] * self.total
         self._key_of: list[Key | None] = [None] * self.total
         self._block_of: dict[Key, int] = {}

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from escala.contract.errors import EscalaError, SpecError, StateError
-from workloads.data.tokenizer import TextTokenizer
-from workloads.generation.attention import PagedCache
-from workloads.generation.network import Network, Piece
+from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import (
     Completion,
     EngineStats,
+    EngineTokenizer,
     FinishReason,
     Output,
     Request,
@@ -63,7 +62,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: TextTokenizer | None,
+        tokenizer: EngineTokenizer | None,
         *,
         max_running: int = 32,
         cache_tokens: int | None = None,
@@ -77,7 +76,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
         item = self._network.like.element_size()
-        block_bytes = 2 * config.n_layers * config.kv_heads * config.head_size * block_tokens * item
+        block_bytes = config.attention.state_elements(config, block_tokens) * item
         if cache_tokens is None:
             whole = max_running * -(-config.max_context_tokens // block_tokens)
             blocks = min(whole, CACHE_BYTES // block_bytes)
@@ -90,9 +89,7 @@ class Engine:
                 "Raise max_running and cache_tokens, or lower block_tokens.",
             )
         self._scheduler = Scheduler(blocks, block_tokens, max_running, prefill_tokens)
-        self.cache = PagedCache(
-            config.n_layers, blocks, config.kv_heads, block_tokens, config.head_size, self._network.like
-        )
+        self.cache = self._network.decode_state(blocks, block_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Output] = []
         self._version = 0
@@ -315,12 +312,12 @@ def _foreign(tokens: Many[object], vocabulary: int) -> Iterator[object]:
         if not ids or (min(ids) >= 0 and max(ids) < vocabulary):
             return
     for token in tokens:
-        if not isinstance(token, Integral) or not 0 <= token < vocabulary:
+        if not isinstance(token, Integral) or not 0 <= int(token) < vocabulary:
             yield token
 
 
-def _piece(work: Work) -> Piece:
-    return Piece(work.sequence.tokens[work.start : work.end], work.start, work.sequence.table)
+def _piece(work: Work) -> TokenSpan:
+    return TokenSpan(work.sequence.tokens[work.start : work.end], work.start, work.sequence.table)
 
 
 def _draw(sequence: Sequence) -> Draw:
@@ -336,7 +333,7 @@ def _drawn(logits_NV: Tensor, sequences: Many[Sequence]) -> list[Drawn | EscalaE
         if len(draws) == 1:
             return [_failed(sequences[0].request.id, error)]
         log.exception("a batch of tokens was not drawn: row by row")
-        rows = zip(logits_NV.split(1), sequences, strict=True)
+        rows = zip(torch.split(logits_NV, 1), sequences, strict=True)
         return [_drawn(row, [sequence])[0] for row, sequence in rows]
     return [
         (token, logprob) if math.isfinite(logprob) else _undrawable(row, sequence)

@@ -12,11 +12,14 @@ Start the process with GLIBC_TUNABLES=glibc.malloc.hugetlb=1: 4 rows of 62 M par
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MIN_ROWS = 4
+_has_onednn: Callable[[], bool] = torch.backends.mkldnn.is_available
 _BATCH_HINT = 32  # rows for which oneDNN chooses the layout
 
 
@@ -25,7 +28,7 @@ class PackedLinear:
 
     def __init__(self, weight_OI: Tensor) -> None:
         weight_OI = weight_OI.detach()
-        self._packs = weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packs = weight_OI.device.type == "cpu" and _has_onednn()
         if self._packs:
             weight_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _BATCH_HINT)
         self._weight = weight_OI
@@ -43,4 +46,5 @@ class PackedLinear:
         return self._product(x_NI)
 
     def _product(self, x_NI: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_NI, self._weight, None, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, self._weight, None, "none", [], "")
+        return product

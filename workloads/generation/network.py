@@ -6,7 +6,7 @@ T tiles, Q queries of a tile, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
-from workloads.generation.attention import Ints, PagedCache, Plan, attend, make_plan
 from workloads.generation.linear import MIN_ROWS, PackedLinear
+from workloads.model.attention.paged import Ints
+from workloads.model.attention.registry import DecodeState, make_core
 from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
@@ -27,7 +28,7 @@ VOCAB_STEP = 64  # whole vector registers: the last lanes of an odd vocabulary w
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenSpan:
     """Successive tokens of one request to be computed.
 
     Args:
@@ -45,7 +46,7 @@ class Piece:
 class _Group:
     """Some tiles, whose tokens are the rows `rows`: `take` (T * Q) rows to queries, `give` queries to rows."""
 
-    plan: Plan
+    plan: Any
     rows: slice
     queries: int
     take: Tensor
@@ -86,12 +87,16 @@ class Network:
         self._pack()
 
     def _pack(self) -> None:
-        self._blocks = [_PackedBlock(block) for block in self.model.blocks]
+        self._blocks = [_PackedBlock(block) for block in self.model.layers]
         weight_VD = (self.model.unembedding or self.model.embedding).weight
         padding = -len(weight_VD) % VOCAB_STEP
         self._unembedding = PackedLinear(F.pad(weight_VD, (0, 0, 0, padding)))
 
-    def forward(self, pieces: Sequence[Piece], cache: PagedCache, tiled: bool) -> Tensor:
+    def decode_state(self, blocks: int, block_tokens: int) -> DecodeState:
+        """An empty one, of the kind of the model's attention."""
+        return make_core(self.config).decode_state(blocks, block_tokens, self.like)
+
+    def forward(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> Tensor:
         """Write the keys and values of all pieces, and return the final hidden state_PD of the last token of each.
 
         Args:
@@ -103,7 +108,7 @@ class Network:
         blocks = np.concatenate([[p.table[i // size] for i in _span(p)] for p in pieces])
         where = torch.from_numpy(blocks).to(device), torch.from_numpy(positions % size).to(device)
         tokens = torch.tensor([t for p in pieces for t in p.tokens], device=device)
-        groups = self._groups(pieces, size, tiled)
+        groups = self._groups(pieces, cache, tiled)
         rows = len(tokens)
         spare = max(0, MIN_ROWS - rows)
         x_ND = self.model.embedding(F.pad(tokens, (0, spare)))
@@ -115,7 +120,8 @@ class Network:
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
             x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)
         ends = torch.tensor(np.cumsum([len(p.tokens) for p in pieces]) - 1, device=device)
-        return self.model.final_norm(x_ND.index_select(0, ends))
+        normed: Tensor = self.model.final_norm(x_ND.index_select(0, ends))
+        return normed
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits_NV, the width padded to a multiple of VOCAB_STEP with -inf."""
@@ -125,25 +131,28 @@ class Network:
         logits_NV[:, self.config.vocab_size :] = float("-inf")
         return logits_NV
 
-    def _groups(self, pieces: Sequence[Piece], block_tokens: int, tiled: bool) -> list[_Group]:
+    def _groups(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> list[_Group]:
         """The pieces cut into tiles, as many to a group as GROUP_NUMBERS allows."""
-        queries, config = block_tokens if tiled else 1, self.config
+        block_tokens, config = cache.block_tokens, self.config
+        queries = block_tokens if tiled else 1
         copied = 2 * config.kv_heads * config.head_size
         groups: list[_Group] = []
-        some: list[tuple[Piece, int]] = []
+        some: list[tuple[TokenSpan, int]] = []
         numbers = row = 0
         for piece in pieces:
             each = queries * config.n_heads + (copied if len(piece.tokens) > 1 else 0)  # of a position
             for at in range(piece.start, piece.start + len(piece.tokens), queries):
                 more = (at // block_tokens + 1) * block_tokens * each
                 if some and numbers + more > GROUP_NUMBERS:
-                    groups.append(self._group(some, row, queries, block_tokens))
+                    groups.append(self._group(some, row, queries, cache))
                     row, some, numbers = groups[-1].rows.stop, [], 0
                 some.append((piece, at))
                 numbers += more
-        return [*groups, self._group(some, row, queries, block_tokens)]
+        return [*groups, self._group(some, row, queries, cache)]
 
-    def _group(self, tiles: list[tuple[Piece, int]], row: int, queries: int, block_tokens: int) -> _Group:
+    def _group(
+        self, tiles: list[tuple[TokenSpan, int]], row: int, queries: int, cache: DecodeState
+    ) -> _Group:
         """`row` is that of the first tile's first token. A tile that is not full repeats its last token."""
         device = self.like.device
         starts = np.array([at for _, at in tiles])
@@ -151,28 +160,22 @@ class Network:
         offsets_TQ = np.minimum(np.arange(queries)[None], counts[:, None] - 1)
         take_TQ: Ints = (np.cumsum(counts) - counts)[:, None] + offsets_TQ
         give = np.flatnonzero(np.arange(queries)[None] < counts[:, None])
-        plan = make_plan(
-            [p.table for p, _ in tiles],
-            starts[:, None] + offsets_TQ,
-            block_tokens,
-            self.config.window_tokens,
-            device,
-        )
+        plan = cache.plan([p.table for p, _ in tiles], starts[:, None] + offsets_TQ)
         take, give_back = (torch.from_numpy(a).to(device) for a in (take_TQ.ravel(), give))
         return _Group(plan, slice(row, row + int(counts.sum())), queries, take, give_back)
 
 
-def _span(piece: Piece) -> range:
+def _span(piece: TokenSpan) -> range:
     return range(piece.start, piece.start + len(piece.tokens))
 
 
-def _mix(q_NGES: Tensor, group: _Group, cache: PagedCache, layer: int) -> Tensor:
+def _mix(q_NGES: Tensor, group: _Group, cache: DecodeState, layer: int) -> Tensor:
     """The attention's output of a group's rows, (rows, H * S)."""
     q_NGES = q_NGES[group.rows]
     if group.queries == 1:
-        return attend(q_NGES.unsqueeze(1), cache, layer, group.plan).flatten(1)
-    q_TQGES = q_NGES.index_select(0, group.take).unflatten(0, (-1, group.queries))
-    output_TQGES = attend(q_TQGES, cache, layer, group.plan)
+        return cache.attend(q_NGES.unsqueeze(1), layer, group.plan).flatten(1)
+    q_TQGES = torch.unflatten(q_NGES.index_select(0, group.take), 0, (-1, group.queries))
+    output_TQGES = cache.attend(q_TQGES, layer, group.plan)
     return output_TQGES.flatten(0, 1).flatten(1).index_select(0, group.give)
 
 
@@ -191,14 +194,14 @@ class _PackedBlock:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(q_NGES, k_NGS, v_NGS) of the first `rows`, turned to their positions."""
         a = self._block.attention
-        heads = self._qkv(self._block.attention_norm(x_ND))[:rows].unflatten(-1, (-1, a.size))
-        q_NHS, k_NGS, v_NGS = heads.split((a.heads, a.kv_heads, a.kv_heads), dim=1)
+        heads = torch.unflatten(self._qkv(self._block.attention_norm(x_ND))[:rows], -1, (-1, a.size))
+        q_NHS, k_NGS, v_NGS = torch.split(heads, [a.heads, a.kv_heads, a.kv_heads], dim=1)
         if isinstance(a.query_norm, nn.Identity):
             turned = rotate(heads[:, : a.heads + a.kv_heads], *rotation)
         else:
             turned = rotate(torch.cat((a.query_norm(q_NHS), a.key_norm(k_NGS)), 1), *rotation)
-        q_NHS, k_NGS = turned.split((a.heads, a.kv_heads), dim=1)
-        return q_NHS.unflatten(1, (a.kv_heads, -1)), k_NGS, v_NGS
+        q_NHS, k_NGS = torch.split(turned, [a.heads, a.kv_heads], dim=1)
+        return torch.unflatten(q_NHS, 1, (a.kv_heads, -1)), k_NGS, v_NGS
 
     def finish(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
         """The residual stream after the block, from the one before and the attention's mixture of values."""
@@ -206,7 +209,7 @@ class _PackedBlock:
         return self._feed_forward(self._block.feed_forward_norm(x_ND)).add_(x_ND)
 
 
-def _packed_feed_forward(module: Any) -> Any:
+def _packed_feed_forward(module: Any) -> Callable[[Tensor], Tensor]:
     """A function of x_ND. A dense one is packed; any other (a mixture of experts) is called as the module it is."""
     if type(module) is not FeedForward:
         return lambda x_ND: module(x_ND.unsqueeze(0)).squeeze(0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from escala.contract.errors import EscalaError, SpecError, StateError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -197,6 +198,20 @@ class EngineStats:
     preemptions: int
     steps: int
     step_seconds: float
+
+
+class EngineTokenizer(Protocol):
+    """What an engine reads of a tokenizer: texts and chats have one each (`workloads.data`)."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """As it is in its file."""
+        ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        ...
 
 
 class EngineProtocol(Protocol):

@@ -11,6 +11,7 @@ a rank receives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,13 +53,13 @@ def compute_elsewhere(
     in_PE = exchange.swap(out_PE, one_P, one_P)
     out_P, in_P = out_PE.sum(1).tolist(), in_PE.sum(1).tolist()
     x_SD = x_ND.index_select(0, sent.choice_S // weights_NK.shape[1])
-    x_RD = _Swap.apply(x_SD, in_P, out_P, exchange)
+    x_RD = _swap(x_SD, in_P, out_P, exchange)
     expert_R = (
         torch.arange(mine, device=x_ND.device).repeat(exchange.ranks).repeat_interleave(in_PE.flatten())
     )
     here = dispatch(expert_R[:, None], 1, mine, None)
     y_RD = experts(x_RD, weights_NK.new_ones(len(x_RD), 1), here)
-    y_SD = _Swap.apply(y_RD, out_P, in_P, exchange)
+    y_SD = _swap(y_RD, out_P, in_P, exchange)
     padded = torch.cat([y_SD, y_SD.new_zeros(1, y_SD.shape[1])])
     return (padded[sent.slot_NK] * weights_NK.to(y_SD.dtype).unsqueeze(-1)).sum(dim=1)
 
@@ -75,3 +76,6 @@ class _Swap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.exchange.swap(grad, *ctx.way_back), None, None, None
+
+
+_swap: Callable[[Tensor, list[int], list[int], Exchange], Tensor] = _Swap.apply

@@ -10,6 +10,7 @@ Dimensions: N tokens, D model width, F an expert's width, E experts, K experts o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, dispatch: Dispatch) -> Tensor:
         """sum_k weights_NK x expert(x_ND), (N, D); a dropped choice adds nothing."""
-        return _Experts.apply(
+        computed: Callable[..., Tensor] = _Experts.apply
+        return computed(
             x_ND,
             weights_NK,
             self.gate,
@@ -90,7 +92,7 @@ class _Experts(torch.autograd.Function):
         x_SD = x_ND.index_select(0, choice_S // slot_NK.shape[1])
         gate_SF, up_SF = x_ND.new_empty(slots, width), x_ND.new_empty(slots, width)
         out_SD = _padded(slots, x_ND, x_ND.shape[1])
-        parts = (part.split(sizes) for part in (x_SD, gate_SF, up_SF, out_SD[:-1]))
+        parts = (torch.split(part, sizes) for part in (x_SD, gate_SF, up_SF, out_SD[:-1]))
         for x, gate, up, out, *weights in zip(*parts, gate_EFD, up_EFD, down_EDF, strict=True):
             to_gate, to_up, to_down = weights
             torch.mm(x, to_gate.t(), out=gate)
@@ -112,7 +114,7 @@ class _Experts(torch.autograd.Function):
         stacks = (gate_EFD, up_EFD, down_EDF)
         grads = [torch.empty_like(stack) for stack in stacks]
         slices = (x_SD, grad_SD, gate_SF, up_SF, weight_S1, grad_x_SD[:-1], grad_weight_S1[:-1])
-        for part in zip(*(s.split(ctx.sizes) for s in slices), *stacks, *grads, strict=True):
+        for part in zip(*(torch.split(s, ctx.sizes) for s in slices), *stacks, *grads, strict=True):
             _expert_backward(*part)
         grad_x_ND = F.embedding_bag(slot_NK, grad_x_SD, mode="sum")
         grad_weights_NK = grad_weight_S1[:, 0][slot_NK]

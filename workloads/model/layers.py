@@ -7,6 +7,7 @@ Dimensions: B batch, T context, D model width, F feed-forward width, V vocabular
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +76,9 @@ class _RMSNormCPU(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+_rms_norm_cpu: Callable[[Tensor, Tensor, float], Tensor] = _RMSNormCPU.apply
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019); reduced in fp32."""
 
@@ -86,7 +90,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype as x (..., width)."""
         if x.device.type == "cpu":
-            return _RMSNormCPU.apply(x, self.weight, self.eps)
+            return _rms_norm_cpu(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -106,6 +110,9 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
 
+_swiglu: Callable[[Tensor, Tensor], Tensor] = _SwiGLU.apply
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
@@ -117,4 +124,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.down(_SwiGLU.apply(self.gate(x_BTD), self.up(x_BTD)))
+        out: Tensor = self.down(_swiglu(self.gate(x_BTD), self.up(x_BTD)))
+        return out

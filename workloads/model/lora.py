@@ -40,9 +40,9 @@ class LoraLinear(Linear):
         self.weight.requires_grad_(False)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         self.enabled = True
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, **like))
+        like = base.weight
+        self.lora_A = nn.Parameter(like.new_empty(config.rank, self.in_features))
+        self.lora_B = nn.Parameter(like.new_zeros(self.out_features, config.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def reset_parameters(self) -> None:

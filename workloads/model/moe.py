@@ -113,7 +113,8 @@ class MixtureOfExperts(nn.Module):
             out_ND = out_ND + self.shared(x_ND)
         if self.training:
             self.routing = self._account(logits_NE, sent, limit)
-        return out_ND.view_as(x_BTD)
+        out_BTD: Tensor = out_ND.view_as(x_BTD)
+        return out_BTD
 
     def _account(self, logits_NE: Tensor, sent: Dispatch, limit: int | None) -> Routing:
         """Auxiliary losses and figures, of the logits before noise."""

@@ -12,23 +12,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from escala.contract.checkpoints import (
-    MANIFEST,
-    TOKENIZER,
+from escala.contract.checkpoints import MANIFEST, TOKENIZER, step_of
+from escala.contract.errors import CheckpointError
+from escala.schema import WORKLOADS, ModelConfig, TrainedConfig
+from escala.storage.checkpoints import (
     Checkpoint,
+    checkpoint_at,
     latest,
-    read_checkpoint,
-    step_of,
+    open_checkpoints,
     verify,
     verify_tokenizer,
 )
-from escala.contract.errors import CheckpointError
-from escala.schema import WORKLOADS, ModelConfig, TrainedConfig
 from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
-from workloads.training.checkpoint import load_weights
+from workloads.model.weights import load_weights
 
 USABLE = {
     "workload": str,
@@ -58,7 +57,7 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
 def beside(path: Path) -> Path:
     """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
     found = find_checkpoint(path)
-    return path if found is None else found.path.parent / TOKENIZER
+    return path if found is None else Path(found.store.address) / TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Checkpoint | None:
@@ -68,12 +67,12 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}", "check who may read it") from error
     if MANIFEST in inside or (step_of(path.name) is not None and "config.json" not in inside and inside):
-        checkpoint = read_checkpoint(path)
+        checkpoint = checkpoint_at(path)
         verify(checkpoint)
         return checkpoint
     if not any(step_of(name) is not None for name in inside):
         return None
-    found, refused = latest(path, USABLE)
+    found, refused = latest(open_checkpoints(path), USABLE)
     if found is None:
         why, hint = (refused[0].message, refused[0].hint) if refused else ("", "")
         raise CheckpointError(
@@ -90,7 +89,8 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
         parsed: TrainedConfig = WORKLOADS[workload].parse(config)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} is of a {workload} run whose configuration does not validate here: {error}",
+            f"checkpoint {checkpoint.address} is of a {workload} run whose configuration does not validate here: "
+            f"{error}",
             "use the version of escala that wrote it",
         ) from error
     return parsed
@@ -147,4 +147,4 @@ def _assign(model: Transformer, weights: Mapping[str, Tensor], checkpoint: Check
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} is not of its own model: {error}") from error
+        raise CheckpointError(f"checkpoint {checkpoint.address} is not of its own model: {error}") from error

@@ -9,13 +9,14 @@ Dimensions: B batch, T context, D model width, H query heads, G key/value heads,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from escala.schema import ModelConfig
-from workloads.model.attention.exact import attention_mask, exact_attention
+from workloads.model.attention.registry import make_core
 from workloads.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.rope import RotaryTable, rotate
@@ -28,7 +29,7 @@ class Attention(nn.Module):
         super().__init__()
         d_model, size = config.d_model, config.head_size
         self.heads, self.kv_heads, self.size = config.n_heads, config.kv_heads, size
-        self.window_tokens = config.window_tokens
+        self._core = make_core(config)
         self.query = Linear(d_model, self.heads * size)
         self.key = Linear(d_model, self.kv_heads * size)
         self.value = Linear(d_model, self.kv_heads * size)
@@ -40,18 +41,19 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        prepared: Any,
         at_N: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`; `rotation` from RotaryTable, `mask` from
-        attention_mask.
+        """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`; `rotation` from RotaryTable, `prepared`
+        from AttentionCore.
         """
         q_BTHS = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.size)))
         k_BTGS = self.key_norm(self.key(x_BTD).unflatten(-1, (self.kv_heads, self.size)))
         v_BTGS = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.size))
         q_BTHS, k_BTGS = rotate(q_BTHS, *rotation), rotate(k_BTGS, *rotation)
-        out_BTHS = exact_attention(q_BTHS, k_BTGS, v_BTGS, mask, self.window_tokens)
-        return self.output(_pick(out_BTHS.flatten(-2), at_N))
+        out_BTHS = self._core.attend(q_BTHS, k_BTGS, v_BTGS, prepared)
+        output: Tensor = self.output(_pick(out_BTHS.flatten(-2), at_N))
+        return output
 
 
 class Block(nn.Module):
@@ -72,17 +74,18 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        prepared: Any,
         at_N: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`: past the attention the others cost nothing.
         Only a mixture of experts reads them all, since they count in its balance.
         """
         if at_N is not None and not isinstance(self.feed_forward, FeedForward):
-            return _pick(self(x_BTD, rotation, mask), at_N)
-        mixed = self.attention(self.attention_norm(x_BTD), rotation, mask, at_N)
+            return _pick(self(x_BTD, rotation, prepared), at_N)
+        mixed = self.attention(self.attention_norm(x_BTD), rotation, prepared, at_N)
         x = _pick(x_BTD, at_N) + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return out
 
 
 def _pick(x_BTD: Tensor, at_N: Tensor | None) -> Tensor:
@@ -110,6 +113,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
         self._rotary = RotaryTable(config.head_size, config.rope_base)
+        self._core = make_core(config)
 
     def forward(
         self,
@@ -141,17 +145,24 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         context = tokens_BT.shape[1]
         rotation = self._rotary(context if positions_BT is None else positions_BT, like=x_BTD)
-        mask = attention_mask(context, documents_BT, self.config.window_tokens, x_BTD.device)
+        prepared = self._core.prepare(context, documents_BT, x_BTD.device)
         recompute = self.activation_checkpointing and is_grad_enabled()
         at_N = None if at_BT is None else at_BT.flatten().nonzero().squeeze(-1)
         for number, block in enumerate(self.blocks, 1):
-            arguments = (x_BTD, rotation, mask, at_N if number == len(self.blocks) else None)
+            arguments = (x_BTD, rotation, prepared, at_N if number == len(self.blocks) else None)
             x_BTD = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-        return self.final_norm(x_BTD)
+        normed: Tensor = self.final_norm(x_BTD)
+        return normed
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of final normed states (..., D)."""
-        return (self.unembedding or self.embedding)(hidden=hidden)
+        logits: Tensor = (self.unembedding or self.embedding)(hidden=hidden)
+        return logits
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Weighted losses of the last forward pass in training, to be added to the task's mean loss, by name; summed

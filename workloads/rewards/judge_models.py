@@ -1,32 +1,25 @@
-"""A judge prefers one of two responses (SPEC.md C.8). Both orders are asked, since judges favour a place.
-
-Its reward is the mean win probability against the other responses to the prompt in the call, or against a reference.
-"""
+"""A judge prefers one of two responses (SPEC.md C.8). Both orders are asked, since judges favour a place."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from escala.contract.errors import DataError
-from escala.schema.rewards import QUESTION, JudgeModelConfig
-from workloads.data.dialogues import Prompt, prompt_of, read_lines, text_of
+from escala.schema.rewards.judge import QUESTION, JudgeModelConfig
+from workloads.data.chat import ChatTokenizer
+from workloads.data.dialogues import Prompt
+from workloads.model.start import load_model, load_tokenizer
+from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import last_tokens, pad_right
 
-if TYPE_CHECKING:
-    from workloads.data.chat import ChatTokenizer
-    from workloads.model.transformer import Transformer
-
-Question = tuple[Prompt, str, str]  # prompt, first response, second response
-FirstWins = Callable[[Sequence[Question]], Sequence[float]]
+JudgeQuestion = tuple[Prompt, str, str]  # prompt, first response, second response
+FirstWins = Callable[[Sequence[JudgeQuestion]], Sequence[float]]
 """A judge's model: the probability, for each question, that the first response is the better one."""
 
 
@@ -38,7 +31,7 @@ class Verdict:
     place_bias: float  # mean of its probabilities of the place A, less 1/2: 0 where the order changes nothing
 
 
-def compare(first_wins: FirstWins, questions: Sequence[Question]) -> list[Verdict]:
+def compare(first_wins: FirstWins, questions: Sequence[JudgeQuestion]) -> list[Verdict]:
     """A verdict for each question; each is asked in both orders, in one call. `compare` of the swapped question gives
     1 - win.
 
@@ -60,72 +53,10 @@ def prompt_key(prompt: Prompt) -> str:
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
-class Judge:
-    """Rewards in [0, 1]: mean win probabilities.
-
-    Args:
-        first_wins: the judge's model.
-        references: by `prompt_key`, the response to compare with; None: the other responses to the prompt.
-    """
-
-    def __init__(self, first_wins: FirstWins, references: Mapping[str, str] | None = None) -> None:
-        self._first_wins, self._references = first_wins, references
-
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        """Raises DataError where a prompt has neither a second response in the call nor a reference."""
-        if self._references is not None:
-            pairs = zip(prompts, responses, strict=True)
-            questions = [(prompt, response, self._reference(prompt)) for prompt, response in pairs]
-            return [verdict.win for verdict in compare(self._first_wins, questions)]
-        matches = list(_matches(prompts, responses))
-        verdicts = compare(self._first_wins, [(prompts[i], responses[i], responses[j]) for i, j in matches])
-        wins: list[list[float]] = [[] for _ in responses]
-        for (i, j), verdict in zip(matches, verdicts, strict=True):
-            wins[i].append(verdict.win)
-            wins[j].append(1 - verdict.win)
-        return [math.fsum(found) / len(found) for found in wins]
-
-    def _reference(self, prompt: Prompt) -> str:
-        reference = (self._references or {}).get(prompt_key(prompt))
-        if reference is None:
-            raise DataError(
-                f"The judge has no reference response to the prompt {_short(prompt)}.",
-                "Add it to the file of references, or leave the file out to compare responses with each other.",
-            )
-        return reference
-
-
-def _matches(prompts: list[Prompt], responses: list[str]) -> list[tuple[int, int]]:
-    """Index pairs of responses to one prompt. Raises DataError where a prompt has a single one."""
-    groups: dict[str, list[int]] = {}
-    for index, (prompt, _) in enumerate(zip(prompts, responses, strict=True)):
-        groups.setdefault(prompt_key(prompt), []).append(index)
-    for group in groups.values():
-        if len(group) < 2:
-            raise DataError(
-                f"The judge got one response to the prompt {_short(prompts[group[0]])}: there is nothing to "
-                "compare it with.",
-                "Sample two or more responses to each prompt, or give the judge references.",
-            )
-    return [match for group in groups.values() for match in combinations(group, 2)]
-
-
-def _short(prompt: Prompt) -> str:
+def short(prompt: Prompt) -> str:
+    """A prompt in a message."""
     text = prompt_key(prompt)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def read_references(path: Path) -> dict[str, str]:
-    """Reference responses by `prompt_key`, from a JSONL file of `prompt` and `response`.
-
-    Raises DataError, with file and line, also where a prompt has two different ones.
-    """
-    references: dict[str, str] = {}
-    for where, record in read_lines(path):
-        key, response = prompt_key(prompt_of(where, record)), text_of(where, record, "response")
-        if references.setdefault(key, response) != response:
-            raise DataError(f"{where} is a second reference response to its prompt.", "Keep one of them.")
-    return references
 
 
 class LanguageModelJudge:
@@ -147,7 +78,7 @@ class LanguageModelJudge:
         self._lead, self._letters = _answers(tokenizer)
 
     @torch.no_grad()
-    def __call__(self, questions: Sequence[Question]) -> list[float]:
+    def __call__(self, questions: Sequence[JudgeQuestion]) -> list[float]:
         """Raises DataError where a question is longer than the model's context."""
         rows = [self._tokens(*question) for question in questions]
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
@@ -162,7 +93,7 @@ class LanguageModelJudge:
 
     def _first_wins(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Probabilities_B of A."""
-        logits_BV = self.model(tokens_BT, at_BT=last_tokens(tokens_BT, lengths_B)).float()
+        logits_BV: Tensor = self.model(tokens_BT, at_BT=last_tokens(tokens_BT, lengths_B)).float()
         return logits_BV[:, self._letters].softmax(-1)[:, 0]
 
     def _tokens(self, prompt: Prompt, first: str, second: str) -> list[int]:
@@ -171,7 +102,7 @@ class LanguageModelJudge:
         limit = self.model.config.max_context_tokens
         if len(ids) > limit:
             raise DataError(
-                f"The judge's question about the prompt {_short(prompt)} has {len(ids)} tokens, more than the "
+                f"The judge's question about the prompt {short(prompt)} has {len(ids)} tokens, more than the "
                 f"model's {limit}.",
                 "Shorten prompts or responses, or take a judge of longer context.",
             )
@@ -206,7 +137,5 @@ def _plain(prompt: Prompt) -> str:
 
 def load_judge_model(config: JudgeModelConfig, device: torch.device | str) -> LanguageModelJudge:
     """The judge's model from disk. Raises CheckpointError or DataError."""
-    from workloads.model.start import load_model, load_tokenizer
-
     model, tokenizer = load_model(Path(config.model)), load_tokenizer(Path(config.model))
     return LanguageModelJudge(model.to(device), tokenizer, config.question, config.batch_sequences)

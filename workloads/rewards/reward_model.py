@@ -8,7 +8,6 @@ Dimensions: B batch, T context, D model width.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
+from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
 from workloads.data.dialogues import Prompt
+from workloads.model.huggingface import load_pretrained, save_pretrained
 from workloads.model.layers import Linear
 from workloads.model.start import checkpoint_model, find_checkpoint, headless, load_tokenizer
 from workloads.model.transformer import Transformer
-from workloads.training.checkpoint import load_weights
-
-if TYPE_CHECKING:
-    from workloads.data.chat import ChatTokenizer
+from workloads.model.weights import load_weights
 
 HEAD_FILE = "reward_head.safetensors"
 HEAD_GAIN = 0.1  # rewards start near 0, so that the first loss is near log 2 whatever the trunk
@@ -58,7 +56,8 @@ class RewardModel(nn.Module):
         """
         last_BT = last_tokens(tokens_BT, lengths_B)
         hidden_BD = self.trunk.hidden(tokens_BT, positions_BT, documents_BT, last_BT)
-        return self.head(hidden_BD).squeeze(-1).float()
+        scores_B: Tensor = self.head(hidden_BD).squeeze(-1).float()
+        return scores_B
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The trunk's (`Transformer.auxiliary_losses`)."""
@@ -85,8 +84,6 @@ def last_tokens(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
 
 def save_reward_model(model: RewardModel, tokenizer: ChatTokenizer, directory: Path) -> None:
     """Write trunk, tokenizer and head into `directory`."""
-    from workloads.model.huggingface import save_pretrained
-
     save_pretrained(model.trunk, directory)
     tokenizer.save(directory)
     save_file({"weight": model.head.weight.detach().float().cpu().contiguous()}, directory / HEAD_FILE)
@@ -97,15 +94,12 @@ def load_reward_model(directory: Path) -> tuple[RewardModel, ChatTokenizer]:
 
     Raises CheckpointError where the head is missing or does not fit the trunk.
     """
-    from workloads.data.chat import load_chat_tokenizer
-    from workloads.model.huggingface import load_pretrained
-
     found = find_checkpoint(directory)
     if found is not None:
         weights = load_weights(found)
         if "head.weight" not in weights:
             raise CheckpointError(
-                f"{found.path} is no reward model's.", "Give the checkpoints of a `reward` job."
+                f"{found.address} is no reward model's.", "Give the checkpoints of a `reward` job."
             )
         return _with_head(checkpoint_model(found), weights["head.weight"], directory), load_tokenizer(
             directory

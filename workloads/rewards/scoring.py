@@ -1,51 +1,37 @@
-"""Rewards of responses, all by one interface: a Python function (a verifiable reward), a reward model, a judge
-(alignment/judge.py), and weighted sums of them.
+"""Rewards of responses, all by one interface, and weighted sums of them. What computes each kind is a module of its
+own, found by the kind's name; what the control plane must know of it stands in `escala.schema.rewards.KIND`.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from escala.contract.errors import DataError, SpecError
-from escala.schema.rewards import FunctionRewardConfig, ModelRewardConfig, RewardConfig
+from escala.schema.rewards import RewardKind
 from workloads.data.dialogues import Prompt
 from workloads.generation.protocol import FP32_MAX
-from workloads.rewards.functions import UserFunction
-from workloads.rewards.judge_models import Judge, load_judge_model, read_references
-from workloads.rewards.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 
-if TYPE_CHECKING:
-    from workloads.data.chat import ChatTokenizer
+CPU = torch.device("cpu")
 
 
 class Reward(Protocol):
     """Anything that scores responses."""
 
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        """The reward of each response to the prompt of the same index. Higher is better."""
-        ...
-
-
-class FunctionReward:
-    """The user's function `package.module:function`, called as `function(prompts, responses)` in a process of its own.
-
-    Raises as `UserFunction`.
-    """
-
-    def __init__(self, name: str, timeout_seconds: float = 600.0) -> None:
-        self.name = name
-        self._function = UserFunction(name, timeout_seconds)
-
     def score(
         self, prompts: list[Prompt], responses: list[str], timeout_seconds: float | None = None
     ) -> list[float]:
-        """What the function returns, as floats, within `timeout_seconds` (None: the constructor's)."""
-        return self._function(prompts, responses, timeout_seconds)
+        """The reward of each response to the prompt of the same index. Higher is better.
+
+        Args:
+            timeout_seconds: of this call, for kinds that workers compute; None: the constructor's. The others' calls
+                are bounded by who asks their deployment.
+        """
+        ...
 
 
 class WeightedSum:
@@ -56,9 +42,12 @@ class WeightedSum:
             raise SpecError("A sum of rewards needs one at least.", "Name a reward.")
         self.terms = list(terms)
 
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
+    def score(
+        self, prompts: list[Prompt], responses: list[str], timeout_seconds: float | None = None
+    ) -> list[float]:
         """The sums."""
-        return weighted_sums([(weight, term.score(prompts, responses)) for weight, term in self.terms])
+        columns = [(w, term.score(prompts, responses, timeout_seconds)) for w, term in self.terms]
+        return weighted_sums(columns)
 
 
 def weighted_sums(columns: Sequence[tuple[float, Sequence[float]]]) -> list[float]:
@@ -87,46 +76,22 @@ def finite(values: list[float], what: str) -> list[float]:
     return values
 
 
-class RewardModelScorer:
-    """A reward model's scores, in batches, without gradients. It sets the model to evaluation."""
-
-    def __init__(self, model: RewardModel, tokenizer: ChatTokenizer, batch_sequences: int = 16) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.batch_sequences = batch_sequences
-
-    @torch.no_grad()
-    def score(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-        """Raises DataError where a prompt with its response is longer than the model's context."""
-        pairs = zip(prompts, responses, strict=True)
-        rows = [answer_tokens(self.tokenizer, prompt, response) for prompt, response in pairs]
-        longest = max(map(len, rows), default=0)
-        limit = self.model.trunk.config.max_context_tokens
-        if longest > limit:
-            raise DataError(
-                f"A prompt with its response has {longest} tokens, more than the reward model's {limit}.",
-                "Shorten prompts or responses, or take a reward model of longer context.",
-            )
-        device = next(self.model.parameters()).device
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a batch
-        scores = [0.0] * len(rows)
-        for start in range(0, len(rows), self.batch_sequences):
-            batch = by_length[start : start + self.batch_sequences]
-            tokens_BT, lengths_B = pad_right([rows[i] for i in batch], self.tokenizer.end_of_text, device)
-            for i, value in zip(batch, self.model(tokens_BT, lengths_B).tolist(), strict=True):
-                scores[i] = value
-        return scores
-
-
-def build_reward(sections: Sequence[RewardConfig], device: torch.device) -> WeightedSum:
+def build_reward(sections: Sequence[RewardKind], device: torch.device) -> WeightedSum:
     """The weighted sum that a spec's `rewards` describe; models are loaded onto `device`."""
-    return WeightedSum([(section.weight, _build(section, device)) for section in sections])
+    return WeightedSum([(section.weight, make_reward(section, device)) for section in sections])
 
 
-def _build(section: RewardConfig, device: torch.device) -> Reward:
-    if isinstance(section, FunctionRewardConfig):
-        return FunctionReward(section.function)
-    if isinstance(section, ModelRewardConfig):
-        model, tokenizer = load_reward_model(Path(section.model))
-        return RewardModelScorer(model.to(device), tokenizer, section.batch_sequences)
-    references = None if section.references is None else read_references(Path(section.references))
-    return Judge(load_judge_model(section.judge, device), references)
+def make_reward(
+    section: RewardKind,
+    device: torch.device = CPU,
+    timeout_seconds: float = 600.0,
+) -> Reward:
+    """What computes a section of `rewards`: `make_reward` of module `workloads.rewards.KIND`.
+
+    Args:
+        device: its models are loaded onto it.
+        timeout_seconds: of a call, for kinds that workers compute.
+    """
+    module = importlib.import_module(f"workloads.rewards.{section.kind}")
+    reward: Reward = module.make_reward(section, device, timeout_seconds)
+    return reward

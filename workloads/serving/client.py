@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from escala.rollouts import weights as contract
 from escala.rollouts.weights import Published
 from workloads.generation.protocol import SamplingParams
-from workloads.serving.records import Generated, Prompt
+from workloads.serving.records import Generated, RequestPrompt
 from workloads.serving.weights import pack
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Rollouts:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[RequestPrompt],
         params: SamplingParams | Sequence[SamplingParams],
         min_version: int = 0,
         max_staleness: int | None = None,
@@ -51,19 +51,23 @@ class Rollouts:
         Raises StaleWeights where the bound can't be kept, SpecError or DataError for a request that can't run,
         StateError where replica after replica died.
         """
-        return self._ask("generate", list(prompts), params, min_version, max_staleness)  # type: ignore[no-any-return]
+        found: list[Generated] = self._ask("generate", list(prompts), params, min_version, max_staleness)
+        return found
 
     def score(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
         """The reward of each response. Raises NotFoundError where the application has no reward."""
-        return self._ask("score", list(prompts), list(responses))  # type: ignore[no-any-return]
+        scores: list[float] = self._ask("score", list(prompts), list(responses))
+        return scores
 
     def compare(self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """Each first response's probability to be the better one. Raises NotFoundError without a judge."""
-        return self._ask("compare", list(prompts), list(first), list(second))  # type: ignore[no-any-return]
+        verdicts: list[float] = self._ask("compare", list(prompts), list(first), list(second))
+        return verdicts
 
     def describe(self) -> dict[str, Any]:
         """A policy replica's name, precision, context and weights."""
-        return self._ask("describe")  # type: ignore[no-any-return]
+        found: dict[str, Any] = self._ask("describe")
+        return found
 
     def store(self) -> Any:
         """The actor that keeps the weight versions (`escala.rollouts.store.Store`)."""

@@ -7,23 +7,16 @@ import torch
 from escala.rollouts.weights import WeightVersion, digest_of
 from escala.schema.serve import ServeConfig
 from workloads.data.chat import ChatTokenizer
-from workloads.generation.engine import Engine
+from workloads.generation.engines import make_engine
+from workloads.generation.protocol import EngineProtocol
 from workloads.model.transformer import Transformer
 from workloads.serving.weights import PRECISIONS, pack
 
 
-def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> Engine:
+def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConfig) -> EngineProtocol:
     """The engine of one replica, on the GPU where it has one. Raises SpecError where its limits can't hold."""
     device = torch.device("cuda" if config.replica_gpus else "cpu")
-    limits = config.engine
-    return Engine(
-        model.to(device, PRECISIONS[config.precision]),
-        tokenizer,
-        max_running=limits.max_running,
-        cache_tokens=limits.cache_tokens,
-        block_tokens=limits.block_tokens,
-        prefill_tokens=limits.prefill_tokens,
-    )
+    return make_engine(config.engine, model.to(device, PRECISIONS[config.precision]), tokenizer)
 
 
 def initial_version(model: Transformer, precision: str) -> WeightVersion:

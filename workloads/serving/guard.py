@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
+from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from escala.contract.errors import EscalaError
 from workloads.serving.openai import error_body
+from workloads.serving.schemas import ErrorBody
 
 BODY_BYTES = 16 << 20
 BODY_SECONDS = 60.0
 DEFAULT_PORTS = {"http": 80, "https": 443}
-CLIENT_GONE = 499  # nginx's; nobody reads it
+CLIENT_GONE = 499  # nginx's code; the client has left
 log = logging.getLogger("ray.serve")
 
 
@@ -116,7 +116,7 @@ def answer_json(body: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def answer_error(error: Exception) -> Response:
-    """In OpenAI's shape. One that nobody has thought of is logged, and answered as ours."""
+    """In OpenAI's shape. An unexpected one is logged, and answered as an error of the service."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     return answer_json(describe(error), status_of(error))
@@ -127,25 +127,11 @@ def status_of(error: Exception) -> int:
     return STATUS.get(type(error).__name__, 503) if isinstance(error, EscalaError) else 500
 
 
-def describe(error: Exception) -> dict[str, Any]:
+def describe(error: Exception) -> ErrorBody:
     """OpenAI's error object."""
     if isinstance(error, EscalaError):
         return error_body(error.message, error.hint, type(error).__name__)
-    log.error("a request ended with an error that nobody has thought of", exc_info=error)
+    log.error("a request ended with an unexpected error", exc_info=error)
     return error_body(
         f"The service failed: {type(error).__name__}.", "Its log has the traceback.", "InternalError"
     )
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    status, said = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "failed")
-    headers = error.headers if isinstance(error, HTTPException) else None
-    body = error_body(f"{request.method} {request.url.path[:100]}: {said}.", "", "NotFoundError")
-    return answer_json(body, status, headers)
-
-
-def new_app() -> FastAPI:
-    """An app without pages of its own, whose unknown paths and methods get OpenAI's error object."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(HTTPException, _no_such_route)
-    return app

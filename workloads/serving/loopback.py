@@ -6,6 +6,7 @@ used only under RAY_SERVE_USE_GRPC_BY_DEFAULT=1. Ray has no setting that closes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve._private import replica
@@ -20,11 +21,16 @@ def keep_serve_on_loopback() -> None:
     Raises AttributeError where Serve opens it in another way: then another way is needed here.
     """
     opens = replica.add_port_to_grpc_server
-    if RAY_SERVE_USE_GRPC_BY_DEFAULT or hasattr(opens, "on_loopback"):
-        return
+    if not RAY_SERVE_USE_GRPC_BY_DEFAULT and not isinstance(opens, OpenOnLoopback):
+        replica.add_port_to_grpc_server = OpenOnLoopback(opens)
 
-    def on_loopback(server: Any, address: str) -> int:
-        return int(opens(server, address.replace(EVERYWHERE, "127.0.0.1:")))
 
-    on_loopback.on_loopback = True  # type: ignore[attr-defined]
-    replica.add_port_to_grpc_server = on_loopback
+class OpenOnLoopback:
+    """Ray's `add_port_to_grpc_server`, on 127.0.0.1 in the place of all interfaces."""
+
+    def __init__(self, opens: Callable[[Any, str], int]) -> None:
+        self._opens = opens
+
+    def __call__(self, server: Any, address: str) -> int:
+        """The port that was opened."""
+        return self._opens(server, address.replace(EVERYWHERE, "127.0.0.1:"))

@@ -6,7 +6,6 @@ each health check, and has the application taken down where it is gone.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from escala.rollouts.weights import actor_of
 from escala.schema.serve import OwnerConfig
+from escala.storage.locks import locked
 
 NAMESPACE = "escala"
 ANYWHERE = PlacementGroupSchedulingStrategy(placement_group=None)
@@ -49,8 +49,7 @@ def owner(name: str, lock: Path) -> Iterator[OwnerConfig]:
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """While no other job of this home starts or ends Serve: one would end what another has just found running."""
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(lock):
         yield
 
 

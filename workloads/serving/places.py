@@ -14,7 +14,7 @@ from typing import Any
 
 from escala.rollouts.weights import actor_of
 
-TIDY_SECONDS = 120.0  # a place that nobody has taken over after this long, or twice this long, goes
+TIDY_SECONDS = 120.0  # a free place is removed after this long, at most twice this long
 WAIT_SECONDS = 1 << 30
 
 

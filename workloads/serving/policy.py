@@ -21,7 +21,7 @@ from escala.rollouts.weights import Receiver, Weights, WeightVersion
 from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams, shown
 from workloads.serving.metrics import Metrics
-from workloads.serving.records import Generated, Piece, Prompt
+from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
 from workloads.serving.stepper import Stepper, join
 from workloads.serving.tokenising import Tokenising
@@ -35,7 +35,7 @@ REPORT_SECONDS = 1.0
 class Policy:
     """One replica."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         from workloads.model.start import load_model, load_tokenizer
         from workloads.serving.engine_loading import build_engine, initial_version
 
@@ -55,7 +55,7 @@ class Policy:
 
     async def complete(
         self,
-        prompt: Prompt,
+        prompt: RequestPrompt,
         params: SamplingParams,
         min_version: int = 0,
         max_staleness: int | None = None,
@@ -74,19 +74,19 @@ class Policy:
         replica can be asked.
         """
         async with aclosing(self.stream(prompt, params, min_version, max_staleness, clip)) as stream:
-            pieces = [piece async for piece in stream]
-        completion = join([piece.output for piece in pieces])
-        return Generated(completion, pieces[-1].weights, pieces[-1].prompt_tokens)
+            chunks = [chunk async for chunk in stream]
+        completion = join([chunk.output for chunk in chunks])
+        return Generated(completion, chunks[-1].weights, chunks[-1].prompt_tokens)
 
     async def stream(
         self,
-        prompt: Prompt,
+        prompt: RequestPrompt,
         params: SamplingParams,
         min_version: int = 0,
         max_staleness: int | None = None,
         clip: bool = False,
-    ) -> AsyncGenerator[Piece]:
-        """One response in pieces. Raises as `complete`, before the first piece or, where the engine dies, after it."""
+    ) -> AsyncGenerator[GeneratedChunk]:
+        """One response in chunks. Raises as `complete`, before the first chunk or, where the engine dies, after it."""
         await self.receiver.require(min_version, max_staleness)
         tokens = await self.prompts.tokens(prompt)
         params = self._limit(params, len(tokens), clip)
@@ -97,7 +97,7 @@ class Policy:
                         f"The response is from version {output.weights_version}, not {min_version} or newer.",
                         "This is an error of the engine: please report it.",
                     )
-                yield Piece(output, self._versions[output.weights_version], len(tokens))
+                yield GeneratedChunk(output, self._versions[output.weights_version], len(tokens))
 
     def _limit(self, params: SamplingParams, prompt_tokens: int, clip: bool) -> SamplingParams:
         most = self.config.engine.max_response_tokens

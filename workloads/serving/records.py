@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from escala.rollouts.weights import WeightVersion
+from workloads.data.messages import Message
 from workloads.generation.protocol import Completion, Output
 
-Prompt = str | list[int] | list[dict[str, str]]
+RequestPrompt = str | list[int] | list[Message]
 """A text, tokens, or the messages of a chat."""
 
 
@@ -21,8 +22,8 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of a response as it comes; the last one has a finish reason."""
+class GeneratedChunk:
+    """A part of a response as it comes; the last one has a finish reason."""
 
     output: Output
     weights: WeightVersion

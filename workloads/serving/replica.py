@@ -36,7 +36,7 @@ async def end(config: ServeConfig) -> None:
 def own_name() -> str:
     """NAMESPACE/NAME of this replica's actor, by which `publish` finds out that it lives.
 
-    Raises StateError where it is not found by it: it would be taken for dead, and its weights for nobody's concern.
+    Raises StateError where it is not found by it: it would count as dead, and its weights would not be waited for.
     """
     name = f"{SERVE_NAMESPACE}/{ray.get_runtime_context().get_actor_name()}"
     if actor_of(name) is None:

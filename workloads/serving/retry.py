@@ -22,7 +22,7 @@ T = TypeVar("T")
 log = logging.getLogger("ray.serve")  # it goes into the replica's log file
 
 
-async def patient(call: Callable[[], Awaitable[T]]) -> T:
+async def retry(call: Callable[[], Awaitable[T]]) -> T:
     """`call`, again where its replica or its engine died; a replica's own errors as they were raised there.
 
     Only for what may be done twice. Raises StateError after `ATTEMPTS` lost replicas, or where there is none to ask.
@@ -51,8 +51,8 @@ async def again_or_raise(error: Exception, attempt: int) -> None:
         await asyncio.sleep(PAUSE_SECONDS[attempt])
 
 
-async def together(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of all, in order. Where one fails, or nobody waits any more, the others are cancelled."""
+async def all_of(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all, in order. Where one fails, or the caller is cancelled, the others are cancelled."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))

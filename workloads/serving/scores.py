@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Self
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from typing import Any
 
 from escala.schema.serve import ServeConfig
-from workloads.data.messages import plain_messages
 from workloads.serving.replica import begin, end
-
-Chat = Annotated[list[dict[str, Any]], AfterValidator(plain_messages)]
-
-
-class ScoreRequest(BaseModel):
-    """POST /score."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompts: list[str | Chat]
-    responses: list[str]
-
-    @model_validator(mode="after")
-    def _paired(self) -> Self:
-        if len(self.prompts) != len(self.responses):
-            raise ValueError(f"{len(self.prompts)} prompts, and {len(self.responses)} responses")
-        return self
-
-
-class CompareRequest(BaseModel):
-    """POST /compare."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompts: list[str | Chat]
-    first: list[str]
-    second: list[str]
-
-    @model_validator(mode="after")
-    def _paired(self) -> Self:
-        if not len(self.prompts) == len(self.first) == len(self.second):
-            raise ValueError(
-                f"{len(self.prompts)} prompts, {len(self.first)} and {len(self.second)} responses"
-            )
-        return self
 
 
 class RewardReplica:
     """The weighted sum of the configuration's rewards."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         import torch
 
         from workloads.rewards.scoring import build_reward
@@ -73,7 +35,7 @@ class RewardReplica:
 class JudgeReplica:
     """A chat model that prefers one of two responses; both orders are asked."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         import torch
 
         from workloads.rewards.judge_models import load_judge_model

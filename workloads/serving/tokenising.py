@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from typing_extensions import TypeIs
+
 from escala.contract.errors import DataError, EscalaError, SpecError
 from workloads.data.chat import ChatTokenizer
+from workloads.data.messages import Message
 from workloads.generation.protocol import RequestFailed
-from workloads.serving.records import Prompt
+from workloads.serving.records import RequestPrompt
 
 LONG_CHARACTERS = 1 << 16  # tokenised in some 50 ms
 THREADS = 2
@@ -34,7 +37,7 @@ class Tokenising:
         self._short = ThreadPoolExecutor(THREADS, "tokenise")
         self._long = ThreadPoolExecutor(1, "tokenise-long")
 
-    async def tokens(self, prompt: Prompt) -> list[int]:
+    async def tokens(self, prompt: RequestPrompt) -> list[int]:
         """Token ids of a prompt in any form.
 
         Raises SpecError for one that is longer than the context; DataError for a chat that the model's template
@@ -42,17 +45,17 @@ class Tokenising:
         """
         if isinstance(prompt, (list, tuple)) and len(prompt) > self.max_context_tokens:
             raise self._too_long(f"{len(prompt)} tokens or messages")
-        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
-            return list(prompt)  # type: ignore[arg-type]
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            return list(prompt)
         length = characters(prompt)
         if length > self.most_characters:
             raise self._too_long(f"{length} characters")
         pool = self._long if length > LONG_CHARACTERS else self._short
         return await asyncio.get_running_loop().run_in_executor(pool, self._tokenise, prompt)
 
-    def _tokenise(self, prompt: Prompt) -> list[int]:
+    def _tokenise(self, prompt: str | list[Message]) -> list[int]:
         try:
-            return list(self.tokenizer.prompt(prompt))  # type: ignore[arg-type]
+            return self.tokenizer.prompt(prompt)
         except EscalaError:
             raise
         except RecursionError as error:
@@ -73,6 +76,11 @@ class Tokenising:
         """No more prompts; what is being read is finished by itself."""
         for pool in (self._short, self._long):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def is_chat(prompt: list[int] | list[Message]) -> TypeIs[list[Message]]:
+    """Whether a prompt has messages, and not tokens."""
+    return bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def characters(prompt: Any) -> int:

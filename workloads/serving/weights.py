@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ def unpack(weights: Weights) -> dict[str, Tensor]:
     }
 
 
-def _tensor(entry: TensorEntry, buffer: object) -> Tensor:
+def _tensor(entry: TensorEntry, buffer: Any) -> Tensor:
     dtype = getattr(torch, entry.dtype, None)
     wanted = math.prod(entry.shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 0)
-    if not isinstance(dtype, torch.dtype) or memoryview(buffer).nbytes != wanted:  # type: ignore[arg-type]
+    if not isinstance(dtype, torch.dtype) or memoryview(buffer).nbytes != wanted:
         raise CheckpointError(f"Published tensor {entry.name} is not {entry.shape} of {entry.dtype}.")
     if not wanted:
         return torch.empty(entry.shape, dtype=dtype)

@@ -3,45 +3,28 @@
 Safetensors files of each rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
 and a manifest. A file is written as soon as its tensors are there: a rank holds no more than one file's.
 Other engines than the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
-nothing here unpickles. What the control plane needs (names, hashes, retention) is in `escala.contract.checkpoints`.
+nothing here unpickles. Where they are, and which one is used, is `escala.storage`.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 import torch.distributed
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from escala.contract.checkpoints import (
-    DAMAGED,
-    FORMAT_VERSION,
-    MANIFEST,
-    PARTIAL,
-    Checkpoint,
-    checkpoint_name,
-    file_entry,
-    read_checkpoint,
-    remember,
-    retention,
-    tokenizer_entries,
-    verify,
-)
+from escala.contract.checkpoints import FORMAT_VERSION, checkpoint_name
 from escala.contract.errors import CheckpointError
-from escala.contract.files import sync
-from escala.contract.records import write_json
 from escala.contract.sealed import seal
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import Checkpoint, read_checkpoint, remember, retention, verify
+from workloads.model.weights import names, opened
 from workloads.training import zero
 
 FILE_BYTES, FILES = 64 * 2**20, 16
@@ -51,16 +34,16 @@ file while it writes."""
 
 def save(
     engine: Any,
-    directory: Path,
+    store: CheckpointStore,
     step: int,
     manifest: dict[str, Any],
     keep: int,
     other_engines: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write checkpoint `step` into `directory` and free what retention does not keep. A collective call.
+    """Write checkpoint `step` into `store` and free what retention does not keep. A collective call.
 
     `manifest` is the caller's part (config, tokens, data position, ...). Each rank writes a share of the
-    tensors, and rank 0 renames the directory when all files are there. Raises CheckpointError, on all ranks,
+    tensors, and rank 0 publishes the checkpoint when all files are there. Raises CheckpointError, on all ranks,
     where one cannot write.
 
     Args:
@@ -70,13 +53,12 @@ def save(
     engines = _prefixed(engine, other_engines)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = checkpoint_name(step)
-    partial = directory / (name + PARTIAL)
-    unmade = _begin(partial) if rank == 0 else ""
+    unmade = _begin(store, name) if rank == 0 else ""
     torch.distributed.barrier()
-    stem, file_bytes = partial / f"rank-{rank:05d}-of-{ranks:05d}", _file_bytes(engines, ranks)
-    entries, failure = _write_share(stem, _share(engines, ranks), file_bytes)
+    file = _RankFiles(store, name, f"rank-{rank:05d}-of-{ranks:05d}")
+    failure = file.write_share(_share(engines, ranks), _file_bytes(engines, ranks))
     gathered: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(gathered, (entries, unmade or failure))
+    torch.distributed.all_gather_object(gathered, (file.entries, unmade or failure))
     files = {file: facts for found, _ in gathered for file, facts in found.items()}
     whole = manifest | {
         "format_version": FORMAT_VERSION,
@@ -90,27 +72,27 @@ def save(
     }
     failures = [failure for _, failure in gathered if failure]
     if rank == 0 and not failures:
-        failures = _publish(partial, directory / name, whole)
+        failures = _publish(store, name, whole)
     failures = _from_first(failures)
     if failures:
         raise CheckpointError(
             f"checkpoint {name} cannot be written: {failures[0]}", "see that there is room for it"
         )
     if rank == 0:
-        remember(read_checkpoint(directory / name))  # hashed as they were written
-        for stale in retention(directory, keep).delete:
-            shutil.rmtree(directory / stale, ignore_errors=True)
+        remember(read_checkpoint(store, name))  # hashed as they were written
+        for stale in retention(store, keep).delete:
+            with suppress(OSError):
+                store.delete(stale)
     torch.distributed.barrier()
-    return read_checkpoint(directory / name)
+    return read_checkpoint(store, name)
 
 
-def _begin(partial: Path) -> str:
-    """An empty directory to write into. Returns what went wrong ("" if nothing): the ranks' writes fail after it, and
+def _begin(store: CheckpointStore, name: str) -> str:
+    """Make room for a new checkpoint. Returns what went wrong ("" if nothing): the ranks' writes fail after it, and
     would only say that there is no such directory.
     """
-    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that died while writing
     try:
-        partial.mkdir(parents=True)
+        store.begin(name)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -136,9 +118,9 @@ def load(engine: Any, checkpoint: Checkpoint, other_engines: Mapping[str, Any] |
         for key in zero.STATE_KEYS
     }
     _check_shapes(checkpoint, stored, shapes)
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         files = {file for file, _ in stored.values()}
-        readers = {file: opened.enter_context(_opened(checkpoint, file)) for file in files}
+        readers = {file: stack.enter_context(opened(checkpoint, file)) for file in files}
         for prefix, one in engines.items():
             where = f"adam_steps_beside.{prefix[:-1]}" if prefix else "adam_step"
             zero.begin_restore(one, checkpoint.part(where, int))
@@ -152,20 +134,6 @@ def load(engine: Any, checkpoint: Checkpoint, other_engines: Mapping[str, Any] |
 def _prefixed(engine: Any, other_engines: Mapping[str, Any] | None) -> dict[str, Any]:
     """Engines by what their tensors' names begin with."""
     return {"": engine, **{f"{name}/": one for name, one in (other_engines or {}).items()}}
-
-
-def load_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Parameter name -> fp32 master weight, on the CPU: a model's state for generation, export or
-    fine-tuning.
-    """
-    prefix = f"{zero.MASTER}/"
-    weights: dict[str, Tensor] = {}
-    for file in checkpoint.manifest["files"]:
-        with _opened(checkpoint, file) as reader:
-            weights |= {
-                n.removeprefix(prefix): reader.get_tensor(n) for n in _names(reader) if n.startswith(prefix)
-            }
-    return weights
 
 
 def assign(shapes: dict[str, tuple[int, ...]], ranks: int) -> dict[str, int]:
@@ -198,92 +166,77 @@ def _share(engines: Mapping[str, Any], ranks: int) -> Iterator[tuple[str, Tensor
                     yield f"{prefix}{key}/{name}", full.contiguous()
 
 
-def _write_share(
-    stem: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int
-) -> tuple[dict[str, Any], str]:
-    """Write files STEM-0.safetensors, ...; returns their manifest entries, and what went wrong ("" if nothing). All
-    tensors are taken even then, since the other ranks wait for it.
+class _RankFiles:
+    """The files STEM-0.safetensors, ... that a rank writes into a new checkpoint. `entries`: as the manifest lists
+    them.
     """
-    entries: dict[str, Any] = {}
-    waiting: dict[str, Tensor] = {}
-    failure = ""
-    for name, tensor in tensors:
-        if failure:
-            continue
-        waiting[name] = tensor
-        if sum(t.nbytes for t in waiting.values()) >= file_bytes:
-            failure = _write(stem, waiting, entries)
-    return entries, failure or _write(stem, waiting, entries)
 
+    def __init__(self, store: CheckpointStore, name: str, stem: str) -> None:
+        self._store, self._name, self._stem = store, name, stem
+        self.entries: dict[str, Any] = {}
 
-def _write(stem: Path, tensors: dict[str, Tensor], entries: dict[str, Any]) -> str:
-    """Write the next file, empty `tensors`, add the file to `entries`; returns what went wrong."""
-    if not tensors:
+    def write_share(self, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> str:
+        """Write files of about so many bytes; returns what went wrong ("" if nothing). All tensors are taken even then,
+        since the other ranks wait for it.
+        """
+        waiting: dict[str, Tensor] = {}
+        failure = ""
+        for name, tensor in tensors:
+            if failure:
+                continue
+            waiting[name] = tensor
+            if sum(t.nbytes for t in waiting.values()) >= file_bytes:
+                failure = self._write(waiting)
+        return failure or self._write(waiting)
+
+    def _write(self, tensors: dict[str, Tensor]) -> str:
+        """Write the next file, and empty `tensors`; returns what went wrong."""
+        if not tensors:
+            return ""
+        file = f"{self._stem}-{len(self.entries)}.safetensors"
+        try:
+            self.entries[file] = self._store.put(self._name, file, lambda path: save_file(tensors, path))
+        except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
+            return f"{type(error).__name__}: {error}"
+        tensors.clear()
         return ""
-    path = stem.with_name(f"{stem.name}-{len(entries)}.safetensors")
-    try:
-        save_file(tensors, path)
-        sync(path)
-        entries[path.name] = file_entry(path)
-    except Exception as error:  # noqa: BLE001  safetensors has its own; the other ranks wait for our word
-        return f"{type(error).__name__}: {error}"
-    tensors.clear()
-    return ""
 
 
-def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> list[str]:
-    """The manifest, then the name: from here on the checkpoint exists. Returns what went wrong, if anything.
+def _publish(store: CheckpointStore, name: str, manifest: dict[str, Any]) -> list[str]:
+    """From here on the checkpoint exists. Returns what went wrong, if anything.
 
     What stands under that name already is replaced where it is good, and set aside where it is not.
     """
-    aside = final.with_name(f"{final.name}{DAMAGED}-{uuid.uuid4().hex[:8]}")
     try:
-        write_json(partial / MANIFEST, seal(manifest | {"tokenizer": tokenizer_entries(final.parent)}))
-        is_good = _is_good(final)
-        if final.exists():
-            os.rename(final, aside)
-        os.rename(partial, final)  # its files and itself are on the disk: each was synced as it was written
-        sync(final.parent)
+        whole = seal(manifest | {"tokenizer": store.tokenizer_entries()})
+        aside = store.publish(name, whole, replace=_is_good(store, name))
     except OSError as error:
         return [f"{type(error).__name__}: {error}"]
-    if is_good:
-        shutil.rmtree(aside, ignore_errors=True)
-    elif aside.exists():
-        print(f"{final} could not be used and was set aside as {aside.name}", file=sys.stderr, flush=True)
+    if aside is not None:
+        print(
+            f"{store.address}/{name} could not be used and was set aside as {aside}",
+            file=sys.stderr,
+            flush=True,
+        )
     return []
 
 
-def _is_good(path: Path) -> bool:
+def _is_good(store: CheckpointStore, name: str) -> bool:
     try:
-        verify(read_checkpoint(path))
+        verify(read_checkpoint(store, name))
     except CheckpointError:
         return False
     return True
-
-
-@contextmanager
-def _opened(checkpoint: Checkpoint, file: str) -> Iterator[Any]:
-    """An open safetensors file of a checkpoint. Raises CheckpointError where it cannot be read (any more)."""
-    try:
-        with safe_open(checkpoint.path / file, framework="pt") as reader:
-            yield reader
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.path} is damaged: {file}: {error}") from error
 
 
 def _index(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Stored tensor's name -> the file that has it, and its shape."""
     stored = {}
     for file in checkpoint.manifest["files"]:
-        with _opened(checkpoint, file) as reader:
-            for name in _names(reader):
+        with opened(checkpoint, file) as reader:
+            for name in names(reader):
                 stored[name] = (file, tuple(reader.get_slice(name).get_shape()))
     return stored
-
-
-def _names(reader: Any) -> list[str]:
-    """The tensors of an open safetensors file, which is no dict and cannot be iterated."""
-    return list(reader.keys())
 
 
 def _check_shapes(
@@ -294,10 +247,10 @@ def _check_shapes(
     odd = sorted(shapes.keys() ^ stored.keys())
     if odd:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} and the model differ in their tensors: {odd[:4]}"
+            f"checkpoint {checkpoint.address} and the model differ in their tensors: {odd[:4]}"
         )
     for tensor, (_, found) in stored.items():
         if found != shapes[tensor]:
             raise CheckpointError(
-                f"checkpoint {checkpoint.path}: {tensor} is {found}, the model has {shapes[tensor]}"
+                f"checkpoint {checkpoint.address}: {tensor} is {found}, the model has {shapes[tensor]}"
             )

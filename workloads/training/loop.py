@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Generic
 
 import torch
 import torch.distributed
 
 from escala.contract.attempt import Watch, check_fence
-from escala.contract.checkpoints import Checkpoint, read_checkpoint
 from escala.contract.errors import CheckpointError, Superseded
 from escala.contract.files import no_room
 from escala.contract.records import STOP_REASONS, AttemptFiles
+from escala.storage.checkpoints import Checkpoint, checkpoint_at, open_checkpoints
 from workloads.training import checkpoint
 from workloads.training.agreement import AgreedError, from_first_rank
 from workloads.training.device import device_of, seed_step, set_up_torch
@@ -84,14 +83,14 @@ class RunLoop(Generic[C]):
     def _restore(self) -> None:
         if self.inputs.checkpoint is None:
             return
-        found = read_checkpoint(Path(self.inputs.checkpoint))
+        found = checkpoint_at(self.inputs.checkpoint)
         checkpoint.load(self.step.engine, found, self.step.other_engines())
         self.count.restore(found)
         self.step.restore(found)
         self.saved_step = self.count.step
         if self.rank == 0:
-            print(f"resumed from {found.path} (step {found.step})", flush=True)
-        self.status.tell(checkpoint=str(found.path))
+            print(f"resumed from {found.address} (step {found.step})", flush=True)
+        self.status.tell(checkpoint=found.address)
 
     def _train(self) -> str | None:
         """Steps until the end (None) or a reason to stop, which is checkpointed first."""
@@ -166,13 +165,11 @@ class RunLoop(Generic[C]):
             "counters": self.count.stored(),
             **self.step.state(),
         }
-        keep, directory = self.config.training.keep_checkpoints, Path(self.spec.checkpoints)
+        keep, store = self.config.training.keep_checkpoints, open_checkpoints(self.spec.checkpoints)
         engine, others = self.step.engine, self.step.other_engines()
-        saved = self._once_there_is_room(
-            lambda: checkpoint.save(engine, directory, step, manifest, keep, others)
-        )
+        saved = self._once_there_is_room(lambda: checkpoint.save(engine, store, step, manifest, keep, others))
         self.saved_step = saved.step
-        self.status.tell(checkpoint=str(saved.path))
+        self.status.tell(checkpoint=saved.address)
 
     def _once_there_is_room(self, save: Callable[[], Checkpoint]) -> Checkpoint:
         """Save; on a full disk all ranks, which learn of it together, wait and try again. A request to stop ends

@@ -7,7 +7,6 @@ outcome. It retries nothing: a retry is a new attempt, which the control plane m
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import fields
 from functools import partial
@@ -17,9 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from escala.contract.attempt import stop_on_sigterm
-from escala.contract.checkpoints import TOKENIZER, Checkpoint, check_fits, newest, verify_tokenizer
 from escala.contract.errors import CheckpointError, SpecError
-from escala.contract.files import replacing, set_aside
+from escala.contract.files import set_aside
 from escala.contract.records import (
     STOP_REASONS,
     AttemptFiles,
@@ -32,6 +30,8 @@ from escala.contract.records import (
 )
 from escala.schema import TrainedConfig
 from escala.schema.workloads import get_workload
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import Checkpoint, check_fits, newest, open_checkpoints, verify_tokenizer
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.lifecycle import LiveAttempt, RunSummary, run_attempt
 from workloads.training.driver import fit
@@ -72,8 +72,8 @@ def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfi
     spec = attempt.spec
     attempt.reads(prepared.fingerprints)
     found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
-    keep_tokenizer(prepared.tokenizer, Path(spec.checkpoints), found)
-    attempt.checkpoint = str(found.path) if found else None
+    keep_tokenizer(prepared.tokenizer, open_checkpoints(spec.checkpoints), found)
+    attempt.checkpoint = found.address if found else None
     _, run_id = attempt.run
     return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)
 
@@ -153,23 +153,20 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: Path, resumed_from: Checkpoint | None) -> None:
+def keep_tokenizer(source: Path, checkpoints: CheckpointStore, resumed_from: Checkpoint | None) -> None:
     """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
     was written with stay: its manifest has their hashes.
     """
-    target = checkpoints / TOKENIZER
-    if resumed_from is not None and resumed_from.path.parent == checkpoints:
+    damaged = False
+    if resumed_from is not None and resumed_from.store.address == checkpoints.address:
         try:
             return verify_tokenizer(resumed_from)
         except CheckpointError as error:
             print(f"{error.message}; they are copied again", file=sys.stderr, flush=True)
-            shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True, exist_ok=True)
+            damaged = True
     files = [source] if source.is_file() else [f for f in source.iterdir() if f.name in TOKENIZER_FILES]
-    for file in files:
-        name = "tokenizer.json" if file == source else file.name
-        with replacing(target / name) as temporary:
-            shutil.copyfile(file, temporary)
+    named = {"tokenizer.json" if file == source else file.name: file for file in files}
+    checkpoints.put_tokenizer(named, replace=damaged)
 
 
 def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) -> Checkpoint | None:
@@ -179,9 +176,9 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     Raises CheckpointError where it does not fit, where the job has checkpoints and none of them is good, or where the
     job to resume from has no good one.
     """
-    found = _newest(Path(spec.checkpoints))
+    found = _newest(spec.checkpoints)
     if found is None and spec.resume_from:
-        found = _newest(Path(spec.resume_from))
+        found = _newest(spec.resume_from)
         if found is None:
             raise CheckpointError(f"there is no good checkpoint in {spec.resume_from} to resume from")
     if found is not None:
@@ -189,8 +186,8 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     return found
 
 
-def _newest(directory: Path) -> Checkpoint | None:
-    found, refused = newest(directory, RESUMABLE)
+def _newest(address: str) -> Checkpoint | None:
+    found, refused = newest(open_checkpoints(address), RESUMABLE)
     for error in refused:
         print(f"refused: {error}", file=sys.stderr, flush=True)
     return found

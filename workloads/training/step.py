@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from escala.contract.checkpoints import Checkpoint
+from escala.storage.checkpoints import Checkpoint
 from workloads.training.report import Reporter
 from workloads.training.task import Evaluation
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from escala.contract.checkpoints import Checkpoint
 from escala.contract.errors import Diverged
 from escala.schema import TrainedConfig
 from escala.schema.flops import training_flops_per_token
+from escala.storage.checkpoints import Checkpoint
 from workloads.training import zero
 from workloads.training.experts import Routers
 from workloads.training.gradient import accumulate

@@ -24,6 +24,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from escala.schema import TrainingConfig
+from workloads.model.weights import MASTER
 from workloads.training.own_experts import OwnExperts, empty_moments, take_shares
 
 os.environ.setdefault(
@@ -42,7 +43,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-MASTER, EXP_AVG, EXP_AVG_SQ = STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
+STATE_KEYS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 """What a parameter's training state consists of, all in fp32: its master weight and Adam's two moments."""
 
 MAX_BUCKET = 50_000_000  # elements of a reduce bucket; DeepSpeed's 5e8 would be 2 GB a rank in fp32

@@ -80,7 +80,7 @@ class StateError(EscalaError):
 
 
 class VersionError(EscalaError):
-    """Client and cluster run versions that do not fit together."""
+    """Versions that do not fit together: of client and cluster, or of what is read and who reads it."""
 
     exit_code = 8
 

@@ -1,6 +1,7 @@
 """Records that cross a folder: frozen dataclasses, the standard library and no more. Field names carry units.
 
-A missing number is None, never zero.
+A missing number is None, never zero. Every record's JSON has the version of its format (`FORMAT`): one of a newer
+format is refused by name, one of an older format is read as what it meant.
 
 An attempt's directory (`AttemptFiles`) is the contract between the control plane, which starts a job and
 watches it, and the workload, which runs somewhere on the cluster and sees the same storage. All files are written
@@ -11,14 +12,21 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from escala.contract import fields
+from escala.contract.errors import VersionError
 from escala.contract.files import set_aside, write_whole
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+FORMAT = 2
+"""Of records as JSON. 1: of escala 0.1, which does not say it; the same fields."""
 LARGEST_BYTES = 64 * 2**20  # of a record's file
 TEXT_CHARACTERS = 20_000  # of an outcome's message and hint: the database keeps no more
 TRIALS = "trials.jsonl"
@@ -33,21 +41,42 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it, even after
     a power cut. Raises OSError.
     """
-    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-    write_whole(path, json.dumps(plain, indent=1, sort_keys=True))
+    whole = to_plain(value) if is_dataclass(value) and not isinstance(value, type) else value
+    write_whole(path, json.dumps(whole, indent=1, sort_keys=True))
+
+
+def to_plain(record: DataclassInstance) -> dict[str, Any]:
+    """A record as plain data, with its format."""
+    return {"format": FORMAT, **asdict(record)}
 
 
 def load_record(kind: type[T], path: Path) -> T:
-    """The record of type `kind` in `path`. Keys of a newer version are left out.
+    """The record of type `kind` in `path`. Keys that it has not are left out.
 
-    Raises FileNotFoundError, another OSError where it cannot be read, ValueError where it is damaged.
+    Raises FileNotFoundError, another OSError where it cannot be read, ValueError where it is damaged, VersionError for
+    one of a newer format.
     """
-    return fields.build(kind, read_json(path))
+    found = read_json(path)
+    if isinstance(found, dict):
+        check_format(found, str(path))
+    return fields.build(kind, found)
+
+
+def check_format(plain: Mapping[str, Any], where: str) -> None:
+    """Raise VersionError where a record as plain data has a newer format, ValueError where its format is no number."""
+    version = plain.get("format", 1)
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ValueError(f"its format is {version!r:.40}")
+    if version > FORMAT:
+        raise VersionError(
+            f"{where} has format {version}; this version of escala reads formats up to {FORMAT}",
+            "use the version of escala that wrote it, or a newer one",
+        )
 
 
 def read_record(kind: type[T], path: Path) -> T | None:
     """The record in `path`; None where the file does not exist, and where it is damaged: then it is set aside,
-    with the reason in the log, so that it stops nobody twice. Raises OSError where it cannot be read.
+    with the reason in the log, so that it stops nobody twice. Raises OSError where it cannot be read, and VersionError.
     """
     try:
         return load_record(kind, path)

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from escala import spec
-from escala.contract import checkpoints
 from escala.contract.errors import ClusterError, EscalaError, NotFoundError, SpecError, StateError
 from escala.contract.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
-from escala.jobs.model import RATES_TAG
+from escala.jobs.records import RATES_TAG
 from escala.jobs.state import FINAL
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.storage import user_code
+from escala.storage.checkpoints import newest, open_checkpoints
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob
+    from escala.jobs.records import Attempt, HistoryEvent, Job, NewJob
     from escala.jobs.store import JobStore
 
 log = logging.getLogger("escala.jobs")
@@ -126,16 +126,22 @@ def resume(
     if get_workload(old.workload).result == "points":
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a {old.workload}, which has no checkpoint of its own", hint)
-    directory = JobFiles(settings.home, old.id).checkpoints
-    if checkpoints.newest(directory)[0] is None:
+    checkpoints = open_checkpoints(JobFiles(settings.home, old.id).checkpoints)
+    if newest(checkpoints)[0] is None:
         raise NotFoundError(
-            f"job {old.id} has no good checkpoint in {directory}", "`escala jobs retry` starts it again"
+            f"job {old.id} has no good checkpoint in {checkpoints.address}",
+            "`escala jobs retry` starts it again",
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
     return start(
-        settings, job, report, resume_from=str(directory), parent=old.id, code=old.tags.get(user_code.TAG)
+        settings,
+        job,
+        report,
+        resume_from=checkpoints.address,
+        parent=old.id,
+        code=old.tags.get(user_code.TAG),
     )
 
 
@@ -206,7 +212,7 @@ def start(
     Args:
         code: the digest of the copy of the user's modules (escala.storage.user_code).
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     _check_room(settings, job)
     options = job.options

@@ -9,13 +9,12 @@ Every error of the database leaves `reading` and `writing` as a ClusterError tha
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from escala.contract.errors import ClusterError, SpecError, VersionError
 from escala.contract.files import make_private, no_room, private_directory
 from escala.jobs import tables
 from escala.jobs.rows import dump_json, load_json
+from escala.storage.locks import locked
 
 log = logging.getLogger("escala.database")
 HEAD = "0002"
@@ -266,15 +266,14 @@ def _bring_up_to_date(engine: Engine, sqlite_file: Path | None) -> None:
 @contextmanager
 def _only_here(file: Path) -> Iterator[None]:
     """Hold FILE.lock: what is done once, one process does while the others wait."""
-    try:
-        descriptor = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ClusterError(f"the job database {file} cannot be locked: {error}", _owner_hint(file)) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(Path(f"{file}.lock")))
+        except OSError as error:
+            raise ClusterError(
+                f"the job database {file} cannot be locked: {error}", _owner_hint(file)
+            ) from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _journal(engine: Engine, switch: str = "") -> str:

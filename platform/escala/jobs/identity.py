@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from escala.contract.errors import SpecError
-from escala.jobs.model import OWN_KEY, RATES_TAG
+from escala.jobs.records import OWN_KEY, RATES_TAG
 
 ASKED = (
     "workload",

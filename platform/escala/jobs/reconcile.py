@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from escala.contract import handshake
 from escala.contract.errors import ClusterError
@@ -33,15 +33,15 @@ from escala.contract.records import (
     read_record,
     write_json,
 )
-from escala.jobs.backends.ray import Backend, entry_command
-from escala.jobs.model import Attempt, Job, Usage
+from escala.jobs.backends.base import JobBackend, Submission
+from escala.jobs.records import Attempt, Job, Usage
 from escala.jobs.state import (
     BudgetOverrun,
     BudgetSpent,
+    BudgetUse,
     DependencyEnded,
     DriverSeen,
     Event,
-    Spent,
     budget_spent,
     next_to_start,
     remaining,
@@ -76,7 +76,7 @@ class Reconciler:
         store: the truth.
         backend: where attempts run.
         home: holds `jobs/JOB/attempt-N`, `jobs/JOB/checkpoints` and `data`; shared with the cluster's nodes.
-        environment: a job's Ray runtime_env (`escala.runtime_env`).
+        environment: the environment variables of a job (`escala.runtime_env`).
         limit: jobs at work at the same time.
         deliver: carries an attempt directory's spool to the tracker; True once all of it is there. Its
             second argument: the attempt was lost, so that nobody else closes its run.
@@ -87,9 +87,9 @@ class Reconciler:
     def __init__(
         self,
         store: JobStore,
-        backend: Backend,
+        backend: JobBackend,
         home: Path,
-        environment: Callable[[Job], Mapping[str, Any]],
+        environment: Callable[[Job], Mapping[str, str]],
         limit: int,
         deliver: Callable[[Path, bool], bool],
         clock: Callable[[], float],
@@ -167,7 +167,7 @@ class Reconciler:
             late = now - (attempt.stopping_at or job.changed_at) > self._timing.stop_grace
             if late and self._due("kill", attempt, self._timing.kill_every):
                 log.info("%s did not stop in time: its driver is killed", attempt.submission_id)
-                self._backend.kill(attempt.submission_id)
+                self._backend.stop(attempt.submission_id)
             return
         if job.state == "starting" and working:
             job = self._apply(job, DriverSeen())
@@ -181,7 +181,7 @@ class Reconciler:
         """Stop a driver that still starts: there is no checkpoint to wait for, and Ray Train, DeepSpeed or Serve may
         take minutes until they look at the request. Should it outlive the kill, it stops at its first step.
         """
-        self._backend.kill(attempt.submission_id)
+        self._backend.stop(attempt.submission_id)
         log.info("%s is stopped before its first step: its driver is killed", attempt.submission_id)
         outcome = Outcome(job.reason or "user", "stopped before its first step")
         write_json(files.outcome, outcome)  # without a record: delivery closes the run as KILLED
@@ -220,7 +220,7 @@ class Reconciler:
 
     def _line_up(self, job: Job, queue: dict[str, Job]) -> None:
         """Add a job to `queue`, or end it where its budget is spent."""
-        why = budget_spent(job.max_flops, job.max_seconds, Spent(job.compute_flops, job.wall_seconds))
+        why = budget_spent(job.max_flops, job.max_seconds, BudgetUse(job.compute_flops, job.wall_seconds))
         if why is None:
             queue[job.id] = job
         else:
@@ -244,7 +244,8 @@ class Reconciler:
             self._finish(job, Outcome(job.reason or "user", "stopped before it started"), None)
             return
         try:
-            environment, given = self._environment(job), self._spec(job, attempt, files)
+            submission = self._submission(job, attempt, files)
+            given = self._spec(job, attempt, files)
         except (TypeError, ValueError, AttributeError, KeyError) as error:  # a row that somebody has changed
             message = f"its configuration cannot be used: {type(error).__name__}: {error}"
             self._finish(job, Outcome("internal", message, "submit it again"), None)
@@ -254,10 +255,8 @@ class Reconciler:
         write_json(files.current, attempt.number)
         if attempt.number > 1:
             self._kill_predecessor(attempt)
-        command = entry_command(job.entry_point, files.spec, files.log)
-        metadata = {"escala_job": job.id, "escala_attempt": str(attempt.number)}
         try:
-            self._backend.submit(attempt.submission_id, command, environment, metadata)
+            self._backend.submit(submission)
         except ClusterError as error:
             if self._waited("refused", attempt) < self._timing.submit_grace or not self._backend.reachable():
                 raise
@@ -265,6 +264,12 @@ class Reconciler:
             return
         self._store.record_submitted(attempt)
         log.info("%s is submitted", attempt.submission_id)
+
+    def _submission(self, job: Job, attempt: Attempt, files: AttemptFiles) -> Submission:
+        labels = {"escala_job": job.id, "escala_attempt": str(attempt.number)}
+        return Submission(
+            attempt.submission_id, job.entry_point, files.spec, files.log, self._environment(job), labels
+        )
 
     def _spec(self, job: Job, attempt: Attempt, files: AttemptFiles) -> AttemptSpec:
         return AttemptSpec(
@@ -289,7 +294,7 @@ class Reconciler:
     def _kill_predecessor(self, attempt: Attempt) -> None:
         """Best effort: the fence is what keeps an old driver from writing."""
         try:
-            self._backend.kill(f"{attempt.job_id}-{attempt.number - 1}")
+            self._backend.stop(f"{attempt.job_id}-{attempt.number - 1}")
         except ClusterError as error:
             log.warning("%s: its predecessor was not killed: %s", attempt.submission_id, error.message)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from escala.contract.checkpoints import check_readable
 from escala.contract.errors import NotFoundError, SpecError, StateError
 from escala.contract.records import JobFiles
 from escala.documents import Section
 from escala.jobs.actions import open_store
 from escala.jobs.state import FINAL
 from escala.settings import Settings
+from escala.storage.checkpoints import check_readable, open_checkpoints
 
 Written = dict[str, Any]
 
@@ -99,7 +99,7 @@ def _checkpoints(settings: Settings, name: str, options: Written) -> tuple[dict[
                 f"submit it once {found.id} has ended",
             )
         options = {**options, "after": found.id}
-    checkpoints = JobFiles(settings.home, found.id).checkpoints
+    checkpoints = open_checkpoints(JobFiles(settings.home, found.id).checkpoints)
     check_readable(checkpoints)
-    place = {"job": found.id, "path": str(checkpoints)}
+    place = {"job": found.id, "path": checkpoints.address}
     return place, found.config["model"], options

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from escala.contract import checkpoints
 from escala.contract.errors import SpecError
 from escala.contract.records import JobFiles
 from escala.jobs.actions import open_store
 from escala.jobs.state import FINAL
 from escala.settings import Settings
+from escala.storage.checkpoints import open_checkpoints, retention
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,12 @@ def collect_garbage(
     for each in ended:
         if each.state not in FINAL:
             raise SpecError(f"job {each.id} is {each.state}", "its own retention rule works while it runs")
-        directory = JobFiles(settings.home, each.id).checkpoints
+        kept = open_checkpoints(JobFiles(settings.home, each.id).checkpoints)
         rule = keep or int(each.config.get("training", {}).get("keep_checkpoints", 1))
-        retention = checkpoints.retention(directory, rule)
-        found += [_size(directory / name) for name in retention.delete]
-        damaged += [error.message for error in retention.damaged]
-    if delete:
-        for path, _ in found:
-            shutil.rmtree(path)
+        freed = retention(kept, rule)
+        found += [(f"{kept.address}/{name}", kept.size_bytes(name)) for name in freed.delete]
+        damaged += [error.message for error in freed.damaged]
+        if delete:
+            for name in freed.delete:
+                kept.delete(name)
     return Garbage(found, damaged)
-
-
-def _size(directory: Path) -> tuple[str, int]:
-    return str(directory), sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())

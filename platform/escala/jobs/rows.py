@@ -16,7 +16,7 @@ from sqlalchemy import RowMapping
 
 from escala.contract import fields
 from escala.contract.errors import StateError
-from escala.jobs.model import Attempt, HistoryEvent, Job
+from escala.jobs.records import Attempt, HistoryEvent, Job
 from escala.jobs.tables import JOB_ID
 
 log = logging.getLogger("escala.store")
@@ -58,7 +58,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class Rows:
+class RowReader:
     """Reads rows; tells of each damaged one once in its life."""
 
     def __init__(self) -> None:

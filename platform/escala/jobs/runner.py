@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -13,15 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from escala.contract.errors import ClusterError, EscalaError
 from escala.contract.files import no_room
 from escala.contract.redaction import hide_in_logs
-from escala.jobs.model import Job
 from escala.jobs.reconcile import Reconciler, Timing
+from escala.jobs.records import Job
 from escala.jobs.store import JobStore
 from escala.storage import user_code
+from escala.storage.locks import locked
 
 if TYPE_CHECKING:
     from escala.settings import Settings
@@ -71,18 +71,11 @@ def only_one(home: Path) -> Iterator[None]:
     """Hold the lock that makes this process the home's only runner. Raises ClusterError where it is taken."""
     path = home / "run" / "runner.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", errors="replace") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ClusterError(
-                f"another runner (process {holder}) serves {home}", "`escala status` shows it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with locked(path, wait=False) as held:
+        if not held:
+            holder = path.read_text(errors="replace").strip() or "unknown"
+            raise ClusterError(f"another runner (process {holder}) serves {home}", "`escala status` shows it")
+        path.write_text(str(os.getpid()))  # what another one is told; the lock is the kernel's
         yield
 
 
@@ -126,9 +119,10 @@ def _restart_dead(settings: Settings) -> None:
 
 
 def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
-    from escala.jobs.backends.ray import RayBackend
+    from escala.hardware import load_cluster
+    from escala.jobs.backends import open_backend
     from escala.laws.drift import compare_run
-    from escala.runtime_env import runtime_env
+    from escala.runtime_env import job_variables
     from escala.tracking.children import FamilyDelivery
     from escala.tracking.delivery import Delivery
 
@@ -138,7 +132,7 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
         Delivery(tracking_uri), settings.home, partial(compare_run, settings.home, settings.tracker)
     )
 
-    def environment(job: Job) -> Mapping[str, Any]:
+    def environment(job: Job) -> Mapping[str, str]:
         resources = job.config.get("resources") or job.config.get("base", {}).get(
             "resources", {}
         )  # or a sweep's
@@ -146,11 +140,11 @@ def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
         digest = job.tags.get(user_code.TAG)
         code = user_code.directory(settings.home, digest) if digest else None
         one_node = settings.ray_address is None
-        return runtime_env(ray_address, threads, gpus, tracking_uri, code=code, one_node=one_node)
+        return job_variables(ray_address, threads, gpus, tracking_uri, code=code, one_node=one_node)
 
     return Reconciler(
         store,
-        RayBackend(settings.ray_dashboard),
+        open_backend(load_cluster(settings.cluster).backend, settings),
         settings.home,
         environment,
         settings.max_running_jobs,

@@ -123,7 +123,7 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Decision:
+class StateChange:
     """What follows from an event."""
 
     state: State
@@ -134,51 +134,51 @@ class Decision:
     at: float = 0.0  # Unix seconds
 
 
-def transition(job: JobView, event: Event, now: float) -> Decision:
+def transition(job: JobView, event: Event, now: float) -> StateChange:
     """What `event` makes of `job` at `now` (Unix seconds). Raises StateError where it may not happen."""
     match event:
         case Claimed() if job.state == "queued":
-            return Decision("starting", attempt=job.attempts + 1, at=now)
+            return StateChange("starting", attempt=job.attempts + 1, at=now)
         case DriverSeen() if job.state == "starting":
-            return Decision("running", at=now)
+            return StateChange("running", at=now)
         case StopRequested() if job.state == "queued":
-            return Decision("stopped", "user", "stopped before it started", at=now)
+            return StateChange("stopped", "user", "stopped before it started", at=now)
         case StopRequested() if job.state in ("starting", "running"):
-            return Decision("stopping", "user", at=now)
+            return StateChange("stopping", "user", at=now)
         case RetryRequested() if job.state in ("failed", "stopped"):
-            return Decision("queued", "user", "a user retries it", at=now)
+            return StateChange("queued", "user", "a user retries it", at=now)
         case BudgetOverrun() if job.state in ("starting", "running"):
-            return Decision("stopping", "budget", at=now)
+            return StateChange("stopping", "budget", at=now)
         case BudgetSpent(message) if job.state == "queued":
-            return Decision("stopped", "budget", message, at=now)
+            return StateChange("stopped", "budget", message, at=now)
         case DependencyEnded(other, state) if job.state == "queued":
-            return Decision("failed", "dependency", f"job {other}, which it waits for, is {state}", at=now)
+            return StateChange("failed", "dependency", f"job {other}, which it waits for, is {state}", at=now)
         case AttemptEnded(kind, message) if job.state in ACTIVE:
             return _ended(job, kind, message, now)
     raise _illegal(job, event)
 
 
-def _ended(job: JobView, kind: str, message: str, now: float) -> Decision:
+def _ended(job: JobView, kind: str, message: str, now: float) -> StateChange:
     """Rule 8."""
     if kind == "succeeded":
-        return Decision("succeeded", at=now)
+        return StateChange("succeeded", at=now)
     if kind in ("user", "budget"):
-        return Decision("stopped", kind, message, at=now)
+        return StateChange("stopped", kind, message, at=now)
     if kind not in LOST and kind != "preempted":
-        return Decision("failed", kind, message, at=now)
+        return StateChange("failed", kind, message, at=now)
     if job.state == "stopping":
-        return Decision("stopped", job.stop_reason or "user", message, at=now)
+        return StateChange("stopped", job.stop_reason or "user", message, at=now)
     if job.attempts >= ATTEMPTS_CAP:
         return _failed(kind, message, f"{ATTEMPTS_CAP} attempts, the most a job may have", now)
     if kind == "preempted":
-        return Decision("queued", kind, message, at=now)
+        return StateChange("queued", kind, message, at=now)
     if job.retries_used < job.retries:
-        return Decision("queued", kind, message, uses_retry=True, at=now)
+        return StateChange("queued", kind, message, uses_retry=True, at=now)
     return _failed(kind, message, f"no retry left of {job.retries}", now)
 
 
-def _failed(kind: str, message: str, why_not_again: str, now: float) -> Decision:
-    return Decision("failed", kind, f"{message} ({why_not_again})".strip(), at=now)
+def _failed(kind: str, message: str, why_not_again: str, now: float) -> StateChange:
+    return StateChange("failed", kind, f"{message} ({why_not_again})".strip(), at=now)
 
 
 def _illegal(job: JobView, event: Event) -> StateError:
@@ -212,14 +212,14 @@ def next_to_start(queued: Iterable[Queued], active: int, limit: int) -> list[Que
 
 
 @dataclass(frozen=True)
-class Spent:
+class BudgetUse:
     """What a job's attempts have used so far; None where no attempt reported."""
 
     compute_flops: float | None
     wall_seconds: float | None
 
 
-def budget_spent(max_flops: float | None, max_seconds: float | None, spent: Spent) -> str | None:
+def budget_spent(max_flops: float | None, max_seconds: float | None, spent: BudgetUse) -> str | None:
     """Why no further attempt may start, with the numbers; None while budget is left."""
     flops, seconds = spent.compute_flops or 0.0, spent.wall_seconds or 0.0
     if max_flops is not None and flops >= max_flops:

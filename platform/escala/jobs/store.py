@@ -21,19 +21,19 @@ from escala.contract.records import Outcome, Progress
 from escala.jobs import tables
 from escala.jobs.database import open_engine, reading, writing
 from escala.jobs.identity import check_same, own_key, spec_hash
-from escala.jobs.model import Attempt, HistoryEvent, Job, NewJob, Usage
-from escala.jobs.rows import Rows
+from escala.jobs.records import Attempt, HistoryEvent, Job, NewJob, Usage
+from escala.jobs.rows import RowReader
 from escala.jobs.state import (
     ACTIVE,
     ALIVE,
     STATES,
     AttemptEnded,
     Claimed,
-    Decision,
     DriverSeen,
     Event,
     RetryRequested,
     State,
+    StateChange,
     StopRequested,
     transition,
 )
@@ -67,7 +67,7 @@ class JobStore:
     def __init__(self, url: str, clock: Callable[[], float] = time.time, home: Path | None = None) -> None:
         self._engine = open_engine(url, home)
         self._clock = clock
-        self._rows = Rows()
+        self._rows = RowReader()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -110,7 +110,7 @@ class JobStore:
             while connection.execute(select(job.c.id).where(job.c.id == job_id)).first():
                 job_id = new_id()
             connection.execute(insert(job).values(**values, id=job_id))
-            _note(connection, job_id, 0, Decision("queued", at=values["submitted_at"]))
+            _note(connection, job_id, 0, StateChange("queued", at=values["submitted_at"]))
             return self._job(connection, job_id)
 
     def get(self, name: str, wanted: Sequence[State] = ALIVE) -> Job:
@@ -339,7 +339,7 @@ def _more(event: Event) -> dict[str, Any]:
     return {}
 
 
-def _write(connection: Connection, job: Job, decision: Decision, more: dict[str, Any]) -> None:
+def _write(connection: Connection, job: Job, decision: StateChange, more: dict[str, Any]) -> None:
     """The compare-and-set, and the line of history with it."""
     changes: dict[str, Any] = {
         "state": decision.state,
@@ -354,7 +354,7 @@ def _write(connection: Connection, job: Job, decision: Decision, more: dict[str,
     _note(connection, job.id, decision.attempt or job.attempts, decision)
 
 
-def _note(connection: Connection, job_id: str, attempt: int, decision: Decision) -> None:
+def _note(connection: Connection, job_id: str, attempt: int, decision: StateChange) -> None:
     line = {"state": decision.state, "reason": decision.reason, "message": decision.message}
     connection.execute(insert(tables.event).values(job_id=job_id, attempt=attempt, at=decision.at, **line))
 

@@ -29,7 +29,7 @@ def runs(
     Raises NotFoundError for an unknown job (id or name), SpecError for a limit that is none, ClusterError where the
     tracker does not answer.
     """
-    from escala.tracking.runs import list_runs
+    from escala.tracking.queries import list_runs
 
     check_limit(limit)
     if job is not None:
@@ -48,7 +48,7 @@ def runs(
 
 def run(settings: Settings, name: str) -> RunRecord:
     """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
-    from escala.tracking.runs import get_run
+    from escala.tracking.queries import get_run
 
     try:
         details = job(settings, name)
@@ -83,7 +83,7 @@ def finished_run(settings: Settings, name: str, wait_seconds: float = 120.0) -> 
 
 def history(settings: Settings, record: RunRecord, metric: str) -> list[tuple[int, float]]:
     """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
-    from escala.tracking.runs import metric_history
+    from escala.tracking.queries import metric_history
 
     return metric_history(settings.tracker, str(record.run_id), metric)
 
@@ -93,7 +93,7 @@ def samples(settings: Settings, record: RunRecord, last: int | None = None) -> l
 
     Raises NotFoundError, and SpecError for a `last` that is no number of rows.
     """
-    from escala.tracking.runs import read_table
+    from escala.tracking.queries import read_table
 
     hint = "only `ppo` stores samples, and its first after an iteration"
     check_limit(last, "--last")
@@ -103,7 +103,7 @@ def samples(settings: Settings, record: RunRecord, last: int | None = None) -> l
 
 def run_url(settings: Settings, record: RunRecord) -> str:
     """The run's page in MLflow."""
-    from escala.tracking.runs import run_url
+    from escala.tracking.queries import run_url
 
     return run_url(settings.tracker, str(record.run_id))
 

@@ -17,7 +17,7 @@ from escala.laws.forms import known_inputs
 from escala.laws.law import Law
 
 
-class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class LawModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow is not followed: its base is Any
     """Loss in nats per token, its predictive interval, and how far the point lies outside the data."""
 
     def load_context(self, context: Any) -> None:

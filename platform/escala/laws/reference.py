@@ -92,10 +92,8 @@ class Cache:
         directory = self._root / stored.name
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / f"{stored.version}.json", stored.law.to_json())
-        write_json(
-            directory / f"{stored.version}.provenance.json",
-            {"format": FORMAT, **stored.provenance, "tracker": self._tracker},
-        )
+        provenance = {"format": FORMAT, **stored.provenance, "tracker": self._tracker}
+        write_json(directory / f"{stored.version}.provenance.json", provenance)
 
     def champion(self, name: str) -> int | None:
         """The champion's version when last read; None where that is not known."""

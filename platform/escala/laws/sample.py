@@ -76,7 +76,7 @@ def effective_sample(
         )
         if group is None and _effective(copy_N) < UNEVEN * rows:
             problems.append("some rows are repeated far more often than others, and the fit leans on them")
-    unit_N = copy_N if found is None else _together(_codes(points, found), copy_N)
+    unit_N = copy_N if found is None else _connected(_codes(points, found), copy_N)
     return _checked(Sample(unit_N, rows, found, tuple(problems), tuple(notes)))
 
 
@@ -100,7 +100,7 @@ def by_curve(sample: Sample, columns: Mapping[str, Floats], residual_N: Floats) 
         f"residuals of rows that differ only in tokens go together (correlation {following:.2f}): they look like "
         "points of one run, so they were resampled together; name the runs in a column and give it as --group"
     )
-    unit_N = _together(curve_N, sample.unit_N)
+    unit_N = _connected(curve_N, sample.unit_N)
     return _checked(replace(sample, unit_N=unit_N, by="curve", problems=(*sample.problems, said)))
 
 
@@ -131,7 +131,7 @@ def _copies(points: pd.DataFrame, columns: Mapping[str, Floats], loss_N: Floats)
     if "seed" not in points:
         return copy_N
     same_seed_N = _factorize(np.stack([copy_N, _codes(points, "seed")], axis=1).astype(np.float64))
-    return _together(same_seed_N, _factorize(np.stack([*inputs, loss_N], axis=1)))
+    return _connected(same_seed_N, _factorize(np.stack([*inputs, loss_N], axis=1)))
 
 
 def _rounded(values_N: Floats) -> Floats:
@@ -157,7 +157,7 @@ def _codes(points: pd.DataFrame, column: str) -> Ints:
     return codes
 
 
-def _together(group_N: Ints, copy_N: Ints) -> Ints:
+def _connected(group_N: Ints, copy_N: Ints) -> Ints:
     """Units of rows that share a group or are copies, also by way of others; in the order of first appearance."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

@@ -21,7 +21,7 @@ from escala.schema.workloads import BENCH, get_workload
 from escala.settings import Settings
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
 
 SINGLE = ("memory_bytes", "memory_bytes_per_second", "optimizer_parameters_per_second", "runtime_bytes")
 LINKS = ("link_bytes_per_second", "link_seconds")  # None where one worker measured alone
@@ -35,7 +35,7 @@ def bench_device(
     report: Report = silent,
 ) -> Job:
     """Queue the measurement on as many workers as the cluster has devices. Raises SpecError, ClusterError."""
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
 
     resources = {"workers": workers, "gpus_per_worker": gpus_per_worker}
     config: BenchConfig = spec.validate(

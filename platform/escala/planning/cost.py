@@ -178,8 +178,8 @@ def _bucket_bytes(stage: int, width: int, ranks: int) -> int:
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
-    """Keys and values of all layers, `width` bytes an element."""
-    return float(2 * model.n_layers * model.kv_heads * model.head_size * width)
+    """What attention keeps of a token in all layers, `width` bytes an element."""
+    return float(model.attention.state_elements(model, 1) * width)
 
 
 def communication(config: TrainedConfig) -> Communication:
@@ -206,8 +206,8 @@ def communication(config: TrainedConfig) -> Communication:
         volume = 2 * reduce * reductions + (gather if stage else 0)
         messages = buckets * (reductions + (1 if stage else 0))
     rows, exchanges = _exchanged(config)
-    volume, messages = volume + rows * model.d_model * width, messages + exchanges
-    return Communication(volume * (ranks - 1) / ranks, messages)
+    moved = volume + rows * model.d_model * width
+    return Communication(moved * (ranks - 1) / ranks, messages + exchanges)
 
 
 def _exchanged(config: TrainedConfig) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from escala.schema.workloads import get_workload
 from escala.settings import Settings
 
 if TYPE_CHECKING:
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
 
 
 @dataclass(frozen=True)

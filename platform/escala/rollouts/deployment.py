@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from escala import preflight, spec
-from escala.contract.checkpoints import check_readable
+from escala import http_client, preflight, spec
 from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError
-from escala.managed import head_token
-from escala.runtime_env import runtime_env
+from escala.rollouts.serve_interface import (
+    RolloutsStatus,
+    call,
+    configs_of,
+    details_of,
+    how_served,
+    listens_at,
+    status_of,
+)
+from escala.runtime_env import job_variables, runtime_env
 from escala.settings import RolloutsSettings, Settings
 from escala.storage import user_code
+from escala.storage.checkpoints import check_readable, open_checkpoints
 
 APPLICATION = "escala"
 IMPORT_PATH = "workloads.serve:application"
@@ -33,50 +38,8 @@ POLICY = "policy"
 START_SECONDS = 600.0
 POLL_SECONDS = 0.5
 TELL_SECONDS = 15.0  # what takes long says at least so often that it goes on
-ANSWER_SECONDS = 60.0  # Serve's first start happens within one request
 Report = Callable[[str], None]
 WEIGHTS_SECONDS = 5.0
-# No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 away.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True)
-class Replica:
-    """One process of a deployment. `state` is Serve's: STARTING, RUNNING, STOPPING, ..."""
-
-    id: str
-    state: str
-    pid: int | None
-    node: str | None
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """One part of the service; bounds are None where it does not scale."""
-
-    name: str
-    status: str
-    message: str
-    target_replicas: int
-    min_replicas: int | None
-    max_replicas: int | None
-    requests_per_replica: float | None
-    replicas: tuple[Replica, ...]
-
-
-@dataclass(frozen=True)
-class RolloutsStatus:
-    """The service. `status` is Serve's (DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, ...), or ABSENT."""
-
-    name: str
-    status: str
-    message: str = ""
-    address: str | None = None
-    model: str | None = None
-    deployments: tuple[Deployment, ...] = field(default_factory=tuple)
-    weights: dict[str, Any] | None = (
-        None  # newest version, and what each replica serves; None: nobody answers
-    )
 
 
 def up(
@@ -109,28 +72,28 @@ def up(
     written = {**written, "args": resolve(written["args"])}
     application = prepare(written, name, settings, rollouts, code)
     if (model := Path(str(application["args"]["model"]))).is_dir():
-        check_readable(model)
+        check_readable(open_checkpoints(model))
     if settings.ray_address is None:
         from escala import cluster
 
         cluster.up(settings, report)
-    details = _details(settings)
+    details = details_of(settings)
     if details.get("applications"):  # Serve keeps what it was started with
-        http = _http(details)
+        http = listens_at(details)
         if not http:
             raise StateError(
                 "Serve runs here for a `ppo` job, which started it without HTTP: nobody could ask this service",
                 "wait until `escala ps` shows no `ppo` job, then start it again",
             )
     check_exposure(http["host"], application["args"])
-    others = {n: c for n, c in _configs(details).items() if n != name}
+    others = {n: c for n, c in configs_of(details).items() if n != name}
     payload = {
         "proxy_location": "EveryNode",
         "http_options": http,
         "applications": [*others.values(), application],
     }
     report(f"{name}: asking Ray Serve for it")
-    _call(settings, "PUT", payload)
+    call(settings, "PUT", payload)
     return _wait(settings, name, wait_seconds, report)
 
 
@@ -141,8 +104,8 @@ def status(
 
     Raises ClusterError where the cluster does not answer.
     """
-    found = _status(_details(settings), name)
-    if not weights or found.address is None:  # without HTTP nobody can be asked
+    found = status_of(details_of(settings), name)
+    if not weights or found.address is None:  # without HTTP there is no address to ask
         return found
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
     return replace(found, weights=_weights(found, rollouts)) if awake else found
@@ -160,8 +123,8 @@ def scale(
     Raises NotFoundError where there is no such service, StateError for one that `up` did not start, SpecError for
     bounds that cannot hold.
     """
-    details = _details(settings)
-    configs = _configs(details)
+    details = details_of(settings)
+    configs = configs_of(details)
     if name not in details.get("applications", {}):
         raise NotFoundError(f"there is no rollout service {name!r}", "`escala rollouts up FILE` starts one")
     scaling = _scaling(configs.get(name, {}))
@@ -177,7 +140,7 @@ def scale(
     }
     scaling.update({key: value for key, value in wanted.items() if value is not None})
     check_bounds(scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"])
-    _call(settings, "PUT", {**_served(details), "applications": list(configs.values())})
+    call(settings, "PUT", {**how_served(details), "applications": list(configs.values())})
     return _wait(settings, name, START_SECONDS, lambda line: None, scaling)
 
 
@@ -191,21 +154,21 @@ def down(
 
     Raises NotFoundError where there is no such service, ClusterError where it does not go in time.
     """
-    details = _details(settings)
+    details = details_of(settings)
     if name not in details.get("applications", {}):
         raise NotFoundError(
             f"there is no rollout service {name!r}", "`escala rollouts status` shows what there is"
         )
-    others = [config for other, config in _configs(details).items() if other != name]
-    _call(settings, "PUT", {**_served(details), "applications": others})
+    others = [config for other, config in configs_of(details).items() if other != name]
+    call(settings, "PUT", {**how_served(details), "applications": others})
     report(f"{name}: finishing what runs")
     deadline = time.monotonic() + wait_seconds
-    while name in (left := _details(settings).get("applications", {})):
+    while name in (left := details_of(settings).get("applications", {})):
         if time.monotonic() > deadline:
             raise ClusterError(f"{name} is not gone after {wait_seconds:g} s", "`escala rollouts status`")
         time.sleep(POLL_SECONDS)
     if not left:
-        _call(settings, "DELETE")
+        call(settings, "DELETE")
     report(f"{name}: down")
 
 
@@ -250,7 +213,7 @@ def prepare(
     if plain["reward"]:
         digest = preflight.ready({}, plain, settings.home, code)
     copy = user_code.directory(settings.home, digest) if digest else None
-    environment = runtime_env(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy)
+    environment = runtime_env(job_variables(settings.gcs_address, gpus=config.replica_gpus > 0, code=copy))
     return {
         "route_prefix": "/",
         **application,
@@ -290,7 +253,7 @@ def _wait(
     started = time.monotonic()
     deadline, last, told = started + seconds, "", started
     while True:
-        found, now = _status(_details(settings), name), time.monotonic()
+        found, now = status_of(details_of(settings), name), time.monotonic()
         line = f"{found.status}" + "".join(f", {d.name} {d.status}" for d in found.deployments)
         if line != last or now - told >= TELL_SECONDS:
             report(f"{name}: {line}" + (f" ({now - started:.0f} s)" if line == last else ""))
@@ -311,53 +274,15 @@ def _has_bounds(found: RolloutsStatus, scaling: dict[str, Any]) -> bool:
     return any((d.min_replicas, d.max_replicas, d.requests_per_replica) == wanted for d in found.deployments)
 
 
-def _status(details: dict[str, Any], name: str) -> RolloutsStatus:
-    application = details.get("applications", {}).get(name)
-    if application is None:
-        return RolloutsStatus(name, "ABSENT")
-    http = details.get("http_options") or {}
-    address = f"http://{http['host']}:{http['port']}" if http.get("port") else None
-    deployments = tuple(_deployment(d) for d in application.get("deployments", {}).values())
-    args = (application.get("deployed_app_config") or {}).get("args", {})
-    return RolloutsStatus(
-        name, application["status"], application.get("message", ""), address, args.get("model"), deployments
-    )
-
-
-def _deployment(found: dict[str, Any]) -> Deployment:
-    scaling = found["deployment_config"].get("autoscaling_config") or {}
-    replicas = [
-        Replica(r["replica_id"], r["state"], r.get("pid"), r.get("node_ip")) for r in found["replicas"]
-    ]
-    return Deployment(
-        found["name"],
-        found["status"],
-        found.get("message", ""),
-        found.get("target_num_replicas", len(replicas)),
-        scaling.get("min_replicas"),
-        scaling.get("max_replicas"),
-        scaling.get("target_ongoing_requests"),
-        tuple(replicas),
-    )
-
-
 def _weights(found: RolloutsStatus, rollouts: RolloutsSettings) -> dict[str, Any] | None:
     """What the service says of its weight versions; None where it does not answer us."""
-    token = rollouts.token and rollouts.token.get_secret_value()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{found.address}/weights", headers=headers)
+    token = rollouts.token.get_secret_value() if rollouts.token else None
     try:
-        with _OPENER.open(request, timeout=WEIGHTS_SECONDS) as response:
-            answer: dict[str, Any] = json.loads(response.read())
-            return answer
-    except OSError:
+        answer = http_client.request(f"{found.address}/weights", token=token, timeout_seconds=WEIGHTS_SECONDS)
+        weights: dict[str, Any] | None = answer.json() if answer.succeeded else None
+    except (OSError, ValueError):
         return None
-
-
-def _configs(details: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was asked for of each application that was put by this interface."""
-    found = {n: a.get("deployed_app_config") for n, a in details.get("applications", {}).items()}
-    return {name: config for name, config in found.items() if config}
+    return weights
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -367,42 +292,3 @@ def _scaling(config: dict[str, Any]) -> dict[str, Any] | None:
             scaling: dict[str, Any] = deployment["autoscaling_config"]
             return scaling
     return None
-
-
-def _details(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_call(settings, "GET") or b"{}")
-    return found
-
-
-def _http(details: dict[str, Any]) -> dict[str, Any]:
-    """Where a running Serve listens; empty for one without HTTP."""
-    found = details.get("http_options") or {}
-    return {key: found[key] for key in ("host", "port") if key in found}
-
-
-def _served(details: dict[str, Any]) -> dict[str, Any]:
-    """How Serve runs, as it takes it back."""
-    return {"proxy_location": details["proxy_location"], "http_options": _http(details)}
-
-
-def _call(settings: Settings, method: str, payload: dict[str, Any] | None = None) -> bytes:
-    token = head_token(settings)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    if payload is not None:
-        headers["Content-Type"] = "application/json"
-    request = urllib.request.Request(
-        f"{settings.ray_dashboard}/api/serve/applications/",
-        data=None if payload is None else json.dumps(payload).encode(),
-        headers=headers,
-        method=method,
-    )
-    try:
-        with _OPENER.open(request, timeout=ANSWER_SECONDS) as response:
-            return bytes(response.read())
-    except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace").strip()
-        raise ClusterError(f"Ray Serve refuses: {said[-1500:]}", "`escala rollouts status`") from error
-    except OSError as error:
-        raise ClusterError(
-            f"{settings.ray_dashboard} does not answer: {error}", "`escala up` starts the cluster"
-        ) from error

@@ -91,7 +91,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ScalingDecision:
     """How many replicas from now on, why, and the history for the next call."""
 
     replicas: int
@@ -107,7 +107,7 @@ def demand(load: Load, rules: Rules) -> float:
     return max(requests, load.queued_tokens / (load.tokens_per_second * rules.drain_seconds))
 
 
-def decide(load: Load, rules: Rules, history: History) -> Decision:
+def decide(load: Load, rules: Rules, history: History) -> ScalingDecision:
     """How many replicas there shall be.
 
     Bounds hold at once, and a request brings a replica back from zero at once; everything else waits for its
@@ -115,19 +115,19 @@ def decide(load: Load, rules: Rules, history: History) -> Decision:
     """
     now, count = load.seconds, load.replicas
     if rules.clamp(count) != count:
-        return Decision(rules.clamp(count), "bounds", History())
+        return ScalingDecision(rules.clamp(count), "bounds", History())
     asked = demand(load, rules)
     up, down = rules.clamp(math.ceil(asked)), rules.clamp(math.ceil(asked / (1 - rules.spare)))
     if count == 0 and up > 0:
-        return Decision(up, f"woken by a demand of {asked:.2f}", History())
+        return ScalingDecision(up, f"woken by a demand of {asked:.2f}", History())
     history = _remember(now, count, up, down, history)
     if history.above_since is not None and now - history.above_since >= rules.up_seconds:
         reason = f"demand {asked:.2f}, above {count} for {now - history.above_since:.0f} s"
-        return Decision(history.above_least, reason, History())
+        return ScalingDecision(history.above_least, reason, History())
     if history.below_since is not None and now - history.below_since >= rules.down_seconds:
         reason = f"demand {asked:.2f}, below {count} for {now - history.below_since:.0f} s"
-        return Decision(history.below_most, reason, History())
-    return Decision(count, f"demand {asked:.2f}", history)
+        return ScalingDecision(history.below_most, reason, History())
+    return ScalingDecision(count, f"demand {asked:.2f}", history)
 
 
 def _remember(now: float, count: int, up: int, down: int, history: History) -> History:
@@ -144,9 +144,9 @@ def _remember(now: float, count: int, up: int, down: int, history: History) -> H
     return History(above_since, above_least, below_since, below_most)
 
 
-def replay(loads: Iterable[Load], rules: Rules) -> list[Decision]:
+def replay(loads: Iterable[Load], rules: Rules) -> list[ScalingDecision]:
     """What the policy would have decided on recorded loads: the count is its own, from the first load's on."""
-    decisions: list[Decision] = []
+    decisions: list[ScalingDecision] = []
     for load in loads:
         if decisions:
             load = Load(**{**vars(load), "replicas": decisions[-1].replicas})

@@ -16,7 +16,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-from escala.rollouts.policy import Decision, History, Load, Rules, decide
+from escala.rollouts.policy import History, Load, Rules, ScalingDecision, decide
 
 RECORD_SECONDS = 10.0
 LOGGER = logging.getLogger("ray.serve")
@@ -84,6 +84,6 @@ def load_of(context: Any, last_speed: float | None) -> Load:
     )
 
 
-def record(load: Load, decision: Decision) -> str:
+def record(load: Load, decision: ScalingDecision) -> str:
     """One line of JSON."""
     return json.dumps({**asdict(load), "decided": decision.replicas, "reason": decision.reason})

@@ -12,7 +12,7 @@ import asyncio
 from typing import Any, Protocol
 
 from escala.contract.errors import DigestMismatch, StaleWeights, WeightsNotLoaded
-from escala.rollouts.weights import Offer, Progress, WeightVersion
+from escala.rollouts.weights import Acknowledgements, Offer, WeightVersion
 
 
 class Marker(Protocol):
@@ -137,8 +137,8 @@ class Store:
         self._replicas.pop(replica, None)
         self._change()
 
-    async def progress(self, version: int, seconds: float) -> Progress:
-        """How far `version` has come, at the latest after `seconds`, sooner when nobody is missing."""
+    async def acknowledgements(self, version: int, seconds: float) -> Acknowledgements:
+        """How far `version` has come, at the latest after `seconds`, sooner when no replica is missing."""
 
         def missing() -> list[str]:
             behind = [name for name, serves in self._replicas.items() if serves < version]
@@ -146,7 +146,7 @@ class Store:
 
         await self._until(lambda: not missing(), seconds)
         done = tuple(sorted(name for name, serves in self._replicas.items() if serves >= version))
-        return Progress(done, tuple(sorted(missing())), dict(self._refused))
+        return Acknowledgements(done, tuple(sorted(missing())), dict(self._refused))
 
     async def newest(self) -> int:
         """The newest version's number, its weights lost or not."""

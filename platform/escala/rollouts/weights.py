@@ -85,7 +85,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Acknowledgements:
     """How far a version has come: replicas that serve it, that have not answered yet, and that refused, with why."""
 
     acknowledged: tuple[str, ...]
@@ -148,37 +148,37 @@ def publish(
     identity = WeightVersion(version, digest_of(weights), precision, capacity_factor)
     ray.get(store.announce.remote(Offer(identity, [ray.put(weights)])), timeout=timeout_seconds)
     adopted = store.adopt.remote(version)  # the copy that outlives this process, made while the replicas load
-    progress = _wait(store, version, started + timeout_seconds)
+    replicas = _wait(store, version, started + timeout_seconds)
     ray.get(adopted)
-    for name in progress.missing:
+    for name in replicas.missing:
         replace(store, name)
-    _complain(version, progress, timeout_seconds)
-    return Published(identity, progress.acknowledged, weights.bytes, time.monotonic() - started)
+    _complain(version, replicas, timeout_seconds)
+    return Published(identity, replicas.acknowledged, weights.bytes, time.monotonic() - started)
 
 
-def _wait(store: Any, version: int, deadline: float) -> Progress:
-    """Until nobody is missing who lives, or the deadline."""
+def _wait(store: Any, version: int, deadline: float) -> Acknowledgements:
+    """Until no live replica is missing, or the deadline."""
     import ray
 
     while True:
         left = max(0.0, deadline - time.monotonic())
-        progress: Progress = ray.get(store.progress.remote(version, min(POLL_SECONDS, left)))
-        if not progress.missing or not left:
-            return progress
-        for name in progress.missing:
+        replicas: Acknowledgements = ray.get(store.acknowledgements.remote(version, min(POLL_SECONDS, left)))
+        if not replicas.missing or not left:
+            return replicas
+        for name in replicas.missing:
             if actor_of(name) is None:
                 ray.get(store.forget.remote(name))
 
 
-def _complain(version: int, progress: Progress, seconds: float) -> None:
-    if progress.refused:
-        names = "; ".join(f"{name}: {why}" for name, why in sorted(progress.refused.items()))
+def _complain(version: int, replicas: Acknowledgements, seconds: float) -> None:
+    if replicas.refused:
+        names = "; ".join(f"{name}: {why}" for name, why in sorted(replicas.refused.items()))
         kind = DigestMismatch if "DigestMismatch" in names else WeightsNotLoaded
         raise kind(f"Replicas refused version {version}: {names}", "Publish good weights as a newer version.")
-    if progress.missing:
+    if replicas.missing:
         raise WeightsNotLoaded(
             f"Replicas did not acknowledge version {version} within {seconds:g} s and were replaced: "
-            f"{', '.join(progress.missing)}.",
+            f"{', '.join(replicas.missing)}.",
             "Their successors start with this version; give more time if responses are long.",
         )
 
@@ -256,7 +256,7 @@ class Receiver:
         try:
             await self._find_store().forget.remote(self._name)
         except self._gone():
-            return  # nobody is left to tell
+            return  # the store is gone, too
 
     async def require(self, min_version: int = 0, max_staleness: int | None = None) -> WeightVersion:
         """What a request may run on: at least `min_version`, at most `max_staleness` versions behind the newest.

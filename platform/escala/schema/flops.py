@@ -29,7 +29,7 @@ class FlopsPerToken:
 
     matmul: float  # the blocks' weight matrices: 6 per weight
     logits: float  # the product with the unembedding: 6 V d; looking a token up costs none
-    attention: float  # scores and weighted values, causal
+    attention: float  # what grows with the context: scores and weighted values
     total: float
 
 
@@ -63,28 +63,17 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(blocks + embeddings, active + embeddings, blocks)
 
 
-def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
-    """Keys that a query of a causal context meets on average: T/2; with a window W < T, W - W^2/(2T).
-
-    The continuous form, as in SPEC.md D.2 (chi = 1 + L H d_h T/N); the exact sum has half a key more.
-    """
-    window = min(context_tokens, window_tokens or context_tokens)
-    return window - window * window / (2 * context_tokens)
-
-
 def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     """Training FLOPs per token at a context of `context_tokens` (SPEC.md D.2; PaLM appendix B, halved).
 
-    Attention, per layer, head and key: 2 d_h for the score and 2 d_h for the value, forward; so 6 L H d_h T
-    in training. A window saturates it. Norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
+    What attention costs its kind says; norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
     many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to hard.
     """
     matmul = 2.0 * _matrix_parameters(config, _computed_experts(config))
     logits = 2.0 * config.vocab_size * config.d_model
-    keys = mean_keys(context_tokens, config.window_tokens)
-    attention = 4.0 * config.n_layers * config.n_heads * config.head_size * keys
-    terms = [TRAINING_PER_FORWARD * term for term in (matmul, logits, attention)]
-    return FlopsPerToken(*terms, total=sum(terms))
+    attention = config.attention.flops(config, context_tokens)
+    matmul, logits, attention = (TRAINING_PER_FORWARD * term for term in (matmul, logits, attention))
+    return FlopsPerToken(matmul, logits, attention, total=sum((matmul, logits, attention)))
 
 
 def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
@@ -184,12 +173,11 @@ class SavedElements:
 
 def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
     """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
-    GELU block with dropout): a block its two residual inputs and their norms, rotated queries and keys, values, the
-    attention's output, SwiGLU's gate and up, and their product; of a mixture of experts see below.
+    GELU block with dropout): a block its two residual inputs and their norms, what its attention keeps, SwiGLU's gate
+    and up, and their product; of a mixture of experts see below.
     """
-    d, size = config.d_model, config.head_size
-    attention = 2 * config.n_heads * size + 2 * config.kv_heads * size
-    block = 4 * d + attention + 3 * config.ff_size
+    d = config.d_model
+    block = 4 * d + config.attention.saved_elements(config) + 3 * config.ff_size
     mixtures, mixture = mixture_layers(config), block - 3 * config.ff_size + _saved_by_mixture(config)
     working = max([block] * (mixtures < config.n_layers) + [mixture] * (mixtures > 0))
     head = 3 * config.vocab_size

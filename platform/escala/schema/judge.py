@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.rewards import JudgeModelConfig
+from escala.schema.rewards.judge import JudgeModelConfig
 from escala.schema.training import ResourcesConfig
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
+from escala.schema.attention import KINDS, AttentionSection
 from escala.schema.base import Strict
 from escala.schema.moe import MoEConfig
 
@@ -32,7 +31,9 @@ class ModelConfig(Strict):
     norm_eps: float = Field(1e-6, gt=0)
     tie_embeddings: bool = True
     qk_norm: bool = Field(False, description="RMSNorm on each head's query and key before RoPE (Qwen3)")
-    attention: Literal["exact"] = "exact"
+    attention: AttentionSection = Field(
+        KINDS.read({}), description="a kind's name, or a section of kind and its options"
+    )
     window_tokens: int | None = Field(None, gt=0, description="keys a query sees, itself included; None: all")
     moe: MoEConfig | None = Field(None, description="experts in place of feed-forward layers; None: dense")
 
@@ -70,6 +71,7 @@ class ModelConfig(Strict):
                 f"about {self._rough_parameters:.1g} parameters, more than the {MOST_PARAMETERS:g} that any machine "
                 "trains: lower n_layers, d_model, d_ff, vocab_size or moe.experts"
             )
+        self.attention.check(self)
         return self
 
     @property

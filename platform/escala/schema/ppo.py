@@ -11,7 +11,7 @@ from escala.schema.base import StoredPath, Strict
 from escala.schema.finetune import FineTuneConfig
 from escala.schema.model import ModelConfig
 from escala.schema.pretrained import model_config_of
-from escala.schema.rewards import FunctionRewardConfig, JudgeRewardConfig, RewardConfig
+from escala.schema.rewards import RewardConfig
 from escala.schema.training import OptimizerConfig, StartConfig, TrainingConfig
 
 
@@ -221,10 +221,7 @@ class PpoConfig(FineTuneConfig):
         """What makes no sense together, and why."""
         training, batch, kind = self.training, self.batch, self.advantage.kind
         workers, rows = self.resources.workers, self.training.batch_sequences
-        functions = [
-            r.function.partition(":")[2] for r in self.rewards if isinstance(r, FunctionRewardConfig)
-        ]
-        judged = any(isinstance(r, JudgeRewardConfig) and r.references is None for r in self.rewards)
+        columns = [reward.column for reward in self.rewards if not reward.is_served]
         free, most = self.shaping.length_free_tokens, self.sampling.max_response_tokens
         refused = {
             "training.train_tokens can't be kept: responses are as long as they come; give training.steps": (
@@ -243,10 +240,9 @@ class PpoConfig(FineTuneConfig):
             f"{kind} compares a prompt's responses: set batch.responses_per_prompt to 2 or more": (
                 kind in ("grpo", "dr_grpo", "rloo") and batch.responses_per_prompt < 2
             ),
-            "a judge without references compares a prompt's responses: set batch.responses_per_prompt to 2 or "
-            "more": judged and batch.responses_per_prompt < 2,
+            **{reason: True for r in self.rewards if (reason := r.contradiction(batch.responses_per_prompt))},
             "two reward functions have the same name, by which their means are recorded: rename one": (
-                len(set(functions)) < len(functions)
+                len(set(columns)) < len(columns)
             ),
             f"{kind} takes no critic: leave it out, or use gae": kind != "gae" and self.critic is not None,
             "shaping.normalise needs two responses an iteration": self.shaping.normalise and rows < 2,

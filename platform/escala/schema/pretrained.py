@@ -356,7 +356,7 @@ def from_hugging_face(config: Json) -> ModelConfig:
     """The ModelConfig that a config.json describes. Raises ValueError."""
     architecture = architecture_of(config.get("model_type"))
     _refuse_unrepresentable(config)
-    defaults = DEFAULTS | architecture.defaults
+    defaults: dict[str, Any] = {**DEFAULTS, **architecture.defaults}
     settings = defaults | {key: config[key] for key in KEYS if key in config}
     ours = {ours: settings[theirs] for theirs, ours in KEYS.items()}
     base = _rope_base(config, defaults["rope_theta"])
@@ -383,7 +383,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
 def architecture_for(config: ModelConfig) -> Architecture:
     """The format that `config` is written in. Raises ValueError that names what it cannot carry."""
     architecture = next(each for each in ARCHITECTURES if each.fits(config))
-    carried = architecture.covers | set(KEYS.values()) | {"rope_base"}
+    if reason := config.attention.unexportable(config):
+        raise ValueError(f"Hugging Face's {architecture.class_name} cannot express the model: {reason}")
+    carried = architecture.covers | set(KEYS.values()) | {"rope_base", "attention"}
     left = {
         name: getattr(config, name)
         for name, info in ModelConfig.model_fields.items()

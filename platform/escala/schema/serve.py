@@ -7,22 +7,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.rewards import JudgeModelConfig, RewardConfig
+from escala.schema.engines import KINDS, EngineSection
+from escala.schema.rewards import RewardConfig
+from escala.schema.rewards.judge import JudgeModelConfig
 
 POLICY = "policy"
 """The deployment that generates, and that scales."""
-
-
-class EngineConfig(Strict):
-    """The limits of one replica's engine."""
-
-    max_running: int = Field(32, gt=0, description="requests in the batch")
-    cache_tokens: int | None = Field(
-        None, gt=0, description="that the KV cache holds; None: max_running contexts, or 1 GiB of them"
-    )
-    block_tokens: int = Field(32, gt=0, description="of a cache block")
-    prefill_tokens: int = Field(512, gt=0, description="of prompts read in one step")
-    max_response_tokens: int = Field(4096, gt=0, description="that a request may ask for")
 
 
 class ScalingConfig(Strict):
@@ -60,7 +50,7 @@ class ServeConfig(Strict):
     )
     name: str | None = Field(None, min_length=1, description="in /v1/models; None: the directory's")
     precision: Literal["fp32", "bf16"] = "fp32"
-    engine: EngineConfig = EngineConfig()
+    engine: EngineSection = KINDS.read({})
     scaling: ScalingConfig = ScalingConfig()
     reward: list[RewardConfig] = Field([], description="weighted and summed; none: no such deployment")
     judge: JudgeModelConfig | None = Field(None, description="None: no such deployment")

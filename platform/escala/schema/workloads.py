@@ -16,6 +16,7 @@ from escala.schema.finetune import DpoConfig, RewardTrainingConfig, SftConfig
 from escala.schema.judge import JudgeConfig
 from escala.schema.ppo import PpoConfig
 from escala.schema.pretrain import PretrainConfig
+from escala.schema.rewards import KINDS as REWARDS
 from escala.schema.training import TrainedConfig
 
 Plain = Mapping[str, Any]  # a checked configuration, or a record, as plain data
@@ -80,6 +81,7 @@ class Workload:
         result: what it leaves: a model's checkpoints, a file of preferences, a sweep's points, figures of a device.
         command: what starts it; None: `escala submit NAME`.
         inputs: dotted keys of the configuration that name files (or None), and what these hold.
+        prepared_from: sections of the configuration that decide what data a run prepares.
         sidecar: the service that it needs beside its workers.
         objective: what a sweep of it judges its trials by; None: it is not swept.
         chooses_model: model, batch and learning rate may follow by recipe: it starts from no model.
@@ -94,6 +96,7 @@ class Workload:
     result: Result = "model"
     command: str | None = None
     inputs: Mapping[str, Content] = field(default_factory=dict)
+    prepared_from: tuple[str, ...] = ("data", "start", "tokenizer")
     sidecar: Sidecar | None = None
     objective: Measure | None = None
     chooses_model: bool = False
@@ -156,7 +159,7 @@ def _reward(record: Plain) -> float | None:
 def _rollout_service(config: Plain) -> dict[str, float]:
     """The policy's replicas, and one for the rewards where any is a model."""
     service = config["rollouts"]
-    replicas = service["replicas"] + any(section["kind"] != "function" for section in config["rewards"])
+    replicas = service["replicas"] + any(REWARDS[section["kind"]].is_served for section in config["rewards"])
     return {"CPU": replicas * service["replica_cpus"], "GPU": replicas * service["replica_gpus"]}
 
 
@@ -216,6 +219,7 @@ WORKLOADS: dict[str, Workload] = {
             "workloads.ppo",
             PpoConfig,
             inputs={"prompts": "prompts"},
+            prepared_from=("start", "tokenizer", "prompts", "rewards", "critic", "sampling"),
             sidecar=Sidecar("the rollout service", "rollouts.replica_cpus", _rollout_service),
             objective=REWARD,
             fixed_tokens=False,  # as many as its responses had

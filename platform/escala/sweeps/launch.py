@@ -18,7 +18,7 @@ from escala.storage import user_code
 if TYPE_CHECKING:
     import pandas as pd
 
-    from escala.jobs.model import Job
+    from escala.jobs.records import Job
     from escala.laws.queries import Fitted, Preview
     from escala.sweeps.plan import SweepPlan
     from escala.sweeps.points import SweepPoints
@@ -78,7 +78,7 @@ def sweep(
     trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
     `jobs.actions.enqueue`.
     """
-    from escala.jobs.model import NewJob
+    from escala.jobs.records import NewJob
     from escala.sweeps.plan import make_plan
 
     name, loaded, checked = _loaded(settings, space, overrides, options)

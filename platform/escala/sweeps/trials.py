@@ -6,9 +6,7 @@ that it reads, and the code of the workloads.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from escala.contract import handshake, lines
 from escala.contract.files import insist, write_whole
 from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
 from escala.schema.workloads import get_workload
+from escala.storage.locks import locked
 from escala.sweeps.design import Trial
 from escala.tracking.children import SWEEP_ATTEMPT_TAG
 from escala.tracking.lineage import fingerprint, source_fingerprint
@@ -102,13 +101,7 @@ def new_attempt(
 def held(files: TrialFiles) -> Iterator[None]:
     """Hold the trial, so that two sweeps do not train it at once; the kernel frees it with its holder."""
     files.directory.mkdir(parents=True, exist_ok=True)
-    with files.lock.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(POLL_SECONDS)  # until the other sweep's attempt has ended
+    with locked(files.lock, every=POLL_SECONDS):  # until the other sweep's attempt has ended
         yield
 
 

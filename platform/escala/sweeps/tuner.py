@@ -42,18 +42,8 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no loss
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-Data = Mapping[
-    str, Any
-]  # key of a data configuration -> what workloads.trial.prepare gave, with its fingerprints
-READ = (
-    "data",
-    "start",
-    "tokenizer",
-    "prompts",
-    "rewards",
-    "critic",
-    "sampling",
-)  # sections that decide what is prepared
+Data = Mapping[str, Any]  # data_key -> what workloads.trial.prepare gave, with its fingerprints
+OBJECTIVE = "objective"  # Tune's name of what a search minimises
 
 
 def main(arguments: list[str]) -> int:
@@ -127,12 +117,15 @@ class Sweep:
         data = {}
         print("preparing the data", flush=True)
         for config in configs:
-            key = data_key(config)
+            key = data_key(space.workload, config)
             if key not in data:
                 data[key] = _prepare_on_cluster(_preparation(self.attempt, space.workload, config))
                 self.tracker.dataset(self.run_id, dataset_of(config, data[key].fingerprints))
         if not planned:
-            planned = [identify(n, t, data[data_key(t.config)].fingerprints) for n, t in enumerate(todo, 1)]
+            planned = [
+                identify(n, t, data[data_key(space.workload, t.config)].fingerprints)
+                for n, t in enumerate(todo, 1)
+            ]
             if planned:
                 trials.write_planned(self.home, self.attempt.job_id, planned)
         return planned, data
@@ -160,7 +153,7 @@ class Sweep:
             search = {"search_alg": _optuna(space), "num_samples": space.points}
             param_space = {}
         if space.aim == "search":
-            search |= {"metric": "loss_nats", "mode": "min", "scheduler": _scheduler(space)}
+            search |= {"metric": OBJECTIVE, "mode": "min", "scheduler": _scheduler(space)}
         tuner = tune.Tuner(
             trainable,
             param_space=param_space,
@@ -202,10 +195,10 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
     root = Path(home)
     if "number" in config:
         planned = next(p for p in trials.read_planned(root, sweep.job_id) if p.number == config["number"])
-        prepared = data[data_key(planned.trial.config)]
+        prepared = data[data_key(space.workload, planned.trial.config)]
     else:
         trial = design.make_trial(space, from_optuna(space, config))
-        key = data_key(trial.config)
+        key = data_key(space.workload, trial.config)
         prepared = data.get(key) or workload.prepare(_preparation(sweep, space.workload, trial.config))
         number = len(trials.read_planned(root, sweep.job_id)) + 1
         planned = identify(number, trial, prepared.fingerprints)
@@ -222,12 +215,12 @@ def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Sp
             )
     record = outcome.record or {}
     loss = objective_of(record).minimised(record) if outcome.kind == "succeeded" else None
-    tune.report({"loss_nats": float("inf") if loss is None else loss, "kind": outcome.kind})
+    tune.report({OBJECTIVE: float("inf") if loss is None else loss, "kind": outcome.kind})
 
 
 def _report(tune: Any, step: int, loss_nats: float) -> None:
     if step:  # not the evaluation before the first step
-        tune.report({"loss_nats": loss_nats, "step": step})
+        tune.report({OBJECTIVE: loss_nats, "step": step})
 
 
 def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> PlannedTrial:
@@ -235,9 +228,9 @@ def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> Plann
     return PlannedTrial(number, trials.trial_fingerprint(trial.config, data), trial)
 
 
-def data_key(config: Mapping[str, Any]) -> str:
-    """The same for all configurations that read the same prepared data."""
-    return fingerprint([config.get(section) for section in READ])
+def data_key(workload: str, config: Mapping[str, Any]) -> str:
+    """The same for all configurations of a workload that read the same prepared data."""
+    return fingerprint([config.get(section) for section in get_workload(workload).prepared_from])
 
 
 def resources_of(workload: str, examples: list[design.Trial]) -> dict[str, float]:
@@ -292,7 +285,7 @@ def _optuna(space: Space) -> Any:
         return optuna.distributions.CategoricalDistribution([(i + 0.5) / len(axis) for i in range(len(axis))])
 
     cube = {key: distribution(axis) for key, axis in space.vary.items()}
-    return OptunaSearch(space=cube, metric="loss_nats", mode="min", seed=space.design_seed)
+    return OptunaSearch(space=cube, metric=OBJECTIVE, mode="min", seed=space.design_seed)
 
 
 def _scheduler(space: Space) -> Any:

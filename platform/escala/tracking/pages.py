@@ -6,15 +6,12 @@ for training (`workflowType`). Addresses hold no password.
 
 from __future__ import annotations
 
-import json
-import urllib.error
 import urllib.parse
-import urllib.request
+
+from escala import http_client
 
 VIEW = "workflowType=machine_learning"
 ANSWER_SECONDS = 3.0
-# No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 away.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def run_page(uri: str, experiment_id: str, run_id: str) -> str:
@@ -41,8 +38,8 @@ def find_runs_page(uri: str, experiment: str) -> str | None:
     query = urllib.parse.urlencode({"experiment_name": experiment})
     address = f"{shown(uri)}/api/2.0/mlflow/experiments/get-by-name?{query}"
     try:
-        with _OPENER.open(address, timeout=ANSWER_SECONDS) as answer:
-            return runs_page(uri, str(json.load(answer)["experiment"]["experiment_id"]))
+        found = http_client.request(address, timeout_seconds=ANSWER_SECONDS)
+        return runs_page(uri, str(found.json()["experiment"]["experiment_id"]))
     except (OSError, ValueError, KeyError, TypeError):  # a link less
         return None
 

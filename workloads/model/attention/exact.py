@@ -1,4 +1,5 @@
-"""Exact causal attention (SPEC.md A.1, A.3, A.6): flash-attn where installed and fit, else torch's SDPA.
+"""Exact causal attention (SPEC.md A.1, A.3, A.6): flash-attn where installed and fit, else torch's SDPA; in generation
+over a paged cache (see `paged`).
 
 Dimensions: B batch, T context, H query heads, G key/value heads, S head size.
 """
@@ -14,45 +15,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def attention_mask(
-    context_tokens: int, documents_BT: Tensor | None, window_tokens: int | None, device: torch.device
-) -> Tensor | None:
-    """True where a query (row) sees a key (column), shape (T, T) or (B, 1, T, T); None: plain causal."""
-    windowed = window_tokens is not None and window_tokens < context_tokens
-    if documents_BT is None and not windowed:
-        return None
-    position = torch.arange(context_tokens, device=device)
-    distance = position[:, None] - position[None, :]
-    seen = distance >= 0
-    if windowed:
-        seen = seen & (distance < window_tokens)
-    if documents_BT is None:
-        return seen
-    return seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
+from escala.schema import ModelConfig
+from workloads.model.attention.paged import PagedCache
 
 
-def exact_attention(
-    q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, mask: Tensor | None, window_tokens: int | None = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(S)) v, causal; output_BTHS.
+class ExactCore:
+    """softmax(q k^T / sqrt(S)) v over all keys, or over a window of the last ones."""
 
-    Args:
-        mask: from `attention_mask`; None for plain causal attention.
-        window_tokens: the window that `mask` expresses; flash-attn takes it as a number instead.
-    """
-    if _flash_fits(q_BTHS) and (mask is None or mask.ndim == 2):
-        window = (-1, -1) if window_tokens is None else (window_tokens - 1, 0)
-        return _flash().flash_attn_func(q_BTHS, k_BTGS, v_BTGS, causal=True, window_size=window)
-    output_BHTS = F.scaled_dot_product_attention(
-        q_BTHS.transpose(1, 2),
-        k_BTGS.transpose(1, 2),
-        v_BTGS.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q_BTHS.shape[2] != k_BTGS.shape[2],  # on CPU faster than repeating keys and values
-    )
-    return output_BHTS.transpose(1, 2)
+    def __init__(self, config: ModelConfig) -> None:
+        self._config, self._window = config, config.window_tokens
+
+    def prepare(
+        self, context_tokens: int, documents_BT: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """The mask: True where a query (row) sees a key (column), shape (T, T) or (B, 1, T, T); None: plain causal."""
+        window = self._window if self._window is not None and self._window < context_tokens else None
+        if documents_BT is None and window is None:
+            return None
+        position = torch.arange(context_tokens, device=device)
+        distance = position[:, None] - position[None, :]
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        if documents_BT is None:
+            return seen
+        return seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
+
+    def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Tensor | None) -> Tensor:
+        """Output_BTHS. flash-attn takes the window that the mask expresses as a number instead."""
+        if _flash_fits(q_BTHS) and (prepared is None or prepared.ndim == 2):
+            window = (-1, -1) if self._window is None else (self._window - 1, 0)
+            out: Tensor = _flash().flash_attn_func(q_BTHS, k_BTGS, v_BTGS, causal=True, window_size=window)
+            return out
+        output_BHTS = F.scaled_dot_product_attention(
+            q_BTHS.transpose(1, 2),
+            k_BTGS.transpose(1, 2),
+            v_BTGS.transpose(1, 2),
+            attn_mask=prepared,
+            is_causal=prepared is None,
+            enable_gqa=q_BTHS.shape[2] != k_BTGS.shape[2],  # on CPU faster than repeating keys and values
+        )
+        return output_BHTS.transpose(1, 2)
+
+    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> PagedCache:
+        """A cache of keys and values."""
+        config = self._config
+        return PagedCache(
+            config.n_layers, blocks, config.kv_heads, block_tokens, config.head_size, like, self._window
+        )
+
+
+make_core = ExactCore
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from escala.contract import failures, handshake
 from escala.contract.attempt import check_fence, finish, flatten, read_attempt
 from escala.contract.errors import EscalaError, SpecError
 from escala.contract.failures import UNEXPLAINED, Classify
-from escala.contract.records import STOP_REASONS, AttemptFiles, AttemptSpec, Outcome, RunRecord
+from escala.contract.records import STOP_REASONS, AttemptFiles, AttemptSpec, Outcome, RunRecord, to_plain
 from escala.contract.redaction import hide_in, print_exception
 from escala.tracking.base import Tracker
 from escala.tracking.lineage import code_fingerprint, fingerprint
@@ -145,7 +145,7 @@ class LiveAttempt:
         """Record, tracker, outcome: in this order, the outcome last."""
         summary = self.summarise(self)
         record = self._record(outcome, summary.values)
-        plain = asdict(record)
+        plain = to_plain(record)
         self.outcome = Outcome(outcome.kind, outcome.message, outcome.hint, summary.checkpoint, plain)
         if self._tracker is not None and self._run_id:
             tracker, run_id = self.run

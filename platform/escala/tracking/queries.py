@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from escala.contract.errors import EscalaError, NotFoundError
-from escala.contract.records import RunRecord
+from escala.contract.errors import EscalaError, NotFoundError, VersionError
+from escala.contract.records import RunRecord, check_format
 from escala.tracking.children import PARENT_TAG
 from escala.tracking.mlflow_tracker import joined_tag, open_client, tracker_error
 from escala.tracking.pages import run_page
@@ -145,11 +145,13 @@ def _record(run: Any) -> RunRecord:
     written = joined_tag(tags, RECORD_TAG)
     if written is not None:
         try:
-            known = {k: v for k, v in json.loads(written).items() if k in _KNOWN}
+            plain = json.loads(written)
+            check_format(plain, f"the record of run {run.info.run_id}")
+            known = {k: v for k, v in plain.items() if k in _KNOWN}
             parent = tags.get(PARENT_TAG, known.get("parent_run_id"))
             return replace(RunRecord(**known), run_id=run.info.run_id, parent_run_id=parent)
-        except (ValueError, TypeError, AttributeError) as error:  # a person may write tags: one run's trouble
-            log.warning("run %s has a damaged record, and is shown without it: %s", run.info.run_id, error)
+        except (VersionError, ValueError, TypeError, AttributeError) as error:  # a person may write tags
+            log.warning("run %s has no usable record, and is shown without it: %s", run.info.run_id, error)
     attempt = tags.get("escala.attempt", "")
     ended = run.info.end_time
     fingerprints: dict[str, Any] = {

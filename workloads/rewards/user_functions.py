@@ -1,8 +1,8 @@
 """A user's reward function in a process of its own, which can be ended: one that never returns, calls sys.exit or
 crashes is that function's error, whatever it holds (a regular expression that backtracks holds Python's lock).
 
-`python -m workloads.rewards.functions R W` is that process: it reads JSON lines from file descriptor R (first what to
-import, then calls) and answers each on W. What the function prints goes where its worker's output goes.
+`python -m workloads.rewards.user_functions R W` is that process: it reads JSON lines from file descriptor R (first
+what to import, then calls) and answers each on W. What the function prints goes where its worker's output goes.
 
 The submit directory's modules (ESCALA_CODE) stand last on the path: they never hide escala, torch or Python's own.
 """
@@ -75,7 +75,7 @@ class _Process:
             "-u",
             "-P",
             "-m",
-            "workloads.rewards.functions",
+            "workloads.rewards.user_functions",
             str(requests),
             str(answers),
         ]

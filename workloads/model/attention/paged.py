@@ -32,12 +32,19 @@ class PagedCache:
     """
 
     def __init__(
-        self, layers: int, blocks: int, kv_heads: int, block_tokens: int, head_size: int, like: Tensor
+        self,
+        layers: int,
+        blocks: int,
+        kv_heads: int,
+        block_tokens: int,
+        head_size: int,
+        like: Tensor,
+        window_tokens: int | None = None,
     ) -> None:
         shape = (layers, blocks, kv_heads, block_tokens, head_size)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.block_tokens = block_tokens
+        self.block_tokens, self.window_tokens = block_tokens, window_tokens
         self.copied_blocks = 0  # of one layer, keys and values together, so far
 
     @property
@@ -50,9 +57,17 @@ class PagedCache:
         self.keys[layer, blocks, :, offsets] = k_NGS
         self.values[layer, blocks, :, offsets] = v_NGS
 
+    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Ints) -> TilePlan:
+        """See `plan_tiles`."""
+        return plan_tiles(tables, positions_TQ, self.block_tokens, self.window_tokens, self.keys.device)
+
+    def attend(self, q_TQGES: Tensor, layer: int, plan: TilePlan) -> Tensor:
+        """See `attend`."""
+        return attend(q_TQGES, self, layer, plan)
+
 
 @dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """How the tiles of one forward pass read the cache; the same for all layers.
 
     Attributes:
@@ -76,13 +91,13 @@ class Plan:
     bias: Tensor
 
 
-def make_plan(
+def plan_tiles(
     tables: Sequence[Sequence[int]],
     positions_TQ: Ints,
     block_tokens: int,
     window: int | None,
     device: torch.device,
-) -> Plan:
+) -> TilePlan:
     """The plan of tiles whose queries stand at `positions_TQ` and see positions up to their own, `window` at most.
 
     Args:
@@ -96,7 +111,9 @@ def make_plan(
     tiles, places = len(tables), max(int(counts.max()), -(-REGISTER // block_tokens))
     tile = np.repeat(np.arange(tiles), counts)
     place = np.arange(len(tile)) + np.repeat(np.arange(tiles) * places - np.cumsum(counts) + counts, counts)
-    block = np.concatenate([table[a : z + 1] for table, a, z in zip(tables, first, last, strict=True)])
+    block = np.concatenate(
+        [table[a : z + 1] for table, a, z in zip(tables, first.tolist(), last.tolist(), strict=True)]
+    )
     in_place = device.type == "cpu" and positions_TQ.shape[1] == 1
     low, span, view_tile, row, extra = _choose_view(block, tile, in_place)
     slot, filled = np.zeros(tiles * places, np.int64), np.zeros((tiles * places, 1, 1, 1), np.float32)
@@ -107,10 +124,10 @@ def make_plan(
     distance = positions_TQ[:, :, None] - keys[:, None, :]
     seen = (distance >= 0) & (distance < (window or np.inf))
     bias = np.where(seen, np.float32(0), np.float32("-inf"))
-    arrays = (view_tile, block[extra], tile[extra], slot, home, filled)
-    view_tile, extra_block, extra_tile, slot, home, filled = (torch.from_numpy(a).to(device) for a in arrays)
-    bias = torch.from_numpy(bias).to(device).view(tiles, 1, -1, 1, places, block_tokens)
-    return Plan(low, span, view_tile, extra_block, extra_tile, slot, home, filled, bias)
+    arrays = (view_tile, block[extra], tile[extra], slot, home, filled, bias)
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    tensors[-1] = tensors[-1].view(tiles, 1, -1, 1, places, block_tokens)
+    return TilePlan(low, span, *tensors)
 
 
 def _choose_view(block: Ints, tile: Ints, in_place: bool) -> tuple[int, int, Ints, Ints, Ints]:
@@ -132,7 +149,7 @@ def _choose_view(block: Ints, tile: Ints, in_place: bool) -> tuple[int, int, Int
     return low, span, view_tile, row, extra
 
 
-def attend(q_TQGES: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor:
+def attend(q_TQGES: Tensor, cache: PagedCache, layer: int, plan: TilePlan) -> Tensor:
     """softmax(q k^T / sqrt(S)) v over each tile's blocks, output_TQGES in fp32.
 
     Each product is rounded to the cache's dtype; softmax and the sum over blocks are in fp32.
@@ -159,15 +176,19 @@ def attend(q_TQGES: Tensor, cache: PagedCache, layer: int, plan: Plan) -> Tensor
     )
     sizes = [len(q) // heads for q, _, _ in parts]
     products = [
-        torch.bmm(w.flatten(0, 1), v) for w, (_, _, v) in zip(weights_PGRK.split(sizes), parts, strict=True)
+        torch.bmm(w.flatten(0, 1), v)
+        for w, (_, _, v) in zip(torch.split(weights_PGRK, sizes), parts, strict=True)
     ]
     output_PGRS = _cat(products).view(-1, heads, queries * each, size)
-    output_TLGRS = output_PGRS.index_select(0, plan.slot).mul(plan.filled).unflatten(0, (tiles, places))
+    filled = output_PGRS.index_select(0, plan.slot).mul(plan.filled)
+    output_TLGRS = torch.unflatten(filled, 0, (tiles, places))
     output_TGQES = output_TLGRS.sum(1).view(tiles, heads, queries, each, size)
     return output_TGQES.transpose(1, 2)
 
 
-def _pairs(q_TGRS: Tensor, cache: PagedCache, layer: int, plan: Plan) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _pairs(
+    q_TGRS: Tensor, cache: PagedCache, layer: int, plan: TilePlan
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(queries, keys, values) of the pairs in place and of the copied ones, (pairs * G, R or K, S) each."""
     found, keys, values = [], cache.keys[layer], cache.values[layer]
     if plan.span:

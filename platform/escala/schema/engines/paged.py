@@ -1,0 +1,22 @@
+"""Our own engine: continuous batching over a paged cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from escala.schema.engines.kind import KINDS, EngineKind
+
+
+@KINDS.add
+class PagedEngineConfig(EngineKind):
+    """The limits of `workloads.generation.engine.Engine`."""
+
+    kind: Literal["paged"] = "paged"
+    max_running: int = Field(32, gt=0, description="requests in the batch")
+    cache_tokens: int | None = Field(
+        None, gt=0, description="that the KV cache holds; None: max_running contexts, or 1 GiB of them"
+    )
+    block_tokens: int = Field(32, gt=0, description="of a cache block")
+    prefill_tokens: int = Field(512, gt=0, description="of prompts read in one step")

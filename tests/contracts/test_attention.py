@@ -1,0 +1,265 @@
+"""What every registered kind of attention must do: `escala.schema.attention` beside `workloads.model.attention`.
+
+A kind is tried with its default options, and as `VARIANTS` say. A new one is tried without a change here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import escala.schema.attention
+import workloads.model.attention
+from escala.schema import ModelConfig
+from escala.schema.attention import KINDS
+from escala.schema.flops import flops_per_token, parameter_counts, saved_elements_per_token
+from escala.schema.pretrained import to_hugging_face
+from workloads.generation.engine import Engine
+from workloads.generation.protocol import SamplingParams
+from workloads.model.attention.registry import make_core
+from workloads.model.rope import RotaryTable, rotate
+from workloads.model.transformer import Transformer
+
+CONTEXT = 48
+SMALL = {
+    "vocab_size": 61,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_ff": 32,
+    "max_context_tokens": CONTEXT,
+}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "exact": [{"n_kv_heads": 2}, {"window_tokens": 7, "qk_norm": True}]
+}
+CASES = [(kind, changes) for kind in KINDS for changes in [{}, *VARIANTS.get(kind, [])]]
+each_kind = pytest.mark.parametrize(
+    ("kind", "changes"), CASES, ids=[f"{k}-{'-'.join(c) or 'default'}" for k, c in CASES]
+)
+
+
+def model_of(kind: str, changes: dict[str, Any]) -> Transformer:
+    """Large weights, so that a wrong detail shows."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**SMALL, **changes}, attention=kind))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name and "embedding" not in name:
+                weight.mul_(1.5)
+    return model
+
+
+def tokens_of(count: int = CONTEXT, rows: int = 2) -> torch.Tensor:
+    return torch.randint(61, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+@each_kind
+def test_decoding_step_by_step_is_the_whole_forward_pass(kind: str, changes: dict[str, Any]) -> None:
+    """The core alone: tiles of a block for the first half, then one position after another."""
+    model = model_of(kind, changes)
+    config, core, block = model.config, make_core(model.config), 8
+    torch.manual_seed(2)
+    shapes = [(1, CONTEXT, heads, config.head_size) for heads in (config.n_heads, *[config.kv_heads] * 2)]
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    rotation = RotaryTable(config.head_size, config.rope_base)(CONTEXT, like=q)
+    q, k = rotate(q, *rotation), rotate(k, *rotation)
+    whole = core.attend(q, k, v, core.prepare(CONTEXT, None, q.device))[0]
+    state = core.decode_state(CONTEXT // block + 1, block, q)
+    table = list(range(CONTEXT // block, 0, -1))  # in no order
+    grouped = q[0].unflatten(1, (config.kv_heads, -1))
+    found = []
+    half = CONTEXT // 2
+    for start, end in [(0, half), *((t, t + 1) for t in range(half, CONTEXT))]:
+        at = torch.arange(start, end)
+        state.write(0, torch.tensor(table)[at // block], at % block, k[0, start:end], v[0, start:end])
+        queries = min(block, end - start)
+        positions = at.view(-1, queries)
+        plan = state.plan([table] * len(positions), positions.numpy())
+        found.append(state.attend(grouped[at].unflatten(0, (-1, queries)), 0, plan).flatten(0, 1))
+    torch.testing.assert_close(torch.cat(found).flatten(1), whole.flatten(1), atol=2e-5, rtol=1e-4)
+
+
+@each_kind
+def test_the_engine_draws_what_the_forward_pass_says(kind: str, changes: dict[str, Any]) -> None:
+    model = model_of(kind, changes)
+    prompts = [row.tolist()[:n] for row, n in zip(tokens_of(30), (3, 30), strict=True)]
+    engine = Engine(copy.deepcopy(model), None, block_tokens=8)
+    for prompt, response in zip(
+        prompts, engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0)), strict=True
+    ):
+        tokens = torch.tensor([[*prompt, *response.token_ids]])
+        with torch.no_grad():
+            logits = model(tokens)[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(response.token_ids)
+        wanted = logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(response.logprobs), wanted, atol=1e-4, rtol=0)
+
+
+@each_kind
+def test_no_token_sees_a_later_one_or_another_document(kind: str, changes: dict[str, Any]) -> None:
+    model, tokens = model_of(kind, changes), tokens_of()
+    documents = (torch.arange(CONTEXT) // 20).expand(2, -1)
+    with torch.no_grad():
+        plain, packed = model(tokens), model(tokens, documents_BT=documents)
+        changed = tokens.clone()
+        changed[:, 20:] = (changed[:, 20:] + 1) % 61
+        torch.testing.assert_close(model(changed)[:, :20], plain[:, :20], atol=1e-5, rtol=1e-5)
+        changed = tokens.clone()
+        changed[:, :20] = (changed[:, :20] + 1) % 61
+        seen = model(changed, documents_BT=documents)
+    torch.testing.assert_close(seen[:, 20:], packed[:, 20:], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(seen[:, :20], packed[:, :20])
+
+
+@each_kind
+def test_gradients_are_finite_and_reach_every_weight(kind: str, changes: dict[str, Any]) -> None:
+    model = model_of(kind, changes)
+    for recompute in (False, True):
+        model.zero_grad()
+        model.activation_checkpointing = recompute
+        model(tokens_of()).square().mean().backward()
+        for name, weight in model.named_parameters():
+            assert weight.grad is not None, name
+            assert weight.grad.isfinite().all(), name
+            assert weight.grad.any(), name
+
+
+@each_kind
+def test_what_it_says_that_it_costs(kind: str, changes: dict[str, Any]) -> None:
+    """The products that a plain implementation makes are the stated ones, or these and the half of T^2 (and what is
+    beyond a window) that a causal kernel may skip.
+    """
+    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    stated = [config.attention.flops(config, t) for t in (1, CONTEXT, 2 * CONTEXT)]
+    assert 0 < stated[0] < stated[1] <= stated[2]
+    core = make_core(config)
+    q, k, v = (torch.randn(1, CONTEXT, n, config.head_size) for n in (config.n_heads, *[config.kv_heads] * 2))
+    prepared = core.prepare(CONTEXT, None, q.device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        core.attend(q, k, v, prepared)
+    counted = counter.get_total_flops() * config.n_layers / CONTEXT
+    whole = ModelConfig(**SMALL)
+    assert stated[1] <= counted <= max(2 * stated[1], 2 * whole.attention.flops(whole, CONTEXT))
+    assert flops_per_token(config, CONTEXT).attention == 3 * stated[1]
+    counts = parameter_counts(config).n_total
+    assert sum(w.numel() for w in model_of(kind, changes).parameters()) == counts
+    assert config.attention.state_elements(config, 8) >= config.attention.state_elements(config, 1) > 0
+    assert saved_elements_per_token(config, False).blocks > config.attention.saved_elements(config) > 0
+
+
+@each_kind
+def test_it_is_exported_or_refused_with_a_reason(kind: str, changes: dict[str, Any]) -> None:
+    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    reason = config.attention.unexportable(config)
+    if reason is None:
+        to_hugging_face(config)
+        return
+    with pytest.raises(ValueError, match="attention") as caught:
+        to_hugging_face(config)
+    assert reason in str(caught.value)
+
+
+@each_kind
+def test_a_configuration_is_read_as_it_was_written(kind: str, changes: dict[str, Any]) -> None:
+    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    plain = config.model_dump(mode="json")
+    assert ModelConfig(**plain) == config == ModelConfig(**{**plain, "attention": {"kind": kind}})
+    assert hash(config) == hash(ModelConfig(**plain))
+
+
+def test_what_was_written_before_there_were_kinds_is_what_is_written_now() -> None:
+    assert ModelConfig().model_dump(mode="json")["attention"] == "exact"
+
+
+def test_an_unknown_kind_and_an_unknown_option_are_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match="expected tags: 'exact'"):
+        ModelConfig(attention="sparse")
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig(attention={"kind": "exact", "radius": 3})
+    assert caught.value.errors()[0]["loc"] == ("attention", "radius")
+
+
+SCHEMA = """
+    from typing import Literal
+
+    from escala.schema.attention.kind import KINDS, AttentionKind
+
+
+    @KINDS.add
+    class MeanAttention(AttentionKind):
+        kind: Literal["mean"] = "mean"
+        sinks: int = 1
+
+        def flops(self, model, context_tokens):
+            return 2.0 * model.n_layers * model.n_heads * model.head_size
+
+        def saved_elements(self, model):
+            return 2 * model.n_heads * model.head_size
+
+        def state_elements(self, model, tokens):
+            return model.n_layers * (model.kv_heads * model.head_size + 1)
+"""
+IMPLEMENTATION = """
+    import torch
+
+
+    class MeanCore:
+        def __init__(self, config):
+            self.groups = config.n_heads // config.kv_heads
+
+        def prepare(self, context_tokens, documents_BT, device):
+            return torch.arange(1, context_tokens + 1, device=device).view(1, -1, 1, 1)
+
+        def attend(self, q_BTHS, k_BTGS, v_BTGS, prepared):
+            return (v_BTGS.cumsum(1) / prepared).repeat_interleave(self.groups, 2)
+
+        def decode_state(self, blocks, block_tokens, like):
+            raise NotImplementedError
+
+
+    make_core = MeanCore
+"""
+
+
+@pytest.fixture
+def mean_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A kind of two files: its schema and what computes it."""
+    packages = {escala.schema.attention: SCHEMA, workloads.model.attention: IMPLEMENTATION}
+    for package, text in packages.items():
+        directory = tmp_path / package.__name__
+        directory.mkdir()
+        (directory / "mean.py").write_text(textwrap.dedent(text))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
+    importlib.invalidate_caches()
+    importlib.import_module("escala.schema.attention.mean")
+    yield "mean"
+    del KINDS["mean"]
+    for package in packages:
+        sys.modules.pop(f"{package.__name__}.mean", None)
+
+
+def test_a_new_kind_is_two_files(mean_kind: str) -> None:
+    config = ModelConfig(**SMALL, attention={"kind": "mean", "sinks": 2})
+    assert config.model_dump(mode="json")["attention"] == {"kind": "mean", "sinks": 2}
+    assert ModelConfig(**config.model_dump(mode="json")) == config
+    assert ModelConfig(**SMALL, attention="mean") != config
+    torch.manual_seed(0)
+    model = Transformer(config)
+    model(tokens_of()).sum().backward()
+    near, far = (flops_per_token(config, t).attention for t in (10, 10_000))
+    assert near == far == 3 * 2 * 2 * 32
+    with pytest.raises(ValueError, match="no class of theirs computes attention mean"):
+        to_hugging_face(config)
+    with pytest.raises(ValidationError, match="attention mean has no window_tokens"):
+        ModelConfig(**SMALL, attention="mean", window_tokens=3)

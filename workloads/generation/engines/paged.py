@@ -1,0 +1,20 @@
+"""Our own engine: continuous batching over a paged cache."""
+
+from __future__ import annotations
+
+from escala.schema.engines.paged import PagedEngineConfig
+from workloads.generation.engine import Engine
+from workloads.generation.protocol import EngineTokenizer
+from workloads.model.transformer import Transformer
+
+
+def make_engine(section: PagedEngineConfig, model: Transformer, tokenizer: EngineTokenizer | None) -> Engine:
+    """See `workloads.generation.engines.make_engine`."""
+    return Engine(
+        model,
+        tokenizer,
+        max_running=section.max_running,
+        cache_tokens=section.cache_tokens,
+        block_tokens=section.block_tokens,
+        prefill_tokens=section.prefill_tokens,
+    )

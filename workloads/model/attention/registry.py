@@ -1,0 +1,72 @@
+"""What computes each kind of attention: module `workloads.model.attention.KIND`, found by its kind's name.
+
+What the control plane must know of a kind (options, FLOPs, memory) stands in `escala.schema.attention.KIND`.
+
+Dimensions: B batch, T context, H query heads, G key/value heads, S head size; in generation N tokens, T tiles, Q
+queries of a tile, E query heads of each key/value head.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from escala.schema import ModelConfig
+from workloads.model.attention.paged import Ints
+
+
+class AttentionCore(Protocol):
+    """What attention computes between projections and output, in every layer of one model. It has no parameters."""
+
+    def prepare(self, context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Any:
+        """What all layers of one forward pass share (a mask), given to each `attend`.
+
+        Args:
+            documents_BT: a number for each token; no token sees one with another number. None: all see each other.
+        """
+        ...
+
+    def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Any) -> Tensor:
+        """Causal output_BTHS."""
+        ...
+
+    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
+        """Nothing yet, for `blocks` blocks of all layers, in the dtype and on the device of `like`."""
+        ...
+
+
+class DecodeState(Protocol):
+    """What generation keeps of running sequences, in blocks of `block_tokens` positions, and reads for new tokens.
+
+    Within a forward pass every layer writes its new positions before any query of the layer is answered.
+    """
+
+    block_tokens: int
+
+    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Ints) -> Any:
+        """How the tiles of one forward pass read the state, the same for all layers.
+
+        Args:
+            tables: of each tile, its request's blocks in the order of positions.
+            positions_TQ: where its queries stand, ascending along Q; each sees positions up to its own.
+        """
+        ...
+
+    def write(self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor) -> None:
+        """Take in N positions, the n-th at offset[n] of block[n]."""
+        ...
+
+    def attend(self, q_TQGES: Tensor, layer: int, plan: Any) -> Tensor:
+        """output_TQGES in fp32."""
+        ...
+
+
+def make_core(config: ModelConfig) -> AttentionCore:
+    """What computes the attention of a model: `make_core` of its kind's module."""
+    module = importlib.import_module(f"workloads.model.attention.{config.attention.kind}")
+    core: AttentionCore = module.make_core(config)
+    return core

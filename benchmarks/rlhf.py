@@ -1,4 +1,4 @@
-"""What PPO learns, through `api.submit` on this home's cluster: a known optimum, and what the KL coefficient is for.
+"""What PPO learns, through the client on this home's cluster: a known optimum, and what the KL coefficient is for.
 
 optimum: say nothing but the letter e (reward: its share of the text, optimum 1); a random model of two layers, 128
 responses an iteration; GAE, GRPO and RLOO, three seeds each. Floor: 0.9 within 60 iterations, in every run.
@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from escala import api
+from escala import Escala
 from escala.cli.demo_rlhf import GOLD, PAIRS, PRETRAINING
-from escala.contract.records import RunRecord
+from escala.views.run_records import RunView
 from workloads.data import raters
 from workloads.data.dialogues import write_lines
 from workloads.data.tokenizer import train_tokenizer
@@ -65,7 +65,7 @@ def optimum(directory: Path) -> bool:
     for kind, own in KINDS.items():
         for seed in range(SEEDS):
             run = ended("ppo", letter_spec(directory, kind, seed) | own, f"{kind}-{seed}")
-            rewards = api.history(run, "reward")
+            rewards = Escala().history(run.run_id, "reward")
             first = next((step for step, reward in rewards if reward >= FLOOR), None)
             print(
                 f"{kind}, seed {seed}: {FLOOR} of the optimum after {first} of {ITERATIONS} iterations (last "
@@ -125,16 +125,16 @@ def control(directory: Path) -> bool:
     return good
 
 
-def told(run: RunRecord) -> tuple[float, tuple[float, float]]:
+def told(run: RunView) -> tuple[float, tuple[float, float]]:
     """(KL at the end, held-out raters' score at the beginning and at the end), printed."""
     found = {}
     for name in ("reward_served", "reward_held_out_score", "kl_nats"):
-        points = api.history(run, name)
+        points = Escala().history(run.run_id, name)
         found[name] = (points[0][1], points[-1][1])
     print(
         f"{run.name}: reward model {found['reward_served'][0]:.2f} to {found['reward_served'][1]:.2f}, held-out raters "
         f"{found['reward_held_out_score'][0]:.2f} to {found['reward_held_out_score'][1]:.2f}, KL "
-        f"{found['kl_nats'][1]:.2f} nats; says {api.samples(run)[-1]['response']!r}; run {run.run_id}",
+        f"{found['kl_nats'][1]:.2f} nats; says {Escala().samples(run.run_id)[-1].response!r}; run {run.run_id}",
         flush=True,
     )
     return found["kl_nats"][1], found["reward_held_out_score"]
@@ -164,14 +164,14 @@ def reinforced(directory: Path, policy: str, reward: str, coefficient: float) ->
     }
 
 
-def ended(workload: str, spec: dict[str, Any], name: str) -> RunRecord:
+def ended(workload: str, spec: dict[str, Any], name: str) -> RunView:
     """The run of a job, submitted and waited for. Exits where it fails."""
-    job = api.submit(workload, base=spec, options={"name": name})
-    for state in api.watch(job.id):
+    job = Escala().submit(workload, base=spec, options={"name": name})
+    for state in Escala().watch(job.id):
         last = state.job
     if last.state != "succeeded":
         raise SystemExit(f"{name} ({job.id}) {last.state}: {last.message}; escala logs {job.id}")
-    return api.finished_run(job.id)
+    return Escala().finished_run(job.id)
 
 
 if __name__ == "__main__":

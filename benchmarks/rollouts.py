@@ -51,15 +51,15 @@ def measure(home: Path, options: argparse.Namespace) -> int:
     ports = ("RAY_PORT", "RAY_DASHBOARD_PORT", "MLFLOW_PORT", "ROLLOUTS_PORT")
     os.environ |= {f"ESCALA_{p}": str(n) for p, n in zip(ports, free_ports(4), strict=True)}
     os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    from escala import api
+    from escala import Escala
 
-    api.up(print)
+    Escala().up(print)
     try:
         connect()
         good = [publish(options.megabytes, options.rounds)] if options.only != "burst" else []
         good += [burst(home, options.requests)] if options.only != "publish" else []
     finally:
-        api.down(print)
+        Escala().down(print)
     return 0 if all(good) else 1
 
 
@@ -159,14 +159,14 @@ def burst(home: Path, requests: int) -> bool:
     """Print when the service reacted, and that nothing failed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from escala import api
+    from escala import Escala
     from escala.contract.errors import EscalaError
-    from escala.rollouts import deployment, serve_interface
+    from escala.views.rollouts import DeploymentView
     from workloads.generation.protocol import SamplingParams
     from workloads.serving.client import Rollouts
 
     scaling = f"{{max_replicas: {REPLICAS}, up_seconds: {UP_SECONDS}, down_seconds: {DOWN_SECONDS}}}"
-    api.rollouts_up(
+    Escala().rollouts_up(
         (), [f"model={tiny(home)}", f"scaling={scaling}", "engine.max_running=2", "replica_cpus=0.1"]
     )
     rollouts, failed = Rollouts(), 0
@@ -187,8 +187,8 @@ def burst(home: Path, requests: int) -> bool:
             time.sleep(0.2)
         return time.monotonic() - started
 
-    def policy() -> serve_interface.Deployment:
-        return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
+    def policy() -> DeploymentView:
+        return next(d for d in Escala().rollouts_status(weights=False).deployments if d.name == "policy")
 
     started = time.monotonic()
     with ThreadPoolExecutor(requests) as pool:
@@ -203,7 +203,7 @@ def burst(home: Path, requests: int) -> bool:
         f"{REPLICAS} replicas after {all_run:.1f} s, all answered after {done:.1f} s, one replica after {one:.1f} s; "
         f"{failed} failed, floor {FLOORS['failed']}"
     )
-    api.rollouts_down()
+    Escala().rollouts_down()
     scaled = all_run < done and one < math.inf
     return scaled and reaction <= FLOORS["reaction_seconds"] and failed <= FLOORS["failed"]
 

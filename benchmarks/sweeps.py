@@ -62,10 +62,10 @@ def measure(home: Path, trials: int, peers: int) -> int:
     names = ("ESCALA_RAY_PORT", "ESCALA_RAY_DASHBOARD_PORT", "ESCALA_MLFLOW_PORT")
     os.environ |= dict(zip(names, map(str, free_ports(3)), strict=True))
     os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    from escala import api
+    from escala import Escala
     from escala.sweeps import trials as stored
 
-    api.up(print)
+    Escala().up(print)
     try:
         run_sweep(home, "warm", seeds=[1000])  # the data and the head's first workers
         job, ours = counted(lambda: run_sweep(home, "ours", seeds=list(range(trials))))
@@ -80,7 +80,7 @@ def measure(home: Path, trials: int, peers: int) -> int:
         _, theirs = counted(lambda: python("peer", peer_spec))
         idle = counted(lambda: time.sleep(IDLE_SECONDS))[1].rate  # a rate over time needs time
     finally:
-        api.down(print)
+        Escala().down(print)
     each = plain / trials
     one, other = ours.less(idle) / trials, theirs.less(idle) / peers
     overhead, peer_overhead = one - each, other - each
@@ -104,13 +104,13 @@ def reseeded(config: dict[str, Any], seed: int) -> dict[str, Any]:
 
 def run_sweep(home: Path, name: str, **keys: Any) -> str:
     """One sweep to its end, by the command line; its job's id."""
-    from escala import api, documents
+    from escala import Escala, documents
 
     path = home / f"{name}.yaml"
     path.write_text(documents.dump({**SPACE, "vary": {"training.optimizer.learning_rate": [3e-3]}, **keys}))
     command = [sys.executable, "-m", "escala.cli.main", "sweep", str(path), "--json"]
     job = str(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["id"])
-    for watched in api.watch(job):
+    for watched in Escala().watch(job):
         if watched.job.state == "failed":
             raise SystemExit(f"the sweep failed: {watched.job.message}")
     return job

@@ -74,11 +74,11 @@ def home() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def cluster(home: Path) -> Iterator[Path]:
     """The session's cluster, up."""
-    from escala import api
+    from escala import Escala
 
-    api.up(report=print)
+    Escala().up(report=print)
     yield home
-    api.down(report=print)
+    Escala().down(report=print)
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {  # name -> where it is, and what it is called there
-    "fit_law": ("escala.laws", "fit_law"),
-    "load_law": ("escala.laws", "load_law"),
-    "plan": ("escala.planning.plans", "plan_law"),
-    "propose": ("escala.planning.plans", "propose_runs"),
-    "runs": ("escala.api", "runs"),
-    "submit": ("escala.api", "submit"),
-}
-__all__ = ["fit_law", "load_law", "plan", "propose", "runs", "submit"]
+if TYPE_CHECKING:
+    from escala.client import Escala
+    from escala.laws import fit_law, load_law
+
+__all__ = ["Escala", "fit_law", "load_law"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use, so that `escala --help` costs nothing."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'escala' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(importlib.import_module(module), attribute)
+    if name == "Escala":
+        from escala.client import Escala
+
+        return Escala
+    if name in ("fit_law", "load_law"):
+        from escala import laws
+
+        return getattr(laws, name)
+    raise AttributeError(f"module 'escala' has no attribute {name!r}")

@@ -17,7 +17,7 @@ import pytest
 
 from escala.contract.errors import LawError, NotFoundError
 from escala.laws import Law, fit_law, load_law
-from escala.laws.registry import Registry, save
+from escala.laws.registry import Registry
 from escala.tracking.lineage import code_fingerprint
 
 POINT = {"n_active": 1e9, "tokens": 2e10}
@@ -59,11 +59,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         patch.chdir(root)  # MLflow puts a database's artifacts under the working directory
         patch.setenv("ESCALA_HOME", str(home))
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        common: Any = {"tracker_uri": uri, "experiment": "laws", "by": "somebody"}
+        common: Any = {"experiment": "laws", "by": "somebody"}
+        place = Place(uri, home, first, unhealthy)
+        save = place.registry().save
         assert save(first, "small", **common, sources=["points.csv sha256=0"]) == 1
         assert save(unhealthy, "small", **common) == 2
         assert save(fit_law(table(seed=1), bootstrap=40), "small", **common) == 3
-        yield Place(uri, home, first, unhealthy)
+        yield place
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_an_unhealthy_law_is_kept_and_is_champion_only_by_force(place: Place) ->
 
 
 def test_a_name_without_a_healthy_version_has_no_champion(place: Place) -> None:
-    save(place.unhealthy, "sick", tracker_uri=place.uri, experiment="laws", by="somebody")
+    place.registry().save(place.unhealthy, "sick", experiment="laws", by="somebody")
     with pytest.raises(NotFoundError, match="no champion"):
         load_law("sick")
     assert load_law("sick@1").findings == place.unhealthy.findings

@@ -8,9 +8,10 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from escala import api
+from escala import Escala
 from escala.settings import Settings
 from escala.tracking.queries import list_runs
+from escala.views.jobs import JobDetailsView
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, driver, ended, titled
 
@@ -26,10 +27,10 @@ OVERRIDES = [
 
 
 def submit(name: str, *more: str) -> str:
-    return api.submit("pretrain", (), [*OVERRIDES, *more], {"name": name}).id
+    return Escala().submit("pretrain", (), [*OVERRIDES, *more], {"name": name}).id
 
 
-def final(details: api.JobDetails) -> tuple[float, float]:
+def final(details: JobDetailsView) -> tuple[float, float]:
     """Held-out loss and training loss of the last step, as recorded."""
     assert details.job.state == "succeeded", details.job.message
     record = details.attempts[-1].record
@@ -62,18 +63,20 @@ def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
 def test_a_killed_head_is_restarted_and_its_jobs_go_on(undisturbed: tuple[float, float]) -> None:
     job_id = submit("head-killed")
     at_step(job_id, 60)
-    before = next(p.pid for p in api.status().processes if p.name == "ray")
+    before = next(p.pid for p in Escala().status().processes if p.name == "ray")
     psutil.Process(before).kill()
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["driver_lost", "succeeded"]
     assert final(details) == undisturbed
-    assert next(p.pid for p in api.status().processes if p.name == "ray") != before
-    assert any("step 0" in line or "held-out" in line for line in api.logs(job_id))  # logs outlive the head
+    assert next(p.pid for p in Escala().status().processes if p.name == "ray") != before
+    assert any(
+        "step 0" in line or "held-out" in line for line in Escala().logs(job_id)
+    )  # logs outlive the head
 
 
 def kill_and_await(name: str) -> None:
     """Kill one process of the cluster, and wait until another one answers, without any command."""
-    (before,) = (p.pid for p in api.status().processes if p.name == name)
+    (before,) = (p.pid for p in Escala().status().processes if p.name == name)
     victim = psutil.Process(before)
     victim.kill()
     wait_for(
@@ -81,7 +84,7 @@ def kill_and_await(name: str) -> None:
     )
     back = wait_for(
         lambda: next(
-            (p.pid for p in api.status().processes if p.name == name and p.state == "running"), None
+            (p.pid for p in Escala().status().processes if p.name == name and p.state == "running"), None
         ),
         60 if name == "mlflow" else 30,
         f"another {name}",

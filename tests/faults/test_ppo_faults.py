@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from escala import api
+from escala import Escala
 from escala.contract.records import JobFiles
 from escala.managed import ray_directory
 from escala.schema import ModelConfig
@@ -88,10 +88,12 @@ class Found:
 
 
 def found(job_id: str) -> Found:
-    wait_for(lambda: all(a.delivered for a in api.job(job_id).attempts), 120, "its runs in MLflow", every=0.5)
+    wait_for(
+        lambda: all(a.delivered for a in Escala().job(job_id).attempts), 120, "its runs in MLflow", every=0.5
+    )
     metrics: dict[str, dict[int, float]] = {}
     samples: dict[int, list[Any]] = {}
-    for run in sorted(api.runs(job=job_id), key=lambda run: run.attempt):
+    for run in sorted(Escala().runs(job=job_id), key=lambda run: run.attempt):
         for name, points in histories(run.run_id).items():
             add(metrics.setdefault(name, {}), points)
         add(samples, table(job_id, run.attempt))
@@ -141,7 +143,9 @@ def replica(job_id: str, deployment: str) -> psutil.Process:
     """The one running replica's process."""
 
     def one() -> list[int]:
-        (there,) = (d for d in api.rollouts_status(application(job_id)).deployments if d.name == deployment)
+        (there,) = (
+            d for d in Escala().rollouts_status(application(job_id)).deployments if d.name == deployment
+        )
         return [r.pid for r in there.replicas if r.state == "RUNNING" and psutil.pid_exists(r.pid)]
 
     (pid,) = wait_for(one, 60, f"a {deployment} replica of {job_id}")
@@ -172,20 +176,22 @@ def asked_again(job_id: str) -> bool:
 
 def gone(job_id: str) -> bool:
     """Its application, and Serve, which has no other one."""
-    return api.rollouts_status(application(job_id)).status == "ABSENT" and not titled("ServeController")
+    return Escala().rollouts_status(application(job_id)).status == "ABSENT" and not titled("ServeController")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Path, config: dict[str, Any]) -> str:
-    return api.submit("ppo", base=config, options={"name": "ppo", "retries": 0}).id
+    return Escala().submit("ppo", base=config, options={"name": "ppo", "retries": 0}).id
 
 
 def test_it_learns_a_known_optimum(undisturbed: str) -> None:
     details = ended(undisturbed)
-    assert details.job.state == "succeeded", "".join(api.logs(undisturbed))[-3000:]
-    record = api.finished_run(undisturbed)
+    assert details.job.state == "succeeded", "".join(Escala().logs(undisturbed))[-3000:]
+    record = Escala().finished_run(undisturbed)
     assert record.measures["reward"] > 0.9
-    assert [line for line in api.logs(undisturbed) if " -- CALL " in line] == []  # Serve's, one per response
+    assert [
+        line for line in Escala().logs(undisturbed) if " -- CALL " in line
+    ] == []  # Serve's, one per response
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4
     checkpoints = JobFiles(Settings().home, undisturbed).checkpoints
@@ -201,7 +207,7 @@ def test_killed_in_every_part_it_ends_with_the_same_numbers(
     undisturbed: str, connected: None, config: dict[str, Any]
 ) -> None:
     ended(undisturbed)
-    job = api.submit("ppo", base=config, options={"name": "ppo-killed", "retries": 1}).id
+    job = Escala().submit("ppo", base=config, options={"name": "ppo-killed", "retries": 1}).id
     at_step(job, 1)
     kill_in_a_rollout(job)
     at_step(job, 3)
@@ -219,10 +225,10 @@ def test_killed_in_every_part_it_ends_with_the_same_numbers(
     assert details.job.state == "failed"
     assert [a.outcome for a in details.attempts] == ["worker_lost", "driver_lost"]
 
-    api.retry(job)
+    Escala().retry(job)
     details = ended(job)
     assert [a.outcome for a in details.attempts] == ["worker_lost", "driver_lost", "succeeded"]
-    assert sum("resumed from" in line for line in api.logs(job)) == 2
+    assert sum("resumed from" in line for line in Escala().logs(job)) == 2
     wait_for(lambda: gone(job), 30, "the end of its service")
     expected, result = found(undisturbed), found(job)
     assert result.metrics["reward"].keys() == set(range(1, ITERATIONS + 1))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import psutil
 
-from escala import api
+from escala import Escala
 from escala.contract.records import AttemptFiles, JobFiles, Progress, read_record
+from escala.jobs.state import FINAL
 from escala.settings import Settings
+from escala.views.jobs import JobDetailsView
 from tests.conftest import wait_for
 
 
@@ -19,17 +21,17 @@ def at_step(job_id: str, step: int, attempt: int = 1) -> None:
     """Wait until the attempt has reported `step`. Fails where the job ends before."""
 
     def reached() -> bool:
-        assert api.job(job_id).job.state not in api.FINAL, "".join(api.logs(job_id))[-3000:]
+        assert Escala().job(job_id).job.state not in FINAL, "".join(Escala().logs(job_id))[-3000:]
         progress = read_record(Progress, files(job_id, attempt).progress)
         return progress is not None and progress.step >= step
 
     wait_for(reached, 300, f"step {step} of {job_id}")
 
 
-def ended(job_id: str) -> api.JobDetails:
+def ended(job_id: str) -> JobDetailsView:
     """The job once it has ended."""
-    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 300, f"the end of {job_id}", every=0.5)
-    return api.job(job_id)
+    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 300, f"the end of {job_id}", every=0.5)
+    return Escala().job(job_id)
 
 
 def driver(job_id: str) -> psutil.Process:
@@ -44,7 +46,7 @@ def titled(title: str) -> list[psutil.Process]:
 
 
 def _of_this_home() -> list[psutil.Process]:
-    head = psutil.Process(next(p.pid for p in api.status().processes if p.name == "ray"))
+    head = psutil.Process(next(p.pid for p in Escala().status().processes if p.name == "ray"))
     return head.children(recursive=True)
 
 

@@ -11,11 +11,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from escala import api
-from escala.contract.errors import CheckpointError
+from escala import Escala
+from escala.contract.errors import CheckpointError, SpecError
 from escala.contract.records import JobFiles
 from escala.settings import Settings
 from escala.storage.checkpoints import latest, open_checkpoints
+from escala.views.run_records import RunView
 from tests.integration.test_jobs import OVERRIDES, ended
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.weights import load_weights
@@ -28,16 +29,18 @@ GOOD, BAD = ("fine", "kind", "warm"), ("poor", "cruel", "cold")
 TRAINING = "training={context_tokens: 48, batch_sequences: 8, checkpoint_every_steps: 20, "
 
 
-def run(workload: str, data: Path, *overrides: str) -> api.RunRecord:
+def run(workload: str, data: Path, *overrides: str) -> RunView:
     """A job that must succeed; its record."""
-    job = ended(api.submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id)
+    job = ended(
+        Escala().submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id
+    )
     assert job.job.state == "succeeded", job.job.message
-    return api.finished_run(job.job.id)
+    return Escala().finished_run(job.job.id)
 
 
 @pytest.fixture(scope="module")
 def pretrained(cluster: Path) -> str:
-    job = ended(api.submit("pretrain", (), OVERRIDES).id)
+    job = ended(Escala().submit("pretrain", (), OVERRIDES).id)
     assert job.job.state == "succeeded", job.job.message
     return job.job.id
 
@@ -67,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def tuned(pretrained: str, data: dict[str, Path]) -> api.RunRecord:
+def tuned(pretrained: str, data: dict[str, Path]) -> RunView:
     """SFT by LoRA on two workers under ZeRO-3."""
     return run(
         "sft",
@@ -79,7 +82,7 @@ def tuned(pretrained: str, data: dict[str, Path]) -> api.RunRecord:
     )
 
 
-def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: api.RunRecord) -> None:
+def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: RunView) -> None:
     assert tuned.held_out_loss_nats < 0.5 * tuned.initial_held_out_loss_nats
     assert 0 < tuned.n_trained < 0.2 * tuned.n_total
     checkpoints = JobFiles(Settings().home, tuned.job_id).checkpoints
@@ -91,28 +94,30 @@ def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: api
     assert tokenizer.prompt([{"role": "user", "content": "x"}])
 
 
-def test_it_opens_in_transformers_and_peft(tuned: api.RunRecord, pretrained: str, tmp_path: Path) -> None:
+def test_it_opens_in_transformers_and_peft(tuned: RunView, pretrained: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
         expected = load_model(JobFiles(Settings().home, tuned.job_id).checkpoints)(ids)
-        whole = AutoModelForCausalLM.from_pretrained(api.export(tuned.run_id, tmp_path / "whole"))
+        whole = AutoModelForCausalLM.from_pretrained(Escala().export(tuned.run_id, tmp_path / "whole"))
         assert torch.allclose(whole(ids).logits, expected, atol=1e-4)
-        base = AutoModelForCausalLM.from_pretrained(api.export(pretrained, tmp_path / "base"))
-        deltas = PeftModel.from_pretrained(base, api.export(tuned.job_id, tmp_path / "deltas", adapter=True))
+        base = AutoModelForCausalLM.from_pretrained(Escala().export(pretrained, tmp_path / "base"))
+        deltas = PeftModel.from_pretrained(
+            base, Escala().export(tuned.job_id, tmp_path / "deltas", adapter=True)
+        )
         assert torch.allclose(deltas(ids).logits, expected, atol=1e-4)
     template = AutoTokenizer.from_pretrained(tmp_path / "whole").apply_chat_template(
         [{"role": "user", "content": "x"}], add_generation_prompt=True
     )
     tokenizer = load_tokenizer(JobFiles(Settings().home, tuned.job_id).checkpoints)
     assert template["input_ids"] == tokenizer.prompt([{"role": "user", "content": "x"}])
-    with pytest.raises(api.SpecError, match="not empty"):
-        api.export(tuned.job_id, tmp_path / "whole")
+    with pytest.raises(SpecError, match="not empty"):
+        Escala().export(tuned.job_id, tmp_path / "whole")
     with pytest.raises(CheckpointError, match="no deltas"):
-        api.export(pretrained, tmp_path / "none", adapter=True)
+        Escala().export(pretrained, tmp_path / "none", adapter=True)
 
 
 def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
-    tuned: api.RunRecord, data: dict[str, Path]
+    tuned: RunView, data: dict[str, Path]
 ) -> None:
     record = run(
         "reward",
@@ -129,7 +134,7 @@ def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
     assert good > bad
 
 
-def test_dpo_starts_from_it_and_raises_the_margin(tuned: api.RunRecord, data: dict[str, Path]) -> None:
+def test_dpo_starts_from_it_and_raises_the_margin(tuned: RunView, data: dict[str, Path]) -> None:
     record = run(
         "dpo",
         data["pairs"],

@@ -22,12 +22,12 @@ import openai
 import pytest
 import torch
 
-from escala import api
+from escala import Escala
 from escala.managed import ray_command, ray_directory, ray_environment, ray_nodes_alive
 from escala.processes import Processes
-from escala.rollouts import deployment, serve_interface
 from escala.schema import ModelConfig
 from escala.settings import Settings
+from escala.views.rollouts import DeploymentView
 from tests.conftest import free_ports, wait_for
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.huggingface import save_pretrained
@@ -121,8 +121,8 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def policy() -> serve_interface.Deployment:
-    return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
+def policy() -> DeploymentView:
+    return next(d for d in Escala().rollouts_status(weights=False).deployments if d.name == "policy")
 
 
 def running() -> int:
@@ -138,7 +138,7 @@ def test_a_burst_brings_nodes_and_they_go_after_it_without_a_failed_request(
 ) -> None:
     scaling = f"{{max_replicas: {REPLICAS}, up_seconds: 1, down_seconds: 4}}"
     args = [f"model={directory}", f"scaling={scaling}", "engine.max_running=2", "replica_cpus=1"]
-    address = api.rollouts_up((), args, report=print).address
+    address = Escala().rollouts_up((), args, report=print).address
     assert (running(), nodes()) == (1, 1)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
     started, over = time.monotonic(), threading.Event()
@@ -174,4 +174,4 @@ def test_a_burst_brings_nodes_and_they_go_after_it_without_a_failed_request(
     within(lambda: policy().target_replicas == 1 and len(policy().replicas) == 1, 60, "one replica")
     within(lambda: nodes() == 1, 60, "one node")
     assert ask(0) == TOKENS
-    api.rollouts_down(report=print)
+    Escala().rollouts_down(report=print)

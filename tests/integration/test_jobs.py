@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from escala import api
+from escala import Escala
+from escala.contract.errors import SpecError
 from escala.contract.records import JobFiles, Progress, read_record
+from escala.jobs.state import FINAL
+from escala.views.jobs import JobDetailsView
 from tests.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
@@ -22,15 +25,15 @@ OVERRIDES = [
 ]
 
 
-def ended(job_id: str) -> api.JobDetails:
-    wait_for(lambda: api.job(job_id).job.state in api.FINAL, 240, f"the end of {job_id}", every=0.5)
-    return api.job(job_id)
+def ended(job_id: str) -> JobDetailsView:
+    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 240, f"the end of {job_id}", every=0.5)
+    return Escala().job(job_id)
 
 
 def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Path) -> None:
-    flops = api.resolve("pretrain", (), OVERRIDES).compute_flops
-    half = api.submit("pretrain", (), OVERRIDES, {"name": "half", "max_flops": flops / 2}).id
-    waiting = api.submit("pretrain", (), OVERRIDES, {"name": "waiting", "after": half}).id
+    flops = Escala().resolve("pretrain", (), OVERRIDES).cost.compute_flops
+    half = Escala().submit("pretrain", (), OVERRIDES, {"name": "half", "max_flops": flops / 2}).id
+    waiting = Escala().submit("pretrain", (), OVERRIDES, {"name": "waiting", "after": half}).id
 
     first = ended(half)
     assert (first.job.state, first.job.reason) == ("stopped", "budget")
@@ -38,23 +41,23 @@ def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Pat
     assert first.totals.compute_flops <= flops / 2
     refused = ended(waiting)
     assert (refused.job.state, refused.job.reason, refused.job.attempts) == ("failed", "dependency", 0)
-    with pytest.raises(api.SpecError, match="did you mean steps"):
-        api.resume(half, ["training.step=60"])
+    with pytest.raises(SpecError, match="did you mean steps"):
+        Escala().resume(half, ["training.step=60"])
 
-    second = ended(api.resume(half, ["resources.workers=2"]).id)
+    second = ended(Escala().resume(half, ["resources.workers=2"]).id)
     assert second.job.state == "succeeded", second.job.message
-    record = api.finished_run(second.job.id)
+    record = Escala().finished_run(second.job.id)
     assert record.train_tokens == STEPS * BATCH * CONTEXT
     assert record.attempt_tokens == STEPS // 2 * BATCH * CONTEXT  # the first half was not repeated
     assert record.workers == 2
-    assert record.held_out_loss_nats < api.finished_run(half).held_out_loss_nats
-    assert len({record.evaluation_fingerprint, api.finished_run(half).evaluation_fingerprint}) == 1
-    assert "held_out_loss_nats" in api.compare([half, second.job.id])
+    assert record.held_out_loss_nats < Escala().finished_run(half).held_out_loss_nats
+    assert len({record.evaluation_fingerprint, Escala().finished_run(half).evaluation_fingerprint}) == 1
+    assert "held_out_loss_nats" in Escala().compare([half, second.job.id])
 
-    spare = api.collect_garbage(half, keep=1)
+    spare = Escala().collect_garbage(half, keep=1)
     assert len(spare.checkpoints) == 1  # two were kept by the job's own rule
-    api.collect_garbage(half, keep=1, delete=True)
-    assert api.collect_garbage(half, keep=1).checkpoints == []
+    Escala().collect_garbage(half, keep=1, delete=True)
+    assert Escala().collect_garbage(half, keep=1).checkpoints == ()
 
 
 STOPPED_SECONDS = 5.0
@@ -67,8 +70,8 @@ def stop_while_it_starts(job_id: str, home: Path) -> float:
     progress = read_record(Progress, files.progress)
     assert progress is None or progress.train_tokens == 0
     began = time.monotonic()
-    api.stop(job_id)
-    wait_for(lambda: api.job(job_id).job.state == "stopped", 60, f"{job_id} is stopped", every=0.05)
+    Escala().stop(job_id)
+    wait_for(lambda: Escala().job(job_id).job.state == "stopped", 60, f"{job_id} is stopped", every=0.05)
     return time.monotonic() - began
 
 
@@ -81,21 +84,23 @@ def test_a_job_that_starts_is_stopped_at_once_and_killed_in_the_tracker(
     space.write_text(yaml.safe_dump({"base": base, "vary": {"training.steps": [50, 60]}}))
     seconds = {}
     for what, submit in {
-        "train": lambda: api.submit("pretrain", (), [*OVERRIDES, "resources.workers=2"]),
-        "sweep": lambda: api.sweep(str(space)),
+        "train": lambda: Escala().submit("pretrain", (), [*OVERRIDES, "resources.workers=2"]),
+        "sweep": lambda: Escala().sweep(str(space)),
     }.items():
         job = submit().id
         seconds[what] = stop_while_it_starts(job, cluster)
-        details = api.job(job)
+        details = Escala().job(job)
         assert (details.job.reason, details.job.message) == ("user", "stopped before its first step")
-        wait_for(lambda job=job: api.job(job).attempts[0].delivered, 60, "its run is delivered", every=0.2)
-        assert api.run(job).status == "killed"
+        wait_for(
+            lambda job=job: Escala().job(job).attempts[0].delivered, 60, "its run is delivered", every=0.2
+        )
+        assert Escala().run(job).status == "killed"
 
-    early = api.submit("pretrain", (), OVERRIDES).id
-    wait_for(lambda: api.job(early).job.state != "queued", 60, "it starts", every=0.02)
+    early = Escala().submit("pretrain", (), OVERRIDES).id
+    wait_for(lambda: Escala().job(early).job.state != "queued", 60, "it starts", every=0.02)
     began = time.monotonic()
-    api.stop(early)
-    wait_for(lambda: api.job(early).job.state == "stopped", 60, "it is stopped", every=0.05)
+    Escala().stop(early)
+    wait_for(lambda: Escala().job(early).job.state == "stopped", 60, "it is stopped", every=0.05)
     seconds["early"] = time.monotonic() - began
     print(seconds)
     assert max(seconds.values()) < STOPPED_SECONDS, seconds

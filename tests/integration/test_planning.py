@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from escala import api
+from escala import Escala, load_law
 from escala.documents import dump
 from escala.hardware import load_cluster
 from escala.settings import Settings
+from escala.views.plans import ExplorationView
 from tests.integration.test_jobs import ended
 from tests.integration.test_sweep import BASE, write
 
@@ -26,18 +27,18 @@ def law(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     base = {**BASE, "model": model, "training": {"evaluation_tokens": 4096, "log_every_steps": 50}}
     vary = {"n_total": [20_000, 40_000, 80_000], "tokens": [65_536, 131_072, 262_144]}
     space = write(tmp_path_factory.mktemp("space"), "ninetiny", vary=vary, base=base)
-    job = ended(api.sweep(space).id).job
+    job = ended(Escala().sweep(space).id).job
     assert job.state == "succeeded", job.message
-    points = api.sweep_points(job.id).points
-    assert (points["energy_joules"] > 0).all()  # by the coefficients of clusters/local.yaml
-    return api.fit_sweeps([job.id], "ninetiny", bootstrap=200).stored.reference
+    points = Escala().sweep_points(job.id).points
+    assert all(point["energy_joules"] > 0 for point in points)  # by the coefficients of clusters/local.yaml
+    return Escala().fit_sweeps([job.id], "ninetiny", bootstrap=200).law
 
 
 def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -> None:
     budget = 3e10  # the smallest run takes 8e9
 
-    def explore() -> list[api.Exploration]:
-        return list(api.explore(law, TARGET, MAX_FLOPS, budget, width=1e-6, batch=2))
+    def explore() -> list[ExplorationView]:
+        return list(Escala().explore(law, TARGET, MAX_FLOPS, budget, width=1e-6, batch=2))
 
     states = explore()
     last = states[-1]
@@ -48,7 +49,7 @@ def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -
         assert each.fitted is not None
         assert each.width_obtained is not None
         assert each.width_obtained > 0
-    points = api.law(str(last.rounds[-1].fitted)).law.points
+    points = load_law(str(last.rounds[-1].fitted)).points
     assert len(points) == 9 + sum(r.points or 0 for r in last.rounds)
     assert explore() == []  # nothing fits any more
 
@@ -58,20 +59,20 @@ def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -
     kept = ("law", "proposals", "job_id")
     journal["rounds"][-1] = {key: journal["rounds"][-1][key] for key in kept}
     path.write_text(json.dumps(journal))
-    jobs = len(api.jobs(everything=True))
+    jobs = len(Escala().jobs(everything=True))
     again = explore()[-1].rounds[-1]
     assert again.job_id == last.rounds[-1].job_id
     assert again.obtained == last.rounds[-1].obtained
-    assert len(api.jobs(everything=True)) == jobs
+    assert len(Escala().jobs(everything=True)) == jobs
 
 
 def test_a_device_is_measured_by_a_job_and_keeps_its_prices(cluster: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(dump({"usd_per_device_hour": {"value": 2.0, "source": "a test"}}))
     quick = {"widths": [64, 128], "tokens": 128, "context_tokens": 64, "vocab_size": 512, "seconds": 0.05}
-    job = ended(api.bench_device(2, overrides=quick).id).job
+    job = ended(Escala().bench_device(2, overrides=quick).id).job
     assert job.state == "succeeded", job.message
-    written = api.write_cluster(job.id, path)
+    written = Escala().write_cluster(job.id, path)
     assert load_cluster(path) == written
     assert written.devices == 2
     assert written.usd_per_device_hour is not None

@@ -22,10 +22,10 @@ import psutil
 import pytest
 import torch
 
-from escala import api
+from escala import Escala
 from escala.contract.errors import DigestMismatch, NotFoundError, StaleWeights, WeightsNotLoaded
-from escala.rollouts import deployment, serve_interface
 from escala.schema import ModelConfig
+from escala.views.rollouts import DeploymentView, ReplicaView
 from tests.conftest import free_ports, wait_for
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.engine import Engine
@@ -75,18 +75,18 @@ def rollouts(connected: None, directory: Path) -> Iterator[Any]:
             f"engine.max_running={BATCH}",
             "replica_cpus=0.1",
         ]
-        found = api.rollouts_up((), [*settings, f"reward={reward}"], report=print)
+        found = Escala().rollouts_up((), [*settings, f"reward={reward}"], report=print)
         assert (found.status, {d.name for d in found.deployments}) == ("RUNNING", {"api", "policy", "reward"})
         yield Rollouts()
-        api.rollouts_down(report=print)
-    assert api.rollouts_status().status == "ABSENT"
+        Escala().rollouts_down(report=print)
+    assert Escala().rollouts_status().status == "ABSENT"
 
 
-def policy() -> serve_interface.Deployment:
-    return next(d for d in deployment.status(weights=False).deployments if d.name == "policy")
+def policy() -> DeploymentView:
+    return next(d for d in Escala().rollouts_status(weights=False).deployments if d.name == "policy")
 
 
-def running() -> list[serve_interface.Replica]:
+def running() -> list[ReplicaView]:
     return [r for r in policy().replicas if r.state == "RUNNING"]
 
 
@@ -98,7 +98,7 @@ def in_background(call: Callable[[], Any]) -> Any:
 
 
 def test_openai_client_and_who_may_ask(rollouts: Any) -> None:
-    address = api.rollouts_status().address
+    address = Escala().rollouts_status().address
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
     assert [m.id for m in client.models.list()] == ["tiny"]
     raw = client.completions.with_raw_response.create(
@@ -138,7 +138,7 @@ def test_openai_client_and_who_may_ask(rollouts: Any) -> None:
     page = urllib.request.Request(f"{address}/v1/models", headers={"Origin": "http://example.com"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page)
-    for replica in (r for d in deployment.status(weights=False).deployments for r in d.replicas):
+    for replica in (r for d in Escala().rollouts_status(weights=False).deployments for r in d.replicas):
         assert {c.laddr.ip for c in listening(replica.pid)} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert rollouts.score(["p", "p"], ["abc", ""]) == [3.0, 0.0]
     with pytest.raises(NotFoundError, match="no judge"):
@@ -151,7 +151,7 @@ def listening(pid: int | None) -> list[Any]:
 
 def test_clients_that_leave_end_their_own_requests_only(rollouts: Any) -> None:
     """Sockets that are closed before, while, and after the request is added; both ways to ask."""
-    host, port = (deployment.status(weights=False).address or "").removeprefix("http://").split(":")
+    host, port = (Escala().rollouts_status(weights=False).address or "").removeprefix("http://").split(":")
     staying = in_background(lambda: rollouts.generate([[7, 8]], SHORT))
     for number in range(12):
         body = f'{{"prompt": [1, 2], "max_tokens": 1000, "ignore_eos": true, "stream": {str(number % 2 > 0).lower()}}}'
@@ -176,7 +176,7 @@ def test_published_weights_are_those_of_the_responses(rollouts: Any) -> None:
         rollouts.generate([[1]], SHORT, min_version=2)
     with pytest.raises(StaleWeights, match="Give 2 or more"):
         rollouts.publish(model(2).state_dict(), 1)
-    assert api.rollouts_status().weights["newest"] == 1
+    assert Escala().rollouts_status().weights["newest"] == 1
 
 
 def test_a_replica_killed_while_it_generates_syncs_and_starts_loses_no_answer_and_serves_nothing_stale(
@@ -241,14 +241,14 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
 
 def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(rollouts: Any) -> None:
     before = {r.pid for r in running()}
-    wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "quiet")
-    found = api.rollouts_scale(max_replicas=3, requests_per_replica=5)
+    wait_for(lambda: Escala().rollouts_status().status == "RUNNING", 60, "quiet")
+    found = Escala().rollouts_scale(max_replicas=3, requests_per_replica=5)
     moved = next(d for d in found.deployments if d.name == "policy")
     assert (moved.min_replicas, moved.max_replicas, moved.requests_per_replica) == (1, 3, 5.0)
-    wait_for(lambda: api.rollouts_status().status == "RUNNING", 60, "running with its new bounds")
+    wait_for(lambda: Escala().rollouts_status().status == "RUNNING", 60, "running with its new bounds")
     assert {r.pid for r in running()} <= before
     version = newest(rollouts)
-    api.rollouts_scale(min_replicas=0)
+    Escala().rollouts_scale(min_replicas=0)
     wait_for(lambda: not policy().replicas, 60, "no replica", every=0.3)
     assert (
         rollouts.generate([[1, 2]], SHORT)[0].weights.version == version

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from escala import api
-from escala.contract.errors import StateError
+from escala import Escala
+from escala.contract.errors import SpecError, StateError
 from escala.contract.records import JobFiles, Progress, TrialFiles, read_record
 from escala.documents import dump
 from escala.settings import Settings
@@ -37,8 +37,8 @@ def write(directory: Path, name: str, **keys: object) -> str:
 
 
 def losses(job_id: str) -> dict[str, float]:
-    points = api.sweep_points(job_id).points
-    return dict(zip(points["trial"], points["loss_nats"], strict=True))
+    points = Escala().sweep_points(job_id).points
+    return {point["trial"]: point["loss_nats"] for point in points}
 
 
 def attempts(job_id: str) -> list[int]:
@@ -49,9 +49,9 @@ def attempts(job_id: str) -> list[int]:
 def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(cluster: Path, tmp_path: Path) -> None:
     space = write(tmp_path, "killed", vary={"training.steps": [300, 600, 900]}, seeds=[0, 1])
     home = Settings().home
-    job = api.sweep(space).id
+    job = Escala().sweep(space).id
     moment = random.uniform(0.05, 0.8)  # of the sweep's tokens
-    total = api.plan_sweep(space).train_tokens
+    total = Escala().plan_sweep(space).train_tokens
 
     def reached() -> bool:
         progress = read_record(Progress, JobFiles(home, job).attempt(1).progress)
@@ -75,20 +75,20 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(cluster: Path
     assert max(attempts(job)) == 2  # what had not finished was trained again
 
     # In MLflow: a run for each trial's attempt, below the attempt of the sweep that started it.
-    api.finished_run(job)  # all is in the tracker, the trials' runs too
-    parents = api.job(job).runs
-    runs = [r for r in api.runs(job=job) if r.workload == "pretrain"]
+    Escala().finished_run(job)  # all is in the tracker, the trials' runs too
+    parents = Escala().job(job).runs
+    runs = [r for r in Escala().runs(job=job) if r.workload == "pretrain"]
     assert len(runs) == sum(attempts(job))
     assert {r.parent_run_id for r in runs} == set(parents)
     assert len([r for r in runs if r.status == "succeeded"]) == 6
 
     # The same space again trains nothing; from nothing, it gives the same points.
-    assert losses(ended(api.sweep(space).id).job.id) == once
+    assert losses(ended(Escala().sweep(space).id).job.id) == once
     assert sum(attempts(job)) == len(runs)
     with pytest.raises(StateError, match="is succeeded"):
-        api.sweep(space, resume=True)
+        Escala().sweep(space, resume=True)
     (home / "trials").rename(home / "trials-before")
-    assert losses(ended(api.sweep(space).id).job.id) == once
+    assert losses(ended(Escala().sweep(space).id).job.id) == once
     assert losses("killed") == once  # a name means its newest sweep
 
 
@@ -97,23 +97,23 @@ def test_a_stopped_sweep_resumes_and_bad_trials_are_refused_with_their_reason(
 ) -> None:
     vary = {"training.optimizer.learning_rate": [3e-3, 1e30], "training.steps": [400, 401, 402]}
     space = write(tmp_path, "stopped", vary=vary, concurrency=1)
-    job = api.sweep(space).id
+    job = Escala().sweep(space).id
     wait_for(
         lambda: any(attempts(job)) if read_planned(Settings().home, job) else False, 120, "the first trial"
     )
-    api.stop(job)
+    Escala().stop(job)
     stopped = ended(job)
     assert (stopped.job.state, stopped.job.reason) == ("stopped", "user")
-    assert len(api.sweep_points(job).refused) > 3
-    with pytest.raises(api.SpecError, match="is not what it was"):
-        api.sweep(space, ["seeds=[5]"], resume=True)
-    assert api.sweep(space, resume=True).id == job
+    assert len(Escala().sweep_points(job).refused) > 3
+    with pytest.raises(SpecError, match="is not what it was"):
+        Escala().sweep(space, ["seeds=[5]"], resume=True)
+    assert Escala().sweep(space, resume=True).id == job
     assert ended(job).job.state == "succeeded"
-    found = api.sweep_points(job)
+    found = Escala().sweep_points(job)
     assert len(found.points) == 3
-    assert (
-        found.refused["reason"].str.startswith("diverged: training diverged at step").tolist() == [True] * 3
-    )
+    assert [row["reason"].startswith("diverged: training diverged at step") for row in found.refused] == [
+        True
+    ] * 3
 
 
 def test_a_search_by_optuna_stops_bad_trials_early(cluster: Path, tmp_path: Path) -> None:
@@ -126,21 +126,21 @@ def test_a_search_by_optuna_stops_bad_trials_early(cluster: Path, tmp_path: Path
         "early_stopping": {"reduction": 2},
         "base": base,
     }
-    details = ended(api.sweep(write(tmp_path, "search", vary=vary, **keys)).id)
+    details = ended(Escala().sweep(write(tmp_path, "search", vary=vary, **keys)).id)
     assert details.job.state == "succeeded", details.job.message
-    found = api.sweep_points(details.job.id)
+    found = Escala().sweep_points(details.job.id)
     assert len(found.points) + len(found.refused) == 6
     assert len(found.points) >= 1
-    assert found.refused["reason"].str.startswith("cut_off: ended by the sweep's scheduler").sum() >= 1
+    assert any(row["reason"].startswith("cut_off: ended by the sweep's scheduler") for row in found.refused)
 
 
 def test_trials_of_two_workers_run_one_after_another(cluster: Path, tmp_path: Path) -> None:
     base = {**BASE, "resources": {"workers": 2}}
     space = write(tmp_path, "two", vary={"training.steps": [20, 30]}, base=base, concurrency=1)
-    assert api.plan_sweep(space).concurrency == 1
-    with pytest.raises(api.SpecError, match="the largest trial needs"):
-        api.plan_sweep(space, ["base.resources.workers=8"])
-    details = ended(api.sweep(space).id)
+    assert Escala().plan_sweep(space).concurrency == 1
+    with pytest.raises(SpecError, match="the largest trial needs"):
+        Escala().plan_sweep(space, ["base.resources.workers=8"])
+    details = ended(Escala().sweep(space).id)
     assert details.job.state == "succeeded", details.job.message
-    assert len(api.sweep_points(details.job.id).points) == 2
+    assert len(Escala().sweep_points(details.job.id).points) == 2
     assert not JobFiles(Settings().home, details.job.id).checkpoints.exists()

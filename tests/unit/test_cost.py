@@ -290,6 +290,6 @@ def test_cost_from_the_command_line() -> None:
     assert "not measured here" in shown
     answer = json.loads(ask("--cluster", "h100-8", "--compute-flops", "1e18", "--json"))
     assert answer["compute_flops"] == pytest.approx(1e18, rel=0.01)
-    assert answer["usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)
+    assert answer["cost_usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)
     with pytest.raises(NotFoundError):
         ask("--cluster", "nowhere")

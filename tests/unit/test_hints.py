@@ -116,6 +116,47 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                 yield where, words
 
 
+def verbs(words: list[str]) -> tuple[str, ...]:
+    """The command that a line of ours names, without its arguments: ("jobs", "show")."""
+    command, path = root(), list[str]()
+    for word in words:
+        child = getattr(command, "commands", {}).get(word)
+        if child is None:
+            break
+        command, path = child, [*path, word]
+    return tuple(path)
+
+
+def documented() -> Iterator[tuple[str, list[str]]]:
+    """(file:line, words) of every command line of ours in a document."""
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for found in re.finditer(r"(?:^|`|\$ |; |&& |\| )escala ([a-z][^`;|]*)", line):
+                yield f"{path.relative_to(ROOT)}:{number}", found[1].split()
+
+
+def test_every_command_that_a_text_or_a_document_names_has_its_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {verbs(words): where for where, words in [*documented(), *commands()]}
+    assert len(found) > 25
+    for path, where in found.items():
+        root().main([*path, "--help"], prog_name="escala", standalone_mode=False)
+        assert f"Usage: {' '.join(['escala', *path])} " in capsys.readouterr().out, where
+
+
+def test_every_command_that_a_document_names_is_there() -> None:
+    """What follows `escala` in a document begins with a verb of ours, and its options are there."""
+    found = list(documented())
+    assert len(found) > 40
+    assert not [f"{where}: escala {' '.join(words)}" for where, words in found if not verbs(words)]
+
+
 def test_every_command_that_a_text_names_is_there() -> None:
     found = list(commands())
     assert len(found) > 60

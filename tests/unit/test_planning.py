@@ -23,6 +23,7 @@ from escala.planning.plans import PlanOptions, Proposed, base_of, chi_of, config
 from escala.planning.propose import Proposal, candidates, propose
 from escala.schema import ModelConfig, PretrainConfig
 from escala.schema.flops import flops_per_token, parameter_counts
+from escala.settings import Settings
 
 URI = "http://127.0.0.1:9"  # nothing listens there
 CONFIGURATION: dict[str, Any] = {  # as a sweep stores it
@@ -116,9 +117,9 @@ def test_a_plan_names_what_binds_and_what_it_assumes(home: Path) -> None:
 
 def test_dollars_hours_and_energy_come_from_the_cluster(home: Path) -> None:
     answer = json.loads(ask("laws", "plan", "tiny", "--usd", "10", "--cluster", "h100-8", "--json"))
-    assert answer["usd"] == pytest.approx(10)
-    assert answer["hours"] == pytest.approx(10 / (8 * 2.5))
-    assert answer["kwh"] > 0
+    assert answer["cost_usd"] == pytest.approx(10)
+    assert answer["wall_seconds"] == pytest.approx(3600 * 10 / (8 * 2.5))
+    assert answer["energy_joules"] > 0
     assert any("not measured here" in text for text in answer["assumed"])
     with pytest.raises(SpecError, match="no precision"):
         ask("laws", "plan", "tiny", "--usd", "10", "--precision", "fp8")
@@ -153,8 +154,7 @@ def test_a_target_loss_has_its_compute_and_its_energy(home: Path) -> None:
         ask("laws", "plan", "tiny", "--target-loss", str(there["loss_nats"]), "--cluster", "h100-8", "--json")
     )
     assert answer["compute_flops"] == pytest.approx(1e14, rel=1e-6)
-    low, joules, high = answer["joules"]
-    assert low < joules < high
+    assert answer["energy_low_joules"] < answer["energy_joules"] < answer["energy_high_joules"]
     with pytest.raises(LawError, match="asks for the budget"):
         ask("laws", "plan", "tiny", "--target-loss", "2", "--usd", "1")
 
@@ -186,15 +186,15 @@ def test_plan_proposal_and_exploration_aim_at_the_same_point(
 ) -> None:
     """The runs of this law share a context, so attention counts (chi), and the limits hold for all three."""
     target = Limits(compute_flops=1e14, **limits)
-    plan = plan_law("tiny", target).plan
+    plan = plan_law(Settings(), "tiny", target).plan
     assert plan.chi > 1.01
-    found = propose_runs("tiny", target, 1e13)
+    found = propose_runs(Settings(), "tiny", target, 1e13)
     assert found.plan == plan
     mean = stored.law.predict_mean(0.9, **plan.point("n_active"))
     assert mean.low_nats is not None
     assert mean.high_nats is not None
     width = (mean.high_nats - mean.low_nats) / mean.loss_nats
-    assert width_at("tiny", target) == width
+    assert width_at(Settings(), "tiny", target) == width
     assert found.proposals[0].width_now == pytest.approx(width, rel=1e-6)
 
 
@@ -207,11 +207,11 @@ def test_a_journal_of_escala_0_1_is_continued(home: Path) -> None:
         json.dumps({**old, "width": 0.02, "batch": 1, "rounds": [{"law": "tiny@1", "proposals": []}]})
     )
     asked = Exploration("tiny", "tiny@1", Limits(compute_flops=1e15), 1e13, 1e14, width=1e-3, batch=2)
-    state = _open(asked)
+    state = _open(Settings(), asked)
     assert (len(state.rounds), state.batch, state.target) == (1, 2, asked.target)
-    assert _open(asked) == state
+    assert _open(Settings(), asked) == state
     with pytest.raises(StateError, match="another target: compute_flops"):
-        _open(replace(asked, target=Limits(compute_flops=1e16)))
+        _open(Settings(), replace(asked, target=Limits(compute_flops=1e16)))
 
 
 def test_a_law_of_a_table_can_neither_submit_nor_explore(home: Path) -> None:
@@ -227,7 +227,14 @@ def test_exploration_makes_a_run_smaller_until_its_plan_fits(
     """Of the one candidate of 6 N D = what is left, attention and whole steps do not fit in it."""
 
     def largest(
-        law: str, target: Limits, most: float, options: PlanOptions, *, count: int, width: float
+        settings: Settings,
+        law: str,
+        target: Limits,
+        most: float,
+        options: PlanOptions,
+        *,
+        count: int,
+        width: float,
     ) -> Proposed:
         point = {"n_active": np.sqrt([most / 120]), "tokens": 20 * np.sqrt([most / 120])}
         columns = {**point, "n_total": point["n_active"]}
@@ -235,14 +242,16 @@ def test_exploration_makes_a_run_smaller_until_its_plan_fits(
 
     monkeypatch.setattr("escala.planning.explore.propose_runs", largest)
     said: list[str] = []
-    left = 1e12
-    state = _open(Exploration("tiny", "tiny@1", Limits(compute_flops=1e15), 1e14, left, width=1e-3, batch=1))
-    first = largest("tiny@1", state.target, left, state.options, count=1, width=1e-3).proposals
-    assert _planned_flops(state, "tiny@1", list(first)) > left
-    following = _next(state, said.append)
+    left, settings = 1e12, Settings()
+    state = _open(
+        settings, Exploration("tiny", "tiny@1", Limits(compute_flops=1e15), 1e14, left, width=1e-3, batch=1)
+    )
+    first = largest(settings, "tiny@1", state.target, left, state.options, count=1, width=1e-3).proposals
+    assert _planned_flops(settings, state, "tiny@1", list(first)) > left
+    following = _next(settings, state, said.append)
     assert following is not None
     (chosen,) = (Proposal(**each) for each in following.proposals)
-    assert 0.7 * left < _planned_flops(state, "tiny@1", [chosen]) <= left
+    assert 0.7 * left < _planned_flops(settings, state, "tiny@1", [chosen]) <= left
     assert sum("a smaller one" in line for line in said) >= 1
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from escala import api, spec
+from escala import spec
 from escala.contract.errors import SpecError
+from escala.hardware import load_cluster
+from escala.planning.cost import cost
 from escala.schema import PpoConfig
 from escala.schema.flops import step_flops_per_token, training_flops_per_token
 from escala.schema.serve import OwnerConfig
+from escala.settings import Settings
 
 BASE: dict[str, Any] = {
     "model": {"vocab_size": 300, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_context_tokens": 64},
@@ -95,7 +98,7 @@ def test_it_can_be_planned() -> None:
     answer = spec.resolve(spec.load_job("ppo", base=BASE))
     assert answer.derived["training.steps"] == 100
     assert answer.train_tokens == 100 * 16 * 64  # at most: responses are as long as they come
-    found, _ = api.cost(answer)
+    found = cost(answer.spec.trained, load_cluster("local"))
     assert found.wall_seconds > 0
     assert any("PPO" in note for note in found.notes)
 
@@ -144,8 +147,8 @@ def test_a_job_has_room_for_its_service_too(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setenv("ESCALA_NUM_CPUS", "4")
     monkeypatch.delenv("ESCALA_RAY_ADDRESS", raising=False)
-    _check_room(job(2, rollouts={"replicas": 2}))  # all of the head's
+    _check_room(Settings(), job(2, rollouts={"replicas": 2}))  # all of the head's
     with pytest.raises(SpecError, match="and 1 of the rollout service are 5 CPUs"):
-        _check_room(job(4))
+        _check_room(Settings(), job(4))
     monkeypatch.setenv("ESCALA_RAY_ADDRESS", "10.0.0.7:6379")
-    _check_room(job(4))  # a cluster that may grow
+    _check_room(Settings(), job(4))  # a cluster that may grow

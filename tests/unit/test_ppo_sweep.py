@@ -78,6 +78,6 @@ def test_a_trial_is_judged_by_its_reward_and_gives_a_row_but_no_law(
     assert points.points[["reward", "kl_nats", "tokens"]].values.tolist() == [[0.5, 2.0, 17]]
     assert points.refused["reason"].tolist() == ["it has no reward", "not started"]
     assert points.noise is None
-    monkeypatch.setattr(launch, "sweep_points", lambda name: points)
+    monkeypatch.setattr(launch, "sweep_points", lambda _, name: points)
     with pytest.raises(LawError, match="no held-out loss"):
-        launch.fit_sweeps(["s"], "law")
+        launch.fit_sweeps(Settings(), ["s"], "law")

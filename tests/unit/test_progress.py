@@ -29,7 +29,7 @@ class SomeJob:
 
 @dataclass(frozen=True)
 class Seen:
-    """As api.Watched."""
+    """As WatchedJobView."""
 
     job: SomeJob
     progress: Progress | None

@@ -11,6 +11,8 @@ import pytest
 
 from escala.cli import render
 from escala.jobs.records import Job
+from escala.views.jobs import JobDetailsView, JobView
+from escala.views.run_records import RunView
 
 REASON = "data/train.jsonl:4 has no `messages`; it has: " + ", ".join(f"key_{i}" for i in range(80))
 JOB = Job(
@@ -85,14 +87,14 @@ def test_a_job_shows_its_times_and_its_whole_reason(
 
     monkeypatch.setattr(time, "time", lambda: 1.796e9 + 125)
     events = [HistoryEvent(1, JOB.id, 1, JOB.changed_at, "failed", "user_error", REASON)]
-    render.job(JobDetails(JOB, JOB.totals, [], [], events), False)
+    render.job(JobDetailsView.of(JobDetails(JOB, JOB.totals, [], [], events)), False)
     shown = capsys.readouterr().out
     assert "e+09" not in shown
     assert re.search(r"submitted_at +2026-1[12]-\d\d \d\d:\d\d:\d\d [+-]\d{4}", shown)
     assert re.search(r"wall_seconds +1 h 02 min", shown)
     assert re.search(r"max_seconds +1 h 30 min", shown)
     assert shown.count(REASON) == 2  # in the job, and in its history
-    render.jobs([JOB], False)
+    render.jobs([JobView.of(JOB)], False)
     shown = capsys.readouterr().out
     assert f"failed: {REASON}\nhint: correct the line\n" in shown
     assert "2 min 05 s ago" in shown
@@ -104,13 +106,13 @@ def test_the_reason_of_a_run_is_whole(capsys: pytest.CaptureFixture[str]) -> Non
     run = RunRecord(
         "r" * 32, "j0000001", 1, "a", "sft", "user_error", 1.796e9, wall_seconds=42.0, reason=REASON
     )
-    render.runs([run], False)
+    render.runs([RunView.of(run)], False)
     assert f"j0000001-1 user_error: {REASON}\n" in capsys.readouterr().out
 
 
 def test_a_reason_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     said = "cannot connect to postgresql://me:hunter2@db/jobs"
-    failed = replace(JOB, state="failed", message=said, hint=said)
+    failed = JobView.of(replace(JOB, state="failed", message=said, hint=said))
     render.jobs([failed], False)
     render.ended(failed)
     shown = capsys.readouterr()

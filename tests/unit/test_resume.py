@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed
 
-from escala import api
+from escala import Escala
 from escala.contract.checkpoints import (
     FORMAT_VERSION,
     MANIFEST,
@@ -26,6 +26,7 @@ from escala.contract.errors import CheckpointError
 from escala.contract.files import no_room
 from escala.contract.records import JobFiles
 from escala.contract.sealed import seal
+from escala.jobs import retention
 from escala.schema import ModelConfig
 from escala.schema.pretrained import model_config_of
 from escala.storage.checkpoints import latest, open_checkpoints, verify_tokenizer
@@ -187,12 +188,12 @@ def test_gc_frees_good_ones_and_reports_damaged_ones(tmp_path: Path, monkeypatch
     job = SimpleNamespace(id="j1", state="failed", config={})
     store = SimpleNamespace(list=lambda states: [job], get=lambda name: job)
     monkeypatch.setenv("ESCALA_HOME", str(tmp_path))
-    monkeypatch.setattr(api, "open_store", lambda: nullcontext(store))
-    found = api.collect_garbage(keep=2)
-    assert [Path(path).name for path, _ in found.checkpoints] == ["step-00000005"]
+    monkeypatch.setattr(retention, "open_store", lambda _: nullcontext(store))
+    found = Escala().collect_garbage(keep=2)
+    assert [Path(each.path).name for each in found.checkpoints] == ["step-00000005"]
     (damaged,) = found.damaged
     assert "step-00000008 has format 2" in damaged
-    api.collect_garbage("j1", keep=1, delete=True)
+    Escala().collect_garbage("j1", keep=1, delete=True)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000007", "step-00000008"]
 
 

@@ -19,7 +19,7 @@ from escala.jobs.state import (
     Claimed,
     DependencyEnded,
     DriverSeen,
-    JobFacts,
+    JobStanding,
     Queued,
     RetryRequested,
     StopRequested,
@@ -44,7 +44,7 @@ LEGAL = {
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("event", LEGAL, ids=lambda e: type(e).__name__)
 def test_what_is_not_in_the_prose_is_refused(event, state):
-    job = JobFacts("j1", state, attempts=1)
+    job = JobStanding("j1", state, attempts=1)
     if state in LEGAL[event]:
         assert transition(job, event, 7.0).at == 7.0
     else:
@@ -53,12 +53,12 @@ def test_what_is_not_in_the_prose_is_refused(event, state):
 
 
 def test_a_claim_numbers_the_attempt():
-    decision = transition(JobFacts("j1", "queued", attempts=2), Claimed(), 0)
+    decision = transition(JobStanding("j1", "queued", attempts=2), Claimed(), 0)
     assert (decision.state, decision.attempt) == ("starting", 3)
 
 
 def test_a_broken_dependency_is_named():
-    decision = transition(JobFacts("j1", "queued"), DependencyEnded("j2", "stopped"), 0)
+    decision = transition(JobStanding("j1", "queued"), DependencyEnded("j2", "stopped"), 0)
     assert (decision.state, decision.reason) == ("failed", "dependency")
     assert "j2" in decision.message
     assert "stopped" in decision.message
@@ -69,28 +69,32 @@ def test_a_broken_dependency_is_named():
     "kind", ["user_error", "out_of_memory", "diverged", "superseded", "internal", "newer_word"]
 )
 def test_what_would_fail_again_is_not_retried(kind, state):
-    decision = transition(JobFacts("j1", state, attempts=1, retries=5), AttemptEnded(kind, "why"), 0)
+    decision = transition(JobStanding("j1", state, attempts=1, retries=5), AttemptEnded(kind, "why"), 0)
     assert (decision.state, decision.reason, decision.message) == ("failed", kind, "why")
 
 
 @pytest.mark.parametrize("kind", ["worker_lost", "node_lost", "driver_lost"])
 def test_a_lost_attempt_is_retried_while_retries_are_left(kind):
-    again = transition(JobFacts("j1", "running", 1, retries=1, retries_used=0), AttemptEnded(kind), 0)
+    again = transition(JobStanding("j1", "running", 1, retries=1, retries_used=0), AttemptEnded(kind), 0)
     assert (again.state, again.reason, again.uses_retry) == ("queued", kind, True)
-    out = transition(JobFacts("j1", "running", 2, retries=1, retries_used=1), AttemptEnded(kind, "gone"), 0)
+    out = transition(
+        JobStanding("j1", "running", 2, retries=1, retries_used=1), AttemptEnded(kind, "gone"), 0
+    )
     assert (out.state, out.reason, out.message) == ("failed", kind, "gone (no retry left of 1)")
 
 
 def test_a_preemption_uses_up_no_retry_but_is_bounded():
-    again = transition(JobFacts("j1", "running", 5, retries=0), AttemptEnded("preempted"), 0)
+    again = transition(JobStanding("j1", "running", 5, retries=0), AttemptEnded("preempted"), 0)
     assert (again.state, again.uses_retry) == ("queued", False)
-    assert transition(JobFacts("j1", "running", ATTEMPTS_CAP), AttemptEnded("preempted"), 0).state == "failed"
+    assert (
+        transition(JobStanding("j1", "running", ATTEMPTS_CAP), AttemptEnded("preempted"), 0).state == "failed"
+    )
 
 
 @pytest.mark.parametrize("reason", ["user", "budget"])
 @pytest.mark.parametrize("kind", ["worker_lost", "driver_lost", "preempted"])
 def test_a_stopping_job_that_is_lost_is_stopped(kind, reason):
-    job = JobFacts("j1", "stopping", 1, retries=3, stop_reason=reason)
+    job = JobStanding("j1", "stopping", 1, retries=3, stop_reason=reason)
     assert transition(job, AttemptEnded(kind), 0).state == "stopped"
     assert transition(job, AttemptEnded(kind), 0).reason == reason
     assert transition(job, AttemptEnded("succeeded"), 0).state == "succeeded"
@@ -98,7 +102,7 @@ def test_a_stopping_job_that_is_lost_is_stopped(kind, reason):
 
 @pytest.mark.parametrize("reason", ["user", "budget"])
 def test_a_clean_early_end_is_a_stop(reason):
-    decision = transition(JobFacts("j1", "running", 1), AttemptEnded(reason), 0)
+    decision = transition(JobStanding("j1", "running", 1), AttemptEnded(reason), 0)
     assert (decision.state, decision.reason) == ("stopped", reason)
 
 
@@ -126,7 +130,7 @@ EVENTS = st.sampled_from(
 @given(st.lists(EVENTS, max_size=60), st.integers(0, 3))
 def test_no_history_makes_more_attempts_than_retries_allow(events, retries):
     """Without preemptions and user retries: at most retries + 1 attempts, and success is final."""
-    job = JobFacts("j1", "queued", retries=retries)
+    job = JobStanding("j1", "queued", retries=retries)
     for event in events:
         if event in (RetryRequested(), AttemptEnded("preempted")):
             continue
@@ -137,5 +141,5 @@ def test_no_history_makes_more_attempts_than_retries_allow(events, retries):
         assert job.state not in FINAL
         stop = decision.reason if decision.state == "stopping" else None
         used = job.retries_used + decision.uses_retry
-        job = JobFacts("j1", decision.state, decision.attempt or job.attempts, retries, used, stop)
+        job = JobStanding("j1", decision.state, decision.attempt or job.attempts, retries, used, stop)
         assert job.attempts <= retries + 1

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from escala import api
-from escala.contract.errors import ClusterError, StateError
+from escala import Escala
+from escala.contract.errors import ClusterError, SpecError, StateError
 from escala.jobs.state import StopRequested
 from escala.jobs.store import JobStore
 from escala.settings import Settings
@@ -105,18 +105,18 @@ def test_every_way_to_queue_a_job_warns_and_returns_it(
             assert part in record.getMessage()
         caplog.clear()
 
-    job = api.submit("pretrain", overrides=SMALL, options={"name": "first"})
+    job = Escala().submit("pretrain", overrides=SMALL, options={"name": "first"})
     warned(job.id)
-    warned(api.sweep("smoke").id)
-    warned(api.bench_device().id)  # type: ignore[attr-defined]
+    warned(Escala().sweep("smoke").id)
+    warned(Escala().bench_device().id)
     store = JobStore(Settings().database_url)
-    store.apply(job, StopRequested())
+    store.apply(store.get(job.id), StopRequested())
     store.close()
-    assert api.retry(job.id).state == "queued"
+    assert Escala().retry(job.id).state == "queued"
     warned(job.id)
     assert len(queued()) == 3
     with pytest.raises(ClusterError, match=f"{job.id} is queued, and cannot be followed"):
-        next(api.watch(job.id))
+        next(Escala().watch(job.id))
 
 
 def test_an_interrupted_start_of_the_cluster_says_the_id_too(
@@ -130,39 +130,43 @@ def test_an_interrupted_start_of_the_cluster_says_the_id_too(
     monkeypatch.setattr(cluster, "up", up)
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        api.submit("pretrain", overrides=SMALL, report=told.append)
+        Escala().submit("pretrain", overrides=SMALL, report=told.append)
     (job_id,) = queued()
     assert told == [f"job {job_id} is queued"]
     assert job_id in caplog.text
 
 
 def test_a_key_is_checked_and_works_for_sweeps_and_specs(no_cluster: None) -> None:
-    first = api.sweep("smoke", options={"idempotency_key": "k"})
-    assert api.sweep("smoke", options={"idempotency_key": "k"}).id == first.id
-    with pytest.raises(api.SpecError, match=rf"'k' has queued job {first.id}"):
-        api.submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"})
+    first = Escala().sweep("smoke", options={"idempotency_key": "k"})
+    assert Escala().sweep("smoke", options={"idempotency_key": "k"}).id == first.id
+    with pytest.raises(SpecError, match=rf"'k' has queued job {first.id}"):
+        Escala().submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"})
     for wrong in ("", "x" * 201, "a\nb", "a\0b"):
-        with pytest.raises(api.SpecError, match="idempotency_key"):
-            api.submit("pretrain", overrides=SMALL, options={"idempotency_key": wrong})
-    with pytest.raises(api.SpecError, match="--resume"):
-        api.sweep("smoke", options={"idempotency_key": "k"}, resume=True)
+        with pytest.raises(SpecError, match="idempotency_key"):
+            Escala().submit("pretrain", overrides=SMALL, options={"idempotency_key": wrong})
+    with pytest.raises(SpecError, match="--resume"):
+        Escala().sweep("smoke", options={"idempotency_key": "k"}, resume=True)
     assert queued() == [first.id]
 
 
 def test_a_job_that_has_ended_starts_no_cluster(no_cluster: None, caplog: pytest.LogCaptureFixture) -> None:
-    job = api.submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"})
-    api.stop(job.id)
+    job = Escala().submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"})
+    Escala().stop(job.id)
     caplog.clear()
-    assert api.submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"}).state == "stopped"
+    assert Escala().submit("pretrain", overrides=SMALL, options={"idempotency_key": "k"}).state == "stopped"
     assert not caplog.records
     with pytest.raises(StateError):
-        api.stop(job.id)
+        Escala().stop(job.id)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1_000_001, 10**30])
 def test_a_limit_that_is_none_is_an_error(own_home: Path, limit: int) -> None:
-    for ask in (lambda: api.jobs(limit=limit), lambda: api.jobs(True, limit), lambda: api.runs(limit=limit)):
-        with pytest.raises(api.SpecError, match=f"--limit is {limit}"):
+    for ask in (
+        lambda: Escala().jobs(limit=limit),
+        lambda: Escala().jobs(True, limit),
+        lambda: Escala().runs(limit=limit),
+    ):
+        with pytest.raises(SpecError, match=f"--limit is {limit}"):
             ask()
     if limit == 0:
         done = escala("ps", "--limit", "0")
@@ -176,12 +180,12 @@ def test_a_page_holds_what_runs_then_what_waits_in_order_then_says_that_there_is
     from escala.cli.jobs import ps
 
     for name, priority in (("low", 1), ("high", 90), ("middle", 50)):
-        api.submit("pretrain", overrides=SMALL, options={"name": name, "priority": priority})
+        Escala().submit("pretrain", overrides=SMALL, options={"name": name, "priority": priority})
     store = JobStore(Settings().database_url)
     store.claim_start(store.get("low"))
     store.close()
-    assert [job.name for job in api.jobs(limit=2)] == ["low", "high"]
-    assert [job.name for job in api.jobs(everything=True, limit=2)] == ["middle", "high"]
+    assert [job.name for job in Escala().jobs(limit=2)] == ["low", "high"]
+    assert [job.name for job in Escala().jobs(everything=True, limit=2)] == ["middle", "high"]
     ps(limit=2)
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 3
@@ -197,7 +201,9 @@ def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch:
 
     keys: list[str] = []
 
-    def sweep(space: str, overrides: tuple[str, ...], options: dict[str, str], report: object) -> None:
+    def sweep(
+        settings: Settings, space: str, overrides: tuple[str, ...], options: dict[str, str], report: object
+    ) -> None:
         keys.append(options["idempotency_key"])
         raise KeyboardInterrupt
 
@@ -208,7 +214,7 @@ def test_a_round_of_an_exploration_that_is_killed_is_submitted_once(monkeypatch:
     )
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            explore._finish(state, state.rounds[-1], print)
+            explore._finish(Settings(), state, state.rounds[-1], print)
     assert keys == ["explore-k", "explore-k"]
 
 

@@ -23,6 +23,7 @@ from escala.contract.records import (
     write_json,
 )
 from escala.laws import fit_law
+from escala.settings import Settings
 from escala.sweeps import design, plan, trials
 from escala.sweeps.launch import plan_sweep
 from escala.sweeps.monitor import Monitor
@@ -401,8 +402,8 @@ def test_sweeps_put_together_keep_their_refused_trials(tmp_path: Path, monkeypat
     for one in made[:-1]:
         end(tmp_path, one, "succeeded", 2 + 3e2 * one.trial.train_tokens**-0.5)
     end(tmp_path, made[-1], "cut_off", 9.0)
-    monkeypatch.setattr(launch, "sweep_points", lambda _: read_points(tmp_path, "j"))
-    found = launch.preview_sweeps(["one", "two"], form="c", bootstrap=0)
+    monkeypatch.setattr(launch, "sweep_points", lambda *_: read_points(tmp_path, "j"))
+    found = launch.preview_sweeps(Settings(), ["one", "two"], form="c", bootstrap=0)
     assert found.law.refusals == [(10, "cut_off: why")]
     assert len(found.law.points) == 9
     assert "reason" not in found.law.points
@@ -429,7 +430,7 @@ def test_a_dry_run_checks_the_job_s_options(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("ESCALA_HOME", str(tmp_path))
     for options, says in (({"name": "a b"}, "--name"), ({"max_flops": float("inf")}, "--max-flops")):
         with pytest.raises(SpecError, match=says):
-            plan_sweep("smoke", options=options)
+            plan_sweep(Settings(), "smoke", options=options)
 
 
 def test_a_space_of_too_many_trials_is_refused_before_they_are_made(tmp_path: Path) -> None:

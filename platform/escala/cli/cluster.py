@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from escala.cli import progress, render
+from escala.cli.home import open_home
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -20,23 +21,17 @@ def register(app: typer.Typer) -> None:
 
 def up(json: Json = False) -> None:
     """Start what is missing: Ray head, MLflow server, reconcile loop, its watchdog. Safe to repeat."""
-    from escala import api
-
     with progress.reporting("starting the cluster", json) as report:
-        found = api.up(report=report)
+        found = open_home().up(report=report)
     render.cluster(found, json)
 
 
 def down() -> None:
     """Stop the processes that `up` started; queued jobs and all history stay."""
-    from escala import api
-
     with progress.reporting("stopping the cluster", False) as report:
-        api.down(report=report)
+        open_home().down(report=report)
 
 
 def status(json: Json = False) -> None:
     """Show each process, its address and whether it answers."""
-    from escala import api
-
-    render.cluster(api.status(), json)
+    render.cluster(open_home().status(), json)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from escala.cli import demo_rlhf, progress, render, render_laws, render_plans, render_sweeps
+from escala.cli.home import open_home
 from escala.cli.jobs import follow_job
 from escala.contract.errors import LawError
 
@@ -42,47 +43,45 @@ def demo(
 
 def run() -> None:
     """Sweep tiny models, fit a law, plan a run of ten times the compute, train it by ZeRO-3, and compare."""
-    from escala import api
     from escala.planning.limits import Limits
 
+    escala = open_home()
     render.step(f"1. the sweep {SPACE}")
     with progress.reporting("submitting", False) as report:
-        sweep = api.sweep(SPACE, report=report)
-    follow_job(sweep.id)
-    points = api.sweep_points(sweep.id)
-    render_sweeps.points(points, sweep.id, False)
+        sweep = escala.sweep(SPACE, report=report)
+    follow_job(escala, sweep.id)
+    points = escala.sweep_points(sweep.id)
+    render_sweeps.points(points, False)
 
     render.step("2. the law")
     with progress.working("fitting the law"):
-        fitted = api.fit_sweeps([sweep.id], LAW)
+        fitted = escala.fit_sweeps([sweep.id], LAW)
     render_laws.fitted(fitted, False)
 
-    budget = AHEAD * float(points.points["compute_flops"].max())
-    law = fitted.stored.reference
+    budget = AHEAD * max(float(point["compute_flops"]) for point in points.points)
+    law = fitted.law
     render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {render.number(budget)} FLOPs")
     try:
-        render_plans.plan(api.plan_law(law, Limits(compute_flops=budget)), False)
+        render_plans.plan(escala.plan_law(law, Limits(compute_flops=budget)), False)
     except LawError as refusal:
         render_laws.refusal(refusal)
         return
 
     render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
     with progress.reporting("submitting", False) as report:
-        job = api.submit(
+        job = escala.submit(
             "pretrain",
             overrides=[f"resources.workers={WORKERS}"],
             options={"name": LAW},
             report=report,
             compute_flops=budget,
             law=law,
-            base=api.space_base(SPACE),
+            base=escala.space_base(SPACE),
         )
-    follow_job(job.id)
+    follow_job(escala, job.id)
     with progress.working("waiting for the run's record in MLflow"):
-        record = api.finished_run(job.id)
+        record = escala.finished_run(job.id)
 
     render.step("5. predicted and obtained")
     size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)
-    render_laws.verdict(
-        api.predict_law(law, {"n_active": size, "tokens": tokens}), record, api.run_url(record)
-    )
+    render_laws.verdict(escala.predict_law(law, {"n_active": size, "tokens": tokens}), record)

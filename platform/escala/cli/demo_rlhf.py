@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from escala.cli import progress, render
+from escala.cli.home import open_home
 from escala.cli.jobs import follow_job
 
 if TYPE_CHECKING:
-    from escala.contract.records import RunRecord
+    from escala.client import Escala
+    from escala.views.run_records import RunDetailsView
 
 MODEL = {"vocab_size": 2048, "n_layers": 3, "d_model": 128, "n_heads": 4, "max_context_tokens": 64}
 PAIRS = 20_000
@@ -39,27 +41,26 @@ SHOWN = 4  # samples of the first and the last iteration
 
 def run() -> None:
     """Ratings to pairs, pretraining, SFT and a reward model side by side, PPO, and what changed."""
-    from escala.settings import Settings
-
-    directory = Settings().home / "demo-rlhf"
+    escala = open_home()
+    directory = escala.settings.home / "demo-rlhf"
     render.step(f"1. what people feel about words: {PAIRS:,} comparisons by real raters")
     make = [sys.executable, "-m", "workloads.data.raters", "--to", str(directory), "--pairs", str(PAIRS)]
     if subprocess.run(make).returncode:
         raise typer.Exit(1)
 
     render.step("2. a small model, pretrained on Python source")
-    base = _submitted("pretrain", PRETRAINING, "rlhf-base")
+    base = _submitted(escala, "pretrain", PRETRAINING, "rlhf-base")
     answers = {"train": directory / "answers.jsonl", "held_out": directory / "held_out_answers.jsonl"}
     answering = {"data": {name: str(path) for name, path in answers.items()}, "training": ANSWERING}
-    policy = _submitted("sft", {"start": {"job": base}, **answering}, "rlhf-policy")
+    policy = _submitted(escala, "sft", {"start": {"job": base}, **answering}, "rlhf-policy")
     pairs = {"train": str(directory / "train.jsonl"), "held_out": str(directory / "other_raters.jsonl")}
     judging = {"data": pairs, "training": JUDGING}
-    reward = _submitted("reward", {"start": {"job": base}, **judging}, "rlhf-reward")
-    _ended(base)
+    reward = _submitted(escala, "reward", {"start": {"job": base}, **judging}, "rlhf-reward")
+    _ended(escala, base)
 
     render.step("3. it learns to answer (SFT), and a copy of it what raters prefer (reward model)")
-    _ended(policy)
-    judged = _ended(reward)
+    _ended(escala, policy)
+    judged = _ended(escala, reward)
     accuracy = (judged.measures or {})["held_out_accuracy"]
     render.raw(f"raters whom it has not seen agree with the reward model on {accuracy:.1%} of pairs of words")
 
@@ -74,31 +75,25 @@ def run() -> None:
         "rewards": rewards,
         **REINFORCING,
     }
-    learned = _ended(_submitted("ppo", built, "rlhf"))
+    learned = _ended(escala, _submitted(escala, "ppo", built, "rlhf"))
 
     render.step("5. before and after")
-    _compare(learned)
+    _compare(escala, learned)
 
 
-def _submitted(workload: str, spec: dict[str, Any], name: str) -> str:
-    from escala import api
-
+def _submitted(escala: Escala, workload: str, spec: dict[str, Any], name: str) -> str:
     with progress.reporting("submitting", False) as report:
-        return api.submit(workload, base=spec, options={"name": name}, report=report).id
+        return escala.submit(workload, base=spec, options={"name": name}, report=report).id
 
 
-def _ended(job: str) -> RunRecord:
+def _ended(escala: Escala, job: str) -> RunDetailsView:
     """The run of a job that is followed to its end. Exits with 1 where it fails."""
-    from escala import api
-
-    follow_job(job)
+    follow_job(escala, job)
     with progress.working("waiting for the run's record in MLflow"):
-        return api.finished_run(job)
+        return escala.finished_run(job)
 
 
-def _compare(learned: RunRecord) -> None:
-    from escala import api
-
+def _compare(escala: Escala, learned: RunDetailsView) -> None:
     rows = []
     for name, metric in (
         ("reward model's score", "reward_served"),
@@ -106,13 +101,13 @@ def _compare(learned: RunRecord) -> None:
         ("KL from the start, nats a response", "kl_nats"),
         ("tokens a response", "response_tokens"),
     ):
-        points = api.history(learned, metric)
+        points = escala.history(str(learned.run_id), metric)
         rows.append((name, *(render.number(value) for _, value in (points[0], points[-1]))))
     render.table(("", "before", "after"), rows)
-    found = api.samples(learned)
+    found = escala.samples(str(learned.run_id))
     for when, some in (("before", found[:SHOWN]), ("after", found[-SHOWN:])):
-        render.raw(f"{when:<8}{'  '.join(repr(row['response']) for row in some)}")
-    render.page(api.run_url(learned))
+        render.raw(f"{when:<8}{'  '.join(repr(row.response) for row in some)}")
+    render.page(learned.url)
     render.raw(
         f"next            escala runs samples {learned.job_id}; escala export {learned.job_id} --to DIR"
     )

@@ -11,10 +11,12 @@ from typer.core import TyperCommand
 
 from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
+from escala.jobs.state import FINAL
 
 if TYPE_CHECKING:
-    from escala.api import Watched
-    from escala.jobs.records import Job
+    from escala.client import Escala
+    from escala.views.jobs import JobView, WatchedJobView
 
 JobName = Annotated[
     str,
@@ -99,8 +101,7 @@ def submit(
     json: Json = False,
 ) -> None:
     """Queue a job; starts the embedded cluster when none is configured."""
-    from escala import api
-
+    escala = open_home()
     options = {
         "name": name,
         "priority": priority,
@@ -111,16 +112,16 @@ def submit(
         "idempotency_key": idempotency_key,
     }
     if dry_run:
-        answer = api.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
-        render_plans.resolved(answer, *api.cost(answer), json)
+        answer = escala.resolve(workload, files or (), overrides or (), options, compute_flops, law, code)
+        render_plans.resolved(answer, json)
         return
     with progress.reporting("submitting", json) as report:
-        job = api.submit(
+        job = escala.submit(
             workload, files or (), overrides or (), options, report, compute_flops, law, code=code
         )
     render.submitted(job, json)
     if follow:
-        follow_job(job.id, json)
+        follow_job(escala, job.id, json)
 
 
 def ps(
@@ -129,10 +130,11 @@ def ps(
     json: Json = False,
 ) -> None:
     """List the jobs that wait or run."""
-    from escala import api
+    from escala.jobs.actions import MOST_ROWS, check_limit
 
-    api.check_limit(limit)
-    found = api.jobs(everything=everything, limit=min(limit + 1, api.MOST_ROWS))
+    check_limit(limit)
+    escala = open_home()
+    found = escala.jobs(everything=everything, limit=min(limit + 1, MOST_ROWS))
     render.jobs(found[:limit], json)
     if len(found) > limit:
         render.note(f"the first {limit:,}; --limit shows more")
@@ -140,23 +142,19 @@ def ps(
         render.note(
             "there are no jobs" if everything else "no jobs wait or run; `escala ps --all` shows others"
         )
-    if any(job.state not in api.FINAL for job in found) and (why := api.trouble()):
+    if any(job.state not in FINAL for job in found) and (why := escala.trouble()):
         render.note(why)
 
 
 def logs(job: JobName, follow: Follow = False) -> None:
     """Print a job's output, all attempts in order."""
-    from escala import api
-
-    for line in api.logs(job, follow=follow):
+    for line in open_home().logs(job, follow=follow):
         render.raw(line)
 
 
 def stop(job: JobName, json: Json = False) -> None:
     """Ask a job to write a checkpoint and stop; one that has not made a step stops at once."""
-    from escala import api
-
-    render.submitted(api.stop(job), json)
+    render.submitted(open_home().stop(job), json)
 
 
 def gc(
@@ -168,9 +166,7 @@ def gc(
     json: Json = False,
 ) -> None:
     """Show the checkpoints that the retention rule no longer keeps, and free them."""
-    from escala import api
-
-    render.garbage(api.collect_garbage(job, keep=keep, delete=delete), delete, json)
+    render.garbage(open_home().collect_garbage(job, keep=keep, delete=delete), json)
 
 
 def export(
@@ -179,29 +175,24 @@ def export(
     adapter: Annotated[bool, typer.Option("--adapter", help="LoRA's deltas alone, for peft.")] = False,
 ) -> None:
     """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
-    from escala import api
-
     with progress.working("exporting"):
-        written = api.export(run, to, adapter)
+        written = open_home().export(run, to, adapter)
     render.exported(written, adapter)
 
 
 def show(job: JobName, json: Json = False) -> None:
     """Show a job: state, reason, attempts, totals, events, the run of each attempt."""
-    from escala import api
-
-    render.job(api.job(job), json)
+    render.job(open_home().job(job), json)
 
 
 def retry(job: JobName, follow: Follow = False, json: Json = False) -> None:
     """Queue a failed or stopped job again; it continues from its last checkpoint."""
-    from escala import api
-
+    escala = open_home()
     with progress.reporting("submitting", json) as report:
-        again = api.retry(job, report=report)
+        again = escala.retry(job, report=report)
     render.submitted(again, json)
     if follow:
-        follow_job(again.id, json)
+        follow_job(escala, again.id, json)
 
 
 def resume(
@@ -212,35 +203,30 @@ def resume(
     json: Json = False,
 ) -> None:
     """Submit a new job that starts from another one's last checkpoint (more steps, other workers, ...)."""
-    from escala import api
-
+    escala = open_home()
     with progress.reporting("submitting", json) as report:
-        new = api.resume(job, overrides or (), report, idempotency_key)
+        new = escala.resume(job, overrides or (), report, idempotency_key)
     render.submitted(new, json)
     if follow:
-        follow_job(new.id, json)
+        follow_job(escala, new.id, json)
 
 
-def follow_job(job_id: str, json: bool = False) -> None:
+def follow_job(escala: Escala, job_id: str, json: bool = False) -> None:
     """Progress until the job ends; exit 1 unless it succeeded."""
-    if followed(job_id, json).state != "succeeded":
+    if followed(escala, job_id, json).state != "succeeded":
         raise typer.Exit(1)
 
 
-def followed(job_id: str, json: bool = False) -> Job:
+def followed(escala: Escala, job_id: str, json: bool = False) -> JobView:
     """Progress until the job ends, and whatever keeps it from moving on meanwhile; the job as it ended."""
-    from escala import api
-
-    return progress.follow(_with_trouble(api.watch(job_id)), json)
+    return progress.follow(_with_trouble(escala, escala.watch(job_id)), json)
 
 
-def _with_trouble(states: Iterator[Watched]) -> Iterator[Watched]:
+def _with_trouble(escala: Escala, states: Iterator[WatchedJobView]) -> Iterator[WatchedJobView]:
     """The states as they come; whatever keeps the job from moving on is said when it begins and when it ends."""
-    from escala import api
-
     said: str | None = None
     for state in states:
-        why = None if state.job.state in api.FINAL else api.trouble()
+        why = None if state.job.state in FINAL else escala.trouble()
         if why != said:
             render.note(why or "it goes on")
         said = why

@@ -9,11 +9,13 @@ import typer
 
 from escala.cli import progress, render, render_laws
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
 from escala.contract.errors import LawError
 from escala.laws.forms import FORMS
 
 if TYPE_CHECKING:
-    from escala.laws.queries import Preview
+    from escala.client import Escala
+    from escala.views.laws import LawPreviewView
 
 Name = Annotated[str, typer.Argument(help="NAME@VERSION, or NAME for its champion.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the tracker which version is champion now.")]
@@ -78,51 +80,44 @@ def fit(
     rename = _pairs(map_ or [])
     settings = {"form": form, "group": group, "size": size, "bootstrap": bootstrap, "seed": seed}
     if dry_run:
-        render_laws.preview(_preview(points, rename, sweep or [], settings), json)
+        render_laws.preview(_preview(open_home(), points, rename, sweep or [], settings), json)
         return
     if name is None:
         raise LawError("The law has no name to be stored under.", "Give --name NAME, or --dry-run.")
-    from escala import api
-
+    escala = open_home()
     with progress.working("fitting") as now:
         if points is None:
-            found = api.fit_sweeps(sweep or [], name, **settings, report=lambda text: now.update(facts=text))
+            found = escala.fit_sweeps(
+                sweep or [], name, **settings, report=lambda text: now.update(facts=text)
+            )
         else:
-            found = api.fit_file(
+            found = escala.fit_file(
                 points, name, rename=rename, **settings, report=lambda text: now.update(facts=text)
             )
     render_laws.fitted(found, json)
 
 
 def _preview(
-    points: Path | None, rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
-) -> Preview:
+    escala: Escala, points: Path | None, rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
+) -> LawPreviewView:
     with progress.working("fitting") as now:
         if points is not None:  # of a file: neither a database nor a tracker
-            from escala.laws import queries
-
-            return queries.preview_file(
+            return escala.preview_file(
                 points, rename=rename, **settings, report=lambda text: now.update(facts=text)
             )
-        from escala import api
-
-        return api.preview_sweeps(sweeps, **settings, report=lambda text: now.update(facts=text))
+        return escala.preview_sweeps(sweeps, **settings, report=lambda text: now.update(facts=text))
 
 
 def list_(
     name: Annotated[str | None, typer.Argument(help="Only this law.")] = None, json: Json = False
 ) -> None:
     """List the stored laws, newest version first."""
-    from escala.laws import queries
-
-    render_laws.laws(queries.laws(name), json)
+    render_laws.laws(open_home().laws(name), json)
 
 
 def show(law: Name, refresh: Refresh = False, json: Json = False) -> None:
     """Show a law: parameters with intervals, what is wrong with it, where it came from."""
-    from escala.laws import queries
-
-    render_laws.law(queries.law(law, refresh), json)
+    render_laws.law(open_home().law(law, refresh), json)
 
 
 def predict(
@@ -143,8 +138,6 @@ def predict(
     json: Json = False,
 ) -> None:
     """Predict the loss of a run, with its interval and how far that lies beyond the data."""
-    from escala.laws import queries
-
     given = {
         "n_total": n_total,
         "n_active": n_active,
@@ -155,14 +148,12 @@ def predict(
         "compute_flops": compute_flops,
     }
     point = {name: value for name, value in given.items() if value is not None}
-    render_laws.prediction(queries.predict_law(law, _merged(point, at or []), level, refresh), json)
+    render_laws.prediction(open_home().predict_law(law, _merged(point, at or []), level, refresh), json)
 
 
 def compare(first: Name, second: Name, json: Json = False) -> None:
     """Show two laws side by side, and how much their losses disagree."""
-    from escala.laws import queries
-
-    render_laws.comparison(queries.compare_laws(first, second), json)
+    render_laws.comparison(open_home().compare_laws(first, second), json)
 
 
 def plot(
@@ -171,16 +162,12 @@ def plot(
     json: Json = False,
 ) -> None:
     """Draw a law: loss along each input, residuals, IsoFLOP curves, allocation."""
-    from escala.laws import queries
-
-    render_laws.files(queries.plot_law(law, to), json)
+    render_laws.files(open_home().plot_law(law, to), json)
 
 
 def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")], json: Json = False) -> None:
     """Write law.json, provenance, points and plots into a new directory."""
-    from escala.laws import queries
-
-    render_laws.files(queries.export_law(law, to), json)
+    render_laws.files(open_home().export_law(law, to), json)
 
 
 def calibration(
@@ -188,9 +175,7 @@ def calibration(
     json: Json = False,
 ) -> None:
     """Compare what the laws predicted with what finished runs obtained."""
-    from escala.laws import queries
-
-    render_laws.calibration(queries.calibration(name), json)
+    render_laws.calibration(open_home().calibration(name), json)
 
 
 def promote(
@@ -199,13 +184,11 @@ def promote(
     json: Json = False,
 ) -> None:
     """Make a version the champion of its name: the one that NAME alone means."""
-    from escala.laws import queries
-
-    stored = queries.promote_law(law, force)
+    promoted = open_home().promote_law(law, force)
     if json:
-        render_laws.law(stored, json)
+        render_laws.law(promoted, json)
     else:
-        render.note(f"{stored.reference} is champion")
+        render.note(f"{promoted.law} is champion")
 
 
 def _merged(point: dict[str, float], at: list[str]) -> dict[str, float]:

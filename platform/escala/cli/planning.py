@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from escala.cli import laws, progress, render, render_plans
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
 from escala.cli.jobs import Follow, Overrides, follow_job
 from escala.cli.laws import Name, Refresh
 from escala.contract.errors import LawError
+
+if TYPE_CHECKING:
+    from escala.views.plans import PlanView
 
 ClusterName = Annotated[
     str | None,
@@ -46,10 +50,7 @@ def cost(
     json: Json = False,
 ) -> None:
     """Say what a pretraining run would cost on a cluster: memory, communication, time, energy, money."""
-    from escala import api
-
-    resolved = api.resolve("pretrain", files or (), overrides or (), compute_flops=compute_flops)
-    render_plans.cost(*api.cost(resolved, cluster), json)
+    render_plans.cost(open_home().cost(files or (), overrides or (), compute_flops, cluster), json)
 
 
 def device(
@@ -59,12 +60,11 @@ def device(
     json: Json = False,
 ) -> None:
     """Measure one worker's speed, memory and link while all work, and write the cluster's file."""
-    from escala import api
-
+    escala = open_home()
     with progress.reporting("submitting", json) as report:
-        job = api.bench_device(workers, gpus_per_worker, report=report)
-    follow_job(job.id, json)
-    render_plans.device(api.write_cluster(job.id, to), to, json)
+        job = escala.bench_device(workers, gpus_per_worker, report=report)
+    follow_job(escala, job.id, json)
+    render_plans.device(escala.write_cluster(job.id, to), to, json)
 
 
 def plan(
@@ -99,17 +99,19 @@ def plan(
     json: Json = False,
 ) -> None:
     """Spend a budget on parameters and tokens so that the law's loss is lowest; several limits at once."""
-    from escala.planning import plans
     from escala.planning.limits import Limits
+    from escala.planning.plans import PlanOptions
 
-    options = plans.PlanOptions(
+    escala = open_home()
+    options = PlanOptions(
         kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
     )
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
-        planned, target = plans.plan_target(law, target_loss, options)
-        render_plans.target(planned, target, json)
+        target = escala.plan_target(law, target_loss, options)
+        render_plans.target(target, json)
+        best: PlanView = target
     else:
         limits = Limits(
             compute_flops=compute_flops,
@@ -122,23 +124,15 @@ def plan(
             max_context_tokens=max_context_tokens,
             n_total_over_active=n_total_over_active,
         )
-        planned = plans.plan_law(law, limits, options)
-        render_plans.plan(planned, json)
+        best = escala.plan_law(law, limits, options)
         if front is not None:
-            from escala.planning.plots import plot_front
-
             with progress.working("planning smaller budgets", quiet=json):
-                plans = [each.plan for each in plans.plan_front(law, limits, options)]
-            plot_front(plans, front, planned.law.reference)
-            render_plans.front(plans, front, json)
+                smaller = escala.plan_front(law, limits, options, front)
+            best = best.model_copy(update={"front": tuple(smaller), "front_plot": str(front)})
+        render_plans.plan(best, json)
     if submit:
-        from escala import api
-
-        best = planned.plan
         with progress.reporting("submitting", json) as report:
-            job = api.submit_run(
-                planned.law.reference, best.n_active, best.n_total, best.tokens, report=report
-            )
+            job = escala.submit_run(best.law, best.n_active, best.n_total, best.tokens, report=report)
         render.submitted(job, json)
 
 
@@ -160,12 +154,13 @@ def propose(
     json: Json = False,
 ) -> None:
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
-    from escala.planning import plans
     from escala.planning.limits import Limits
+    from escala.planning.plans import PlanOptions
 
-    options = plans.PlanOptions(cluster=cluster, precision=render_plans.precision(precision), refresh=refresh)
+    options = PlanOptions(cluster=cluster, precision=render_plans.precision(precision), refresh=refresh)
+    escala = open_home()
     with progress.working("weighing the candidates", quiet=json):
-        found = plans.propose_runs(
+        found = escala.propose_runs(
             law,
             Limits(compute_flops=target_flops),
             max_flops,
@@ -177,17 +172,15 @@ def propose(
         )
     render_plans.proposals(found, json)
     if submit:
-        from escala import api
-
         with progress.reporting("submitting", json) as report:
             started = [
-                api.submit_run(found.law.reference, p.n_active, p.n_total, p.tokens, report=report)
+                escala.submit_run(found.law, p.n_active, p.n_total, p.tokens, report=report)
                 for p in found.proposals
             ]
         for job in started:
             render.submitted(job, json)
         for job in started if follow else ():
-            follow_job(job.id, json)
+            follow_job(escala, job.id, json)
 
 
 def explore(
@@ -202,12 +195,12 @@ def explore(
     json: Json = False,
 ) -> None:
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
-    from escala import api
     from escala.planning.limits import Limits
 
+    escala = open_home()
     last, target = None, Limits(compute_flops=target_flops)
     with progress.reporting("exploring", json) as report:
-        for last in api.explore(
+        for last in escala.explore(
             law, target, max_flops, budget_flops, width=width, batch=batch, report=report
         ):
             if not json:

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 
 from escala.cli import render
 from escala.contract.errors import EscalaError
-from escala.contract.records import Progress
 
 if TYPE_CHECKING:
-    from escala.api import Watched
-    from escala.jobs.records import Job
+    from escala.views.jobs import JobView, ProgressView, WatchedJobView
 
 EVERY_SECONDS = 15.0  # between two lines where there is no terminal
 SHOW_AFTER_SECONDS = 1.0  # what is over before leaves no trace on a terminal
@@ -67,7 +65,7 @@ class Working:
         self.done = self.total = self._left = None
 
     def say(self, text: str) -> None:
-        """A line that stays, as `render.note`; use it as the `report` of a function of `escala.api`."""
+        """A line that stays, as `render.note`; use it as the `report` of a method of `Escala`."""
         render.note(text)
 
     @property
@@ -123,7 +121,7 @@ def working(what: str, quiet: bool = False) -> Iterator[Working]:
 
 @contextmanager
 def reporting(what: str, json: bool) -> Iterator[Callable[[str], None]]:
-    """`working` around a call of `escala.api`; yields what to give it as `report`, which is silent with `--json`."""
+    """`working` around a call of `Escala`; yields what to give it as `report`, which is silent with `--json`."""
     with working(what, quiet=json) as now:
         yield render.quiet if json else now.say
 
@@ -159,10 +157,10 @@ def _lines(now: Working) -> Iterator[None]:
         thread.join()
 
 
-def follow(states: Iterable[Watched], json: bool = False) -> Job:
+def follow(states: Iterable[WatchedJobView], json: bool = False) -> JobView:
     """Progress over the states of a job as they come, then how it ended, with the whole reason; returns the last."""
-    last: Watched | None = None
-    first: Progress | None = None  # of this attempt that we saw: the pace counts from there
+    last: WatchedJobView | None = None
+    first: ProgressView | None = None  # of this attempt that we saw: the pace counts from there
     with working("queued") as now:
         for watched in states:
             if last is not None and last.job.state != watched.job.state and not render.is_terminal():
@@ -177,7 +175,7 @@ def follow(states: Iterable[Watched], json: bool = False) -> Job:
     return last.job
 
 
-def _show(now: Working, watched: Watched, first: Progress | None) -> None:
+def _show(now: Working, watched: WatchedJobView, first: ProgressView | None) -> None:
     what, progress = f"{watched.job.id} {watched.job.state}", watched.progress
     if progress is None or first is None:
         now.forget()
@@ -192,7 +190,7 @@ def _show(now: Working, watched: Watched, first: Progress | None) -> None:
     )
 
 
-def _left_seconds(progress: Progress, first: Progress) -> float | None:
+def _left_seconds(progress: ProgressView, first: ProgressView) -> float | None:
     """At the pace since `first`: an attempt that goes on from a checkpoint did not make all its steps itself."""
     if progress.remaining_seconds is not None or not progress.step or not progress.wall_seconds:
         return progress.remaining_seconds
@@ -202,7 +200,7 @@ def _left_seconds(progress: Progress, first: Progress) -> float | None:
     return seconds / steps * (progress.total_steps - progress.step)
 
 
-def _facts(progress: Progress) -> str:
+def _facts(progress: ProgressView) -> str:
     parts = []
     if progress.loss_nats is not None:
         parts.append(f"loss {progress.loss_nats:.3f}")

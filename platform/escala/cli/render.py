@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from escala.contract.errors import EscalaError
-from escala.contract.records import RunRecord
 from escala.contract.redaction import hide, hide_in
 from escala.tracking.pages import table_beside
 
 if TYPE_CHECKING:
-    from escala.api import Garbage, JobDetails
-    from escala.cluster import ClusterStatus
-    from escala.jobs.records import Attempt, HistoryEvent, Job
+    from escala.views.cluster import ClusterView, GarbageView
+    from escala.views.jobs import AttemptView, EventView, JobDetailsView, JobView
+    from escala.views.run_records import RunDetailsView, RunView, SampleView
 
 REWARD_HEAD = "reward_head.safetensors"  # beside an exported reward model's trunk
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
@@ -66,9 +64,17 @@ def raw(text: str) -> None:
 
 
 def as_json(value: Any) -> None:
-    """One JSON document; a number that JSON has no text for (NaN, an infinity) is null."""
-    shown = _finite(hide_in(value))
+    """A view, or several, or plain data, as one JSON document; a number that JSON has no text for (NaN, an infinity)
+    is null.
+    """
+    shown = _finite(hide_in(_plain(value)))
     print(jsonlib.dumps(shown, indent=1, default=lambda other: hide(str(other)), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.model_dump() if hasattr(value, "model_dump") else value
 
 
 def _finite(value: Any) -> Any:
@@ -79,10 +85,10 @@ def _finite(value: Any) -> Any:
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def cluster(status: ClusterStatus, json: bool) -> None:
+def cluster(status: ClusterView, json: bool) -> None:
     """The processes of the cluster, a row each."""
     if json:
-        as_json(asdict(status))
+        as_json(status)
         return
     rows = [(p.name, p.state, p.pid, p.address, p.log) for p in status.processes]
     table(("process", "state", "pid", "address", "log"), rows)
@@ -92,17 +98,17 @@ def cluster(status: ClusterStatus, json: bool) -> None:
         note(text)
 
 
-def submitted(view: Job, json: bool) -> None:
+def submitted(view: JobView, json: bool) -> None:
     """One line about a job, and what to type next."""
     if json:
-        as_json(asdict(view))
+        as_json(view)
         return
     raw(f"{view.id}  {view.name}  {view.state}" + (f" ({view.reason})" if view.reason else ""))
     if view.state in ("queued", "starting", "running"):
         note(f"next: escala logs -f {view.id}, or escala jobs show {view.id}")
 
 
-def ended(view: Job, json: bool = False) -> None:
+def ended(view: JobView, json: bool = False) -> None:
     """How a job that was followed ended, with the whole reason. With `json` stdout stays one document."""
     if not json:
         submitted(view, False)
@@ -110,10 +116,10 @@ def ended(view: Job, json: bool = False) -> None:
         _reason(view, err_console)
 
 
-def jobs(views: Sequence[Job], json: bool) -> None:
+def jobs(views: Sequence[JobView], json: bool) -> None:
     """Jobs, a row each; under them why some failed."""
     if json:
-        as_json([asdict(v) for v in views])
+        as_json(views)
         return
     rows = [
         (v.id, v.name, v.workload, v.state, v.reason, v.priority, v.attempts, ago(v.submitted_at))
@@ -125,7 +131,7 @@ def jobs(views: Sequence[Job], json: bool) -> None:
             _reason(view, _out, f"{view.id} ")
 
 
-def _reason(view: Job, console: Console, subject: str = "") -> None:
+def _reason(view: JobView, console: Console, subject: str = "") -> None:
     """Why a job failed, under the table, which would cut it, and the hint."""
     console.print(
         f"[bold red]{subject}failed:[/] {escape(hide(view.message or view.reason or 'no reason was given'))}"
@@ -134,16 +140,16 @@ def _reason(view: Job, console: Console, subject: str = "") -> None:
         console.print(f"[bold]hint:[/] {escape(hide(view.hint))}")
 
 
-def job(details: JobDetails, json: bool) -> None:
+def job(details: JobDetailsView, json: bool) -> None:
     """A job in full."""
     if json:
-        as_json(asdict(details))
+        as_json(details)
         return
     hidden = {"config", "spec_hash"} | ({"idempotency_key"} if details.job.has_own_key else set())
-    shown = {k: v for k, v in asdict(details.job).items() if k not in hidden}
-    pairs({k: v for k, v in shown.items() if v not in (None, "", {}, [])})
+    shown = {k: v for k, v in details.job.model_dump().items() if k not in hidden}
+    pairs({k: v for k, v in shown.items() if v not in (None, "", {}, ())})
     raw("\ntotals over the attempts")
-    pairs(asdict(details.totals))
+    pairs(details.totals.model_dump())
     raw("")
     table(
         ("attempt", "ended as", "run", "step", "loss", "time"),
@@ -157,22 +163,22 @@ def job(details: JobDetails, json: bool) -> None:
         raw(_event(event))
 
 
-def _attempt_row(attempt: Attempt, run: str | None) -> tuple[Any, ...]:
+def _attempt_row(attempt: AttemptView, run: str | None) -> tuple[Any, ...]:
     progress = attempt.progress or {}
     loss, seconds = number(progress.get("loss_nats")), value("wall_seconds", attempt.wall_seconds)
     return attempt.number, attempt.outcome, run, number(progress.get("step")), loss, seconds
 
 
-def _event(event: HistoryEvent) -> str:
+def _event(event: EventView) -> str:
     attempt = f"attempt {event.attempt}" if event.attempt else ""
     why = " ".join(filter(None, (event.reason, event.message)))
     return f"  {moment(event.at)}  {attempt:<11}  {event.state:<9}  {why}".rstrip()
 
 
-def runs(records: Sequence[RunRecord], json: bool) -> None:
+def runs(records: Sequence[RunView], json: bool) -> None:
     """Runs, a row each; `--json` gives every field."""
     if json:
-        as_json([asdict(r) for r in records])
+        as_json(records)
         return
     columns = ("run", "job", "name", "status", "held-out loss", "tokens", "N", "FLOPs", "time")
     rows = [
@@ -195,17 +201,19 @@ def runs(records: Sequence[RunRecord], json: bool) -> None:
             raw(f"{r.job_id}-{r.attempt} {r.status}: {r.reason}")
 
 
-def run(record: RunRecord, url: str, json: bool) -> None:
+def run(record: RunDetailsView, json: bool) -> None:
     """One run's record."""
     if json:
-        as_json({**asdict(record), "url": url})
+        as_json(record)
         return
-    pairs({k: v for k, v in asdict(record).items() if v is not None})
-    page(url, "\n")
+    pairs({k: v for k, v in record.model_dump().items() if v is not None and k != "url"})
+    page(record.url, "\n")
 
 
-def page(url: str, before: str = "in MLflow       ") -> None:
-    """A run's page, and the table in which it stands."""
+def page(url: str | None, before: str = "in MLflow       ") -> None:
+    """A run's page, and the table in which it stands; nothing where the tracker has no pages."""
+    if url is None:
+        return
     raw(f"{before}{url}")
     raw(f"{'all runs':<{len(before)}}{table_beside(url)}" if before.strip() else table_beside(url))
 
@@ -222,14 +230,15 @@ def comparison(values: Mapping[str, Sequence[Any]], json: bool) -> None:
     )
 
 
-def samples(rows: Sequence[Mapping[str, Any]], json: bool) -> None:
+def samples(rows: Sequence[SampleView], json: bool) -> None:
     """A policy's responses with their rewards, a row each."""
     if json:
         as_json(rows)
         return
     columns = ("iteration", "reward", "prompt", "response")
-    cells = [[row[name] for name in columns] for row in rows]
-    table(columns, [(step, number(reward), repr(prompt), repr(text)) for step, reward, prompt, text in cells])
+    table(
+        columns, [(row.iteration, number(row.reward), repr(row.prompt), repr(row.response)) for row in rows]
+    )
 
 
 def exported(directory: Path, adapter: bool) -> None:
@@ -246,14 +255,14 @@ def exported(directory: Path, adapter: bool) -> None:
     note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")
 
 
-def garbage(found: Garbage, deleted: bool, json: bool) -> None:
+def garbage(found: GarbageView, json: bool) -> None:
     """Checkpoints that the retention rule gives up, and their size."""
     if json:
-        as_json(asdict(found))
+        as_json(found)
         return
-    table(("checkpoint", "MB"), [(path, f"{size / 1e6:.1f}") for path, size in found.checkpoints])
-    total = sum(size for _, size in found.checkpoints) / 1e6
-    raw(f"{total:.1f} MB {'freed' if deleted else 'could be freed: escala gc --delete'}")
+    table(("checkpoint", "MB"), [(each.path, f"{each.size_bytes / 1e6:.1f}") for each in found.checkpoints])
+    total = sum(each.size_bytes for each in found.checkpoints) / 1e6
+    raw(f"{total:.1f} MB {'freed' if found.deleted else 'could be freed: escala gc --delete'}")
     for reason in found.damaged:
         note(f"left alone: {reason}; delete it yourself when you do not need it")
 

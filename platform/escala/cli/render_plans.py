@@ -1,11 +1,10 @@
-"""Costs and plans as text and JSON. With render.py, whose tables it uses, a module that prints."""
+"""Costs and plans as text and JSON, with the tables of render.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from escala.cli.render import as_json, duration, number, pairs, raw, table
 from escala.cli.render_laws import caveats, interval
@@ -13,37 +12,33 @@ from escala.contract.errors import SpecError
 
 if TYPE_CHECKING:
     from escala.hardware import Cluster, Precision
-    from escala.planning.cost import Cost
-    from escala.planning.explore import Exploration
-    from escala.planning.plan import Plan, Target
-    from escala.planning.plans import Planned, Proposed
-    from escala.spec import Resolved
+    from escala.views.costs import CostView, ResolvedSpecView
+    from escala.views.plans import ExplorationView, ObtainedView, PlanView, ProposalsView, TargetView
 
 GB = 1e9
 
 
-def resolved(answer: Resolved, found: Cost, cluster: Cluster, json: bool) -> None:
+def resolved(answer: ResolvedSpecView, json: bool) -> None:
     """The spec in full, what was derived, what it costs."""
     from escala import documents
 
-    options = answer.spec.options.model_dump(mode="json")
-    spec = {"workload": answer.spec.workload, "job": options, **answer.spec.plain()}
     if json:
-        as_json({"spec": spec, "derived": answer.derived, "cost": _plain(found)})
+        as_json(answer)
         return
-    raw(documents.dump(spec).rstrip())
+    raw(documents.dump(answer.spec).rstrip())
     raw("\nderived")
     pairs(answer.derived)
     raw("\ncost")
-    cost(found, cluster, json)
+    cost(answer.cost, json)
 
 
-def cost(found: Cost, cluster: Cluster, json: bool) -> None:
+def cost(found: CostView, json: bool) -> None:
     """A run's cost on a cluster."""
     if json:
-        as_json({**_plain(found), "cluster": cluster.model_dump()})
+        as_json(found)
         return
-    memory, moved, limit = found.memory, found.communication, cluster.device.memory_bytes.value
+    cluster, memory, moved = found.cluster, found.memory_bytes, found.communication
+    limit = cluster.device.memory_bytes.value
     parts = ("weights", "gradients", "optimizer", "buckets", "activations", "runtime")
     listed = ", ".join(f"{name} {number(getattr(memory, name) / GB)}" for name in parts)
     raw(
@@ -64,8 +59,8 @@ def cost(found: Cost, cluster: Cluster, json: bool) -> None:
         f"MFU {found.model_flops_utilization:.0%}"
     )
     raw(f"energy          {_energy(found.energy_joules)}")
-    raw(f"carbon          {_unknown(found.gco2e, 'g CO2e', 'gco2e_per_kwh')}")
-    raw(f"money           {_unknown(found.usd, 'USD', 'usd_per_device_hour')}")
+    raw(f"carbon          {_unknown(found.carbon_gco2e, 'g CO2e', 'gco2e_per_kwh')}")
+    raw(f"money           {_unknown(found.cost_usd, 'USD', 'usd_per_device_hour')}")
     raw(f"cluster         {cluster.devices} devices: {cluster.about}")
     for note in found.notes:
         raw(f"note            {note}")
@@ -78,13 +73,12 @@ def precision(text: str) -> Precision:
     return "fp32" if text == "fp32" else "bf16"
 
 
-def plan(planned: Planned, json: bool) -> None:
+def plan(best: PlanView, json: bool) -> None:
     """The best split of a budget."""
     if json:
-        as_json(planned.plain())
+        as_json(best)
         return
-    _split(planned.plan)
-    best = planned.plan
+    _split(best)
     if best.inference_flops:
         raw(
             f"inference       {number(best.inference_flops)} FLOPs beside {number(best.compute_flops)} of training"
@@ -93,49 +87,34 @@ def plan(planned: Planned, json: bool) -> None:
         raw(
             f"repeats         {number(best.epochs)} epochs, worth {number(best.effective_tokens)} unique tokens"
         )
-    known = (("hours", best.hours), ("USD", best.usd), ("kWh", best.kwh))
-    if any(value is not None for _, value in known):
-        raw("spends          " + ", ".join(f"{number(v)} {unit}" for unit, v in known if v is not None))
+    known = [
+        f"{value} {unit}" for unit, value in zip(("hours", "USD", "kWh"), _spent(best), strict=True) if value
+    ]
+    if known:
+        raw(f"spends          {', '.join(known)}")
     raw(f"binding         {', '.join(best.binding)}")
-    _caveats(planned)
+    _caveats(best)
+    if best.front is not None:
+        _front(best.front, best.front_plot)
 
 
-def target(planned: Planned, found: Target, json: bool) -> None:
+def target(found: TargetView, json: bool) -> None:
     """The least compute that reaches a loss."""
     if json:
-        as_json(
-            {
-                **planned.plain(),
-                "compute_low_flops": found.compute_low_flops,
-                "compute_high_flops": found.compute_high_flops,
-                "reached": found.reached,
-                "joules": _joules(planned, found),
-            }
-        )
+        as_json(found)
         return
-    _split(planned.plan)
+    _split(found)
     ends = interval(found.compute_low_flops, found.compute_high_flops, "90 % interval")
-    raw(f"compute         {number(planned.plan.compute_flops)} FLOPs  ({ends})")
-    joules = _joules(planned, found)
-    if joules is not None:
-        low, value, high = joules
-        raw(f"energy          {number(value)} J  ({interval(low, high, '90 % interval of the tokens')})")
+    raw(f"compute         {number(found.compute_flops)} FLOPs  ({ends})")
+    if found.energy_joules is not None:
+        ends = interval(found.energy_low_joules, found.energy_high_joules, "90 % interval of the tokens")
+        raw(f"energy          {number(found.energy_joules)} J  ({ends})")
     if found.reached is not None and found.reached < 1:
         raw(f"note            {1 - found.reached:.0%} of the law's replicates never reach this loss")
-    _caveats(planned)
+    _caveats(found)
 
 
-def _joules(planned: Planned, found: Target) -> tuple[float | None, float, float | None] | None:
-    """Joules per token times D* (SPEC.md E.5), with D*'s interval; None where the cluster's energy is unknown."""
-    best = planned.plan
-    if best.kwh is None:
-        return None
-    per_token = best.kwh * 3.6e6 / best.tokens
-    low, high = (None if t is None else per_token * t for t in (best.tokens_low, best.tokens_high))
-    return low, per_token * best.tokens, high
-
-
-def _split(best: Plan) -> None:
+def _split(best: PlanView) -> None:
     size = interval(best.n_active_low, best.n_active_high, "90 % interval")
     loss = interval(best.low_nats, best.high_nats, "90 % predictive interval")
     raw(f"N active        {number(best.n_active)}  ({size})")
@@ -147,17 +126,22 @@ def _split(best: Plan) -> None:
     raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
 
 
-def _caveats(planned: Planned) -> None:
-    for text in planned.plan.advice:
+def _caveats(best: PlanView) -> None:
+    for text in best.advice:
         raw(f"advice          {text}")
-    caveats(planned.law, planned.plan.extrapolation, planned.assumed)
+    caveats(best)
 
 
-def front(plans: Sequence[Plan], path: Path, json: bool) -> None:
+def _spent(best: PlanView) -> tuple[str | None, str | None, str | None]:
+    """Hours, dollars, kWh, as text; None where it is not known."""
+    hours = None if best.wall_seconds is None else best.wall_seconds / 3600
+    kwh = None if best.energy_joules is None else best.energy_joules / 3.6e6
+    known = (None if value is None else number(value) for value in (hours, best.cost_usd, kwh))
+    return next(known), next(known), next(known)
+
+
+def _front(plans: Sequence[PlanView], plot: str | None) -> None:
     """The Pareto front of loss against what is spent."""
-    if json:
-        as_json([asdict(each) for each in plans])
-        return
     raw("")
     columns = ("FLOPs", "N", "tokens", "loss", "90 % from", "to", "hours", "USD", "kWh")
     rows = [
@@ -166,24 +150,18 @@ def front(plans: Sequence[Plan], path: Path, json: bool) -> None:
             number(p.n_active),
             number(p.tokens),
             *(number(x) for x in (p.loss_nats, p.low_nats, p.high_nats)),
-            *("" if x is None else number(x) for x in (p.hours, p.usd, p.kwh)),
+            *(text or "" for text in _spent(p)),
         )
         for p in plans
     ]
     table(columns, rows)
-    raw(str(path))
+    raw(str(plot))
 
 
-def proposals(found: Proposed, json: bool) -> None:
+def proposals(found: ProposalsView, json: bool) -> None:
     """Runs to make next."""
     if json:
-        as_json(
-            {
-                "law": found.law.reference,
-                "method": found.method,
-                "proposals": [asdict(p) for p in found.proposals],
-            }
-        )
+        as_json(found)
         return
     columns = (
         "N active",
@@ -206,40 +184,38 @@ def proposals(found: Proposed, json: bool) -> None:
             f"{number(p.information_nats)} nats",
             f"{p.width_now:.2%}",
             f"{p.width_expected:.2%}",
-            *(number(x) for x in (p.predicted_loss_nats, p.low_nats, p.high_nats)),
+            *(number(x) for x in (p.loss_nats, p.low_nats, p.high_nats)),
         )
         for p in found.proposals
     ]
     table(columns, rows)
     raw("\nwidths          of the 90 % interval of the mean at the target, relative")
     raw(f"method          {found.method}")
-    raw(f"law             {found.law.reference}, {'healthy' if found.law.law.healthy else 'NOT HEALTHY'}")
+    raw(f"law             {found.law}, {'healthy' if found.healthy else 'NOT HEALTHY'}")
 
 
-def round_(state: Exploration) -> None:
+def round_(state: ExplorationView) -> None:
     """The round that has just ended: what was expected, what was obtained."""
     last = state.rounds[-1]
     for each in last.obtained or ():
-        low, high = each["low"], each["high"]
-        inside = "no interval" if low is None else "inside" if low <= each["obtained"] <= high else "OUTSIDE"
         raw(
-            f"round {len(state.rounds)}: N {number(each['n_active'])}, tokens {number(each['tokens'])}: expected "
-            f"{number(each['predicted'])} ({number(each['low'])} to {number(each['high'])}), "
-            f"obtained {number(each['obtained'])}, {inside}"
+            f"round {len(state.rounds)}: N {number(each.n_active)}, tokens {number(each.tokens)}: expected "
+            f"{number(each.loss_nats)} ({number(each.low_nats)} to {number(each.high_nats)}), "
+            f"obtained {number(each.obtained_loss_nats)}, {_inside(each)}"
         )
-    for each in last.refused or ():
-        raw(f"round {len(state.rounds)}: {each['name']}: {each['reason']}")
-    expected = last.proposals[-1]["width_expected"]
+    for refused in last.refused or ():
+        raw(f"round {len(state.rounds)}: {refused.name}: {refused.reason}")
+    expected = last.proposals[-1].width_expected
     obtained = "none" if last.width_obtained is None else f"{last.width_obtained:.2%}"
     raw(f"  {last.fitted}: width expected {expected:.2%}, obtained {obtained}")
 
 
-def exploration(state: Exploration | None, json: bool) -> None:
+def exploration(state: ExplorationView | None, json: bool) -> None:
     """The end of an exploration; None: there was nothing to do."""
     if state is None:
         raw("nothing to do: the interval is narrow enough, or no run fits in the budget")
     elif json:
-        as_json(asdict(state))
+        as_json(state)
     else:
         raw(
             f"spent {number(state.spent_flops)} of {number(state.budget_flops)} FLOPs in {len(state.rounds)} rounds"
@@ -249,7 +225,7 @@ def exploration(state: Exploration | None, json: bool) -> None:
 def device(cluster: Cluster, path: Path, json: bool) -> None:
     """A measured device."""
     if json:
-        as_json(cluster.model_dump())
+        as_json(cluster)
         return
     found = cluster.device
     for precision, peak in found.peak_flops_per_second.items():
@@ -268,8 +244,11 @@ def device(cluster: Cluster, path: Path, json: bool) -> None:
     raw(f"written to      {path}")
 
 
-def _plain(found: Cost) -> dict[str, Any]:
-    return {**asdict(found), "step_seconds": found.step_seconds}
+def _inside(run: ObtainedView) -> str:
+    """Whether what a run obtained is within what was predicted, in words."""
+    if run.low_nats is None or run.high_nats is None:
+        return "no interval"
+    return "inside" if run.low_nats <= run.obtained_loss_nats <= run.high_nats else "OUTSIDE"
 
 
 def _energy(joules: float | None) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from escala.cli.render import as_json, note, number, raw, table
 
 if TYPE_CHECKING:
-    from escala.rollouts.serve_interface import Deployment, RolloutsStatus
+    from escala.views.rollouts import DeploymentView, RolloutsView
 
 
-def status(found: RolloutsStatus, json: bool) -> None:
+def status(found: RolloutsView, json: bool) -> None:
     """The service, its deployments a row each, its replicas a row each."""
     if json:
-        as_json(asdict(found))
+        as_json(found)
         return
     raw(f"{found.name}  {found.status}" + (f"  {found.address}" if found.address else ""))
     if found.status == "ABSENT":
@@ -38,7 +37,7 @@ def status(found: RolloutsStatus, json: bool) -> None:
     table(("deployment", "replica", "state", "pid", "node", "weights"), rows)
 
 
-def _bounds(deployment: Deployment) -> str | None:
+def _bounds(deployment: DeploymentView) -> str | None:
     if deployment.max_replicas is None:
         return None
     return f"{deployment.min_replicas} to {deployment.max_replicas}"

@@ -1,23 +1,19 @@
-"""How a sweep's plan and its points look. With render.py and render_laws.py the only modules that print."""
+"""How a sweep's plan and its points look."""
 
 from __future__ import annotations
 
-import json as jsonlib
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from escala.cli.render import as_json, duration, note, number, raw, table
-from escala.laws.files import REFUSAL
 
 if TYPE_CHECKING:
-    from escala.sweeps.plan import SweepPlan
-    from escala.sweeps.points import SweepPoints
+    from escala.views.sweeps import SweepPlanView, SweepPointsView
 
 
-def plan(found: SweepPlan, json: bool) -> None:
+def plan(found: SweepPlanView, json: bool) -> None:
     """The trials, and what they cost together."""
     if json:
-        as_json(asdict(found))
+        as_json(found)
         return
     axes = list(dict.fromkeys(key for t in found.trials for key in t.values))
     columns = (*axes, "N", "D", "D/N", "T", "batch", "learning rate", "FLOPs")
@@ -52,34 +48,26 @@ def plan(found: SweepPlan, json: bool) -> None:
     note("trials that a sweep of this home has finished are not trained again")
 
 
-def points(found: SweepPoints, job: str, json: bool) -> None:
+def points(found: SweepPointsView, json: bool) -> None:
     """How many points there are, the range that they span, and why others are none."""
     if json:
-        as_json(
-            {
-                "points": jsonlib.loads(found.points.to_json(orient="records")),
-                "refused": jsonlib.loads(
-                    found.refused.drop(columns=REFUSAL, errors="ignore").to_json(orient="records")
-                ),
-                "noise": found.noise,
-            }
-        )
+        as_json(found)
         return
     raw(f"points    {len(found.points)}")
-    if len(found.points):
-        compute = found.points["compute_flops"]
+    measure = found.measure
+    if found.points:
+        compute = [float(point["compute_flops"]) for point in found.points]
         raw(
-            f"compute   {number(compute.min())} to {number(compute.max())} FLOPs ({compute.max() / compute.min():.0f}x)"
+            f"compute   {number(min(compute))} to {number(max(compute))} FLOPs ({max(compute) / min(compute):.0f}x)"
         )
-        measure = found.measure
-        values = found.points[measure.column]
-        low, high = values.min(), values.max()
+        values = [float(value) for point in found.points if (value := point.get(measure.column)) is not None]
+        low, high = min(values), max(values)
         worst, best = (low, high) if measure.higher_is_better else (high, low)
         unit = f" {measure.unit}" if measure.unit else ""
         raw(f"{measure.column.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
     if found.noise is not None:
         raw(f"noise     {found.noise:.2%} of the loss between seeds")
-    for _, row in found.refused.iterrows():
+    for row in found.refused:
         raw(f"refused   {row['name']}: {row['reason']}")
-    if found.measure.fits_laws:
-        note(f"next: escala laws fit --sweep {job} --name NAME")
+    if measure.fits_laws:
+        note(f"next: escala laws fit --sweep {found.job_id} --name NAME")

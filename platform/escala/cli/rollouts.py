@@ -9,6 +9,7 @@ import typer
 
 from escala.cli import render, render_rollouts
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
 from escala.cli.jobs import Code
 
 Name = Annotated[str, typer.Option(help="The service's name on the cluster.")]
@@ -36,16 +37,12 @@ def up(
     json: Json = False,
 ) -> None:
     """Start the service, or bring it to this configuration. Loopback only, unless ESCALA_ROLLOUTS_TOKEN is set."""
-    from escala import api
-
-    render_rollouts.status(api.rollouts_up(files or [], set_ or [], name, render.note, code), json)
+    render_rollouts.status(open_home().rollouts_up(files or [], set_ or [], name, render.note, code), json)
 
 
 def status(name: Name = "escala", json: Json = False) -> None:
     """Show the service: address, replicas, bounds, weights."""
-    from escala import api
-
-    render_rollouts.status(api.rollouts_status(name), json)
+    render_rollouts.status(open_home().rollouts_status(name), json)
 
 
 def scale(
@@ -58,13 +55,9 @@ def scale(
     json: Json = False,
 ) -> None:
     """Move the bounds between which the scaling policy sets the number of replicas."""
-    from escala import api
-
-    render_rollouts.status(api.rollouts_scale(min_, max_, requests, name), json)
+    render_rollouts.status(open_home().rollouts_scale(min_, max_, requests, name), json)
 
 
 def down(name: Name = "escala") -> None:
     """Remove the service; what it is generating is finished first."""
-    from escala import api
-
-    api.rollouts_down(name, render.note)
+    open_home().rollouts_down(name, render.note)

@@ -8,6 +8,7 @@ import typer
 
 from escala.cli import render
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
 
 Run = Annotated[str, typer.Argument(help="A run's id (or its start), or a job's id or name (its last run).")]
 nouns = typer.Typer(help="Runs in the tracker: one for each attempt of a job.", no_args_is_help=True)
@@ -34,24 +35,17 @@ def list_(
     json: Json = False,
 ) -> None:
     """List runs, newest first."""
-    from escala import api
-
-    render.runs(api.runs(job=job, workload=workload, status=status, name=name, limit=limit), json)
+    render.runs(open_home().runs(job=job, workload=workload, status=status, name=name, limit=limit), json)
 
 
 def show(run: Run, json: Json = False) -> None:
     """Show one run's record."""
-    from escala import api
-
-    record = api.run(run)
-    render.run(record, api.run_url(record), json)
+    render.run(open_home().run(run), json)
 
 
 def compare(runs: Annotated[list[str], typer.Argument(help="Two or more runs.")], json: Json = False) -> None:
     """Show where the records and configurations of several runs differ."""
-    from escala import api
-
-    render.comparison(api.compare(runs), json)
+    render.comparison(open_home().compare(runs), json)
 
 
 def samples(
@@ -60,15 +54,11 @@ def samples(
     json: Json = False,
 ) -> None:
     """Show what the policy of a `ppo` run said, and what it was rewarded with."""
-    from escala import api
-
-    render.samples(api.samples(api.run(run), last), json)
+    render.samples(open_home().samples(run, last), json)
 
 
 def open_(run: Run) -> None:
     """Print a run's address in MLflow, and open it where there is a browser."""
-    from escala import api
-
-    url = api.run_url(api.run(run))
+    url = open_home().run_url(run)
     render.page(url, "")
     typer.launch(url)

@@ -8,6 +8,7 @@ import typer
 
 from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
+from escala.cli.home import open_home
 from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides, followed
 
 
@@ -37,8 +38,7 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Train a model at every point of a space; what any sweep has finished before is not trained again."""
-    from escala import api
-
+    escala = open_home()
     options = {
         "name": name,
         "priority": priority,
@@ -49,13 +49,13 @@ def sweep(
         "idempotency_key": idempotency_key,
     }
     if dry_run:
-        render_sweeps.plan(api.plan_sweep(space, overrides or (), code, options), json)
+        render_sweeps.plan(escala.plan_sweep(space, overrides or (), code, options), json)
         return
     with progress.reporting("submitting", json) as report:
-        job = api.sweep(space, overrides or (), options, resume, report, code)
+        job = escala.sweep(space, overrides or (), options, resume, report, code)
     render.submitted(job, json)
     if follow:
-        ended = followed(job.id, json)
-        render_sweeps.points(api.sweep_points(job.id), job.id, json)
+        ended = followed(escala, job.id, json)
+        render_sweeps.points(escala.sweep_points(job.id), json)
         if ended.state != "succeeded":
             raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Jobs, as `escala.api` offers them: queue, look, stop, retry, resume, follow.
+"""Jobs, as `escala.client` offers them: queue, look, stop, retry, resume, follow.
 
 Everything heavy (ray, the database) is imported by the function that needs it.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,13 +64,13 @@ class Watched:
     doing: str
 
 
-def jobs(everything: bool = False, limit: int | None = None) -> Sequence[Job]:
+def jobs(settings: Settings, everything: bool = False, limit: int | None = None) -> Sequence[Job]:
     """Jobs that run, then those that wait in the order in which they start; with `everything`, all, newest first.
 
     At most `limit` of them, and no more is read. Raises SpecError for a limit that is none.
     """
     check_limit(limit)
-    with open_store() as store:
+    with open_store(settings) as store:
         if everything:
             return store.list(limit=limit)[::-1]
         return [*store.active(), *store.waiting(limit)][:limit]
@@ -81,47 +82,51 @@ def check_limit(limit: int | None, name: str = "--limit") -> None:
         raise SpecError(f"{name} is {limit}", f"give a number from 1 to {MOST_ROWS:,}")
 
 
-def job(name: str) -> JobDetails:
+def job(settings: Settings, name: str) -> JobDetails:
     """One job in full. Raises NotFoundError."""
-    with open_store() as store:
+    with open_store(settings) as store:
         found = store.get(name)
         attempts = store.attempts(found.id)
-        runs = [_run_id(found.id, a.number) for a in attempts]
+        runs = [_run_id(settings.home, found.id, a.number) for a in attempts]
         return JobDetails(found, found.totals, attempts, runs, store.events(found.id))
 
 
-def stop(name: str) -> Job:
+def stop(settings: Settings, name: str) -> Job:
     """Ask a job to write a checkpoint and end. Raises NotFoundError, StateError."""
-    with open_store() as store:
+    with open_store(settings) as store:
         return store.request_stop(name)
 
 
-def retry(name: str, report: Report = silent) -> Job:
+def retry(settings: Settings, name: str, report: Report = silent) -> Job:
     """Queue a failed or stopped job again, its retries renewed; it continues from its last checkpoint.
 
     Raises NotFoundError, StateError for a job that has not failed or been stopped. A cluster that cannot be brought up:
     see `enqueue`.
     """
-    with open_store() as store:
+    with open_store(settings) as store:
         job = store.request_retry(name)
-    _up_for(job, report)
+    _up_for(settings, job, report)
     return job
 
 
 def resume(
-    name: str, overrides: Iterable[str] = (), report: Report = silent, idempotency_key: str | None = None
+    settings: Settings,
+    name: str,
+    overrides: Iterable[str] = (),
+    report: Report = silent,
+    idempotency_key: str | None = None,
 ) -> Job:
     """A new job that starts from the last good checkpoint of another one, its spec overridden.
 
     Raises NotFoundError where the job has no checkpoint, CheckpointError where none of those that it has is good,
     SpecError for a bad override. A repeated key: see `enqueue`.
     """
-    with open_store() as store:
+    with open_store(settings) as store:
         old = store.get(name)
     if get_workload(old.workload).result == "points":
         hint = f"escala sweep {old.tags['escala.space']} --resume, or escala jobs retry {old.id}"
         raise StateError(f"job {old.id} is a {old.workload}, which has no checkpoint of its own", hint)
-    checkpoints = open_checkpoints(JobFiles(Settings().home, old.id).checkpoints)
+    checkpoints = open_checkpoints(JobFiles(settings.home, old.id).checkpoints)
     if newest(checkpoints)[0] is None:
         raise NotFoundError(
             f"job {old.id} has no good checkpoint in {checkpoints.address}",
@@ -131,17 +136,22 @@ def resume(
     options["idempotency_key"] = idempotency_key
     job = spec.load_job(old.workload, (), overrides, options, base=old.config)
     return start(
-        job, report, resume_from=checkpoints.address, parent=old.id, code=old.tags.get(user_code.TAG)
+        settings,
+        job,
+        report,
+        resume_from=checkpoints.address,
+        parent=old.id,
+        code=old.tags.get(user_code.TAG),
     )
 
 
-def logs(name: str, follow: bool = False) -> Iterator[str]:
+def logs(settings: Settings, name: str, follow: bool = False) -> Iterator[str]:
     """The lines of a job's output, attempt after attempt; with `follow`, until it ends."""
-    with open_store() as store:
+    with open_store(settings) as store:
         job_id, number = store.get(name).id, 1
         while True:
             job = store.get(job_id)
-            path = _files(job_id, number).log
+            path = _files(settings.home, job_id, number).log
             if path.exists():
                 yield from _lines(path, partial(_at_work, store, job_id, number) if follow else lambda: False)
             if number < job.attempts:
@@ -153,19 +163,19 @@ def logs(name: str, follow: bool = False) -> Iterator[str]:
                 number += path.exists() and store.get(job_id).attempts > number
 
 
-def watch(name: str) -> Iterator[Watched]:
+def watch(settings: Settings, name: str) -> Iterator[Watched]:
     """The job's state and progress, again and again, until it has ended; the last item is the final state.
 
     Raises NotFoundError, and ClusterError where nothing runs that would start the job.
     """
-    with open_store() as store:
+    with open_store(settings) as store:
         found = store.get(name)
         job_id = found.id
         if found.state not in FINAL:
-            _check_served(found)
+            _check_served(settings, found)
         while True:
             job = store.get(job_id)
-            files = _files(job_id, max(1, job.attempts))
+            files = _files(settings.home, job_id, max(1, job.attempts))
             progress = read_record(Progress, files.progress) if job.attempts else None
             yield Watched(job, progress, _doing(job, files))
             if job.state in FINAL:
@@ -173,9 +183,9 @@ def watch(name: str) -> Iterator[Watched]:
             time.sleep(POLL_SECONDS)
 
 
-def _check_room(job: spec.JobSpec) -> None:
+def _check_room(settings: Settings, job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
-    settings, kind, config = Settings(), job.kind, job.plain()
+    kind, config = job.kind, job.plain()
     workers, beside = kind.worker_needs(config)["CPU"], kind.sidecar_needs(config)["CPU"]
     if settings.ray_address is None and workers + beside > settings.num_cpus:
         resources = config["resources"]
@@ -190,6 +200,7 @@ def _check_room(job: spec.JobSpec) -> None:
 
 
 def start(
+    settings: Settings,
     job: spec.JobSpec,
     report: Report,
     resume_from: str | None = None,
@@ -203,7 +214,7 @@ def start(
     """
     from escala.jobs.records import NewJob
 
-    _check_room(job)
+    _check_room(settings, job)
     options = job.options
     new = NewJob(
         workload=job.workload,
@@ -218,14 +229,14 @@ def start(
         max_seconds=options.max_seconds,
         resume_from=resume_from,
         parent=parent,
-        experiment=Settings().experiment,
+        experiment=settings.experiment,
         tags={user_code.TAG: code} if code else {},
         idempotency_key=options.idempotency_key,
     )
-    return enqueue(new, report)
+    return enqueue(settings, new, report)
 
 
-def enqueue(new: NewJob, report: Report) -> Job:
+def enqueue(settings: Settings, new: NewJob, report: Report) -> Job:
     """Store a job, and bring the cluster up where none is configured. Returns the job that `new.idempotency_key` has
     queued before, where it has.
 
@@ -234,15 +245,15 @@ def enqueue(new: NewJob, report: Report) -> Job:
     SpecError where the key has queued another spec. A job that is queued stays so: where the cluster cannot be brought
     up, a warning in the log of `escala.jobs` says why, and what to do.
     """
-    rates = json.dumps(asdict(load_cluster(Settings().cluster).rates()), sort_keys=True)
-    with open_store() as store:
+    rates = json.dumps(asdict(load_cluster(settings.cluster).rates()), sort_keys=True)
+    with open_store(settings) as store:
         shown = hide_arguments(new.command)
         queued = store.submit(replace(new, command=shown, tags={**new.tags, RATES_TAG: rates}))
-    _up_for(queued, report)
+    _up_for(settings, queued, report)
     return queued
 
 
-def _up_for(job: Job, report: Report) -> None:
+def _up_for(settings: Settings, job: Job, report: Report) -> None:
     """Bring the cluster up for a job that is queued, and say its id first: whatever happens now, it is known."""
     from escala import cluster
 
@@ -250,7 +261,7 @@ def _up_for(job: Job, report: Report) -> None:
         return
     report(f"job {job.id} is {job.state}")
     try:
-        cluster.up(Settings(), report)
+        cluster.up(settings, report)
     except (EscalaError, OSError) as error:
         message, hint = (error.message, error.hint) if isinstance(error, EscalaError) else (str(error), "")
         log.warning(
@@ -265,11 +276,11 @@ def _up_for(job: Job, report: Report) -> None:
         raise
 
 
-def _check_served(job: Job) -> None:
+def _check_served(settings: Settings, job: Job) -> None:
     """Raise ClusterError where no reconcile loop runs: the job would be followed forever."""
     from escala.processes import Processes
 
-    if Processes(Settings().home).alive("runner") is None:
+    if Processes(settings.home).alive("runner") is None:
         raise ClusterError(
             f"job {job.id} is {job.state}, and cannot be followed: the cluster's reconcile loop does not run",
             f"`escala up`, then `escala logs -f {job.id}`",
@@ -306,24 +317,22 @@ def _lines(path: Path, more_may_come: Callable[[], bool]) -> Iterator[str]:
             time.sleep(POLL_SECONDS)
 
 
-def _files(job_id: str, attempt: int) -> AttemptFiles:
-    return JobFiles(Settings().home, job_id).attempt(attempt)
+def _files(home: Path, job_id: str, attempt: int) -> AttemptFiles:
+    return JobFiles(home, job_id).attempt(attempt)
 
 
-def _run_id(job_id: str, attempt: int) -> str | None:
-    path = _files(job_id, attempt).spool / "run_id"
+def _run_id(home: Path, job_id: str, attempt: int) -> str | None:
+    path = _files(home, job_id, attempt).spool / "run_id"
     return (path.read_text(errors="replace").strip() or None) if path.exists() else None
 
 
-class open_store:
-    """The job database, opened for one call."""
+@contextmanager
+def open_store(settings: Settings) -> Iterator[JobStore]:
+    """The job database, opened for one call. Raises ClusterError where it does not answer."""
+    from escala.jobs.store import JobStore
 
-    def __enter__(self) -> JobStore:
-        from escala.jobs.store import JobStore
-
-        settings = Settings()
-        self._open = JobStore(settings.database_url, home=settings.home)
-        return self._open
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    store = JobStore(settings.database_url, home=settings.home)
+    try:
+        yield store
+    finally:
+        store.close()

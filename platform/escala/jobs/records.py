@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from escala.contract.records import Progress, Totals
-from escala.jobs.state import JobFacts, Queued, State
+from escala.jobs.state import JobStanding, Queued, State
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
 RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
@@ -75,10 +75,10 @@ class Job:
     spec_hash: str | None = None
 
     @property
-    def view(self) -> JobFacts:
+    def standing(self) -> JobStanding:
         """What the state machine reads."""
         stop = self.reason if self.state == "stopping" else None
-        return JobFacts(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
+        return JobStanding(self.id, self.state, self.attempts, self.retries, self.retries_used, stop)
 
     @property
     def has_own_key(self) -> bool:

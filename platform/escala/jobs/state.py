@@ -51,7 +51,7 @@ ATTEMPTS_CAP = 100  # preemptions use up no retry; this bounds them
 
 
 @dataclass(frozen=True)
-class JobFacts:
+class JobStanding:
     """The part of a job that decides what may happen to it."""
 
     id: str
@@ -134,7 +134,7 @@ class StateChange:
     at: float = 0.0  # Unix seconds
 
 
-def transition(job: JobFacts, event: Event, now: float) -> StateChange:
+def transition(job: JobStanding, event: Event, now: float) -> StateChange:
     """What `event` makes of `job` at `now` (Unix seconds). Raises StateError where it may not happen."""
     match event:
         case Claimed() if job.state == "queued":
@@ -158,7 +158,7 @@ def transition(job: JobFacts, event: Event, now: float) -> StateChange:
     raise _illegal(job, event)
 
 
-def _ended(job: JobFacts, kind: str, message: str, now: float) -> StateChange:
+def _ended(job: JobStanding, kind: str, message: str, now: float) -> StateChange:
     """Rule 8."""
     if kind == "succeeded":
         return StateChange("succeeded", at=now)
@@ -181,7 +181,7 @@ def _failed(kind: str, message: str, why_not_again: str, now: float) -> StateCha
     return StateChange("failed", kind, f"{message} ({why_not_again})".strip(), at=now)
 
 
-def _illegal(job: JobFacts, event: Event) -> StateError:
+def _illegal(job: JobStanding, event: Event) -> StateError:
     if isinstance(event, StopRequested):
         what = "already stopping" if job.state == "stopping" else f"already {job.state}"
         return StateError(f"job {job.id} is {what}", "only a queued, starting or running job can be stopped")

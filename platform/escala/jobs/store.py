@@ -155,7 +155,10 @@ class JobStore:
                 continue  # it moved on meanwhile: decide on what it is now
             except ClusterError:
                 now = self.get(job.id)
-                if now.revision == job.revision + 1 and now.state == transition(job.view, event, 0.0).state:
+                if (
+                    now.revision == job.revision + 1
+                    and now.state == transition(job.standing, event, 0.0).state
+                ):
                     return now  # the answer alone was lost
                 raise
         raise LostRace(f"job {name} changes too fast", "try again")
@@ -165,7 +168,7 @@ class JobStore:
     def apply(self, job: Job, event: Event) -> Job:
         """Carry out `event` on `job` as it was read. Raises LostRace, and StateError as `transition`."""
         now = self._clock()
-        decision = transition(job.view, event, now)
+        decision = transition(job.standing, event, now)
         with writing(self._engine) as connection:
             _write(connection, job, decision, _more(event))
             if isinstance(event, DriverSeen):
@@ -179,7 +182,7 @@ class JobStore:
 
         Raises LostRace where another process has changed the job since it was read.
         """
-        decision = transition(job.view, Claimed(), self._clock())
+        decision = transition(job.standing, Claimed(), self._clock())
         number = job.attempts + 1
         with writing(self._engine) as connection:
             _write(connection, job, decision, {"attempts": number})
@@ -189,7 +192,7 @@ class JobStore:
 
     def finish(self, job: Job, outcome: Outcome, usage: Usage) -> Job:
         """End the job's current attempt: outcome, record, usage, the job's new state and totals, at once."""
-        decision = transition(job.view, AttemptEnded(outcome.kind, outcome.message), self._clock())
+        decision = transition(job.standing, AttemptEnded(outcome.kind, outcome.message), self._clock())
         with writing(self._engine) as connection:
             more = {"hint": outcome.hint, "retries_used": job.retries_used + decision.uses_retry}
             _write(connection, job, decision, more)

@@ -1,4 +1,4 @@
-"""Runs, as `escala.api` offers them: of a job or by id, their metrics, samples, page, and where they differ.
+"""Runs, as `escala.client` offers them: of a job or by id, their metrics, samples, page, and where they differ.
 
 mlflow is imported by the function that needs it.
 """
@@ -17,6 +17,7 @@ from escala.settings import Settings
 
 
 def runs(
+    settings: Settings,
     job: str | None = None,
     workload: str | None = None,
     status: str | None = None,
@@ -32,9 +33,8 @@ def runs(
 
     check_limit(limit)
     if job is not None:
-        with open_store() as store:
+        with open_store(settings) as store:
             job = store.get(job).id
-    settings = Settings()
     return list_runs(
         settings.tracker,
         settings.experiment,
@@ -46,12 +46,12 @@ def runs(
     )
 
 
-def run(name: str) -> RunRecord:
+def run(settings: Settings, name: str) -> RunRecord:
     """The run with this id (or its start), or the last run of the job with this id or name. Raises NotFoundError."""
     from escala.tracking.queries import get_run
 
     try:
-        details = job(name)
+        details = job(settings, name)
     except NotFoundError:
         run_id = name
     else:
@@ -60,11 +60,10 @@ def run(name: str) -> RunRecord:
             raise NotFoundError(
                 f"job {details.job.id} has no run in the tracker yet", "wait for its first step"
             )
-    settings = Settings()
     return get_run(settings.tracker, settings.experiment, run_id)
 
 
-def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
+def finished_run(settings: Settings, name: str, wait_seconds: float = 120.0) -> RunRecord:
     """The last run of a job that has ended, as soon as the tracker has all of it: records and metrics are delivered
     from a spool, after the job's end.
 
@@ -72,9 +71,9 @@ def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
     """
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
-        details = job(name)
+        details = job(settings, name)
         if details.attempts and all(attempt.delivered for attempt in details.attempts):
-            return run(name)
+            return run(settings, name)
         time.sleep(POLL_SECONDS)
     raise StateError(
         f"the run of job {name} is not whole in the tracker after {wait_seconds:g} s",
@@ -82,14 +81,14 @@ def finished_run(name: str, wait_seconds: float = 120.0) -> RunRecord:
     )
 
 
-def history(record: RunRecord, metric: str) -> list[tuple[int, float]]:
+def history(settings: Settings, record: RunRecord, metric: str) -> list[tuple[int, float]]:
     """(step, value) of each point of a run's metric, by step; empty for one that it has not."""
     from escala.tracking.queries import metric_history
 
-    return metric_history(Settings().tracker, str(record.run_id), metric)
+    return metric_history(settings.tracker, str(record.run_id), metric)
 
 
-def samples(record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
+def samples(settings: Settings, record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
     """What a policy said in a `ppo` run: iteration, prompt, response, reward, finished; the newest `last`, None: all.
 
     Raises NotFoundError, and SpecError for a `last` that is no number of rows.
@@ -98,21 +97,29 @@ def samples(record: RunRecord, last: int | None = None) -> list[dict[str, Any]]:
 
     hint = "only `ppo` stores samples, and its first after an iteration"
     check_limit(last, "--last")
-    found = read_table(Settings().tracker, str(record.run_id), SAMPLES, hint)
+    found = read_table(settings.tracker, str(record.run_id), SAMPLES, hint)
     return found if last is None else found[-last:]
 
 
-def run_url(record: RunRecord) -> str:
+def run_url(settings: Settings, record: RunRecord) -> str:
     """The run's page in MLflow."""
     from escala.tracking.queries import run_url
 
-    return run_url(Settings().tracker, str(record.run_id))
+    return run_url(settings.tracker, str(record.run_id))
 
 
-def compare(names: Sequence[str]) -> dict[str, list[Any]]:
+def page(settings: Settings, record: RunRecord) -> str | None:
+    """`run_url` of a record that was read just now; None where the tracker has no pages."""
+    try:
+        return run_url(settings, record)
+    except NotFoundError:
+        return None
+
+
+def compare(settings: Settings, names: Sequence[str]) -> dict[str, list[Any]]:
     """Where the records of several runs differ: field -> a value for each run; `run_id` names the columns."""
     if len(names) < 2:
         raise SpecError("a comparison needs two runs", "escala runs compare RUN RUN")
-    records = [asdict(run(name)) for name in names]
+    records = [asdict(run(settings, name)) for name in names]
     rows = {key: [record[key] for record in records] for key in records[0]}
     return {key: values for key, values in rows.items() if key == "run_id" or len(set(map(str, values))) > 1}

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import escala
 from escala.contract.errors import LawError
 from escala.laws.law import Law
 
@@ -37,7 +36,7 @@ def write_model(law_json: Path, directory: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ParamSchema, ParamSpec
 
-    package = Path(escala.__file__).parent
+    package = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory(prefix="escala-code-") as stage:
         code = Path(stage) / "escala"
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,6 +1,4 @@
-"""What `escala laws` and notebooks ask: fit a file and store it, predict, compare. `escala.api` re-exports
-it; the CLI imports it from here, since a query should not wait for the rest of the API.
-"""
+"""Laws, as `escala.client` offers them: fit a file and store it, predict, compare."""
 
 from __future__ import annotations
 
@@ -81,6 +79,7 @@ class LawComparison:
 
 
 def fit_file(
+    settings: Settings,
     file: str | Path,
     name: str,
     *,
@@ -105,6 +104,7 @@ def fit_file(
     parse(name)  # a bad name is an error before the file is read
     read, group = _read(file, rename or {}, group)
     return fit_points(
+        settings,
         read.points,
         name,
         sources=[read.source],
@@ -156,6 +156,7 @@ def preview_points(
 
 
 def fit_points(
+    settings: Settings,
     points: pd.DataFrame,
     name: str,
     *,
@@ -182,7 +183,6 @@ def fit_points(
     law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
     if report is not None:
         report("storing the law in the tracker")
-    settings = Settings()
     registry = _registry(settings)
     version = registry.save(
         law,
@@ -235,9 +235,8 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def laws(name: str | None = None) -> list[LawVersion]:
+def laws(settings: Settings, name: str | None = None) -> list[LawVersion]:
     """Every stored version, by name, newest first. Raises ClusterError, NotFoundError for an unknown name."""
-    settings = Settings()
     close_abandoned(settings)
     return _registry(settings).versions(name)
 
@@ -247,23 +246,22 @@ def close_abandoned(settings: Settings) -> None:
     _registry(settings).close_abandoned(law_experiment(settings))
 
 
-def law(reference: str, refresh: bool = False) -> Stored:
+def law(settings: Settings, reference: str, refresh: bool = False) -> Stored:
     """A law with its provenance: NAME@VERSION, or NAME for the champion. Raises as `load_law`."""
-    settings = Settings()
     # Asked here before the registry, whose imports are a tenth of a query's time.
     known = None if refresh else Cache(settings.home, settings.tracker).find(parse(reference))
     return known or _registry(settings).load(reference, refresh=refresh)
 
 
 def predict_law(
-    reference: str, at: Mapping[str, float], level: float = 0.9, refresh: bool = False
+    settings: Settings, reference: str, at: Mapping[str, float], level: float = 0.9, refresh: bool = False
 ) -> Forecast:
     """The loss at a point, `at` = {input: value}, with its predictive interval. A law of n_active that is asked with
     n_total alone (or the reverse) takes the model as dense, and says so.
 
     Raises LawError for a missing, unknown or impossible input, with what the law reads; and as `load_law`.
     """
-    stored = law(reference, refresh)
+    stored = law(settings, reference, refresh)
     asked, assumed = _dense(stored.law, at)
     return Forecast(stored, stored.law.predict(level, **asked), assumed)
 
@@ -277,11 +275,11 @@ def _dense(law: Law, point: Mapping[str, float]) -> tuple[dict[str, float], tupl
     return asked, ()
 
 
-def compare_laws(first: str, second: str) -> LawComparison:
+def compare_laws(settings: Settings, first: str, second: str) -> LawComparison:
     """Two laws side by side. Raises as `load_law`."""
     import numpy as np
 
-    a, b = law(first), law(second)
+    a, b = law(settings, first), law(settings, second)
     off = []
     for points in (a.law.points, b.law.points):
         needed = {*a.law.inputs, *b.law.inputs}
@@ -293,32 +291,32 @@ def compare_laws(first: str, second: str) -> LawComparison:
     return LawComparison(a, b, float(np.median(both)), float(both.max()))
 
 
-def promote_law(reference: str, force: bool = False) -> Stored:
+def promote_law(settings: Settings, reference: str, force: bool = False) -> Stored:
     """Make NAME@VERSION its name's champion. Raises LawError for an unhealthy one without `force`."""
-    return _registry(Settings()).promote(reference, force)
+    return _registry(settings).promote(reference, force)
 
 
-def calibration(name: str | None = None) -> Calibration:
+def calibration(settings: Settings, name: str | None = None) -> Calibration:
     """Predicted against obtained, for every run that finished while a law was champion (of `name`, or all)."""
     from escala.laws.drift import Predictions, calibration
 
-    checks = Predictions(Settings().home).read()
+    checks = Predictions(settings.home).read()
     return calibration([c for c in checks if name is None or name in (c.law, c.law.split("@")[0])])
 
 
-def export_law(reference: str, directory: str | Path) -> list[Path]:
+def export_law(settings: Settings, reference: str, directory: str | Path) -> list[Path]:
     """law.json, provenance, points and plots into a new directory. Raises LawError where it is not empty."""
     from escala.laws.export import export
 
-    stored = law(reference)
+    stored = law(settings, reference)
     return export(stored.law, {"law": stored.reference, **stored.provenance}, Path(directory))
 
 
-def plot_law(reference: str, directory: str | Path) -> list[Path]:
+def plot_law(settings: Settings, reference: str, directory: str | Path) -> list[Path]:
     """The law's plots as PNG files in `directory`."""
     from escala.laws.plots import write_plots
 
-    return write_plots(law(reference).law, Path(directory))
+    return write_plots(law(settings, reference).law, Path(directory))
 
 
 def law_experiment(settings: Settings) -> str:

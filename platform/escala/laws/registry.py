@@ -218,20 +218,15 @@ class Registry:
             raise tracker_error(self._uri, error) from error
 
 
-def save(
-    law: Law, name: str, *, tracker_uri: str, experiment: str, by: str, sources: Sequence[str] = ()
-) -> int:
-    """Store a law in the tracker and in this home's cache; see `Registry.save`."""
-    registry = Registry(tracker_uri, Settings().home)
-    return registry.save(law, name, experiment=experiment, by=by, sources=sources)
-
-
-def load_law(reference: str, *, refresh: bool = False) -> Law:
+def load_law(reference: str, *, settings: Settings | None = None, refresh: bool = False) -> Law:
     """The law "NAME@VERSION", or the champion of "NAME", from this home's cache or the tracker.
+
+    Args:
+        settings: of the home; None: from the environment.
 
     Raises NotFoundError for an unknown law, LawError for a bad name, ClusterError for a tracker that is away.
     """
-    settings = Settings()
+    settings = Settings() if settings is None else settings
     return Registry(settings.tracker, settings.home).load(reference, refresh=refresh).law
 
 

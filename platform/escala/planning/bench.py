@@ -28,6 +28,7 @@ LINKS = ("link_bytes_per_second", "link_seconds")  # None where one worker measu
 
 
 def bench_device(
+    settings: Settings,
     workers: int = 1,
     gpus_per_worker: int = 0,
     overrides: Mapping[str, Any] | None = None,
@@ -46,17 +47,17 @@ def bench_device(
         config=config.model_dump(mode="json"),
         name=BENCH.name,
         command=tuple(sys.argv),
-        experiment=Settings().experiment,
+        experiment=settings.experiment,
     )
-    return actions.enqueue(new, report)
+    return actions.enqueue(settings, new, report)
 
 
-def write_cluster(name: str, path: Path) -> Cluster:
+def write_cluster(settings: Settings, name: str, path: Path) -> Cluster:
     """Write the cluster's file from what the bench job `name` measured. What the file says of prices and energy stays.
 
     Raises NotFoundError; StateError where the job has not succeeded; SpecError where the present file is none.
     """
-    details = actions.job(name)
+    details = actions.job(settings, name)
     if get_workload(details.job.workload).result != "figures":
         raise NotFoundError(
             f"job {details.job.id} is a {details.job.workload}, not a bench", "escala ps --all"
@@ -64,7 +65,7 @@ def write_cluster(name: str, path: Path) -> Cluster:
     if details.job.state != "succeeded":
         raise StateError(f"job {details.job.id} is {details.job.state}", f"escala logs {details.job.id}")
     found = json.loads(
-        JobFiles(Settings().home, details.job.id).attempt(details.job.attempts).facts.read_text()
+        JobFiles(settings.home, details.job.id).attempt(details.job.attempts).facts.read_text()
     )
     run = next((run for run in reversed(details.runs) if run), None)
     day = time.strftime("%Y-%m-%d", time.gmtime(details.job.submitted_at))

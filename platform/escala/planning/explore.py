@@ -67,6 +67,7 @@ class Exploration:
 
 
 def explore(
+    settings: Settings,
     reference: str,
     target: Limits,
     max_flops: float,
@@ -87,7 +88,7 @@ def explore(
 
     Raises LawError, SpecError, StateError where a sweep fails, ClusterError.
     """
-    stored = laws.law(reference)
+    stored = laws.law(settings, reference)
     if not base_of(stored):
         raise SpecError(
             f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
@@ -95,24 +96,27 @@ def explore(
         )
     options = replace(options, refresh=False)
     asked = Exploration(stored.name, stored.reference, target, max_flops, budget_flops, width, batch)
-    state = _open(replace(asked, options=options))
+    state = _open(settings, replace(asked, options=options))
     while True:
         if state.rounds and state.rounds[-1].fitted is None:
             state = _save(
-                replace(state, rounds=[*state.rounds[:-1], _finish(state, state.rounds[-1], report)])
+                settings,
+                replace(
+                    state, rounds=[*state.rounds[:-1], _finish(settings, state, state.rounds[-1], report)]
+                ),
             )
             yield state
-        following = _next(state, report)
+        following = _next(settings, state, report)
         if following is None:
             return
-        state = _save(replace(state, rounds=[*state.rounds, following]))
+        state = _save(settings, replace(state, rounds=[*state.rounds, following]))
 
 
-def _open(asked: Exploration) -> Exploration:
+def _open(settings: Settings, asked: Exploration) -> Exploration:
     """The journal of this question, or a new one. What is asked of it (batch, width) may change, its budget too."""
-    path = _path(asked.name)
+    path = _path(settings, asked.name)
     if not path.exists():
-        return _save(asked)
+        return _save(settings, asked)
     try:
         data = _of_today(read_json(path))
         law, rounds = data["law"], [Round(**each) for each in data["rounds"]]
@@ -126,7 +130,7 @@ def _open(asked: Exploration) -> Exploration:
             f"{asked.name} is explored for another target: {_stated(target, options)}",
             f"continue with that target, or move {path} away",
         )
-    return _save(replace(asked, law=law, rounds=rounds))
+    return _save(settings, replace(asked, law=law, rounds=rounds))
 
 
 def _of_today(data: dict[str, Any]) -> dict[str, Any]:
@@ -148,18 +152,18 @@ def _stated(*records: Limits | PlanOptions) -> str:
     return ", ".join(stated)
 
 
-def _save(state: Exploration) -> Exploration:
-    path = _path(state.name)
+def _save(settings: Settings, state: Exploration) -> Exploration:
+    path = _path(settings, state.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, state)
     return state
 
 
-def _path(name: str) -> Path:
-    return Settings().home / "explore" / f"{name}.json"
+def _path(settings: Settings, name: str) -> Path:
+    return settings.home / "explore" / f"{name}.json"
 
 
-def _next(state: Exploration, report: Report) -> Round | None:
+def _next(settings: Settings, state: Exploration, report: Report) -> Round | None:
     """The next round; None where the width is reached, the budget is spent or nothing comes of the runs."""
     law = state.rounds[-1].fitted if state.rounds else state.law
     if law is None:
@@ -167,11 +171,11 @@ def _next(state: Exploration, report: Report) -> Round | None:
     if len(state.rounds) >= GIVE_UP and not any(r.points for r in state.rounds[-GIVE_UP:]):
         raise StateError(
             f"the last {GIVE_UP} rounds gave no point",
-            f"`escala logs {state.rounds[-1].job_id}` and {_path(state.name)} say why",
+            f"`escala logs {state.rounds[-1].job_id}` and {_path(settings, state.name)} say why",
         )
     left = state.budget_flops - state.spent_flops
-    smallest = laws.law(law).law.ranges.get("compute_flops", (0.0,))[0]
-    now = width_at(law, state.target, state.options)
+    smallest = laws.law(settings, law).law.ranges.get("compute_flops", (0.0,))[0]
+    now = width_at(settings, law, state.target, state.options)
     report(f"{law}: the interval of the mean loss at {_stated(state.target)} is {now:.2%} wide")
     if now <= state.width:
         return None
@@ -181,13 +185,18 @@ def _next(state: Exploration, report: Report) -> Round | None:
 
     def ask(most_flops: float) -> list[Proposal]:
         found = propose_runs(
-            law, state.target, most_flops, state.options, count=state.batch, width=state.width
+            settings, law, state.target, most_flops, state.options, count=state.batch, width=state.width
         )
         return list(found.proposals)
 
     try:
         chosen = fitting(
-            ask, partial(_planned_flops, state, law), left, min(state.max_flops, left), smallest, report
+            ask,
+            partial(_planned_flops, settings, state, law),
+            left,
+            min(state.max_flops, left),
+            smallest,
+            report,
         )
     except LawError as error:
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
@@ -232,62 +241,63 @@ def _job_name(state: Exploration) -> str:
     return f"explore-{state.name}"
 
 
-def _planned_flops(state: Exploration, law: str, chosen: list[Proposal]) -> float:
+def _planned_flops(settings: Settings, state: Exploration, law: str, chosen: list[Proposal]) -> float:
     """What the runs take as they will be configured: the shape near N, whole steps, attention."""
-    space = _write_space(state, law, [asdict(p) for p in chosen])
-    return sweeps.plan_sweep(str(space), options={"name": _job_name(state)}).compute_flops
+    space = _write_space(settings, state, law, [asdict(p) for p in chosen])
+    return sweeps.plan_sweep(settings, str(space), options={"name": _job_name(state)}).compute_flops
 
 
-def _finish(state: Exploration, current: Round, report: Report) -> Round:
+def _finish(settings: Settings, state: Exploration, current: Round, report: Report) -> Round:
     """Start the round's sweep where it has none, wait for it, fit."""
     if current.job_id is None:
-        space = _write_space(state, current.law, current.proposals)
+        space = _write_space(settings, state, current.law, current.proposals)
         left = state.budget_flops - state.spent_flops
         options = {"name": _job_name(state), "max_flops": left, "idempotency_key": current.key}
-        current = replace(current, job_id=sweeps.sweep(str(space), (), options, report=report).id)
-        _save(replace(state, rounds=[*state.rounds[:-1], current]))
-    *_, last = jobs.watch(str(current.job_id))
+        current = replace(current, job_id=sweeps.sweep(settings, str(space), (), options, report=report).id)
+        _save(settings, replace(state, rounds=[*state.rounds[:-1], current]))
+    *_, last = jobs.watch(settings, str(current.job_id))
     if last.job.state not in ("succeeded", "stopped"):
         raise StateError(
             f"the sweep {current.job_id} of this round is {last.job.state}",
             f"escala jobs retry {current.job_id}, then explore again: it goes on from here",
         )
-    return _fit(state, current)
+    return _fit(settings, state, current)
 
 
-def _write_space(state: Exploration, law: str, proposals: list[dict[str, Any]]) -> Path:
+def _write_space(settings: Settings, state: Exploration, law: str, proposals: list[dict[str, Any]]) -> Path:
     """The round as a sweep's space: the proposed N and D, configured like the law's runs."""
-    base = base_of(laws.law(law))
+    base = base_of(laws.law(settings, law))
     cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
-    path = _path(state.name).with_name(f"{state.name}-round.yaml")
+    path = _path(settings, state.name).with_name(f"{state.name}-round.yaml")
     path.write_text(documents.dump(space))
     return path
 
 
-def _fit(state: Exploration, current: Round) -> Round:
+def _fit(settings: Settings, state: Exploration, current: Round) -> Round:
     """The law of all points so far, and how the round's expectations fared."""
     import pandas as pd
 
-    before = laws.law(current.law)
-    found = sweeps.sweep_points(str(current.job_id))
+    before = laws.law(settings, current.law)
+    found = sweeps.sweep_points(settings, str(current.job_id))
     spent = sum(float(f["compute_flops"] or 0) for f in [*_rows(found.points), *_rows(found.refused)])
     refused = [{"name": r.get("name"), "reason": r["reason"]} for r in _rows(found.refused)]
     fitted, obtained = current.law, []
     if len(found.points):
         obtained = [_compared(before.law, row) for row in _rows(found.points)]
         points = pd.concat([before.law.points, found.points], ignore_index=True).drop_duplicates("trial")
-        settings = {k: before.law.settings[k] for k in ("bootstrap", "group", "seed")}
+        asked = {k: before.law.settings[k] for k in ("bootstrap", "group", "seed")}
         configuration = before.provenance.get("configuration")
         sources = [before.reference, f"sweep {current.job_id}"]
         stored = laws.fit_points(
+            settings,
             points,
             state.name,
             sources=sources,
             form=before.law.form_name,
             size=before.law.size,
             configuration=configuration,
-            **settings,
+            **asked,
         )
         fitted = stored.stored.reference
     return replace(
@@ -297,14 +307,14 @@ def _fit(state: Exploration, current: Round) -> Round:
         obtained=obtained,
         refused=refused,
         fitted=fitted,
-        width_obtained=_width(fitted, state),
+        width_obtained=_width(settings, fitted, state),
     )
 
 
-def _width(law: str, state: Exploration) -> float | None:
+def _width(settings: Settings, law: str, state: Exploration) -> float | None:
     """`width_at`; None where the law has no interval or no optimum there."""
     try:
-        return width_at(law, state.target, state.options)
+        return width_at(settings, law, state.target, state.options)
     except LawError:
         return None
 
@@ -330,10 +340,12 @@ def _compared(law: Any, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def width_at(reference: str, target: Limits, options: PlanOptions = PlanOptions()) -> float:
+def width_at(
+    settings: Settings, reference: str, target: Limits, options: PlanOptions = PlanOptions()
+) -> float:
     """Relative width of the 90 % interval of the mean loss at the plan for `target`. Raises LawError."""
-    stored = laws.law(reference)
-    plan = ask(stored, target, options).answer().plan
+    stored = laws.law(settings, reference)
+    plan = ask(settings, stored, target, options).answer().plan
     found = stored.law.predict_mean(0.9, **plan.point(stored.law.size))
     if found.low_nats is None or found.high_nats is None:
         raise LawError(

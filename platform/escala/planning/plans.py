@@ -1,10 +1,10 @@
-"""Plans and proposals, as `escala.api` offers them: the law by name, the cluster by name, the run that follows."""
+"""Plans and proposals, as `escala.client` offers them: the law by name, the cluster by name, the run that follows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +39,6 @@ class Planned:
     plan: Plan
     cluster: Cluster | None
     assumed: tuple[str, ...]
-
-    def plain(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        known = self.law.law
-        return {
-            "law": self.law.reference,
-            **asdict(self.plan),
-            "tokens_per_parameter": self.plan.tokens_per_parameter,
-            "farthest": max(self.plan.extrapolation.values(), default=1.0),
-            "assumed": list(self.assumed),
-            "healthy": known.healthy,
-            "findings": list(known.findings),
-        }
 
 
 @dataclass(frozen=True)
@@ -100,14 +87,18 @@ class Asked:
         return Planned(self.law, plan, self.cluster, self.assumed)
 
 
-def plan_law(reference: str, limits: Limits, options: PlanOptions = PlanOptions()) -> Planned:
+def plan_law(
+    settings: Settings, reference: str, limits: Limits, options: PlanOptions = PlanOptions()
+) -> Planned:
     """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
-    return ask(laws.law(reference, options.refresh), limits, options).answer()
+    return ask(settings, laws.law(settings, reference, options.refresh), limits, options).answer()
 
 
-def plan_front(reference: str, limits: Limits, options: PlanOptions = PlanOptions()) -> list[Planned]:
+def plan_front(
+    settings: Settings, reference: str, limits: Limits, options: PlanOptions = PlanOptions()
+) -> list[Planned]:
     """Plans for budgets from a hundredth to the whole of the one given. Raises as `plan_law`."""
-    asked = ask(laws.law(reference, options.refresh), limits, options)
+    asked = ask(settings, laws.law(settings, reference, options.refresh), limits, options)
     top = asked.answer().plan
     most = top.compute_flops + top.inference_flops
     budgets = [most * 10 ** (-FRONT_DECADES * i / (FRONT_POINTS - 1)) for i in range(FRONT_POINTS)]
@@ -116,15 +107,15 @@ def plan_front(reference: str, limits: Limits, options: PlanOptions = PlanOption
 
 
 def plan_target(
-    reference: str, loss_nats: float, options: PlanOptions = PlanOptions()
+    settings: Settings, reference: str, loss_nats: float, options: PlanOptions = PlanOptions()
 ) -> tuple[Planned, Target]:
     """The least compute that reaches a loss, its split, and its energy (SPEC.md E.5). Raises as `plan_law`."""
-    asked = ask(laws.law(reference, options.refresh), Limits(), options)
+    asked = ask(settings, laws.law(settings, reference, options.refresh), Limits(), options)
     target = to_target(asked.law.law, loss_nats, **vars(asked.budget))
     return asked.planned(target.plan), target
 
 
-def ask(stored: Stored, limits: Limits, options: PlanOptions = PlanOptions()) -> Asked:
+def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions = PlanOptions()) -> Asked:
     """The question in full: plans, proposals and explorations of one law and one budget start from the same.
 
     Raises LawError, NotFoundError, SpecError.
@@ -137,7 +128,7 @@ def ask(stored: Stored, limits: Limits, options: PlanOptions = PlanOptions()) ->
         + (f" (1 + {chi.scale:.3g} T N^-{chi.exponent:.3g})" if chi.scale else "")
     ]
     wanted = options.cluster is not None or limits.usd or limits.hours or limits.kwh or options.max_memory_gb
-    cluster = load_cluster(options.cluster or Settings().cluster) if wanted else None
+    cluster = load_cluster(options.cluster or settings.cluster) if wanted else None
     speed = None
     if cluster is not None:
         speed, how = cluster_speed(cluster, options.precision)
@@ -291,6 +282,7 @@ def config_for(
 
 
 def propose_runs(
+    settings: Settings,
     reference: str,
     target: Limits | Mapping[str, float],
     max_flops: float,
@@ -312,10 +304,10 @@ def propose_runs(
     """
     from escala.planning.propose import METHOD, candidates, propose
 
-    stored = laws.law(reference, options.refresh)
+    stored = laws.law(settings, reference, options.refresh)
     aimed: Budget | Mapping[str, float]
     if isinstance(target, Limits):
-        asked = ask(stored, target, options)
+        asked = ask(settings, stored, target, options)
         aimed, plan = asked.budget, asked.answer().plan
     else:
         aimed, plan = target, None
@@ -323,7 +315,9 @@ def propose_runs(
     columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
-    price = partial(_price, unit=unit, rate=_rate(unit, options.cluster, options.precision))
+    price = partial(
+        _price, unit=unit, rate=_rate(unit, options.cluster or settings.cluster, options.precision)
+    )
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
     return Proposed(stored, found, METHOD, plan)
 
@@ -351,13 +345,13 @@ def _price(columns: Mapping[str, Any], unit: str, rate: float) -> Any:
     return columns["compute_flops"] * rate
 
 
-def _rate(unit: str, cluster: str | None, precision: Precision) -> float:
+def _rate(unit: str, cluster: str, precision: Precision) -> float:
     """`unit` per FLOP. Raises SpecError where the cluster's file does not say."""
     if unit == "FLOP":
         return 1.0
     if unit not in ("USD", "kWh"):
         raise SpecError(f"there is no unit {unit!r}", "FLOP, USD or kWh")
-    speed, _ = cluster_speed(load_cluster(cluster or Settings().cluster), precision)
+    speed, _ = cluster_speed(load_cluster(cluster), precision)
     kilowatts = None if speed.watts is None else speed.watts / 1000
     rate = speed.usd_per_hour if unit == "USD" else kilowatts
     if rate is None:

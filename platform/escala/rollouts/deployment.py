@@ -43,6 +43,8 @@ WEIGHTS_SECONDS = 5.0
 
 
 def up(
+    settings: Settings,
+    rollouts: RolloutsSettings,
     files: Iterable[str | Path] = (),
     overrides: Iterable[str] = (),
     name: str = APPLICATION,
@@ -63,7 +65,6 @@ def up(
     a job's checkpoints that are all refused; StateError where Serve runs without HTTP; ClusterError where the cluster
     or the service does not come up in time, with Serve's own message.
     """
-    settings, rollouts = Settings(), RolloutsSettings()
     document = read(files, overrides)
     http: dict[str, Any] = {"host": rollouts.host, "port": rollouts.port}
     http |= document.get("http_options") or {}
@@ -96,19 +97,22 @@ def up(
     return _wait(settings, name, wait_seconds, report)
 
 
-def status(name: str = APPLICATION, weights: bool = True) -> RolloutsStatus:
+def status(
+    settings: Settings, rollouts: RolloutsSettings, name: str = APPLICATION, weights: bool = True
+) -> RolloutsStatus:
     """The service as it is; with `weights` its replicas are asked for theirs, which takes as long as they are busy.
 
     Raises ClusterError where the cluster does not answer.
     """
-    found = status_of(details_of(Settings()), name)
+    found = status_of(details_of(settings), name)
     if not weights or found.address is None:  # without HTTP there is no address to ask
         return found
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
-    return replace(found, weights=_weights(found, RolloutsSettings())) if awake else found
+    return replace(found, weights=_weights(found, rollouts)) if awake else found
 
 
 def scale(
+    settings: Settings,
     min_replicas: int | None = None,
     max_replicas: int | None = None,
     requests_per_replica: float | None = None,
@@ -119,7 +123,6 @@ def scale(
     Raises NotFoundError where there is no such service, StateError for one that `up` did not start, SpecError for
     bounds that cannot hold.
     """
-    settings = Settings()
     details = details_of(settings)
     configs = configs_of(details)
     if name not in details.get("applications", {}):
@@ -142,13 +145,15 @@ def scale(
 
 
 def down(
-    name: str = APPLICATION, report: Report = lambda line: None, wait_seconds: float = START_SECONDS
+    settings: Settings,
+    name: str = APPLICATION,
+    report: Report = lambda line: None,
+    wait_seconds: float = START_SECONDS,
 ) -> None:
     """Remove the service: running responses are finished first. Other applications stay; without any, Serve ends.
 
     Raises NotFoundError where there is no such service, ClusterError where it does not go in time.
     """
-    settings = Settings()
     details = details_of(settings)
     if name not in details.get("applications", {}):
         raise NotFoundError(

@@ -1,4 +1,4 @@
-"""Sweeps, as `escala.api` offers them: plan, start, resume, read the points, fit a law to them."""
+"""Sweeps, as `escala.client` offers them: plan, start, resume, read the points, fit a law to them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan_sweep(
+    settings: Settings,
     space: str,
     overrides: Iterable[str] = (),
     code: str | Path | None = None,
@@ -40,20 +41,22 @@ def plan_sweep(
 
     Raises NotFoundError, SpecError; also for a trial that the embedded head can never hold.
     """
-    name, loaded, checked = _loaded(space, overrides, options)
-    plan = _plan(name, loaded)
-    _ready(loaded, plan, code, waits=checked.after is not None, keep=False)
+    from escala.sweeps.plan import make_plan
+
+    name, loaded, checked = _loaded(settings, space, overrides, options)
+    plan = make_plan(name, loaded, settings)
+    _ready(settings, loaded, plan, code, waits=checked.after is not None, keep=False)
     return plan
 
 
 def _ready(
-    space: Space, plan: SweepPlan, code: str | Path | None, waits: bool, keep: bool = True
+    settings: Settings, space: Space, plan: SweepPlan, code: str | Path | None, waits: bool, keep: bool = True
 ) -> str | None:
     """What the first trial needs, checked; the digest of the user's modules."""
     return preflight.ready(
         get_workload(space.workload).inputs,
         plan.trials[0].config,
-        Settings().home,
+        settings.home,
         code,
         waits=waits,
         keep=keep,
@@ -61,6 +64,7 @@ def _ready(
 
 
 def sweep(
+    settings: Settings,
     space: str,
     overrides: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
@@ -75,9 +79,10 @@ def sweep(
     `jobs.actions.enqueue`.
     """
     from escala.jobs.records import NewJob
+    from escala.sweeps.plan import make_plan
 
-    name, loaded, checked = _loaded(space, overrides, options)
-    plan = _plan(name, loaded)
+    name, loaded, checked = _loaded(settings, space, overrides, options)
+    plan = make_plan(name, loaded, settings)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
         if checked.idempotency_key:
@@ -85,36 +90,30 @@ def sweep(
                 "--idempotency-key is for a new sweep, and --resume queues an old one again",
                 "leave one of the two out",
             )
-        return retry(_interrupted(name, config).id, report)
-    digest = _ready(loaded, plan, code, waits=checked.after is not None)
+        return retry(settings, _interrupted(settings, name, config).id, report)
+    digest = _ready(settings, loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
     new = NewJob(
         workload=SWEEP.name,
         entry_point=SWEEP.entry_point,
         config=config,
         command=tuple(sys.argv),
-        experiment=Settings().experiment,
+        experiment=settings.experiment,
         tags={"escala.space": name} | ({user_code.TAG: digest} if digest else {}),
         **checked.model_dump(),
     )
-    return enqueue(new, report)
+    return enqueue(settings, new, report)
 
 
 def _loaded(
-    space: str, overrides: Iterable[str], options: Mapping[str, Any] | None
+    settings: Settings, space: str, overrides: Iterable[str], options: Mapping[str, Any] | None
 ) -> tuple[str, Space, spec.JobOptions]:
     """(name, the space with the jobs that its base builds on resolved, the sweep's options)."""
     from escala.sweeps.space import load_space
 
     name, loaded = load_space(space, overrides)
-    base, given = resolve_jobs(dict(loaded.base), dict(options or {}))
+    base, given = resolve_jobs(settings, dict(loaded.base), dict(options or {}))
     return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
-
-
-def _plan(name: str, space: Space) -> SweepPlan:
-    from escala.sweeps.plan import make_plan
-
-    return make_plan(name, space, Settings())
 
 
 def space_base(space: str) -> dict[str, Any]:
@@ -124,9 +123,9 @@ def space_base(space: str) -> dict[str, Any]:
     return dict(load_space(space)[1].base)
 
 
-def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
+def _interrupted(settings: Settings, space: str, config: Mapping[str, Any]) -> Job:
     """The last sweep of this space, if it was interrupted."""
-    with open_store() as store:
+    with open_store(settings) as store:
         sweeps = store.list(workload=SWEEP.name)
     last = next((each for each in reversed(sweeps) if each.tags.get("escala.space") == space), None)
     if last is None:
@@ -144,50 +143,50 @@ def _interrupted(space: str, config: Mapping[str, Any]) -> Job:
     return last
 
 
-def sweep_points(name: str) -> SweepPoints:
+def sweep_points(settings: Settings, name: str) -> SweepPoints:
     """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest sweep is meant.
 
     Raises NotFoundError.
     """
     from escala.sweeps.points import read_points
 
-    with open_store() as store:
+    with open_store(settings) as store:
         newest = store.list(limit=1, workload=SWEEP.name, name=name)
         found = newest[0] if newest else store.get(name)
     if get_workload(found.workload).result != "points":
         raise NotFoundError(f"job {found.id} is a {found.workload}, not a sweep", "escala ps --all")
-    return read_points(Settings().home, found.id)
+    return read_points(settings.home, found.id)
 
 
-def fit_sweeps(names: Sequence[str], law: str, **settings: Any) -> Fitted:
+def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any) -> Fitted:
     """Fit a law to the points of one or several sweeps, and store it as the next version of `law`.
 
-    A trial that is in several of them counts once. `settings` (form, group, size, bootstrap, seed, report): see
+    A trial that is in several of them counts once. `asked` (form, group, size, bootstrap, seed, report): see
     `laws.queries.fit_points`.
     Raises NotFoundError, LawError, ClusterError.
     """
     from escala.laws import queries
 
-    points, sources, shared = _put_together(names)
-    return queries.fit_points(points, law, sources=sources, configuration=shared, **settings)
+    points, sources, shared = _put_together(settings, names)
+    return queries.fit_points(settings, points, law, sources=sources, configuration=shared, **asked)
 
 
-def preview_sweeps(names: Sequence[str], **settings: Any) -> Preview:
+def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Preview:
     """The law of `fit_sweeps`, not stored. Args and errors as there."""
     from escala.laws import queries
 
-    points, sources, _ = _put_together(names)
-    return queries.preview_points(points, sources=sources, **settings)
+    points, sources, _ = _put_together(settings, names)
+    return queries.preview_points(points, sources=sources, **asked)
 
 
-def _put_together(names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
+def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
     """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
     import pandas as pd
 
     from escala.contract.errors import LawError
     from escala.laws.provenance import in_common
 
-    found = [sweep_points(name) for name in names]
+    found = [sweep_points(settings, name) for name in names]
     for name, each in zip(names, found, strict=True):
         if len(each.points) and each.points["loss_nats"].isna().any():
             raise LawError(

@@ -1,0 +1,157 @@
+"""Jobs: what they would cost, queued, watched, stopped, continued; their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala.client.home import Home, silent
+from escala.views.cluster import CheckpointView, GarbageView
+from escala.views.jobs import JobDetailsView, JobView, WatchedJobView
+
+if TYPE_CHECKING:
+    from escala.jobs.actions import Report
+    from escala.views.costs import CostView, ResolvedSpecView
+
+
+class JobMethods(Home):
+    """See the module."""
+
+    def resolve(
+        self,
+        workload: str,
+        files: Iterable[str | Path] = (),
+        overrides: Iterable[str] = (),
+        options: Mapping[str, Any] | None = None,
+        compute_flops: float | None = None,
+        law: str | None = None,
+        code: str | Path | None = None,
+        cluster: str | Path | None = None,
+    ) -> ResolvedSpecView:
+        """The spec in full and what it costs on a cluster; starts nothing. Args and errors as `submit` and `cost`."""
+        from escala.hardware import load_cluster
+        from escala.planning import submission
+        from escala.planning.cost import cost
+        from escala.views.costs import CostView, ResolvedSpecView
+
+        request = submission.Request(
+            workload, files, overrides, options or {}, compute_flops, law, None, code
+        )
+        answer = submission.resolve(self.settings, request)
+        loaded = load_cluster(cluster or self.settings.cluster)
+        price = CostView.of_cost(cost(answer.spec.trained, loaded), loaded)
+        return ResolvedSpecView.of_resolved(answer, price)
+
+    def cost(
+        self,
+        files: Iterable[str | Path] = (),
+        overrides: Iterable[str] = (),
+        compute_flops: float | None = None,
+        cluster: str | Path | None = None,
+    ) -> CostView:
+        """What a pretraining run costs on a cluster: a name in clusters/, or a file; None: ESCALA_CLUSTER.
+
+        Raises NotFoundError, SpecError.
+        """
+        return self.resolve("pretrain", files, overrides, compute_flops=compute_flops, cluster=cluster).cost
+
+    def submit(
+        self,
+        workload: str,
+        files: Iterable[str | Path] = (),
+        overrides: Iterable[str] = (),
+        options: Mapping[str, Any] | None = None,
+        report: Report = silent,
+        compute_flops: float | None = None,
+        law: str | None = None,
+        base: Mapping[str, Any] | None = None,
+        code: str | Path | None = None,
+    ) -> JobView:
+        """Queue a job. Args as `planning.submission.Request`, errors as `planning.submission.submit`."""
+        from escala.planning import submission
+
+        request = submission.Request(
+            workload, files, overrides, options or {}, compute_flops, law, base, code
+        )
+        return JobView.of(submission.submit(self.settings, request, report))
+
+    def submit_run(
+        self,
+        law: str,
+        n_active: float,
+        n_total: float,
+        tokens: float,
+        overrides: Iterable[str] = (),
+        report: Report = silent,
+    ) -> JobView:
+        """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
+        from escala.planning import submission
+
+        return JobView.of(
+            submission.submit_run(self.settings, law, n_active, n_total, tokens, overrides, report)
+        )
+
+    def jobs(self, everything: bool = False, limit: int | None = None) -> list[JobView]:
+        """Jobs that run, then those that wait, in order; with `everything`, all, newest first. Raises SpecError."""
+        from escala.jobs import actions
+
+        return [JobView.of(each) for each in actions.jobs(self.settings, everything, limit)]
+
+    def job(self, name: str) -> JobDetailsView:
+        """One job in full, by its id, the start of it, or its name. Raises NotFoundError."""
+        from escala.jobs import actions
+
+        return JobDetailsView.of(actions.job(self.settings, name))
+
+    def stop(self, name: str) -> JobView:
+        """Ask a job to write a checkpoint and end. Raises NotFoundError, StateError."""
+        from escala.jobs import actions
+
+        return JobView.of(actions.stop(self.settings, name))
+
+    def retry(self, name: str, report: Report = silent) -> JobView:
+        """Queue a failed or stopped job again. Errors as `jobs.actions.retry`."""
+        from escala.jobs import actions
+
+        return JobView.of(actions.retry(self.settings, name, report))
+
+    def resume(
+        self,
+        name: str,
+        overrides: Iterable[str] = (),
+        report: Report = silent,
+        idempotency_key: str | None = None,
+    ) -> JobView:
+        """A new job that starts from another one's last good checkpoint. Errors as `jobs.actions.resume`."""
+        from escala.jobs import actions
+
+        return JobView.of(actions.resume(self.settings, name, overrides, report, idempotency_key))
+
+    def logs(self, name: str, follow: bool = False) -> Iterator[str]:
+        """The lines of a job's output, attempt after attempt; with `follow`, until it ends. Raises NotFoundError."""
+        from escala.jobs import actions
+
+        return actions.logs(self.settings, name, follow)
+
+    def watch(self, name: str) -> Iterator[WatchedJobView]:
+        """The job's state and progress, again and again, until it has ended. Errors as `jobs.actions.watch`."""
+        from escala.jobs import actions
+
+        return map(WatchedJobView.of, actions.watch(self.settings, name))
+
+    def export(self, name: str, to: Path, adapter: bool = False) -> Path:
+        """Write the newest checkpoint of a run or a job into `to`. Errors as `jobs.export.export`."""
+        from escala.jobs.export import export
+
+        return export(self.settings, name, to, adapter)
+
+    def collect_garbage(
+        self, name: str | None = None, keep: int | None = None, delete: bool = False
+    ) -> GarbageView:
+        """The checkpoints beyond each job's retention rule, freed with `delete`. Errors as in `jobs.retention`."""
+        from escala.jobs import retention
+
+        found = retention.collect_garbage(self.settings, name, keep, delete)
+        checkpoints = tuple(CheckpointView(path=path, size_bytes=size) for path, size in found.checkpoints)
+        return GarbageView(checkpoints=checkpoints, damaged=tuple(found.damaged), deleted=delete)

@@ -1,0 +1,127 @@
+"""Plans, proposals and explorations, and what a device does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala.client.home import Home, silent
+from escala.views.jobs import JobView
+from escala.views.plans import ExplorationView, PlanView, ProposalsView, TargetView
+
+if TYPE_CHECKING:
+    from escala.hardware import Cluster
+    from escala.jobs.actions import Report
+    from escala.planning.limits import Limits
+    from escala.planning.plans import PlanOptions
+
+
+class PlanMethods(Home):
+    """See the module."""
+
+    def plan_law(self, reference: str, limits: Limits, options: PlanOptions | None = None) -> PlanView:
+        """The best split of N and D (and T, and experts) under `limits`. Raises LawError, NotFoundError, SpecError."""
+        from escala.planning import plans
+
+        return PlanView.of_planned(
+            plans.plan_law(self.settings, reference, limits, options or plans.PlanOptions())
+        )
+
+    def plan_front(
+        self, reference: str, limits: Limits, options: PlanOptions | None = None, plot: Path | None = None
+    ) -> list[PlanView]:
+        """Plans for budgets from a hundredth to the whole of the one given, drawn into the PNG `plot`.
+
+        Raises as `plan_law`.
+        """
+        from escala.planning import plans
+
+        found = plans.plan_front(self.settings, reference, limits, options or plans.PlanOptions())
+        if plot is not None:
+            from escala.planning.plots import plot_front
+
+            plot_front([each.plan for each in found], plot, found[0].law.reference)
+        return [PlanView.of_planned(each) for each in found]
+
+    def plan_target(self, reference: str, loss_nats: float, options: PlanOptions | None = None) -> TargetView:
+        """The least compute that reaches a loss, its split, and its energy. Raises as `plan_law`."""
+        from escala.planning import plans
+
+        found = plans.plan_target(self.settings, reference, loss_nats, options or plans.PlanOptions())
+        return TargetView.of_target(*found)
+
+    def propose_runs(
+        self,
+        reference: str,
+        target: Limits | Mapping[str, float],
+        max_flops: float,
+        options: PlanOptions | None = None,
+        *,
+        aim: str = "loss",
+        count: int = 1,
+        unit: str = "FLOP",
+        width: float | None = None,
+    ) -> ProposalsView:
+        """The next runs: those that tell most of the target per cost. Args, errors: `planning.plans.propose_runs`."""
+        from escala.planning import plans
+
+        found = plans.propose_runs(
+            self.settings,
+            reference,
+            target,
+            max_flops,
+            options or plans.PlanOptions(),
+            aim=aim,
+            count=count,
+            unit=unit,
+            width=width,
+        )
+        return ProposalsView.of_proposed(found)
+
+    def explore(
+        self,
+        reference: str,
+        target: Limits,
+        max_flops: float,
+        budget_flops: float,
+        options: PlanOptions | None = None,
+        *,
+        width: float = 0.02,
+        batch: int = 2,
+        report: Report = silent,
+    ) -> Iterator[ExplorationView]:
+        """Propose, run, refit, within a budget; the journal after every round. As `planning.explore.explore`."""
+        from escala.planning import explore
+        from escala.planning.plans import PlanOptions
+
+        rounds = explore.explore(
+            self.settings,
+            reference,
+            target,
+            max_flops,
+            budget_flops,
+            options or PlanOptions(),
+            width=width,
+            batch=batch,
+            report=report,
+        )
+        return map(ExplorationView.of_exploration, rounds)
+
+    def bench_device(
+        self,
+        workers: int = 1,
+        gpus_per_worker: int = 0,
+        overrides: Mapping[str, Any] | None = None,
+        report: Report = silent,
+    ) -> JobView:
+        """Queue the measurement of as many workers as the cluster has devices. Raises SpecError, ClusterError."""
+        from escala.planning import bench
+
+        return JobView.of(bench.bench_device(self.settings, workers, gpus_per_worker, overrides, report))
+
+    def write_cluster(self, name: str, path: Path) -> Cluster:
+        """Write the cluster's file from what the bench job measured. Errors as `planning.bench.write_cluster`."""
+        from escala.planning import bench
+
+        return bench.write_cluster(self.settings, name, path)

@@ -1,0 +1,117 @@
+"""Jobs from what a user writes: a spec, or a budget that the recipe and a law turn into one; checked, then queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escala import preflight, spec
+from escala.contract.errors import SpecError
+from escala.jobs.actions import Report, silent, start
+from escala.jobs.references import resolve_jobs
+from escala.schema.workloads import get_workload
+from escala.settings import Settings
+
+if TYPE_CHECKING:
+    from escala.jobs.records import Job
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Args:
+        workload, files, overrides, options: see `spec.load_job`.
+        compute_flops: the one dial: model, tokens, batch and learning rate follow from it by recipe, where files and
+            overrides do not fix them.
+        law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
+        base: a configuration to start from, instead of the defaults.
+        code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
+            are copied into the home.
+    """
+
+    workload: str
+    files: Iterable[str | Path] = ()
+    overrides: Iterable[str] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compute_flops: float | None = None
+    law: str | None = None
+    base: Mapping[str, Any] | None = None
+    code: str | Path | None = None
+
+
+def resolve(settings: Settings, request: Request) -> spec.Resolved:
+    """The spec in full and what it costs; starts nothing. Raises as `submit`."""
+    loaded = _load(settings, request)
+    _ready(settings, loaded, request.code, keep=False)
+    return spec.resolve(loaded)
+
+
+def submit(settings: Settings, request: Request, report: Report = silent) -> Job:
+    """Check a job, bring the cluster up where none is configured, and queue the job.
+
+    Raises SpecError, LawError or NotFoundError, and as `jobs.actions.enqueue`: where something is raised nothing is
+    queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
+    """
+    loaded = _load(settings, request)
+    return start(settings, loaded, report, code=_ready(settings, loaded, request.code))
+
+
+def submit_run(
+    settings: Settings,
+    law: str,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    overrides: Iterable[str] = (),
+    report: Report = silent,
+) -> Job:
+    """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
+    from escala.laws import queries
+    from escala.planning.plans import config_for
+
+    config = config_for(queries.law(settings, law), n_active, n_total, tokens, tuple(overrides))
+    job = spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")})
+    return start(settings, job, report)
+
+
+def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
+    """What can be known before it is queued, checked; the digest of the user's modules."""
+    waits = job.options.after is not None
+    return preflight.ready(job.kind.inputs, job.plain(), settings.home, code, waits, keep)
+
+
+def _load(settings: Settings, request: Request) -> spec.JobSpec:
+    workload, compute_flops, law = request.workload, request.compute_flops, request.law
+    written = spec.written(request.files, request.overrides, request.base)
+    written, options = resolve_jobs(settings, written, dict(request.options))
+    if compute_flops is None:
+        if law is not None:
+            raise SpecError(
+                f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
+            )
+        return spec.load_job(workload, options=options, base=written)
+    if not get_workload(workload).chooses_model:
+        raise SpecError(
+            f"--compute-flops chooses a model, and {workload} starts from one",
+            "give training.train_tokens or training.steps",
+        )
+    from escala.sweeps.recipes import by_recipe
+
+    axes = {"compute_flops": compute_flops}
+    if law is not None:
+        from escala.planning.limits import Limits
+        from escala.planning.plans import PlanOptions, plan_law
+
+        plan_options = PlanOptions(context_tokens=_context(written))
+        limits = Limits(compute_flops=compute_flops)
+        axes["n_total"] = plan_law(settings, law, limits, plan_options).plan.n_total
+    return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
+
+
+def _context(written: Mapping[str, Any]) -> float | None:
+    """The context length that a spec states; None where it leaves it to the defaults."""
+    stated: float | None = written.get("training", {}).get("context_tokens")
+    return stated or written.get("model", {}).get("max_context_tokens")

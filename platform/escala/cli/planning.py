@@ -22,6 +22,19 @@ ClusterName = Annotated[
     typer.Option("--cluster", help="A name in clusters/, or a file. [default: ESCALA_CLUSTER, else local]"),
 ]
 Precision = Annotated[str, typer.Option(help="fp32 or bf16: at which of the devices' speeds.")]
+MaxParams = Annotated[float | None, typer.Option(help="Bound on N total.")]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option("--max-memory-gb", help="Bound on a device's memory. [default: all, with --cluster]"),
+]
+DataTokens = Annotated[float | None, typer.Option(help="Unique tokens; more are repeats.")]
+InferenceTokens = Annotated[float | None, typer.Option(help="That will be served.")]
+Kappa = Annotated[float, typer.Option(help="FLOPs per active parameter and token.")]
+ContextTokens = Annotated[
+    float | None, typer.Option(help="T. [default: that of the law's runs; form ndt: the best]")
+]
+MaxContextTokens = Annotated[float | None, typer.Option(help="Bound on T, for form ndt.")]
+Experts = Annotated[float, typer.Option("--n-total-over-active", help="Bound for a law of form moe.")]
 Submit = Annotated[bool, typer.Option("--submit", help="Queue the run, configured like the law's runs.")]
 bench_nouns = typer.Typer(no_args_is_help=True)
 
@@ -78,18 +91,14 @@ def plan(
     ] = None,
     cluster: ClusterName = None,
     precision: Precision = "bf16",
-    max_params: Annotated[float | None, typer.Option(help="Bound on N total.")] = None,
-    max_memory_gb: Annotated[
-        float | None, typer.Option(help="Bound on a device's memory. [default: all, with --cluster]")
-    ] = None,
-    data_tokens: Annotated[float | None, typer.Option(help="Unique tokens; more are repeats.")] = None,
-    inference_tokens: Annotated[float | None, typer.Option(help="That will be served.")] = None,
-    kappa: Annotated[float, typer.Option(help="FLOPs per active parameter and token.")] = 6.0,
-    context_tokens: Annotated[
-        float | None, typer.Option(help="T. [default: that of the law's runs; form ndt: the best]")
-    ] = None,
-    max_context_tokens: Annotated[float | None, typer.Option(help="Bound on T, for form ndt.")] = None,
-    n_total_over_active: Annotated[float, typer.Option(help="Bound for a law of form moe.")] = 64.0,
+    max_params: MaxParams = None,
+    max_memory_gb: MaxMemory = None,
+    data_tokens: DataTokens = None,
+    inference_tokens: InferenceTokens = None,
+    kappa: Kappa = 6.0,
+    context_tokens: ContextTokens = None,
+    max_context_tokens: MaxContextTokens = None,
+    n_total_over_active: Experts = 64.0,
     front: Annotated[
         Path | None,
         typer.Option(help="Also the plans of smaller budgets: a table, and a plot into this PNG."),
@@ -148,21 +157,41 @@ def propose(
     ] = None,
     cluster: ClusterName = None,
     precision: Precision = "bf16",
+    max_params: MaxParams = None,
+    max_memory_gb: MaxMemory = None,
+    data_tokens: DataTokens = None,
+    inference_tokens: InferenceTokens = None,
+    kappa: Kappa = 6.0,
+    context_tokens: ContextTokens = None,
+    max_context_tokens: MaxContextTokens = None,
+    n_total_over_active: Experts = 64.0,
     submit: Submit = False,
     follow: Follow = False,
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:
-    """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh."""
+    """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh. The larger one
+    is that of `escala laws plan` at the same budget and limits.
+    """
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
 
-    options = PlanOptions(cluster=cluster, precision=render_plans.precision(precision), refresh=refresh)
+    target = Limits(
+        compute_flops=target_flops,
+        max_params=max_params,
+        data_tokens=data_tokens,
+        inference_tokens=inference_tokens,
+        max_context_tokens=max_context_tokens,
+        n_total_over_active=n_total_over_active,
+    )
+    options = PlanOptions(
+        kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
+    )
     escala = open_home()
     with progress.working("weighing the candidates", quiet=json):
         found = escala.propose_runs(
             law,
-            Limits(compute_flops=target_flops),
+            target,
             max_flops,
             options,
             aim=aim,
@@ -192,16 +221,35 @@ def explore(
         float, typer.Option(help="Stop when the 90 % interval of the mean loss is so wide, relatively.")
     ] = 0.02,
     batch: Annotated[int, typer.Option(help="Runs between two fits.")] = 2,
+    cluster: ClusterName = None,
+    precision: Precision = "bf16",
+    max_params: MaxParams = None,
+    max_memory_gb: MaxMemory = None,
+    data_tokens: DataTokens = None,
+    inference_tokens: InferenceTokens = None,
+    kappa: Kappa = 6.0,
+    context_tokens: ContextTokens = None,
+    max_context_tokens: MaxContextTokens = None,
+    n_total_over_active: Experts = 64.0,
     json: Json = False,
 ) -> None:
     """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
     from escala.planning.limits import Limits
+    from escala.planning.plans import PlanOptions
 
-    escala = open_home()
-    last, target = None, Limits(compute_flops=target_flops)
+    target = Limits(
+        compute_flops=target_flops,
+        max_params=max_params,
+        data_tokens=data_tokens,
+        inference_tokens=inference_tokens,
+        max_context_tokens=max_context_tokens,
+        n_total_over_active=n_total_over_active,
+    )
+    options = PlanOptions(kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb)
+    escala, last = open_home(), None
     with progress.reporting("exploring", json) as report:
         for last in escala.explore(
-            law, target, max_flops, budget_flops, width=width, batch=batch, report=report
+            law, target, max_flops, budget_flops, options, width=width, batch=batch, report=report
         ):
             if not json:
                 render_plans.round_(last)

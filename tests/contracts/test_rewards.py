@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 import escala.schema.rewards
 import workloads.rewards
 from escala import spec
-from escala.schema import ModelConfig
+from escala.schema import ModelConfig, get_workload
 from escala.schema.rewards import KINDS, Needs, RewardConfig
 from workloads.alignment.rollouts import Response, Scoring, served_rewards
 from workloads.data.chat import ChatTokenizer
@@ -84,10 +84,10 @@ def test_it_scores_each_response(kind: str, models: Path) -> None:
 def test_what_it_needs_is_looked_for_before_the_job_is_queued(
     kind: str, models: Path, tmp_path: Path
 ) -> None:
-    assert problems("ppo", {"rewards": [SECTIONS[kind](models)], "prompts": None}, False) == []
+    assert problems({}, {"rewards": [SECTIONS[kind](models)], "prompts": None}, False) == []
     needs = KINDS.read(SECTIONS[kind](tmp_path / "nowhere")).needs()
     assert needs != Needs()
-    found = problems("ppo", {"rewards": [SECTIONS[kind](tmp_path / "nowhere")], "prompts": None}, False)
+    found = problems({}, {"rewards": [SECTIONS[kind](tmp_path / "nowhere")], "prompts": None}, False)
     assert len(found) == len(needs.models)
 
 
@@ -95,7 +95,7 @@ def test_what_it_needs_is_looked_for_before_the_job_is_queued(
 def test_a_served_kind_takes_a_replica(kind: str, models: Path) -> None:
     config = {"rollouts": {"replicas": 2, "replica_cpus": 1.0, "replica_gpus": 0.5}}
     config["rewards"] = [SECTIONS[kind](models)]  # type: ignore[assignment]
-    assert spec.served(config)["CPU"] == (3.0 if KINDS[kind].is_served else 2.0)
+    assert get_workload("ppo").sidecar_needs(config)["CPU"] == (3.0 if KINDS[kind].is_served else 2.0)
 
 
 SCHEMA = """
@@ -148,7 +148,7 @@ def test_a_new_kind_is_two_files(ending_kind: None) -> None:
     base |= {"batch": {"prompts": 2, "responses_per_prompt": 2}, "model": {"max_context_tokens": 256}}
     config = spec.load_job("ppo", base=base).config
     assert served_rewards(config) == []
-    assert spec.served(config.model_dump(mode="json"))["CPU"] == 1.0
+    assert get_workload("ppo").sidecar_needs(config.model_dump(mode="json"))["CPU"] == 1.0
     responses = [Response(0, i, "p", [1], [2], text, [0.0], True, 0) for i, text in enumerate(("a b", "b a"))]
     scores = Scoring(config).score(None, responses)
     assert scores.parts == {"ending": [1.0, 0.0]}

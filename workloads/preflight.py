@@ -20,7 +20,7 @@ from typing import Any
 from escala.contract.checkpoints import MANIFEST, TOKENIZER
 from escala.contract.errors import DataError, EscalaError
 from escala.schema.rewards import KINDS as REWARDS
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
 from workloads.data.preferences import read_preferences
 from workloads.rewards.user_functions import import_function

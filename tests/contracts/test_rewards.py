@@ -20,7 +20,8 @@ from escala import spec
 from escala.schema import ModelConfig
 from escala.schema.rewards import KINDS, Needs, RewardConfig
 from workloads.alignment.rollouts import Response, Scoring, served_rewards
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.huggingface import save_pretrained
 from workloads.model.transformer import Transformer

@@ -1,4 +1,4 @@
-"""What each store of checkpoints promises: a local directory."""
+"""What each store of checkpoints and each store of files promises: a local directory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 from escala.contract.checkpoints import FORMAT_VERSION, MANIFEST, checkpoint_name
 from escala.contract.errors import CheckpointError
+from escala.contract.records import Control, JobFiles
 from escala.contract.sealed import seal
-from escala.storage.base import CheckpointStore
+from escala.storage.base import CheckpointStore, FileStore
 from escala.storage.checkpoints import (
     checkpoint_at,
     latest,
@@ -25,6 +26,7 @@ from escala.storage.checkpoints import (
     verify,
     verify_tokenizer,
 )
+from escala.storage.files import open_files, read_stored, write_stored
 
 FILES = ("rank-0.safetensors", "rank-1.safetensors")
 Damage = Callable[[CheckpointStore, str, str], None]
@@ -195,3 +197,67 @@ def test_a_place_without_room_says_so(store):
     with pytest.raises(OSError, match="No space"):
         store.put(checkpoint_name(5), FILES[0], fail)
     assert latest(store)[0] is None
+
+
+CONTROL = JobFiles(Path(), "j1").attempt(1).control
+
+
+@pytest.fixture(params=["local"])
+def files(tmp_path: Path) -> FileStore:
+    return open_files(tmp_path / "home")
+
+
+def test_a_file_is_written_whole_and_read_in_part(files):
+    with pytest.raises(FileNotFoundError):
+        files.read(CONTROL)
+    assert not files.exists(CONTROL.parent)
+    files.write(CONTROL, b"first")
+    files.write(CONTROL, b"second")
+    assert files.read(CONTROL) == files.local(CONTROL).read_bytes() == b"second"
+    assert files.read(CONTROL, 3) == b"ond"
+    assert files.read(CONTROL, 99) == b""
+    assert files.exists(CONTROL)
+    assert files.exists(CONTROL.parent)
+    with pytest.raises((OSError, ValueError)):
+        files.read(CONTROL.parent)
+
+
+def test_readers_see_the_old_file_or_the_new_one(files):
+    contents = {bytes([65 + n]) * 100_000 for n in range(8)}
+    files.write(CONTROL, min(contents))
+
+    def read(_: int) -> bool:
+        return all(files.read(CONTROL) in contents for _ in range(50))
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = pool.map(read, range(3))
+        for content in sorted(contents):
+            files.write(CONTROL, content)
+        assert all(readers)
+
+
+def test_a_record_is_stored_and_a_damaged_one_is_set_aside(files):
+    assert read_stored(files, Control, CONTROL) is None
+    write_stored(files, CONTROL, Control("user"))
+    assert read_stored(files, Control, CONTROL) == Control("user")
+    files.write(CONTROL, b"{")
+    assert read_stored(files, Control, CONTROL) is None
+    assert not files.exists(CONTROL)
+
+
+def test_a_folder_is_written_once_and_as_a_whole(files):
+    name = PurePath("code", "abc")
+    files.write_folder(name, {"a.py": b"1", "package/b.py": b"2"})
+    files.write_folder(name, {"a.py": b"another"})
+    assert files.read(name / "a.py") == b"1"
+    assert files.read(name / "package" / "b.py") == b"2"
+    with pytest.raises(OSError, match="too long"):
+        files.write_folder(PurePath("code", "def"), {"a.py": b"1", "x" * 300: b"2"})
+    assert not files.exists(PurePath("code", "def"))
+
+
+def test_several_may_write_a_folder_at_once(files):
+    name, contents = PurePath("code", "abc"), {f"{n}.py": b"1" for n in range(20)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: files.write_folder(name, contents), range(8)))
+    assert sorted(p.name for p in files.local(name).iterdir()) == sorted(contents)

@@ -25,7 +25,7 @@ from escala.tracking.mlflow_tracker import open_client
 from escala.tracking.spool import read_events
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, driver, ended, files, titled
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import RewardModel, save_reward_model

@@ -25,7 +25,7 @@ from tests.numerics.local_service import LocalService
 from workloads import ppo
 from workloads.alignment.learner import policy_weights
 from workloads.alignment.ppo_step import PpoStep
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.training.entry import WorkerInputs

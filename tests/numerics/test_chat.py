@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from escala.contract.errors import DataError, NotFoundError
 from tests.numerics.test_huggingface import smollm2
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import load_tokenizer, train_tokenizer
 
 CHATML = (

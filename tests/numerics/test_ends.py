@@ -18,7 +18,8 @@ from escala.storage.checkpoints import open_checkpoints
 from tests.numerics.chain_model import chain, ids_of, path
 from tests.numerics.small_tokenizers import CHATML, byte_level, sentencepiece, write
 from workloads import sft
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.examples import Sequences
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams

@@ -15,7 +15,8 @@ import transformers
 
 from escala.contract.errors import DataError
 from tests.numerics.small_tokenizers import byte_level, write
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 
 OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
 ALTERNATE = (

@@ -22,7 +22,7 @@ from ray.exceptions import RayTaskError
 
 from escala.schema import ModelConfig
 from escala.schema.serve import ServeConfig
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.engine import Engine
 from workloads.model.transformer import Transformer

@@ -45,6 +45,7 @@ def depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Form]:
     forms.discover()
     yield forms.get_form("depth")
     del forms.FORMS["depth"]
+    forms.known_inputs.cache_clear()
 
 
 def table(n: int = 60) -> pd.DataFrame:

@@ -32,9 +32,8 @@ from escala.jobs.reconcile import Reconciler
 from escala.jobs.records import NewJob
 from escala.jobs.runner import only_one
 from escala.jobs.store import JobStore
+from escala.storage.files import read_stored, write_stored
 from tests.memory_backend import MemoryBackend
-
-REAL_WRITE, REAL_READ = write_json, read_record
 
 
 class Crash(BaseException):
@@ -98,7 +97,7 @@ class Cluster(MemoryBackend):
             if status == "pending":
                 files.log.write_text("started\n")
                 if self.steps:
-                    REAL_WRITE(files.progress, Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0))
+                    write_json(files.progress, Progress(1, 2, 64, 1e6, 1.0, 5.0, 64.0, None, 1.0))
                 self.drivers[submission_id] = "running"
             elif status == "running":
                 self._end(submission_id, files)
@@ -109,10 +108,10 @@ class Cluster(MemoryBackend):
         number = int(submission_id.rpartition("-")[2])
         act = plan[number - 1] if number <= len(plan) else "succeeded"
         if act == "obey" and files.control.exists():
-            REAL_WRITE(files.outcome, Outcome(json.loads(files.control.read_text())["stop"]))
+            write_json(files.outcome, Outcome(json.loads(files.control.read_text())["stop"]))
         elif act not in ("vanish", "obey", "hang"):
             usage = {"attempt_tokens": 128, "attempt_flops": 2e6, "wall_seconds": 2.0}
-            REAL_WRITE(files.outcome, Outcome(act, "said so", record=usage))
+            write_json(files.outcome, Outcome(act, "said so", record=usage))
         if act != "hang" and (act != "obey" or files.control.exists()):
             self.drivers[submission_id] = "ended"
 
@@ -208,8 +207,8 @@ def play(world: World, names: tuple[str, ...] = tuple(EXPECTED)) -> None:
 @pytest.fixture
 def breakable_files(monkeypatch):
     def use(killer: Killer) -> None:
-        monkeypatch.setattr(reconcile, "write_json", killer.around(REAL_WRITE))
-        monkeypatch.setattr(reconcile, "read_record", killer.around(REAL_READ))
+        monkeypatch.setattr(reconcile, "write_stored", killer.around(write_stored))
+        monkeypatch.setattr(reconcile, "read_stored", killer.around(read_stored))
 
     return use
 
@@ -449,7 +448,7 @@ def test_a_huge_outcome_is_kept_in_part(tmp_path):
     world = World(tmp_path, {"x": ["hang"]})
     job = world.submit("x")
     world.until(lambda: world.store.get(job).state == "running")
-    REAL_WRITE(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("k" * 1000, "m" * 10**6, "h" * 10**6))
+    write_json(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("k" * 1000, "m" * 10**6, "h" * 10**6))
     world.run()
     found = world.store.get(job)
     assert (found.state, found.reason, len(found.message)) == ("failed", "k" * 32, 20_000)
@@ -475,7 +474,7 @@ def test_an_outcome_that_no_database_takes_ends_its_job(tmp_path):
     job = world.submit("x")
     world.until(lambda: world.store.get(job).state == "running")
     said = "No such file: 'caf\udce9.txt' \0"  # a name that is not UTF-8, as Python's errors show it
-    REAL_WRITE(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("user_error", said, said, said))
+    write_json(JobFiles(tmp_path, job).attempt(1).outcome, Outcome("user_error", said, said, said))
     world.run()
     found = world.store.get(job)
     assert (found.state, found.message) == ("failed", "No such file: 'caf\\udce9.txt' \\x00")

@@ -15,7 +15,7 @@ from escala.schema import ModelConfig
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
 from tests.unit.small_chat import END, ByteChat
-from workloads.data.chat import load_chat_tokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import Prompt
 from workloads.data.tokenizer import train_tokenizer
 from workloads.model.transformer import Transformer

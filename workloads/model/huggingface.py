@@ -1,7 +1,7 @@
 """Models in Hugging Face's format: safetensors with a config.json in and out, GGUF in (dequantised by transformers).
 
 No code and no pickle of a model is ever run: `trust_remote_code` is never passed, and pytorch_model.bin is refused.
-Which formats, and what their weights are called: `escala.schema.pretrained`.
+Which formats, and what their weights are called: `escala.schema.architectures`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from escala.contract.errors import CheckpointError, NotFoundError
 from escala.contract.files import replacing
 from escala.contract.records import write_json
 from escala.schema import ModelConfig
-from escala.schema.pretrained import (
-    architecture_for,
-    model_config_of,
-    their_names,
-    to_hugging_face,
-)
+from escala.schema.architectures import architecture_for, their_names
+from escala.schema.pretrained import model_config_of, to_hugging_face
 from workloads.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from escala.schema import LoraConfig
-from escala.schema.pretrained import LLAMA_WEIGHTS
+from escala.schema.architectures import LLAMA_WEIGHTS
 from workloads.model.layers import Linear
 from workloads.model.transformer import Transformer
 

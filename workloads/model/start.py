@@ -23,7 +23,8 @@ from escala.storage.checkpoints import (
     verify,
     verify_tokenizer,
 )
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer

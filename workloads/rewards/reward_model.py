@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import Prompt
 from workloads.model.huggingface import load_pretrained, save_pretrained
 from workloads.model.layers import Linear

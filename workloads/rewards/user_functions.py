@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def import_function(name: str) -> Callable[..., Any]:
             ],
             HINT if isinstance(error, ModuleNotFoundError) else CORRECT,
         ) from error
-    function = getattr(module, attribute, None)
+    function: Any = getattr(module, attribute, None)
     if not callable(function):
         said = (
             f"is no function but {type(function).__name__}" if hasattr(module, attribute) else "is not there"
@@ -191,7 +192,8 @@ def import_function(name: str) -> Callable[..., Any]:
         ) from error
     except ValueError:
         pass  # built in, and without a signature
-    return function  # type: ignore[no-any-return]
+    found: Callable[..., Any] = function
+    return found
 
 
 def _is_async(function: Any) -> bool:
@@ -276,7 +278,7 @@ def main(requests: int, answers: int) -> None:
         answer = _answer(lambda: functions.append(import_function(name)))
         out.write(json.dumps(answer).encode() + b"\n")
         for line in lines if functions else ():
-            answer = _answer(lambda line=line: _call(name, functions[0], json.loads(line)))  # type: ignore[misc]
+            answer = _answer(partial(_call, name, functions[0], json.loads(line)))
             out.write(json.dumps(answer).encode() + b"\n")
 
 

@@ -26,7 +26,8 @@ from escala.schema import DpoConfig, FineTuneConfig, RewardTrainingConfig, SftCo
 from escala.tracking.lineage import fingerprint
 from workloads.data.batches import Batch
 from workloads.data.cache import check_directory, is_stored, new_directory
-from workloads.data.chat import ChatTokenizer, load_chat_tokenizer
+from workloads.data.chat import ChatTokenizer
+from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import Prompt, Prompted, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences

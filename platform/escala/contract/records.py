@@ -41,8 +41,13 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` (a dataclass or plain data) to `path` so that no reader ever sees a part of it, even after
     a power cut. Raises OSError.
     """
+    write_whole(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` (a dataclass or plain data) as it is written."""
     whole = to_plain(value) if is_dataclass(value) and not isinstance(value, type) else value
-    write_whole(path, json.dumps(whole, indent=1, sort_keys=True))
+    return json.dumps(whole, indent=1, sort_keys=True).encode()
 
 
 def to_plain(record: DataclassInstance) -> dict[str, Any]:
@@ -56,9 +61,14 @@ def load_record(kind: type[T], path: Path) -> T:
     Raises FileNotFoundError, another OSError where it cannot be read, ValueError where it is damaged, VersionError for
     one of a newer format.
     """
-    found = read_json(path)
+    return parse_record(kind, read_regular(path), str(path))
+
+
+def parse_record(kind: type[T], content: bytes, where: str) -> T:
+    """The record of type `kind` in the content of a file. Raises ValueError where it is damaged, VersionError."""
+    found = fields.parse(content)
     if isinstance(found, dict):
-        check_format(found, str(path))
+        check_format(found, where)
     return fields.build(kind, found)
 
 
@@ -89,12 +99,21 @@ def read_record(kind: type[T], path: Path) -> T | None:
 
 def read_json(path: Path) -> Any:
     """The value in `path`. Raises OSError, and ValueError where it is damaged."""
+    return fields.parse(read_regular(path))
+
+
+def read_regular(path: Path, start: int = 0) -> bytes:
+    """The content of a file from byte `start` on. Raises OSError, and ValueError for what is no regular file, or too
+    large.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is no regular file")
-    if found.st_size > LARGEST_BYTES:
+    if found.st_size - start > LARGEST_BYTES:
         raise ValueError(f"it has more than {LARGEST_BYTES // 2**20} MiB")
-    return fields.parse(path.read_bytes())
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ParamSpec
 
 from escala.contract import handshake
@@ -30,8 +30,6 @@ from escala.contract.records import (
     JobFiles,
     Outcome,
     Progress,
-    read_record,
-    write_json,
 )
 from escala.jobs.backends.base import JobBackend, Submission
 from escala.jobs.records import Attempt, Job, Usage
@@ -47,6 +45,7 @@ from escala.jobs.state import (
     remaining,
 )
 from escala.jobs.store import JobStore, LostRace
+from escala.storage.files import open_files, read_stored, write_stored
 from escala.tracking.lineage.notes import command_tag
 
 log = logging.getLogger("escala.runner")
@@ -96,7 +95,7 @@ class Reconciler:
         timing: Timing = Timing(),
         ticks: Callable[[], float] | None = None,
     ) -> None:
-        self._store, self._backend, self._home = store, backend, home
+        self._store, self._backend, self._files = store, backend, open_files(home)
         self._environment, self._limit, self._deliver = environment, limit, deliver
         self._clock, self._timing, self._ticks = clock, timing, ticks or clock
         self._versions = handshake.versions()
@@ -120,7 +119,7 @@ class Reconciler:
 
     def directory(self, attempt: Attempt) -> Path:
         """The attempt's directory."""
-        return JobFiles(self._home, attempt.job_id).attempt(attempt.number).directory
+        return self._files.local(JobFiles(Path(), attempt.job_id).attempt(attempt.number).directory)
 
     # Jobs with an attempt at work
 
@@ -133,19 +132,19 @@ class Reconciler:
             )
             return
         attempt = attempts[-1]
-        files = AttemptFiles(self.directory(attempt))
-        progress = read_record(Progress, files.progress)
-        outcome = read_record(Outcome, files.outcome)
+        files = JobFiles(Path(), job.id).attempt(attempt.number)
+        progress = read_stored(self._files, Progress, files.progress)
+        outcome = read_stored(self._files, Outcome, files.outcome)
         if outcome is not None:
             self._finish(job, outcome, progress)
             return
         self._guard(f"progress of {attempt.submission_id}", self._note_progress, attempt, progress)
-        if job.state == "stopping" and files.directory.is_dir() and not files.control.exists():
-            write_json(files.control, Control(job.reason or "user"))
+        if job.state == "stopping" and self._has(files.spec) and not self._has(files.control):
+            write_stored(self._files, files.control, Control(job.reason or "user"))
         if attempt.submitted_at is not None:
-            _keep_fence(files, attempt.number)
+            self._keep_fence(files, attempt.number)
         match self._backend.status(attempt.submission_id):
-            case "absent" if attempt.submitted_at is None and not files.log.exists():
+            case "absent" if attempt.submitted_at is None and not self._has(files.log):
                 self._submit(job, attempt, files)
             case "absent":
                 self._gone(job, attempt, progress, "the Ray head was restarted and has lost the job's driver")
@@ -184,8 +183,25 @@ class Reconciler:
         self._backend.stop(attempt.submission_id)
         log.info("%s is stopped before its first step: its driver is killed", attempt.submission_id)
         outcome = Outcome(job.reason or "user", "stopped before its first step")
-        write_json(files.outcome, outcome)  # without a record: delivery closes the run as KILLED
+        write_stored(
+            self._files, files.outcome, outcome
+        )  # without a record: delivery closes the run as KILLED
         self._finish(job, outcome, progress)
+
+    def _has(self, name: PurePath) -> bool:
+        return self._files.exists(name)
+
+    def _keep_fence(self, files: AttemptFiles, number: int) -> None:
+        """Write the fence again where it was lost or damaged, and names no attempt."""
+        try:
+            damaged = not self._files.read(files.current).strip().isdigit()
+        except (FileNotFoundError, NotADirectoryError):
+            damaged = self._has(files.directory)
+        except ValueError:
+            damaged = True
+        if damaged:
+            log.warning("%s names no attempt; it is written again", self._files.local(files.current))
+            write_stored(self._files, files.current, number)
 
     def _gone(self, job: Job, attempt: Attempt, progress: Progress | None, message: str) -> None:
         if self._waited("gone", attempt) >= self._timing.lost_grace:
@@ -250,9 +266,8 @@ class Reconciler:
             message = f"its configuration cannot be used: {type(error).__name__}: {error}"
             self._finish(job, Outcome("internal", message, "submit it again"), None)
             return
-        files.directory.mkdir(parents=True, exist_ok=True)
-        write_json(files.spec, given)
-        write_json(files.current, attempt.number)
+        write_stored(self._files, files.spec, given)
+        write_stored(self._files, files.current, attempt.number)
         if attempt.number > 1:
             self._kill_predecessor(attempt)
         try:
@@ -267,9 +282,9 @@ class Reconciler:
 
     def _submission(self, job: Job, attempt: Attempt, files: AttemptFiles) -> Submission:
         labels = {"escala_job": job.id, "escala_attempt": str(attempt.number)}
-        return Submission(
-            attempt.submission_id, job.entry_point, files.spec, files.log, self._environment(job), labels
-        )
+        spec, output = self._files.local(files.spec), self._files.local(files.log)
+        environment = self._environment(job)
+        return Submission(attempt.submission_id, job.entry_point, spec, output, environment, labels)
 
     def _spec(self, job: Job, attempt: Attempt, files: AttemptFiles) -> AttemptSpec:
         return AttemptSpec(
@@ -279,10 +294,10 @@ class Reconciler:
             workload=job.workload,
             entry_point=job.entry_point,
             config=job.config,
-            directory=str(files.directory),
-            checkpoints=str(JobFiles(self._home, job.id).checkpoints),
-            data=str(self._home / "data"),
-            tracking_uri=f"spool:{files.spool}",
+            directory=str(self._files.local(files.directory)),
+            checkpoints=str(self._files.local(JobFiles(Path(), job.id).checkpoints)),
+            data=str(self._files.local(Path("data"))),
+            tracking_uri=f"spool:{self._files.local(files.spool)}",
             experiment=job.experiment,
             tags={**job.tags, **command_tag(job.command)},
             resume_from=job.resume_from,
@@ -344,17 +359,6 @@ class Reconciler:
                 else:
                     log.exception("%s: an error in escala itself; it is tried again", subject)
             self._said[subject] = repr(error)
-
-
-def _keep_fence(files: AttemptFiles, number: int) -> None:
-    """Write the fence again where it was lost or damaged, and names no attempt."""
-    try:
-        damaged = not files.current.read_bytes().strip().isdigit()
-    except (FileNotFoundError, NotADirectoryError):
-        damaged = files.directory.is_dir()
-    if damaged:
-        log.warning("%s names no attempt; it is written again", files.current)
-        write_json(files.current, number)
 
 
 def _storable(text: str, characters: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from escala.contract.errors import LawError
@@ -95,23 +96,23 @@ class Form:
     derived: tuple[Derived, ...] = ()
     no_split: tuple[str, str] | None = None
 
-    @property
+    @cached_property
     def coefficients(self) -> tuple[str, ...]:
         """L_inf and one coefficient per term."""
         return (FLOOR, *(term.coefficient for term in self.terms))
 
-    @property
+    @cached_property
     def exponents(self) -> tuple[str, ...]:
         """One exponent per term, then the mix's parameter where the form has one."""
         mix = () if self.mix is None else (self.mix.parameter,)
         return (*(term.exponent for term in self.terms), *mix)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Parameter names in the order of the internal vector."""
         return self.coefficients + self.exponents
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """What a point must carry besides its loss."""
         found = dict[Input, None]()
@@ -119,7 +120,7 @@ class Form:
             found |= dict.fromkeys((term.input,) if term.mix is None else (term.input, term.mix.over))
         return tuple(found)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """Names of the inputs."""
         return tuple(each.name for each in self.inputs)
@@ -128,7 +129,7 @@ class Form:
         """Names of the inputs of a law that is fitted on `size`."""
         return tuple(size if each is SIZE else each.name for each in self.inputs)
 
-    @property
+    @cached_property
     def mix(self) -> Mix | None:
         """How N_total counts; None for a form of one N."""
         return self.terms[0].mix
@@ -153,12 +154,12 @@ class Form:
         """The term of an input; None where the form does not read it."""
         return next((term for term in self.terms if term.column == column), None)
 
-    @property
+    @cached_property
     def size_term(self) -> Term | None:
         """The term of N; None for a form without N."""
         return next((t for t in self.terms if t.input is SIZE or t.column in SIZES), None)
 
-    @property
+    @cached_property
     def token_term(self) -> Term | None:
         """The term of D; None for a form without D."""
         return self.term_of(TOKENS.name)

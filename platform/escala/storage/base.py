@@ -1,15 +1,16 @@
-"""The protocol of a place where the checkpoints of a job are. Every implementation passes
-tests/contracts/test_storage.py.
+"""The protocols of the places where the checkpoints of a job and the files of a home's jobs are. Every implementation
+passes tests/contracts/test_storage.py.
 
-It asks for nothing that an object store lacks: no renaming, no appending, no memory map. What is the same for all
-places (which checkpoint is the newest good one, what a rule frees) is in `storage/checkpoints.py`.
+They ask for nothing that an object store lacks: no renaming, no appending, no memory map. What is the same for all
+places is beside them: which checkpoint is the newest good one, what a rule frees (`storage/checkpoints.py`), records
+(`storage/files.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Protocol
 
 
@@ -91,4 +92,36 @@ class CheckpointStore(Protocol):
 
     def put_tokenizer(self, files: Mapping[str, Path], *, replace: bool) -> None:
         """Copy the files of a tokenizer, each whole or not at all; with `replace`, in place of all that was there."""
+        ...
+
+
+class FileStore(Protocol):
+    """The files of a home that its jobs share, by name: `jobs/JOB/attempt-1/progress.json` (contract/records.JobFiles
+    has the names, relative to the home).
+    """
+
+    def read(self, name: PurePath, start: int = 0) -> bytes:
+        """A file's content from byte `start` on. Raises FileNotFoundError, another OSError where it cannot be read, and
+        ValueError for what is no file.
+        """
+        ...
+
+    def write(self, name: PurePath, content: bytes) -> None:
+        """Write a file, so that a reader sees the old content or the new one, whatever happens. Raises OSError."""
+        ...
+
+    def exists(self, name: PurePath) -> bool:
+        """Whether there is such a file, or a file below this name."""
+        ...
+
+    def set_aside(self, name: PurePath, why: str) -> None:
+        """Give a damaged file another name, and say so in the log, so that another may be written in its place."""
+        ...
+
+    def write_folder(self, name: PurePath, contents: Mapping[str, bytes]) -> None:
+        """Write all of these files below `name`, or none. Nothing happens where there are some. Raises OSError."""
+        ...
+
+    def local(self, name: PurePath) -> Path:
+        """Where the processes of a job find a file or folder."""
         ...

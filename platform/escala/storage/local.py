@@ -1,4 +1,4 @@
-"""Checkpoints in a directory, on a disk or on a file system that the cluster's nodes share.
+"""Checkpoints and files in a directory, on a disk or on a file system that the cluster's nodes share.
 
 A checkpoint is written under the name `step-00000100.partial` and renamed when all of it is there.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from escala.contract.checkpoints import DAMAGED, MANIFEST, PARTIAL, TOKENIZER, file_entry, step_of
 from escala.contract.errors import CheckpointError
-from escala.contract.files import replacing, sync
-from escala.contract.records import write_json
+from escala.contract.files import rename_whole, replacing, set_aside, sync, write_whole
+from escala.contract.records import read_regular, write_json
 from escala.contract.sealed import check_entries, check_file, open_regular, read_json_object
 
 
@@ -131,3 +132,51 @@ class LocalCheckpoints:
     def _tokenizer_files(self) -> list[Path]:
         place = self.directory / TOKENIZER
         return sorted(p for p in place.iterdir() if not p.name.startswith(".")) if place.is_dir() else []
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Implements FileStore."""
+
+    root: Path
+
+    def read(self, name: PurePath, start: int = 0) -> bytes:
+        """See FileStore."""
+        return read_regular(self.root / name, start)
+
+    def write(self, name: PurePath, content: bytes) -> None:
+        """See FileStore."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+
+    def exists(self, name: PurePath) -> bool:
+        """See FileStore."""
+        return (self.root / name).exists()
+
+    def set_aside(self, name: PurePath, why: str) -> None:
+        """See FileStore."""
+        set_aside(self.root / name, why)
+
+    def write_folder(self, name: PurePath, contents: Mapping[str, bytes]) -> None:
+        """See FileStore."""
+        target = self.root / name
+        if target.is_dir():
+            return
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
+        try:
+            for file, content in contents.items():
+                path = fresh / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            rename_whole(fresh, target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def local(self, name: PurePath) -> Path:
+        """See FileStore."""
+        return self.root / name

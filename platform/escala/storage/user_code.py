@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from escala.contract.errors import SpecError
+from escala.storage.files import open_files
 
 TAG = "escala.code"  # of a job: its copy's digest
 VARIABLE = "ESCALA_CODE"
@@ -22,8 +21,12 @@ SKIPPED = ("__pycache__", "node_modules", "site-packages")
 
 
 def directory(home: Path, digest: str) -> Path:
-    """Where a copy is."""
-    return home / "code" / digest
+    """Where the processes of a job find a copy."""
+    return open_files(home).local(_name(digest))
+
+
+def _name(digest: str) -> PurePath:
+    return PurePath("code", digest)
 
 
 def snapshot(source: Path, home: Path, named: Collection[str] = ()) -> str:
@@ -41,9 +44,12 @@ def snapshot(source: Path, home: Path, named: Collection[str] = ()) -> str:
         contents[name] = content = _read(path)
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     found = digest.hexdigest()[:32]
-    target = directory(home, found)
-    if not target.is_dir():
-        _write(contents, target)
+    try:
+        open_files(home).write_folder(_name(found), contents)
+    except OSError as error:
+        raise SpecError(
+            f"{directory(home, found)} cannot be written: {error.strerror}", "make room, or set ESCALA_HOME"
+        ) from None
     return found
 
 
@@ -99,24 +105,3 @@ def _read(path: Path) -> bytes:
         raise SpecError(
             f"{path} cannot be read: {error.strerror}", "make it readable, or move it away"
         ) from None
-
-
-def _write(contents: dict[str, bytes], target: Path) -> None:
-    """All or nothing: renamed into place once it is whole."""
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
-    try:
-        for name, content in contents.items():
-            path = fresh / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as stream:
-                stream.write(content)
-                os.fsync(stream.fileno())
-        fresh.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # else another submit of the same code was first
-            raise SpecError(
-                f"{target} cannot be written: {error.strerror}", "make room, or set ESCALA_HOME"
-            ) from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 
 from escala.contract.errors import LawError
 from escala.laws.form import Form
@@ -22,6 +25,7 @@ def register(form: Form) -> None:
         if each is not SIZE and known_inputs().get(each.name, each) != each:
             raise ValueError(f"form {form.name} has another input {each.name}")
     FORMS[form.name] = form
+    known_inputs.cache_clear()
 
 
 def get_form(name: str) -> Form:
@@ -31,10 +35,11 @@ def get_form(name: str) -> Form:
     return FORMS[name]
 
 
-def known_inputs() -> dict[str, Input]:
+@cache
+def known_inputs() -> Mapping[str, Input]:
     """Every input of every form, by name; the common ones first."""
     own = (each for form in FORMS.values() for each in form.inputs if each is not SIZE)
-    return {each.name: each for each in (*COMMON, *own)}
+    return MappingProxyType({each.name: each for each in (*COMMON, *own)})
 
 
 def discover() -> None:

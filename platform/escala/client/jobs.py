@@ -35,10 +35,10 @@ class JobMethods(Home):
         from escala.planning.cost import cost
         from escala.views.costs import CostView, ResolvedSpecView
 
-        request = submission.Request(
+        asked = submission.Submission(
             workload, files, overrides, options or {}, compute_flops, law, None, code
         )
-        answer = submission.resolve(self.settings, request)
+        answer = submission.resolve(self.settings, asked)
         loaded = load_cluster(cluster or self.settings.cluster)
         price = CostView.of_cost(cost(answer.spec.trained, loaded), loaded)
         return ResolvedSpecView.of_resolved(answer, price)
@@ -68,13 +68,13 @@ class JobMethods(Home):
         base: Mapping[str, Any] | None = None,
         code: str | Path | None = None,
     ) -> JobView:
-        """Queue a job. Args as `planning.submission.Request`, errors as `planning.submission.submit`."""
+        """Queue a job. Args as `planning.submission.Submission`, errors as `planning.submission.submit`."""
         from escala.planning import submission
 
-        request = submission.Request(
+        asked = submission.Submission(
             workload, files, overrides, options or {}, compute_flops, law, base, code
         )
-        return JobView.of(submission.submit(self.settings, request, report))
+        return JobView.of(submission.submit(self.settings, asked, report))
 
     def submit_run(
         self,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class Submission:
     """What a user asks for.
 
     Args:
@@ -42,21 +42,21 @@ class Request:
     code: str | Path | None = None
 
 
-def resolve(settings: Settings, request: Request) -> spec.Resolved:
+def resolve(settings: Settings, asked: Submission) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Raises as `submit`."""
-    loaded = _load(settings, request)
-    _ready(settings, loaded, request.code, keep=False)
+    loaded = _load(settings, asked)
+    _ready(settings, loaded, asked.code, keep=False)
     return spec.resolve(loaded)
 
 
-def submit(settings: Settings, request: Request, report: Report = silent) -> Job:
+def submit(settings: Settings, asked: Submission, report: Report = silent) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
     Raises SpecError, LawError or NotFoundError, and as `jobs.actions.enqueue`: where something is raised nothing is
     queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
-    loaded = _load(settings, request)
-    return start(settings, loaded, report, code=_ready(settings, loaded, request.code))
+    loaded = _load(settings, asked)
+    return start(settings, loaded, report, code=_ready(settings, loaded, asked.code))
 
 
 def submit_run(
@@ -83,10 +83,10 @@ def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep:
     return preflight.ready(job.kind.inputs, job.plain(), settings.home, code, waits, keep)
 
 
-def _load(settings: Settings, request: Request) -> spec.JobSpec:
-    workload, compute_flops, law = request.workload, request.compute_flops, request.law
-    written = spec.written(request.files, request.overrides, request.base)
-    written, options = resolve_jobs(settings, written, dict(request.options))
+def _load(settings: Settings, asked: Submission) -> spec.JobSpec:
+    workload, compute_flops, law = asked.workload, asked.compute_flops, asked.law
+    written = spec.written(asked.files, asked.overrides, asked.base)
+    written, options = resolve_jobs(settings, written, dict(asked.options))
     if compute_flops is None:
         if law is not None:
             raise SpecError(

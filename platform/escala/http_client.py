@@ -7,14 +7,9 @@ as long. No proxy: a machine-wide http_proxy would carry requests for 127.0.0.1 
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from typing import Any
-
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -56,21 +51,23 @@ def request(
 
     Raises OSError where no answer comes: no connection, none in time, or what came is not HTTP.
     """
+    from http.client import (
+        HTTPException,  # 40 ms together with urllib.request, which `escala --help` does not need
+    )
+    from urllib.error import HTTPError
+    from urllib.request import ProxyHandler, Request, build_opener
+
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     if payload is not None:
         headers["Content-Type"] = "application/json"
     data = None if payload is None else json.dumps(payload).encode()
-    asked = urllib.request.Request(url, data=data, headers=headers, method=method)
+    asked = Request(url, data=data, headers=headers, method=method)
     try:
-        return _answer(asked, timeout_seconds)
+        try:
+            with build_opener(ProxyHandler({})).open(asked, timeout=timeout_seconds) as response:
+                return HttpResponse(response.status, response.read())
+        except HTTPError as error:  # an answer as well
+            with error:
+                return HttpResponse(error.code, error.read())
     except HTTPException as error:
         raise OSError(f"{url} does not answer in HTTP: {error!r}") from error
-
-
-def _answer(asked: urllib.request.Request, timeout_seconds: float) -> HttpResponse:
-    try:
-        with _OPENER.open(asked, timeout=timeout_seconds) as response:
-            return HttpResponse(response.status, response.read())
-    except urllib.error.HTTPError as error:  # an answer as well
-        with error:
-            return HttpResponse(error.code, error.read())

@@ -35,7 +35,7 @@ class JobMethods(Home):
         from escala.planning.cost import cost
         from escala.views.costs import CostView, ResolvedSpecView
 
-        asked = submission.Submission(
+        asked = submission.JobRequest(
             workload, files, overrides, options or {}, compute_flops, law, None, code
         )
         answer = submission.resolve(self.settings, asked)
@@ -68,10 +68,10 @@ class JobMethods(Home):
         base: Mapping[str, Any] | None = None,
         code: str | Path | None = None,
     ) -> JobView:
-        """Queue a job. Args as `planning.submission.Submission`, errors as `planning.submission.submit`."""
+        """Queue a job. Args as `planning.submission.JobRequest`, errors as `planning.submission.submit`."""
         from escala.planning import submission
 
-        asked = submission.Submission(
+        asked = submission.JobRequest(
             workload, files, overrides, options or {}, compute_flops, law, base, code
         )
         return JobView.of(submission.submit(self.settings, asked, report))

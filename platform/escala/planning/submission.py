@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Submission:
+class JobRequest:
     """What a user asks for.
 
     Args:
@@ -42,14 +42,14 @@ class Submission:
     code: str | Path | None = None
 
 
-def resolve(settings: Settings, asked: Submission) -> spec.Resolved:
+def resolve(settings: Settings, asked: JobRequest) -> spec.Resolved:
     """The spec in full and what it costs; starts nothing. Raises as `submit`."""
     loaded = _load(settings, asked)
     _ready(settings, loaded, asked.code, keep=False)
     return spec.resolve(loaded)
 
 
-def submit(settings: Settings, asked: Submission, report: Report = silent) -> Job:
+def submit(settings: Settings, asked: JobRequest, report: Report = silent) -> Job:
     """Check a job, bring the cluster up where none is configured, and queue the job.
 
     Raises SpecError, LawError or NotFoundError, and as `jobs.actions.enqueue`: where something is raised nothing is
@@ -83,7 +83,7 @@ def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep:
     return preflight.ready(job.kind.inputs, job.plain(), settings.home, code, waits, keep)
 
 
-def _load(settings: Settings, asked: Submission) -> spec.JobSpec:
+def _load(settings: Settings, asked: JobRequest) -> spec.JobSpec:
     workload, compute_flops, law = asked.workload, asked.compute_flops, asked.law
     written = spec.written(asked.files, asked.overrides, asked.base)
     written, options = resolve_jobs(settings, written, dict(asked.options))

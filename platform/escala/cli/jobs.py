@@ -12,7 +12,6 @@ from typer.core import TyperCommand
 from escala.cli import progress, render, render_plans
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
-from escala.jobs.state import FINAL
 
 if TYPE_CHECKING:
     from escala.client import Escala
@@ -131,6 +130,7 @@ def ps(
 ) -> None:
     """List the jobs that wait or run."""
     from escala.jobs.actions import MOST_ROWS, check_limit
+    from escala.jobs.state import FINAL
 
     check_limit(limit)
     escala = open_home()
@@ -224,6 +224,8 @@ def followed(escala: Escala, job_id: str, json: bool = False) -> JobView:
 
 def _with_trouble(escala: Escala, states: Iterator[WatchedJobView]) -> Iterator[WatchedJobView]:
     """The states as they come; whatever keeps the job from moving on is said when it begins and when it ends."""
+    from escala.jobs.state import FINAL
+
     said: str | None = None
     for state in states:
         why = None if state.job.state in FINAL else escala.trouble()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -536,6 +537,10 @@ def test_fingerprints() -> None:
         with pytest.raises(SpecError, match=name):
             fingerprint(value)
     assert len(code_fingerprint().fingerprint) == 64
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert code_fingerprint().git_commit == asked.stdout.strip()
 
 
 def test_trials_stand_under_their_sweep(uri: str, client: Any, experiment: str, tmp_path: Path) -> None:

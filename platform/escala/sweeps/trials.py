@@ -43,7 +43,9 @@ class PlannedTrial:
 
 @lru_cache(maxsize=1)
 def _workloads() -> str:
-    return source_fingerprint(("workloads",))
+    return source_fingerprint(
+        ("workloads", "escala.schema")
+    )  # what computes, and FLOPs with what they are of
 
 
 def trial_fingerprint(config: Mapping[str, Any], data: Mapping[str, str]) -> str:

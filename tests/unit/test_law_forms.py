@@ -21,6 +21,7 @@ from escala.laws.form import Form, Term
 from escala.laws.inputs import COMPUTE_FLOPS, TOKENS, Input
 from escala.laws.queries import predict_law
 from escala.laws.reference import Cache, Stored
+from escala.settings import Settings
 
 LAWS = Path(forms.__file__).parents[1]
 NEW_FORM = """
@@ -90,12 +91,12 @@ def test_a_new_form_from_one_file_does_all_that_a_law_does(
     home_of(law, tmp_path, monkeypatch)
     at = {"n_active": 1e9, "tokens": 2e10, "layers": 24.0}
     expected = law.predict(0.9, **at)
-    assert predict_law("mine", at).prediction == expected
+    assert predict_law(Settings(), "mine", at).prediction == expected
     asked = [word for name, value in at.items() for word in ("--at", f"{name}={value:g}")]
     said = json.loads(CliRunner().invoke(app, ["laws", "predict", "mine", *asked, "--json"]).stdout)
     assert (said["loss_nats"], said["low_nats"]) == (expected.loss_nats, expected.low_nats)
     with pytest.raises(LawError, match="needs layers") as found:
-        predict_law("mine", {"n_active": 1e9, "tokens": 2e10})
+        predict_law(Settings(), "mine", {"n_active": 1e9, "tokens": 2e10})
     assert "layers (layers of the model)" in found.value.hint
 
 

@@ -18,6 +18,7 @@ from escala.schema import BenchConfig
 from escala.schema.workloads import WORKLOADS, get_workload, register, submittable
 from escala.spec import load_job, resolve
 from escala.sweeps import tuner
+from escala.tracking.lineage import code_fingerprint
 from escala.tracking.lineage.lifecycle import LiveAttempt
 from escala.tracking.spool import read_events
 from workloads import bench, trial
@@ -246,3 +247,10 @@ def test_a_trial_says_in_its_outcome_why_it_could_not_train(tmp_path: Path) -> N
     assert found == outcome(spec)
     assert "pretrain configuration is not valid" in found.message
     assert "escala: attempt 1 of j1: user_error" in AttemptFiles(spec.directory).log.read_text()
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[2] / ".git").exists(), reason="no git checkout")
+def test_a_checkout_tells_its_commit() -> None:
+    commit = code_fingerprint().git_commit
+    assert commit is not None
+    assert len(commit) == 40

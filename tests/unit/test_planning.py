@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from escala.cli.main import app
-from escala.contract.errors import LawError, SpecError, StateError
+from escala.contract.errors import LawError, SpecError, StateError, VersionError
 from escala.laws import fit_law
 from escala.laws.reference import Cache, Stored
 from escala.planning.explore import Exploration, _next, _open, _planned_flops, fitting, width_at
@@ -212,6 +212,9 @@ def test_a_journal_of_escala_0_1_is_continued(home: Path) -> None:
     assert _open(Settings(), asked) == state
     with pytest.raises(StateError, match="another target: compute_flops"):
         _open(Settings(), replace(asked, target=Limits(compute_flops=1e16)))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
+    with pytest.raises(VersionError, match="format 9"):
+        _open(Settings(), asked)
 
 
 def test_a_law_of_a_table_can_neither_submit_nor_explore(home: Path) -> None:

@@ -34,7 +34,7 @@ USABLE = {
     "workload": str,
     "config": dict,
 }  # what the manifest of a checkpoint must say for a model to be made of it
-TRUNK = "trunk."  # of a reward model (alignment/reward_model.py)
+TRUNK = "trunk."  # of a reward model (rewards/reward_model.py)
 
 
 def load_model(path: Path) -> Transformer:

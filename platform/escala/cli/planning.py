@@ -170,8 +170,9 @@ def propose(
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:
-    """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh. The larger one
-    is that of `escala laws plan` at the same budget and limits.
+    """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh.
+
+    The larger one is that of `escala laws plan` at the same budget and limits.
     """
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions

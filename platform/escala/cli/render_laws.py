@@ -227,7 +227,7 @@ def calibration(found: CalibrationView, json: bool) -> None:
             c.run_id[:8],
             c.name,
             number(c.compute_flops),
-            f"{c.extrapolation:.3g}x",
+            f"{c.farthest:.3g}x",
             *(number(value) for value in (c.loss_nats, c.low_nats, c.high_nats, c.obtained_loss_nats)),
             f"{c.error:+.2%}",
             "ALARM" if c.alarm else "" if c.inside else "outside",

@@ -212,10 +212,10 @@ def round_(state: ExplorationView) -> None:
 
 def exploration(state: ExplorationView | None, json: bool) -> None:
     """The end of an exploration; None: there was nothing to do."""
-    if state is None:
-        raw("nothing to do: the interval is narrow enough, or no run fits in the budget")
-    elif json:
+    if json:
         as_json(state)
+    elif state is None:
+        raw("nothing to do: the interval is narrow enough, or no run fits in the budget")
     else:
         raw(
             f"spent {number(state.spent_flops)} of {number(state.budget_flops)} FLOPs in {len(state.rounds)} rounds"

@@ -186,15 +186,15 @@ def watch(settings: Settings, name: str) -> Iterator[Watched]:
 def _check_room(settings: Settings, job: spec.JobSpec) -> None:
     """Refuse what the embedded head can never start: Ray would wait forever. An existing cluster may grow."""
     kind, config = job.kind, job.plain()
-    workers, beside = kind.worker_needs(config)["CPU"], kind.sidecar_needs(config)["CPU"]
-    if settings.ray_address is None and workers + beside > settings.num_cpus:
+    workers, sidecar = kind.worker_needs(config)["CPU"], kind.sidecar_needs(config)["CPU"]
+    if settings.ray_address is None and workers + sidecar > settings.num_cpus:
         resources = config["resources"]
         service, key = "", ""
         if kind.sidecar is not None:
-            service, key = f" and {beside:g} of {kind.sidecar.name}", f" or {kind.sidecar.cpus_key}"
+            service, key = f" and {sidecar:g} of {kind.sidecar.name}", f" or {kind.sidecar.cpus_key}"
         raise SpecError(
             f"{resources['workers']} workers x {resources['cpus_per_worker']:g} CPUs{service} are "
-            f"{workers + beside:g} CPUs; the embedded head has {settings.num_cpus}",
+            f"{workers + sidecar:g} CPUs; the embedded head has {settings.num_cpus}",
             f"lower resources.workers or resources.cpus_per_worker{key}, or raise ESCALA_NUM_CPUS (logical CPUs)",
         )
 

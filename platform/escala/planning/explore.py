@@ -15,7 +15,7 @@ from typing import Any
 
 from escala import documents
 from escala.contract.errors import LawError, SpecError, StateError
-from escala.contract.records import read_json, write_json
+from escala.contract.records import check_format, read_json, write_json
 from escala.jobs import actions as jobs
 from escala.jobs.actions import Report, silent
 from escala.laws import queries as laws
@@ -118,10 +118,12 @@ def _open(settings: Settings, asked: Exploration) -> Exploration:
     if not path.exists():
         return _save(settings, asked)
     try:
-        data = _of_today(read_json(path))
+        data = read_json(path)
+        check_format(data, str(path))
+        data = _of_today(data)
         law, rounds = data["law"], [Round(**each) for each in data["rounds"]]
         target, options = Limits(**data["target"]), PlanOptions(**data["options"])
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise StateError(
             f"{path} is damaged ({error})", "restore it, or move it away: the exploration then starts again"
         ) from error
@@ -143,13 +145,12 @@ def _of_today(data: dict[str, Any]) -> dict[str, Any]:
 
 def _stated(*records: Limits | PlanOptions) -> str:
     """The fields that are not their defaults."""
-    stated = [
-        f"{f.name} = {getattr(r, f.name)}"
-        for r in records
-        for f in fields(r)
-        if getattr(r, f.name) != f.default
+    given = [
+        (f.name, getattr(r, f.name)) for r in records for f in fields(r) if getattr(r, f.name) != f.default
     ]
-    return ", ".join(stated)
+    return ", ".join(
+        f"{name} = {value:g}" if isinstance(value, float) else f"{name} = {value}" for name, value in given
+    )
 
 
 def _save(settings: Settings, state: Exploration) -> Exploration:
@@ -183,7 +184,7 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
         report(f"{left:.3g} FLOPs are left, less than the law's smallest run")
         return None
 
-    def ask(most_flops: float) -> list[Proposal]:
+    def proposals(most_flops: float) -> list[Proposal]:
         found = propose_runs(
             settings, law, state.target, most_flops, state.options, count=state.batch, width=state.width
         )
@@ -191,7 +192,7 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
 
     try:
         chosen = fitting(
-            ask,
+            proposals,
             partial(_planned_flops, settings, state, law),
             left,
             min(state.max_flops, left),

@@ -81,7 +81,7 @@ def fitting(
     """
     known = get_workload(workload)
     needs = [(known.worker_needs(t.config), known.sidecar_needs(t.config)) for t in trials]
-    most = {kind: max(workers[kind] + beside[kind] for workers, beside in needs) for kind in ("CPU", "GPU")}
+    most = {kind: max(workers[kind] + sidecar[kind] for workers, sidecar in needs) for kind in ("CPU", "GPU")}
     waiting = TUNE_CPUS if any(t.workers > 1 for t in trials) else 0.0
     most["CPU"] += waiting
     short = [f"{most[k]:g} {k}s, and there are {have.get(k, 0):g}" for k in most if most[k] > have.get(k, 0)]

@@ -138,14 +138,14 @@ class LawComparisonView(View):
 
 
 class CheckedPredictionView(View):
-    """One run against one law; losses in nats per token. `extrapolation`: the farthest input's factor."""
+    """One run against one law; losses in nats per token."""
 
     law: str  # name@version
     run_id: str
     name: str
     at: float  # Unix seconds
     compute_flops: float | None
-    extrapolation: float
+    farthest: float  # of the inputs' factors beyond the data; 1 is inside
     loss_nats: float  # predicted
     low_nats: float  # of the 90 % interval
     high_nats: float
@@ -160,9 +160,10 @@ class CheckedPredictionView(View):
     @classmethod
     def of_check(cls, check: Checked) -> CheckedPredictionView:
         """Of a run that was compared with a law."""
-        kept = ("law", "run_id", "name", "at", "compute_flops", "extrapolation", "error", "inside", "alarm")
+        kept = ("law", "run_id", "name", "at", "compute_flops", "error", "inside", "alarm")
         return cls(
             **{name: getattr(check, name) for name in (*kept, "difference")},
+            farthest=check.extrapolation,
             loss_nats=check.predicted,
             low_nats=check.low,
             high_nats=check.high,

@@ -129,8 +129,8 @@ def _same_tokens(config: Config) -> None:
     if any(path.endswith(".gguf") or not Path(path).exists() for path in (actor, critic)):
         return
     if (
-        load_chat_tokenizer(_beside(Path(actor))).fingerprint
-        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
+        load_chat_tokenizer(_tokenizer_path(Path(actor))).fingerprint
+        != load_chat_tokenizer(_tokenizer_path(Path(critic))).fingerprint
     ):
         raise DataError(
             f"The critic at {critic} has another tokenizer than the actor.",
@@ -138,7 +138,7 @@ def _same_tokens(config: Config) -> None:
         )
 
 
-def _beside(path: Path) -> Path:
+def _tokenizer_path(path: Path) -> Path:
     """Where the tokenizer of a model is: beside a checkpoint, among a job's checkpoints, or with the model."""
     if (path / MANIFEST).is_file():
         return path.parent / TOKENIZER

@@ -6,7 +6,7 @@
     ROOT/prepared/HASH.json          HASH of the two above and the weights: what PreparedData.open reads
 
 Everything is written under another name and renamed, so two at once do the work twice and damage nothing; and with its
-hashes (data/store.py), which are compared when it is read.
+hashes (data/cache.py), which are compared when it is read.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _git(directory: Path) -> tuple[str | None, bool | None]:
 
     try:
         # Installed inside somebody else's checkout, their commit says nothing about our code.
-        ask("ls-files", "--error-unmatch", "errors.py")
+        ask("ls-files", "--error-unmatch", "__init__.py")
         return ask("rev-parse", "HEAD"), bool(ask("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None, None

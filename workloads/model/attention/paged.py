@@ -47,6 +47,11 @@ class PagedCache:
         self.block_tokens, self.window_tokens = block_tokens, window_tokens
         self.copied_blocks = 0  # of one layer, keys and values together, so far
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one layer, keys and values together."""
+        return 2 * self.keys[0, 0].numel() * self.keys.element_size()
+
     def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
         """Scores, and keys and values where they are copied: blocks that several tiles read are."""
         _, _, kv_heads, block_tokens, head_size = self.keys.shape

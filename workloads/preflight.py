@@ -19,6 +19,7 @@ from typing import Any
 
 from escala.contract.checkpoints import MANIFEST, TOKENIZER
 from escala.contract.errors import DataError, EscalaError
+from escala.schema.data import TextFiles, TextLines, corpora_of
 from escala.schema.rewards import KINDS as REWARDS
 from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import prompt_of, read_dialogues, read_lines, text_of
@@ -58,11 +59,12 @@ def checks(inputs: Mapping[str, str], config: Config, waits: bool) -> Iterator[C
             yield from _file(model, _any_model, waits)
     for key, content in inputs.items():
         yield from _file(_value(config, key), READERS[content], waits)
-    for corpus in (config.get("data") or {}).get("corpora", []):
-        if corpus["kind"] == "files":
-            yield lambda corpus=corpus: _globs(corpus)  # type: ignore[misc]
-        if corpus["kind"] == "jsonl":
-            yield from _file(corpus["path"], lambda path, key=corpus["text_key"]: _texts(path, key), waits)  # type: ignore[misc]
+    for corpus in corpora_of(config):
+        match corpus.needs():
+            case TextFiles() as files:
+                yield partial(_matching, files)
+            case TextLines(path, text_key):
+                yield from _file(path, partial(_texts, key=text_key), waits)
     yield lambda: _same_tokens(config)
 
 
@@ -102,18 +104,19 @@ def _references(path: Path) -> Iterable[Any]:
     return ((prompt_of(where, line), text_of(where, line, "response")) for where, line in read_lines(path))
 
 
-def _texts(path: str | Path, key: str) -> Iterable[Any]:
-    return (text_of(where, line, key) for where, line in read_lines(Path(path)))
+def _texts(path: Path, key: str) -> Iterable[Any]:
+    return (text_of(where, line, key) for where, line in read_lines(path))
 
 
-def _globs(corpus: Config) -> None:
-    root = Path(corpus["root"])
+def _matching(wanted: TextFiles) -> None:
+    """Raise DataError where no file with text matches."""
+    root = Path(wanted.root)
     if not root.is_dir():
         raise DataError(f"{root} is no directory.", "Check data.corpora[].root.")
-    files = (path for pattern in corpus["globs"] for path in root.glob(pattern))
+    files = (path for pattern in wanted.globs for path in root.glob(pattern))
     if not any(path.is_file() and path.stat().st_size for path in files):
         raise DataError(
-            f"No file with text in {root} matches {', '.join(corpus['globs'])}.",
+            f"No file with text in {root} matches {', '.join(wanted.globs)}.",
             "Check data.corpora[].globs.",
         )
 
@@ -129,8 +132,8 @@ def _same_tokens(config: Config) -> None:
     if any(path.endswith(".gguf") or not Path(path).exists() for path in (actor, critic)):
         return
     if (
-        load_chat_tokenizer(_beside(Path(actor))).fingerprint
-        != load_chat_tokenizer(_beside(Path(critic))).fingerprint
+        load_chat_tokenizer(_tokenizer_path(Path(actor))).fingerprint
+        != load_chat_tokenizer(_tokenizer_path(Path(critic))).fingerprint
     ):
         raise DataError(
             f"The critic at {critic} has another tokenizer than the actor.",
@@ -138,7 +141,7 @@ def _same_tokens(config: Config) -> None:
         )
 
 
-def _beside(path: Path) -> Path:
+def _tokenizer_path(path: Path) -> Path:
     """Where the tokenizer of a model is: beside a checkpoint, among a job's checkpoints, or with the model."""
     if (path / MANIFEST).is_file():
         return path.parent / TOKENIZER

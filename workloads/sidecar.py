@@ -20,7 +20,7 @@ from ray.util import get_current_placement_group
 from escala.contract.errors import ClusterError
 from escala.contract.records import ONE_NODE, AttemptSpec
 from escala.schema import PpoConfig
-from escala.schema.engines.paged import PagedEngineConfig
+from escala.schema.engines import KINDS as ENGINES
 from escala.schema.serve import OwnerConfig, ScalingConfig, ServeConfig
 from workloads.alignment.rollouts import served_rewards
 from workloads.model.huggingface import save_pretrained
@@ -104,8 +104,11 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig
         model=str(model),
         name="policy",
         precision=config.training.precision,
-        engine=PagedEngineConfig(
-            max_running=service.max_running, max_response_tokens=config.sampling.max_response_tokens
+        engine=ENGINES.read(
+            {
+                "max_running": service.max_running,
+                "max_response_tokens": config.sampling.max_response_tokens,
+            }
         ),
         scaling=ScalingConfig(min_replicas=service.replicas, max_replicas=service.replicas),
         reward=served_rewards(config),

@@ -16,6 +16,7 @@ from typing import Any
 
 from escala.contract.errors import SpecError
 from escala.runtime_env import source_paths
+from escala.schema.data import corpora_of
 from escala.schema.rewards import KINDS as REWARDS
 from escala.storage import user_code
 
@@ -72,10 +73,7 @@ def _roots(names: list[str]) -> set[str]:
 
 
 def _reads_files(inputs: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    corpora = (config.get("data") or {}).get("corpora") or []
-    return bool(inputs or config.get("reward")) or any(
-        corpus["kind"] in ("files", "jsonl") for corpus in corpora
-    )
+    return bool(inputs or config.get("reward")) or any(corpus.needs() for corpus in corpora_of(config))
 
 
 def check(

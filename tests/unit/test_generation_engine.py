@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import escala.schema.engines
+import workloads.generation.engines
 from escala.contract.errors import SpecError
 from escala.schema import ModelConfig
+from escala.schema.engines import KINDS
+from escala.schema.serve import ServeConfig
 from workloads.generation.engine import Engine
+from workloads.generation.engines import make_engine
 from workloads.generation.protocol import EngineProtocol, Output, Request, SamplingParams
 from workloads.model.transformer import Transformer
 
 VOCAB = 300
+SMALL = {
+    "vocab_size": VOCAB,
+    "n_layers": 1,
+    "d_model": 32,
+    "n_heads": 2,
+    "d_ff": 32,
+    "max_context_tokens": 64,
+}
 
 
 def engine_of(**options: object) -> Engine:
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=VOCAB, n_layers=1, d_model=32, n_heads=2, d_ff=32, max_context_tokens=64)
-    return Engine(Transformer(config), None, **{"block_tokens": 4, **options})
+    return Engine(Transformer(ModelConfig(**SMALL)), None, **{"block_tokens": 4, **options})
 
 
 def run(engine: EngineProtocol) -> dict[str, list[Output]]:
@@ -96,3 +113,63 @@ def test_no_block_is_lost_in_a_thousand_requests_with_cancellations() -> None:
     assert stats.preemptions > 0
     assert stats.cached_prompt_tokens > 0
     assert stats.finished == sum(reason == "length" for reason in reasons.values())
+
+
+SCHEMA = """
+    from typing import Literal
+
+    from escala.schema.engines.kind import KINDS, EngineKind
+
+
+    @KINDS.add
+    class SerialEngineConfig(EngineKind):
+        kind: Literal["serial"] = "serial"
+        page_tokens: int = 8
+"""
+IMPLEMENTATION = """
+    from workloads.generation.engine import Engine
+
+
+    class SerialEngine(Engine):
+        pass
+
+
+    def make_engine(section, model, tokenizer):
+        return SerialEngine(model, tokenizer, max_running=1, block_tokens=section.page_tokens)
+"""
+
+
+@pytest.fixture
+def serial_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A kind of two files: its schema and what makes it."""
+    packages = {escala.schema.engines: SCHEMA, workloads.generation.engines: IMPLEMENTATION}
+    for package, text in packages.items():
+        directory = tmp_path / package.__name__
+        directory.mkdir()
+        (directory / "serial.py").write_text(textwrap.dedent(text))
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
+    importlib.invalidate_caches()
+    importlib.import_module("escala.schema.engines.serial")
+    yield
+    del KINDS["serial"]
+    for package in packages:
+        sys.modules.pop(f"{package.__name__}.serial", None)
+
+
+def test_a_new_kind_of_engine_is_two_files(serial_kind: None) -> None:
+    config = ServeConfig(model="/m", engine={"kind": "serial", "page_tokens": 4, "max_running": 3})
+    plain = config.model_dump(mode="json")
+    assert plain["engine"] == {
+        "kind": "serial",
+        "page_tokens": 4,
+        "max_running": 3,
+        "max_response_tokens": 4096,
+    }
+    assert ServeConfig(**plain) == config
+    assert config.autoscaling()["target_ongoing_requests"] == 3.0
+    own = engine_of()
+    torch.manual_seed(0)
+    engine = make_engine(config.engine, Transformer(ModelConfig(**SMALL)), None)
+    assert type(engine).__name__ == "SerialEngine"
+    params = SamplingParams(max_tokens=5, seed=1)
+    assert engine.generate([[1, 2, 3]], params) == own.generate([[1, 2, 3]], params)

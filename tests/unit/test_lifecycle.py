@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,14 @@ def test_every_attempt_names_its_job_its_attempt_and_what_it_was_made_of(
     assert json.loads(found["texts"]["device.json"]) == measured
     assert {"config.json", "run_record.json"} <= set(found["texts"])
     assert outcome(spec).record == json.loads(found["texts"]["run_record.json"])
+
+
+def test_the_commit_of_a_checkout_is_recorded() -> None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    assert code_fingerprint().git_commit == found.stdout.strip()
 
 
 def in_attempt(spec: AttemptSpec, error: BaseException, **options: Any) -> LiveAttempt:

@@ -189,7 +189,7 @@ def _replace(temporary: Path, final: Path) -> None:
 
 
 def is_stored(path: Path) -> bool:
-    """Whether `new_directory` has made `path`; whether it is still whole, `check_directory` says."""
+    """Whether `new_directory` has made `path`; `check_directory` says whether it is still whole."""
     return (path / CONTENTS).is_file()
 
 

@@ -23,7 +23,7 @@ from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
 
-GROUP_NUMBERS = 1 << 23  # scores and copied keys and values of one group of tiles: 32 MB in fp32
+GROUP_NUMBERS = 1 << 23  # that the attention of one group of tiles holds in memory: 32 MB in fp32
 VOCAB_STEP = 64  # whole vector registers: the last lanes of an odd vocabulary would be computed by other code
 
 
@@ -133,16 +133,15 @@ class Network:
 
     def _groups(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> list[_Group]:
         """The pieces cut into tiles, as many to a group as GROUP_NUMBERS allows."""
-        block_tokens, config = cache.block_tokens, self.config
+        block_tokens, heads = cache.block_tokens, self.config.n_heads
         queries = block_tokens if tiled else 1
-        copied = 2 * config.kv_heads * config.head_size
         groups: list[_Group] = []
         some: list[tuple[TokenSpan, int]] = []
         numbers = row = 0
         for piece in pieces:
-            each = queries * config.n_heads + (copied if len(piece.tokens) > 1 else 0)  # of a position
+            several = len(piece.tokens) > 1
             for at in range(piece.start, piece.start + len(piece.tokens), queries):
-                more = (at // block_tokens + 1) * block_tokens * each
+                more = cache.tile_numbers(queries, heads, at // block_tokens + 1, several)
                 if some and numbers + more > GROUP_NUMBERS:
                     groups.append(self._group(some, row, queries, cache))
                     row, some, numbers = groups[-1].rows.stop, [], 0

@@ -52,10 +52,10 @@ def load_tokenizer(path: Path) -> ChatTokenizer:
     found = find_checkpoint(path)
     if found is not None:
         verify_tokenizer(found)
-    return load_chat_tokenizer(beside(path))
+    return load_chat_tokenizer(tokenizer_path(path))
 
 
-def beside(path: Path) -> Path:
+def tokenizer_path(path: Path) -> Path:
     """Where the tokenizer of the model at `path` stands, and what its generation ends at. Raises CheckpointError."""
     found = find_checkpoint(path)
     return path if found is None else Path(found.store.address) / TOKENIZER

@@ -3,7 +3,7 @@
 Safetensors files of each rank, holding whole fp32 tensors (`master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`),
 and a manifest. A file is written as soon as its tensors are there: a rank holds no more than one file's.
 Other engines than the first one have their own name before theirs (`critic/master/NAME`). Safe loaders only:
-nothing here unpickles. Where they are, and which one is used, is `escala.storage`.
+nothing here unpickles. `escala.storage` knows where they are and which one is used.
 """
 
 from __future__ import annotations

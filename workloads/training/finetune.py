@@ -32,7 +32,7 @@ from workloads.data.dialogues import Prompt, Prompted, split
 from workloads.data.examples import Draws, Sequences, row_batch
 from workloads.data.preferences import Preference, read_preferences
 from workloads.model.lora import add_lora
-from workloads.model.start import beside, load_tokenizer, new_model
+from workloads.model.start import load_tokenizer, new_model, tokenizer_path
 from workloads.model.transformer import Transformer
 from workloads.training.entry import Prepared, WorkerInputs
 from workloads.training.task import StepSize
@@ -146,7 +146,7 @@ def open_tokenizer(config: FineTuneConfig) -> ChatTokenizer:
     """
     start = None if config.start is None or config.start.path is None else Path(config.start.path)
     if config.tokenizer is not None:
-        return load_chat_tokenizer(Path(config.tokenizer), None if start is None else beside(start))
+        return load_chat_tokenizer(Path(config.tokenizer), None if start is None else tokenizer_path(start))
     if start is None:
         raise DataError("There is no tokenizer.", "Set tokenizer, or start from a model that has one.")
     return load_tokenizer(start)

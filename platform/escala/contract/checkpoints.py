@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00000100` that holds `manifest.json` and the files that the manifest lists. Its manifest
 says that it was finished, and the hashes, the manifest's own among them, say that it is still what was written. Nothing
-in a manifest is trusted before its hash has been compared. Where checkpoints are, `escala.storage` knows.
+in a manifest is trusted before its hash has been compared. `escala.storage` knows where checkpoints are.
 """
 
 from __future__ import annotations

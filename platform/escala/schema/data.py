@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from escala.schema.base import StoredPath, Strict
 
@@ -17,7 +19,31 @@ class TokenizerConfig(Strict):
     train_characters: int = Field(10_000_000, gt=0, description="how much of the corpus the training sees")
 
 
-class PythonSourceCorpus(Strict):
+@dataclass(frozen=True)
+class TextFiles:
+    """The user's files by globs inside `root`."""
+
+    root: str
+    globs: list[str]
+
+
+@dataclass(frozen=True)
+class TextLines:
+    """The user's file of JSON lines; each has its text at `text_key`."""
+
+    path: str
+    text_key: str
+
+
+class CorpusSection(Strict):
+    """One of `data.corpora`."""
+
+    def needs(self) -> TextFiles | TextLines | None:
+        """What must be there before a job is queued (`workloads.preflight` looks); None: none of the user's files."""
+        return None
+
+
+class PythonSourceCorpus(CorpusSection):
     """The Python standard library and a fixed list of core dependencies, whose versions are checked."""
 
     kind: Literal["python_source"] = "python_source"
@@ -25,7 +51,7 @@ class PythonSourceCorpus(Strict):
     weight: float = Field(1.0, gt=0)
 
 
-class FilesCorpus(Strict):
+class FilesCorpus(CorpusSection):
     """Text files by globs inside a stated root; one document a file."""
 
     kind: Literal["files"]
@@ -33,8 +59,12 @@ class FilesCorpus(Strict):
     globs: list[str] = Field(["**/*.txt"], min_length=1)
     weight: float = Field(1.0, gt=0)
 
+    def needs(self) -> TextFiles:
+        """The files."""
+        return TextFiles(self.root, self.globs)
 
-class JsonlCorpus(Strict):
+
+class JsonlCorpus(CorpusSection):
     """JSON lines; one document a line."""
 
     kind: Literal["jsonl"]
@@ -42,8 +72,12 @@ class JsonlCorpus(Strict):
     text_key: str = "text"
     weight: float = Field(1.0, gt=0)
 
+    def needs(self) -> TextLines:
+        """The file."""
+        return TextLines(self.path, self.text_key)
 
-class HuggingFaceCorpus(Strict):
+
+class HuggingFaceCorpus(CorpusSection):
     """A data set of the Hugging Face hub by name; needs `datasets` and, the first time, the network."""
 
     kind: Literal["huggingface"]
@@ -58,6 +92,12 @@ class HuggingFaceCorpus(Strict):
 Corpus = Annotated[
     PythonSourceCorpus | FilesCorpus | JsonlCorpus | HuggingFaceCorpus, Field(discriminator="kind")
 ]
+_CORPORA: TypeAdapter[list[Corpus]] = TypeAdapter(list[Corpus])
+
+
+def corpora_of(config: Mapping[str, Any]) -> list[Corpus]:
+    """The corpora of a workload's configuration (as plain data); none where it has no such section."""
+    return _CORPORA.validate_python((config.get("data") or {}).get("corpora") or [])
 
 
 class DataConfig(Strict):

@@ -66,8 +66,9 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     """Training FLOPs per token at a context of `context_tokens` (SPEC.md D.2; PaLM appendix B, halved).
 
-    What attention costs its kind says; norms, RoPE, softmax and the optimiser are not counted. A mixture computes as
-    many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to hard.
+    The attention's kind says what it costs; norms, RoPE, softmax and the optimiser are not counted. A mixture computes
+    as many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to
+    hard.
     """
     matmul = 2.0 * _matrix_parameters(config, _computed_experts(config))
     logits = 2.0 * config.vocab_size * config.d_model

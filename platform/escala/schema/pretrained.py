@@ -45,7 +45,7 @@ def _step(manifest: Path) -> tuple[int, str]:
 def _model_of_newest(manifests: list[Path]) -> ModelConfig:
     """The model in the first of these manifests of one job that can be read. Raises ValueError with the first reason.
 
-    Whether a manifest is what was written, whoever loads its weights checks (escala.contract.checkpoints).
+    The loader of its weights checks whether a manifest is what was written (escala.contract.checkpoints).
     """
     reasons = []
     for manifest in manifests:

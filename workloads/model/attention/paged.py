@@ -52,6 +52,12 @@ class PagedCache:
         """Of one layer, keys and values together."""
         return 2 * self.keys[0, 0].numel() * self.keys.element_size()
 
+    def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
+        """Scores, and keys and values where they are copied: blocks that several tiles read are."""
+        _, _, kv_heads, block_tokens, head_size = self.keys.shape
+        copied = 2 * kv_heads * head_size if of_several else 0
+        return blocks * block_tokens * (queries * heads + copied)
+
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor) -> None:
         """Store N positions, the n-th at offset[n] of block[n]."""
         self.keys[layer, blocks, :, offsets] = k_NGS

@@ -56,6 +56,16 @@ class DecodeState(Protocol):
         """
         ...
 
+    def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
+        """Numbers that it holds in memory to answer one tile in one layer: they bound the tiles that go together.
+
+        Args:
+            queries, heads: of the tile, query heads.
+            blocks: of the sequence, up to the tile's last query.
+            of_several: the tile belongs to several successive tokens of its sequence.
+        """
+        ...
+
     def write(self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor) -> None:
         """Take in N positions, the n-th at offset[n] of block[n]."""
         ...

@@ -30,7 +30,7 @@ class ExactAttention(AttentionKind):
         return 2 * model.n_layers * model.kv_heads * model.head_size * tokens
 
     def unexportable(self, model: ModelShape) -> str | None:
-        """Nothing; which class has a place for a window, `escala.schema.architectures` knows."""
+        """Nothing; `escala.schema.architectures` knows which class has a place for a window."""
         return None
 
 

@@ -89,6 +89,12 @@ class Settings(BaseSettings):
         except (RuntimeError, OSError) as error:  # no HOME in the environment, and no such user
             raise ValueError(f"{value} cannot be found: {error}; set it to a directory") from error
 
+    @field_validator("cluster")
+    @classmethod
+    def _from_anywhere(cls, value: str) -> str:
+        """A file's path as an absolute one: the reconcile loop reads it, too, and from another directory."""
+        return str(Path(value).absolute()) if Path(value).suffix in (".yaml", ".yml") else value
+
     @field_validator("ray_address")
     @classmethod
     def _host_and_port(cls, value: str | None) -> str | None:

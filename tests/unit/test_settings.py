@@ -111,3 +111,15 @@ def test_a_number_that_no_machine_has_is_refused(
     monkeypatch.setenv(name, value)
     with pytest.raises(SpecError, match=name):
         Settings()
+
+
+def test_a_cluster_s_file_is_found_from_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reconcile loop has another working directory than the shell."""
+    monkeypatch.chdir(tmp_path)
+    assert Settings().cluster == "local"
+    monkeypatch.setenv("ESCALA_CLUSTER", "mine.yaml")
+    settings = Settings()
+    assert settings.cluster == str(tmp_path / "mine.yaml")
+    assert settings.environment()["ESCALA_CLUSTER"] == settings.cluster

@@ -1,6 +1,6 @@
 """The reconcile step against an in-memory backend: whatever it is killed at, it loses and doubles nothing.
 
-The backend here is the other side of the `Backend` protocol; its drivers write the same files as real ones.
+The backend here is the other side of the `JobBackend` protocol; its drivers write the same files as real ones.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 from escala import Escala, load_law
 from escala.documents import dump
 from escala.hardware import load_cluster
+from escala.planning.limits import Limits
 from escala.settings import Settings
 from escala.views.plans import ExplorationView
 from tests.integration.test_jobs import ended
@@ -38,7 +39,9 @@ def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -
     budget = 3e10  # the smallest run takes 8e9
 
     def explore() -> list[ExplorationView]:
-        return list(Escala().explore(law, TARGET, MAX_FLOPS, budget, width=1e-6, batch=2))
+        return list(
+            Escala().explore(law, Limits(compute_flops=TARGET), MAX_FLOPS, budget, width=1e-6, batch=2)
+        )
 
     states = explore()
     last = states[-1]

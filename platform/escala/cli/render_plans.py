@@ -189,7 +189,11 @@ def proposals(found: ProposalsView, json: bool) -> None:
         for p in found.proposals
     ]
     table(columns, rows)
-    raw("\nwidths          of the 90 % interval of the mean at the target, relative")
+    raw("")
+    if found.target is not None:
+        best = found.target
+        raw(f"target          N {number(best.n_active)}, tokens {number(best.tokens)}: what `laws plan` says")
+    raw("widths          of the 90 % interval of the mean at the target, relative")
     raw(f"method          {found.method}")
     raw(f"law             {found.law}, {'healthy' if found.healthy else 'NOT HEALTHY'}")
 

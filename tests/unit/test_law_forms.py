@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from escala.cli.main import app
 from escala.contract.errors import LawError
 from escala.laws import Law, fit_law, forms
-from escala.laws.backtest import backtest
 from escala.laws.files import read_points_file
 from escala.laws.form import Form, Term
 from escala.laws.inputs import COMPUTE_FLOPS, TOKENS, Input
@@ -79,7 +78,7 @@ def test_a_new_form_from_one_file_does_all_that_a_law_does(
     assert low < 0.9 < high
     again = Law.from_json(law.to_json())
     assert again.parameters == law.parameters
-    assert backtest(again).error < 0.01
+    assert again.backtest().error < 0.01
     assert any(
         "layers" in found for found in fit_law(points.assign(layers=8.0), "depth", bootstrap=0).findings
     )

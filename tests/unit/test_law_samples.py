@@ -11,7 +11,6 @@ import pytest
 
 from escala.contract.errors import LawError
 from escala.laws import Law, fit_law
-from escala.laws.backtest import backtest
 from escala.laws.drift import check
 from escala.laws.plots import figures
 from escala.laws.reference import Stored
@@ -146,16 +145,16 @@ def test_few_replicates_are_said(bootstrap: int, intervals: bool, healthy: bool)
 
 
 def test_replicates_without_a_fit_give_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    from escala.laws import fit
+    from escala.laws import estimate
 
-    real = fit.replicate_fits
+    real = estimate.replicate_fits
 
     def failing(*arguments: object) -> np.ndarray:
         theta_BP = real(*arguments)  # type: ignore[arg-type]
         theta_BP[::4] = np.nan
         return theta_BP
 
-    monkeypatch.setattr(fit, "replicate_fits", failing)
+    monkeypatch.setattr(estimate, "replicate_fits", failing)
     law = fit_law(sweep(), bootstrap=60)
     assert not law.has_intervals
     assert "25% of the bootstrap replicates have no fit" in law.findings[0]
@@ -179,7 +178,7 @@ def test_a_law_without_intervals_answers_everywhere() -> None:
     assert (best.low_nats, best.n_active_low) == (None, None)
     assert "isoflop" in figures(law)
     assert not Law.from_json(law.to_json()).has_intervals
-    assert math.isnan(backtest(law).covered)
+    assert math.isnan(law.backtest().covered)
     assert json.loads(law.to_json())["replicates_BP"] == []
 
 

@@ -9,7 +9,6 @@ from scipy.optimize import minimize_scalar
 
 from escala.contract.errors import LawError
 from escala.laws import Law, Objective, fit_law, isoflop_parabolas, slices
-from escala.laws.backtest import backtest
 from escala.laws.forms import FORMS
 from escala.laws.powers import loss_and_jacobian, losses, make_features
 
@@ -254,7 +253,7 @@ def test_several_regimes_are_not_healthy():
 
 def test_backtest_beats_its_baselines():
     law = fit_law(sweep(n=80, noise=0.002), bootstrap=100)
-    result = backtest(law)
+    result = law.backtest()
     assert result.test_points == 8
     assert result.error < 0.006
     assert result.ratio < 0.5

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from escala.laws.backtest import Backtest
     from escala.laws.diagnostics import isoflop_parabolas, slices
     from escala.laws.fit import fit_law
-    from escala.laws.law import Allocation, Law, Prediction
+    from escala.laws.intervals import Prediction
+    from escala.laws.law import Allocation, Law
     from escala.laws.registry import load_law
     from escala.laws.solve import Objective
 
@@ -20,7 +21,7 @@ _HOME = {
     "Backtest": "backtest",
     "Law": "law",
     "Objective": "solve",
-    "Prediction": "law",
+    "Prediction": "intervals",
     "fit_law": "fit",
     "isoflop_parabolas": "diagnostics",
     "load_law": "registry",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from escala.contract.errors import LawError
-from escala.laws.fit import fit_law
+from escala.laws.estimate import estimate
+from escala.laws.form import Form
 from escala.laws.inputs import TOKENS
-from escala.laws.law import Law
+from escala.laws.intervals import Prediction
 from escala.laws.powers import Floats
+from escala.laws.solve import Objective
 from escala.laws.table import Table, read_points
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,30 @@ class Backtest:
         return self.error / best if best > 0 else math.inf
 
 
-def backtest(law: Law, share: float = 0.1) -> Backtest:
+class FittedLaw(Protocol):
+    """What of a `Law`, which stands above this module, a backtest reads; its class makes one of `estimate`'s fields."""
+
+    @property
+    def form(self) -> Form: ...
+    @property
+    def form_name(self) -> str: ...
+    @property
+    def size(self) -> str: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def replicates_BP(self) -> Floats: ...
+    @property
+    def points(self) -> pd.DataFrame: ...
+    def curve(self, columns: Mapping[str, Floats]) -> Floats: ...
+    def predict(self, level: float = 0.9, **point: float) -> Prediction: ...
+
+
+def backtest(law: FittedLaw, share: float = 0.1) -> Backtest:
     """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines.
 
     Compute is 6 N D; of a form without N and D it is the table's compute_flops. Raises LawError where it is not known.
@@ -51,16 +81,18 @@ def backtest(law: Law, share: float = 0.1) -> Backtest:
     order = np.argsort(compute_N, kind="stable")
     held = max(1, math.ceil(share * len(order)))
     train, test = order[:-held], order[-held:]
-    refit = fit_law(
-        points.iloc[train],
-        form=law.form_name,
-        objective=law.objective,
-        bootstrap=min(settings["bootstrap"], 300),
-        group=settings["group"],
-        fixed=settings["fixed"],
-        priors=settings["priors"],
-        size=law.size,
-        seed=settings["seed"],
+    refit: FittedLaw = type(law)(
+        **estimate(
+            points.iloc[train],
+            form=law.form_name,
+            objective=law.objective,
+            bootstrap=min(settings["bootstrap"], 300),
+            group=settings["group"],
+            fixed=settings["fixed"],
+            priors=settings["priors"],
+            size=law.size,
+            seed=settings["seed"],
+        )
     )
     inputs = {name: values[test] for name, values in zip(law.inputs, table.columns.values(), strict=True)}
     actual = table.loss_N[test]
@@ -84,7 +116,7 @@ def _error(predicted: Floats, actual: Floats) -> float:
     return float(np.mean(np.abs(predicted / actual - 1)))
 
 
-def _covered(law: Law, inputs: dict[str, Floats], actual_N: Floats) -> float:
+def _covered(law: FittedLaw, inputs: dict[str, Floats], actual_N: Floats) -> float:
     """Share of the losses inside the law's 90 % predictive interval; NaN without a bootstrap."""
     if not len(law.replicates_BP):
         return math.nan
@@ -95,7 +127,7 @@ def _covered(law: Law, inputs: dict[str, Floats], actual_N: Floats) -> float:
     return float(np.mean(inside))
 
 
-def _compute(law: Law, table: Table) -> Floats | None:
+def _compute(law: FittedLaw, table: Table) -> Floats | None:
     size = law.form.size_input(law.size)
     if size is None or law.form.token_term is None:
         return table.compute_N

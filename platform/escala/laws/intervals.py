@@ -11,6 +11,7 @@ small.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,3 +73,23 @@ def _between(sorted_B: Floats, position: float) -> float:
     below = math.floor(position)
     above = min(below + 1, len(sorted_B) - 1)
     return float(sorted_B[below] + (position - below) * (sorted_B[above] - sorted_B[below]))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Loss in nats per token with its interval (None for a law without intervals).
+
+    `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the
+    data; 1 is inside.
+    """
+
+    loss_nats: float
+    low_nats: float | None
+    high_nats: float | None
+    extrapolation: dict[str, float]
+    level: float
+
+    @property
+    def farthest(self) -> float:
+        """The largest factor in `extrapolation`."""
+        return max(self.extrapolation.values(), default=1.0)

@@ -17,7 +17,7 @@ from escala.contract.errors import LawError
 from escala.laws.form import Form
 from escala.laws.forms import get_form, known_inputs
 from escala.laws.frames import frame
-from escala.laws.intervals import FEWEST_REPLICATES, check_level, quantile_pair, resolves
+from escala.laws.intervals import FEWEST_REPLICATES, Prediction, check_level, quantile_pair, resolves
 from escala.laws.optimum import Optimum
 from escala.laws.powers import Floats, losses, plain_features
 from escala.laws.solve import Objective
@@ -25,27 +25,9 @@ from escala.laws.solve import Objective
 if TYPE_CHECKING:
     import pandas as pd
 
+    from escala.laws.backtest import Backtest
+
 VERSION = 1  # of the JSON
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Loss in nats per token with its interval (None for a law without intervals).
-
-    `extrapolation`: for each input and for compute_flops, the factor by which the point lies outside the
-    data; 1 is inside.
-    """
-
-    loss_nats: float
-    low_nats: float | None
-    high_nats: float | None
-    extrapolation: dict[str, float]
-    level: float
-
-    @property
-    def farthest(self) -> float:
-        """The largest factor in `extrapolation`."""
-        return max(self.extrapolation.values(), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -300,6 +282,15 @@ class Law:
         thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
         sizes = np.array([best(theta).size for theta in thetas])
         return quantile_pair(sizes, 0.9) if len(sizes) >= FEWEST_REPLICATES else (None, None)
+
+    def backtest(self, share: float = 0.1) -> Backtest:
+        """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines.
+
+        Raises LawError where the points do not say their compute.
+        """
+        from escala.laws.backtest import backtest  # pandas and scipy, which a query does without
+
+        return backtest(self, share)
 
     def to_json(self) -> str:
         """All of the law as JSON; every float64 comes back exactly."""

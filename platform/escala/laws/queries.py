@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.laws.inputs import SIZE
-from escala.laws.law import Law, Prediction
+from escala.laws.intervals import Prediction
+from escala.laws.law import Law
 from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
 

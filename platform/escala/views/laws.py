@@ -10,7 +10,8 @@ from escala.views.base import View
 
 if TYPE_CHECKING:
     from escala.laws.drift import Calibration, Checked
-    from escala.laws.law import Law, Prediction
+    from escala.laws.intervals import Prediction
+    from escala.laws.law import Law
     from escala.laws.queries import Preview
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion

@@ -6,9 +6,6 @@ A kind is tried with its default options, and as `VARIANTS` say. A new one is tr
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from escala.schema import ModelConfig
 from escala.schema.attention import KINDS
 from escala.schema.flops import flops_per_token, parameter_counts, saved_elements_per_token
 from escala.schema.pretrained import to_hugging_face
+from tests.kind_files import kind_of_two_files
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
 from workloads.model.attention.registry import make_core
@@ -235,18 +233,9 @@ IMPLEMENTATION = """
 @pytest.fixture
 def mean_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A kind of two files: its schema and what computes it."""
-    packages = {escala.schema.attention: SCHEMA, workloads.model.attention: IMPLEMENTATION}
-    for package, text in packages.items():
-        directory = tmp_path / package.__name__
-        directory.mkdir()
-        (directory / "mean.py").write_text(textwrap.dedent(text))
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
-    importlib.invalidate_caches()
-    importlib.import_module("escala.schema.attention.mean")
-    yield "mean"
-    del KINDS["mean"]
-    for package in packages:
-        sys.modules.pop(f"{package.__name__}.mean", None)
+    files = {escala.schema.attention: SCHEMA, workloads.model.attention: IMPLEMENTATION}
+    with kind_of_two_files("mean", KINDS, files, tmp_path, monkeypatch) as kind:
+        yield kind
 
 
 def test_a_new_kind_is_two_files(mean_kind: str) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import workloads.rewards
 from escala import spec
 from escala.schema import ModelConfig, get_workload
 from escala.schema.rewards import KINDS, Needs, RewardConfig
+from tests.kind_files import kind_of_two_files
 from workloads.alignment.rollouts import Response, Scoring, served_rewards
 from workloads.data.chat import ChatTokenizer
 from workloads.data.chat_loading import load_chat_tokenizer
@@ -126,23 +124,14 @@ IMPLEMENTATION = """
 
 
 @pytest.fixture
-def ending_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def ending_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A kind of two files: its schema and what computes it."""
-    packages = {escala.schema.rewards: SCHEMA, workloads.rewards: IMPLEMENTATION}
-    for package, text in packages.items():
-        directory = tmp_path / package.__name__
-        directory.mkdir()
-        (directory / "ending.py").write_text(textwrap.dedent(text))
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
-    importlib.invalidate_caches()
-    importlib.import_module("escala.schema.rewards.ending")
-    yield
-    del KINDS["ending"]
-    for package in packages:
-        sys.modules.pop(f"{package.__name__}.ending", None)
+    files = {escala.schema.rewards: SCHEMA, workloads.rewards: IMPLEMENTATION}
+    with kind_of_two_files("ending", KINDS, files, tmp_path, monkeypatch) as kind:
+        yield kind
 
 
-def test_a_new_kind_is_two_files(ending_kind: None) -> None:
+def test_a_new_kind_is_two_files(ending_kind: str) -> None:
     rewards = [{"kind": "ending", "text": "b", "weight": 3}]
     base = {"prompts": "p.jsonl", "tokenizer": "t.json", "rewards": rewards, "advantage": {"kind": "rloo"}}
     base |= {"batch": {"prompts": 2, "responses_per_prompt": 2}, "model": {"max_context_tokens": 256}}

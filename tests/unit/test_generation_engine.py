@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from escala.contract.errors import SpecError
 from escala.schema import ModelConfig
 from escala.schema.engines import KINDS
 from escala.schema.serve import ServeConfig
+from tests.kind_files import kind_of_two_files
 from workloads.generation.engine import Engine
 from workloads.generation.engines import make_engine
 from workloads.generation.protocol import EngineProtocol, Output, Request, SamplingParams
@@ -140,23 +138,14 @@ IMPLEMENTATION = """
 
 
 @pytest.fixture
-def serial_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def serial_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A kind of two files: its schema and what makes it."""
-    packages = {escala.schema.engines: SCHEMA, workloads.generation.engines: IMPLEMENTATION}
-    for package, text in packages.items():
-        directory = tmp_path / package.__name__
-        directory.mkdir()
-        (directory / "serial.py").write_text(textwrap.dedent(text))
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(directory)])
-    importlib.invalidate_caches()
-    importlib.import_module("escala.schema.engines.serial")
-    yield
-    del KINDS["serial"]
-    for package in packages:
-        sys.modules.pop(f"{package.__name__}.serial", None)
+    files = {escala.schema.engines: SCHEMA, workloads.generation.engines: IMPLEMENTATION}
+    with kind_of_two_files("serial", KINDS, files, tmp_path, monkeypatch) as kind:
+        yield kind
 
 
-def test_a_new_kind_of_engine_is_two_files(serial_kind: None) -> None:
+def test_a_new_kind_of_engine_is_two_files(serial_kind: str) -> None:
     config = ServeConfig(model="/m", engine={"kind": "serial", "page_tokens": 4, "max_running": 3})
     plain = config.model_dump(mode="json")
     assert plain["engine"] == {

@@ -15,7 +15,6 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -34,6 +33,7 @@ from escala.managed import (
     watchdog_command,
 )
 from escala.processes import Command, Processes
+from escala.report import Report, silent
 from escala.settings import Settings
 from escala.tracking.pages import find_runs_page
 
@@ -42,7 +42,6 @@ POLL_SECONDS = 0.1
 NAMES = ("ray", "mlflow", "runner", "watchdog")
 STOPPING_ORDER = ("watchdog", "runner", "ray", "mlflow")
 TIGHT_BYTES = 64 * 2**20  # free on the home's disk: with less, anything may fail
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def connection(settings: Settings) -> Connection:
     return Connection(settings.gcs_address, settings.ray_dashboard, settings.tracker, environment)
 
 
-def up(settings: Settings, report: Report = lambda line: None) -> ClusterStatus:
+def up(settings: Settings, report: Report = silent) -> ClusterStatus:
     """Start what is missing, and wait until it answers. Safe to repeat, to interrupt, and to call twice at
     once.
 
@@ -107,7 +106,7 @@ def up(settings: Settings, report: Report = lambda line: None) -> ClusterStatus:
     return status(settings)
 
 
-def down(settings: Settings, report: Report = lambda line: None) -> None:
+def down(settings: Settings, report: Report = silent) -> None:
     """Stop all that `up` started here, jobs included (the next `up` finds them lost). Nothing else is
     touched.
     """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from escala.cli import render
 from escala.contract.errors import EscalaError
+from escala.report import silent
 
 if TYPE_CHECKING:
     from escala.views.jobs import JobView, ProgressView, WatchedJobView
@@ -123,7 +124,7 @@ def working(what: str, quiet: bool = False) -> Iterator[Working]:
 def reporting(what: str, json: bool) -> Iterator[Callable[[str], None]]:
     """`working` around a call of `Escala`; yields what to give it as `report`, which is silent with `--json`."""
     with working(what, quiet=json) as now:
-        yield render.quiet if json else now.say
+        yield silent if json else now.say
 
 
 @contextmanager

@@ -54,10 +54,6 @@ def warning(text: str) -> None:
     err_console.print(f"[bold yellow]warning:[/] {escape(hide(text))}")
 
 
-def quiet(text: str) -> None:
-    """A reporter that says nothing, for --json."""
-
-
 def raw(text: str) -> None:
     """A line as it is."""
     _out.print(hide(text), markup=False)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from escala.client.home import Home, silent
+from escala.client.home import Home
+from escala.report import Report, silent
 from escala.views.cluster import ClusterView
 from escala.views.rollouts import RolloutsView
-
-if TYPE_CHECKING:
-    from escala.jobs.actions import Report
 
 ROLLOUTS = "escala"  # the name of the rollout service
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from escala.settings import Settings
 
 
-def silent(text: str) -> None:
-    """A report that nobody reads."""
-
-
 class Home:
     """A home's settings.
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.client.home import Home, silent
+from escala.client.home import Home
+from escala.report import Report, silent
 from escala.views.cluster import CheckpointView, GarbageView
 from escala.views.jobs import JobDetailsView, JobView, WatchedJobView
 
 if TYPE_CHECKING:
-    from escala.jobs.actions import Report
     from escala.views.costs import CostView, ResolvedSpecView
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.client.home import Home, silent
+from escala.client.home import Home
+from escala.report import Report, silent
 from escala.views.jobs import JobView
 from escala.views.plans import ExplorationView, PlanView, ProposalsView, TargetView
 
 if TYPE_CHECKING:
     from escala.hardware import Cluster
-    from escala.jobs.actions import Report
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
 

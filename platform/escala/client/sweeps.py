@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from escala.client.home import Home, silent
+from escala.client.home import Home
+from escala.report import Report, silent
 from escala.views.jobs import JobView
 from escala.views.sweeps import SweepPlanView, SweepPointsView
-
-if TYPE_CHECKING:
-    from escala.jobs.actions import Report
 
 
 class SweepMethods(Home):

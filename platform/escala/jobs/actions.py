@@ -24,6 +24,7 @@ from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
 from escala.jobs.records import RATES_TAG
 from escala.jobs.state import FINAL
+from escala.report import Report, silent
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.storage import user_code
@@ -34,14 +35,9 @@ if TYPE_CHECKING:
     from escala.jobs.store import JobStore
 
 log = logging.getLogger("escala.jobs")
-Report = Callable[[str], None]
 POLL_SECONDS = 0.5
 MOST_ROWS = 1_000_000  # of a list that a person or a program asks for
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # Ray writes them into a log too
-
-
-def silent(text: str) -> None:
-    """A report that nobody reads."""
 
 
 @dataclass(frozen=True)

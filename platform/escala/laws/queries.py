@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from escala.laws.inputs import SIZE
 from escala.laws.intervals import Prediction
 from escala.laws.law import Law
 from escala.laws.reference import Cache, Stored, parse
+from escala.report import Report
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.files import PointsFile
     from escala.laws.registry import LawVersion, Registry
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)

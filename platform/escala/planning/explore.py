@@ -17,11 +17,11 @@ from escala import documents
 from escala.contract.errors import LawError, SpecError, StateError
 from escala.contract.records import check_format, read_json, write_json
 from escala.jobs import actions as jobs
-from escala.jobs.actions import Report, silent
 from escala.laws import queries as laws
 from escala.planning.limits import Limits
 from escala.planning.plans import PlanOptions, ask, base_of, propose_runs
 from escala.planning.propose import Proposal
+from escala.report import Report, silent
 from escala.settings import Settings
 from escala.sweeps import launch as sweeps
 

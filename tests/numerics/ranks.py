@@ -8,31 +8,33 @@ thread to lose (jemalloc's own takes care of itself).
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-Scenario = Callable[[Path], Any]
-
 SECONDS = 300  # on a machine that does other things, too
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["pytest", "workloads.ppo", "workloads.dpo", "workloads.reward"])
+_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"  # and with it torch's compiler: 3.5 s of a process's first engine
+_FORKSERVER.set_forkserver_preload(["pytest", "workloads.ppo", "workloads.dpo", "workloads.reward", _MUON])
 
 
-def run_ranks(scenario: Scenario, ranks: int, directory: Path, seconds: float = SECONDS) -> list[Any]:
-    """What `scenario(directory)` returns on each rank: `ranks` processes at once, each with one thread and the group.
+def run_ranks(scenario: str, ranks: int, directory: Path, seconds: float = SECONDS) -> list[Any]:
+    """What the function `scenario` (MODULE:NAME, in tests.numerics) makes of `directory` on each of `ranks` processes
+    at once, each with one thread and the group. Only they import what it needs.
 
     Raises AssertionError with the output of the rank that failed, or of all after `seconds`; no rank outlives the call.
     """
@@ -75,16 +77,18 @@ def _said(ranks: Iterable[int], scratch: Path) -> str:
     return "".join(f"\n--- rank {rank} ---\n{text}" for rank, text in said.items())
 
 
-def _rank(scenario: Scenario, rank: int, ranks: int, directory: Path, scratch: Path) -> None:
+def _rank(scenario: str, rank: int, ranks: int, directory: Path, scratch: Path) -> None:
     with (scratch / f"{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.enable()
+    gc.freeze()  # DeepSpeed collects for each engine: 0.3 s with all that is imported
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = f"file://{scratch}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=SECONDS), rank=rank, world_size=ranks)
-    torch.save(scenario(directory), scratch / f"{rank}.pt")
+    work = resolve_name(f"tests.numerics.{scenario}")
+    torch.save(work(directory), scratch / f"{rank}.pt")
     dist.barrier()
     # Without the interpreter's own end: there gloo's threads, which DeepSpeed's engines still hold, now and then
     # terminate the process.

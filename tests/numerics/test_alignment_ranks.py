@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.alignment_scenarios import batch, results, scenario
+from tests.numerics.alignment_scenarios import batch, results
 from tests.numerics.ranks import run_ranks
 
 
@@ -20,7 +20,7 @@ def whole() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks made of its share."""
-    return run_ranks(scenario, 2, tmp_path_factory.mktemp("alignment"))
+    return run_ranks("alignment_scenarios:scenario", 2, tmp_path_factory.mktemp("alignment"))
 
 
 @pytest.mark.parametrize("name", ["whitened", "reinforce++"])

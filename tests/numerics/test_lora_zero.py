@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.lora_scenarios import scenario
 from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
 
 def test_deltas_under_zero3_follow_plain_pytorch_and_are_all_that_is_saved(tmp_path: Path) -> None:
-    results, _ = run_ranks(scenario, 2, tmp_path)
+    results, _ = run_ranks("lora_scenarios:scenario", 2, tmp_path)
     found, plain = results["zero3"], results["plain"]
     assert plain[0] == pytest.approx(0.6931, abs=1e-3)  # the policy starts as its reference
     assert plain[-1] < 0.9 * plain[0]

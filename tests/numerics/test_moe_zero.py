@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.moe_scenario import MODEL, scenario
+from tests.numerics.moe_scenario import MODEL
 from tests.numerics.ranks import run_ranks
 from workloads.model.transformer import Transformer
 
@@ -22,7 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {
         f"{ranks}-{rank}": found
         for ranks in (2, 1)
-        for rank, found in enumerate(run_ranks(scenario, ranks, directory))
+        for rank, found in enumerate(run_ranks("moe_scenario:scenario", ranks, directory))
     }
 
 

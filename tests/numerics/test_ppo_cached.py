@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.ppo_cached_scenarios import scenario
 from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -16,7 +15,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks(scenario, 1, tmp_path_factory.mktemp("ppo-kept"))[0]
+    return run_ranks("ppo_cached_scenarios:scenario", 1, tmp_path_factory.mktemp("ppo-kept"))[0]
 
 
 @pytest.mark.parametrize("stage", ["0", "2"])

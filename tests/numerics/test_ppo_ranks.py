@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.ppo_scenarios import scenario
 from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -18,7 +17,7 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks(scenario, 2, tmp_path_factory.mktemp("ppo"))[0]
+    return run_ranks("ppo_scenarios:scenario", 2, tmp_path_factory.mktemp("ppo"))[0]
 
 
 @pytest.mark.parametrize("stage", ["0", "3"])

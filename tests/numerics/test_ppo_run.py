@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.numerics.ppo_run_scenarios import scenario
 from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -15,7 +14,7 @@ STATE = ("measures", "kl_coef", "scores", "actor", "critic", "tokens")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return run_ranks(scenario, 1, tmp_path_factory.mktemp("ppo-run"))[0]
+    return run_ranks("ppo_run_scenarios:scenario", 1, tmp_path_factory.mktemp("ppo-run"))[0]
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(found: Any) -> None:

@@ -50,30 +50,37 @@ def second_dies(_: Path) -> None:
 
 
 def test_each_scenario_has_processes_and_a_group_of_its_own(tmp_path: Path) -> None:
-    first, second = run_ranks(pid_and_sum, 2, tmp_path), run_ranks(pid_and_sum, 1, tmp_path)
+    first, second = (
+        run_ranks("test_ranks:pid_and_sum", 2, tmp_path),
+        run_ranks("test_ranks:pid_and_sum", 1, tmp_path),
+    )
     assert [total for _, total in first + second] == [3.0, 3.0, 1.0]
     assert len({os.getpid(), *(pid for pid, _ in first + second)}) == 4
     assert not any(tmp_path.iterdir())
 
 
 def test_nothing_of_a_scenario_reaches_the_next(tmp_path: Path) -> None:
-    assert run_ranks(leaves_its_mark, 1, tmp_path) == run_ranks(leaves_its_mark, 1, tmp_path) == [False]
+    assert (
+        run_ranks("test_ranks:leaves_its_mark", 1, tmp_path)
+        == run_ranks("test_ranks:leaves_its_mark", 1, tmp_path)
+        == [False]
+    )
 
 
 def test_a_failure_shows_its_traceback_and_ends_the_other_rank(tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"(?s)rank 1 ---.*in second_fails.*ValueError: this one is broken"
     ):
-        run_ranks(second_fails, 2, tmp_path)
+        run_ranks("test_ranks:second_fails", 2, tmp_path)
     assert not any(psutil.pid_exists(int((tmp_path / name).read_text())) for name in "01")
     with pytest.raises(AssertionError, match=re.escape("exit codes by rank: {1: -9}")):
-        run_ranks(second_dies, 2, tmp_path)
-    assert len(run_ranks(pid_and_sum, 2, tmp_path)) == 2
+        run_ranks("test_ranks:second_dies", 2, tmp_path)
+    assert len(run_ranks("test_ranks:pid_and_sum", 2, tmp_path)) == 2
 
 
 def test_a_rank_that_hangs_shows_where(tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"(?s)not over within 4 s.*rank 0.*barrier.*rank 1.*in second_waits"
     ):
-        run_ranks(second_waits, 2, tmp_path, seconds=4)
+        run_ranks("test_ranks:second_waits", 2, tmp_path, seconds=4)
     assert not any(psutil.pid_exists(int((tmp_path / name).read_text())) for name in "01")

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.numerics.ranks import run_ranks
-from tests.numerics.reward_scenarios import scenario
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_reward_model_under_zero3_follows_plain_pytorch(tmp_path: Path) -> None:
-    results, _ = run_ranks(scenario, 2, tmp_path)
+    results, _ = run_ranks("reward_scenarios:scenario", 2, tmp_path)
     assert results["plain"][-1] < results["plain"][0] < 1
     assert results["zero3"] == pytest.approx(results["plain"], rel=1e-4)

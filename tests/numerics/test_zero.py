@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.numerics.ranks import run_ranks
-from tests.numerics.zero_scenarios import scenario
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     second.
     """
     directory = tmp_path_factory.mktemp("zero")
-    return {ranks: run_ranks(scenario, ranks, directory)[0] for ranks in (2, 1)}
+    return {ranks: run_ranks("zero_scenarios:scenario", ranks, directory)[0] for ranks in (2, 1)}
 
 
 def test_zero3_on_two_workers_follows_plain_pytorch_for_50_steps(results: dict[int, dict[str, Any]]) -> None:

@@ -62,7 +62,7 @@ def _await(started: list[ForkServerProcess], scratch: Path, seconds: float) -> N
     while running := [process for process in started if process.exitcode is None]:
         if not wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic())):
             for process in running:
-                os.kill(process.pid or 0, signal.SIGABRT)  # faulthandler writes where it waits
+                process.terminate()  # it writes where it waits
                 process.join(10)
             raise AssertionError(f"ranks not over within {seconds} s{_said(range(len(started)), scratch)}")
         failed = [rank for rank, process in enumerate(started) if process.exitcode]
@@ -81,7 +81,7 @@ def _rank(scenario: str, rank: int, ranks: int, directory: Path, scratch: Path) 
     with (scratch / f"{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
     gc.freeze()  # DeepSpeed collects for each engine: 0.3 s with all that is imported
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -8,8 +8,6 @@ import pytest
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
-
 
 def test_deltas_under_zero3_follow_plain_pytorch_and_are_all_that_is_saved(tmp_path: Path) -> None:
     results, _ = run_ranks("lora_scenarios:scenario", 2, tmp_path)

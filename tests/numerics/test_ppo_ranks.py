@@ -11,7 +11,6 @@ import torch
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 

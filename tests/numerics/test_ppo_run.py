@@ -8,7 +8,6 @@ import pytest
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 STATE = ("measures", "kl_coef", "scores", "actor", "critic", "tokens")
 
 

@@ -8,8 +8,6 @@ import pytest
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_reward_model_under_zero3_follows_plain_pytorch(tmp_path: Path) -> None:
     results, _ = run_ranks("reward_scenarios:scenario", 2, tmp_path)

@@ -110,7 +110,7 @@ class Network:
             for t, i in zip(p.tokens, _span(p), strict=True)
         ]
         # One tensor: a copy to a GPU each would take longer than the rest.
-        tokens, positions, *where = torch.tensor(read).t().contiguous().to(device)
+        tokens, positions, blocks, offsets = torch.tensor(read).t().contiguous().to(device)
         groups = self._groups(pieces, cache, tiled)
         rows = len(tokens)
         spare = max(0, MIN_ROWS - rows)
@@ -118,7 +118,7 @@ class Network:
         rotation = self._rotary(positions, like=x_ND)
         for layer, block in enumerate(self._blocks):
             q_NHS, k_NGS, v_NGS = block.project(x_ND, rows, rotation)
-            cache.write(layer, *where, k_NGS, v_NGS)
+            cache.write(layer, blocks, offsets, k_NGS, v_NGS)
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
             x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)

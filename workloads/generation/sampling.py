@@ -56,7 +56,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """x >> bits of unsigned numbers: zeros come in from the left."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:

@@ -55,6 +55,7 @@ def needed(names: tuple[str, ...]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_tests_on_gpus_need_torch_and_pydantic_alone() -> None:
     """All are collected, and some run on the CPU, while every other installed package is refused."""
     kept = needed(ALLOWED)

@@ -18,8 +18,8 @@ DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 WORDS = {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER"}
 HEAD = """# Commands
 
-`escala COMMAND --help` says the same. `--json` prints the answer for programs: one document on stdout; notes and progress
-go to stderr. The exit code is 0, or that of an [error](errors.md).
+`escala COMMAND --help` says the same. `--json` prints the answer for programs: one document on stdout. Notes and
+progress go to stderr. The exit code is 0, or that of an [error](errors.md).
 """
 Command = Any  # of typer's own copy of click
 

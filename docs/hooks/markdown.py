@@ -11,7 +11,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     if not rows:
         return ""
     kept = [at for at in range(len(head)) if any(row[at] for row in rows)]
-    lines = [[head[at] for at in kept], ["---"] * len(kept), *([_cell(row[at]) for at in kept] for row in rows)]
+    lines = [
+        [head[at] for at in kept],
+        ["---"] * len(kept),
+        *([_cell(row[at]) for at in kept] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

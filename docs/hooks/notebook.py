@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 
 def notebook_page(path: Path) -> str:
-    """The notebook's Markdown, with a link to the notebook itself. Raises ValueError for an output that no page shows."""
+    """Its Markdown, and a link to the notebook itself. Raises ValueError for an output that no page shows."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     parts = [part for cell in cells for part in _cell(cell)]
-    parts.append(f"The notebook itself: <a href=\"../{path.name}\" download>{path.name}</a>.")
+    parts.append(f'The notebook itself: <a href="../{path.name}" download>{path.name}</a>.')
     return "\n\n".join(parts) + "\n"
 
 
@@ -31,7 +32,8 @@ def _output(output: Mapping[str, Any]) -> str:
         return _text(output["text"])
     data = output.get("data", {})
     if "image/png" in data:
-        return f'<img alt="{"".join(data["text/plain"])}" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+        image, words = "".join(data["image/png"]).strip(), escape("".join(data["text/plain"]))
+        return f'<img alt="{words}" src="data:image/png;base64,{image}">'
     if "text/plain" in data:
         return _text(data["text/plain"])
     raise ValueError(f"an output of type {output['output_type']} has neither text nor image")

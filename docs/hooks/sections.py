@@ -119,7 +119,9 @@ def type_of(annotation: Any, metadata: Any = ()) -> str:
     if any(isinstance(each, Kinds) for each in metadata):
         return " or ".join(map(link, sections_in(annotation, metadata)))
     if any(each in get_args(StoredPath)[1:] for each in metadata):
-        return " or ".join("null" if part is type(None) else "path" for part in get_args(annotation) or (str,))
+        return " or ".join(
+            "null" if part is type(None) else "path" for part in get_args(annotation) or (str,)
+        )
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(map(type_of, inside))
@@ -196,4 +198,3 @@ def _bounds(annotation: Any, metadata: Any) -> Iterator[str]:
     elif get_origin(annotation) is not Literal and not sections_in(annotation):
         for part in get_args(annotation):
             yield from _bounds(part, ())
-

@@ -18,14 +18,23 @@ from escala.sweeps.space import Space
 HEAD = """# Specs
 
 A spec is YAML. Values come from the defaults, then from files in their order, then from `--set key.of.a.section=value`;
-an unknown key fails and names the nearest one. `escala submit WORKLOAD --dry-run` prints the whole of it, with what was
-derived. Numbers are finite and take neither texts nor booleans; `4e5` is an integer, too. `null` (None) is nothing given.
+an unknown key fails and names the nearest one. `escala submit WORKLOAD --dry-run` prints the whole of it, with what
+was derived. Numbers are finite and take neither texts nor booleans; `4e5` is an integer, too. `null` (None) is nothing
+given.
 """
 FILES: tuple[tuple[str, type[BaseModel], str], ...] = (
     ("Sweep spaces", Space, "For `escala sweep FILE.yaml`: what varies, and by which design."),
-    ("Rollout service", ServeConfig, "For `escala rollouts up FILE.yaml`: the application that serves a model."),
-    ("Clusters", Cluster, "For `--cluster FILE.yaml` and `ESCALA_CLUSTER`: devices and prices, each with its source. "
-     "`device` may also be a name in a `devices.yaml` beside the file."),
+    (
+        "Rollout service",
+        ServeConfig,
+        "For `escala rollouts up FILE.yaml`: the application that serves a model.",
+    ),
+    (
+        "Clusters",
+        Cluster,
+        "For `--cluster FILE.yaml` and `ESCALA_CLUSTER`: devices and prices, each with its source. "
+        "`device` may also be a name in a `devices.yaml` beside the file.",
+    ),
 )
 
 

@@ -96,8 +96,12 @@ def _check(fence: _Fence, is_output: bool) -> None:
         raise PageError(f"{fence.line}: untested: REASON stands above a bash block")
     if kind == "output" and (not is_output or value not in ("shape", "whole")):
         raise PageError(f"{fence.line}: output: shape, or whole, stands above the output of a bash block")
-    if kind == "file" and (fence.language == "bash" or Path(value).is_absolute() or ".." in Path(value).parts):
-        raise PageError(f"{fence.line}: file: NAME stands above a block that is written to it, in the page's directory")
+    if kind == "file" and (
+        fence.language == "bash" or Path(value).is_absolute() or ".." in Path(value).parts
+    ):
+        raise PageError(
+            f"{fence.line}: file: NAME stands above a block that is written to it, in the page's directory"
+        )
     if kind == "file" and not value:
         raise PageError(f"{fence.line}: file: has no name")
 
@@ -144,7 +148,11 @@ def misfit(shown: Output, printed: str) -> str | None:
     patterns = [None if line == LEFT_OUT else _pattern(line, shown.mode == "shape") for line in wanted]
     if shown.mode == "whole":
         whole = "".join("(?:.*\n)*" if each is None else f"{each}\n" for each in patterns)
-        return None if re.fullmatch(whole, "".join(f"{line}\n" for line in got)) else "more or other lines are printed"
+        return (
+            None
+            if re.fullmatch(whole, "".join(f"{line}\n" for line in got))
+            else "more or other lines are printed"
+        )
     rest = iter(got)
     for line, each in zip(wanted, patterns, strict=True):
         if each is not None and not any(re.fullmatch(each, candidate) for candidate in rest):

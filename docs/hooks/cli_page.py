@@ -27,7 +27,8 @@ Command = Any  # of typer's own copy of click
 def cli_page() -> str:
     """The page."""
     root = typer.main.get_command(app)
-    return page(HEAD, *(part for path, command in commands(root) for part in _command(path, command)))
+    parts = (part for path, command in commands(root) for part in _command(path, command))
+    return page(HEAD, _options(root), *parts)
 
 
 def commands(group: Command, path: str = "escala") -> Iterator[tuple[str, Command]]:
@@ -45,16 +46,20 @@ def _command(path: str, command: Command) -> Iterator[str]:
     yield command.help or ""
     if hasattr(command, "commands"):
         return
-    parameters = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
-    arguments = [p for p in parameters if p.param_type_name == "argument"]
-    options = [p for p in parameters if p.param_type_name == "option"]
+    arguments = [p for p in command.params if p.param_type_name == "argument" and not p.hidden]
+    options = _options(command)
     shown = " ".join([path, *(["[OPTIONS]"] if options else []), *map(_argument, arguments)])
     yield f"```text\n{shown}\n```"
     yield table(("argument", "", "default", "meaning"), (_row(p, f"`{_argument(p)}`") for p in arguments))
-    yield table(("option", "value", "default", "meaning"), (_row(p, _names(p)) for p in options))
+    yield options
     if command.name == "submit":
         yield "Workloads, and [every key of their specs](specs.md):"
         yield "\n".join(f"- [`{each.name}`](specs.md#{each.name}): {each.summary}" for each in submittable())
+
+
+def _options(command: Command) -> str:
+    shown = [p for p in command.params if p.param_type_name == "option" and p.name != "help" and not p.hidden]
+    return table(("option", "value", "default", "meaning"), (_row(p, _names(p)) for p in shown))
 
 
 def _argument(parameter: Command) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from docs.hooks.markdown import page, prose, table
 from docs.hooks.sections import anchor, keys, kind_of, sections_in
 from escala.hardware import Cluster
+from escala.schema.base import Strict
 from escala.schema.serve import ServeConfig
 from escala.schema.workloads import WORKLOADS, Workload
 from escala.spec import JobOptions
@@ -62,33 +63,32 @@ def specs_page() -> str:
     return page(
         HEAD,
         "## Workloads",
-        *(part for each in written() for part in _workload(each)),
+        *(part for workload, config in written() for part in _workload(workload, config)),
         "## `job` { #joboptions }",
         "In any spec; options of the command line go first.",
         prose(JobOptions.__doc__),
         _table(JobOptions),
         "## Sections of workloads",
-        *_sections([each.config for each in written()], shown),
+        *_sections([config for _, config in written()], shown),
         *(part for title, root, told in FILES for part in _file(title, root, told, shown)),
     )
 
 
-def written() -> list[Workload]:
-    """The workloads whose configuration a user writes."""
-    return [each for each in WORKLOADS.values() if each.config is not None]
+def written() -> list[tuple[Workload, type[Strict]]]:
+    """The workloads whose configuration a user writes, and its class."""
+    return [(each, each.config) for each in WORKLOADS.values() if each.config is not None]
 
 
 def roots() -> list[type[BaseModel]]:
     """The classes that whole files, and `job`, are checked by."""
-    return [*(each.config for each in written()), JobOptions, *(root for _, root, _ in FILES)]
+    return [*(config for _, config in written()), JobOptions, *(root for _, root, _ in FILES)]
 
 
-def _workload(workload: Workload) -> Iterator[str]:
-    assert workload.config
+def _workload(workload: Workload, config: type[Strict]) -> Iterator[str]:
     yield f"### `{workload.name}` {{ #{workload.name} }}"
     yield f"{workload.summary[0].upper()}{workload.summary[1:]}. Started by `{workload.started_by}`."
-    yield prose(workload.config.__doc__)
-    yield _table(workload.config)
+    yield prose(config.__doc__)
+    yield _table(config)
 
 
 def _file(title: str, root: type[BaseModel], told: str, shown: set[type[BaseModel]]) -> Iterator[str]:

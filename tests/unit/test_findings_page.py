@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = " ".join((ROOT / "docs/how-to/laws-findings.md").read_text(encoding="utf-8").split())
 WHERE = {  # module -> functions that word findings, notes, or reasons of refused rows
-    "health": ("_few_points", "_never_varied", "_not_identified", "_too_wide", "_conditioning", "_several_regimes"),
+    "health": (
+        "_few_points",
+        "_never_varied",
+        "_not_identified",
+        "_too_wide",
+        "_conditioning",
+        "_several_regimes",
+    ),
     "sample": ("effective_sample", "by_curve", "_checked"),
     "units": ("_too_small", "_out_of_order", "_compute", "_ratio", "_loss"),
     "estimate": ("_replicates", "_notes"),
@@ -22,7 +29,9 @@ SHORTEST = 9  # letters of a fixed part that tells one finding from another
 def worded(module: str, function: str) -> Iterator[str]:
     """The fixed parts of the texts that a function puts together."""
     tree = ast.parse((ROOT / f"platform/escala/laws/{module}.py").read_text(encoding="utf-8"))
-    found = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
+    found = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function
+    )
     documented = found.body[0].value if isinstance(found.body[0], ast.Expr) else None
     for node in ast.walk(found):
         if node is not documented and isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -21,11 +21,11 @@ from tests.docs.pages import Block, misfit, read_page
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MINUTES = {
-    "README.md": 3,
+    "README.md": 1,
     "docs/how-to/existing-ray-cluster.md": 3,
     "docs/how-to/law-from-a-table.md": 2,
     "docs/how-to/laws-findings.md": 1,
-    "docs/how-to/mixtures-of-experts.md": 2,
+    "docs/how-to/mixtures-of-experts.md": 1,
     "docs/how-to/mlflow-run.md": 3,
     "docs/how-to/operations.md": 2,
     "docs/how-to/own-data.md": 3,
@@ -40,7 +40,7 @@ MINUTES = {
     "docs/tutorials/rlhf.md": 9,
 }
 """Of each page with commands that run, on two quiet cores, rounded up."""
-PATIENCE = 3  # a machine that is shared takes so many times as long
+PATIENCE = 4  # a machine that is shared takes up to so many times as long
 OURS = ("ESCALA_", "RAY_", "MLFLOW_", "OMP_")  # variables that a newcomer's shell does not have
 
 

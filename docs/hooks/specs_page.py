@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from docs.hooks.markdown import page, prose, table
 from docs.hooks.sections import anchor, keys, kind_of, sections_in
-from escala.hardware import Cluster
 from escala.schema.base import Strict
+from escala.schema.hardware import Cluster
 from escala.schema.serve import ServeConfig
 from escala.schema.workloads import WORKLOADS, Workload
 from escala.spec import JobOptions

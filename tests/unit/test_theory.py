@@ -170,18 +170,6 @@ def test_experts() -> None:
     says("experts.md", f"V = {float(even):.1e}".replace("e-05", "e-5"), f"a load ratio of {ratio:g}")
 
 
-def test_under_soft_to_hard_the_switch_loss_is_constant_and_the_load_even() -> None:
-    logits_NE = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logits_NE.requires_grad_()
-    sent = gate.dispatch(gate.choose(logits_NE, 2, "soft_to_hard", 1.0).experts_NK, 1, 8, None)
-    log_p_E = balance.log_mean_probability(logits_NE.log_softmax(-1))
-    loss = balance.switch(log_p_E, sent.load_E.double())
-    (gradient_NE,) = torch.autograd.grad(loss, logits_NE)
-    assert float(loss) == pytest.approx(1.0)
-    assert float(gradient_NE.abs().max()) < 1e-15
-    assert float(balance.load_ratio(sent.load_E.double())) == 1.0
-
-
 def test_rewards_and_advantages() -> None:
     old, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
     rewards = token_rewards(torch.ones(1), old, reference, torch.ones(1, 2), 0.1)[0].tolist()

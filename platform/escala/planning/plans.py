@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from escala import spec
 from escala.contract.errors import LawError, SpecError
-from escala.hardware import Cluster, Precision, load_cluster
+from escala.hardware import load_cluster
 from escala.laws import queries as laws
 from escala.laws.reference import Stored
 from escala.planning import cost
 from escala.planning.allocate import allocate, front, to_target
 from escala.planning.limits import Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
+from escala.schema.hardware import Cluster, Precision
 from escala.settings import Settings
 
 if TYPE_CHECKING:

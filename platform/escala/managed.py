@@ -50,11 +50,11 @@ def ray_command(settings: Settings) -> Command:
         # Ray's default of 15 lets anything else on the machine go before a training step.
         "RAY_worker_niceness": "0",
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
-        # The dashboard reads the memory maps of its modules for metrics that nobody collects here: at the default of
-        # every 5 s, 0.5 CPU-seconds a minute.
-        "METRICS_RECORD_INTERVAL_S": "3600",
-        # From so many log files on, new ones are looked for twice a second, and not ten times.
-        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        # What an idle head need not do (benchmarks/idle.py); private to Ray 2.60:
+        "RAY_enable_metrics_collection": "0",  # for Prometheus: each process would send some every 10 s
+        "METRICS_RECORD_INTERVAL_S": "3600",  # the dashboard's own: it read memory maps every 5 s
+        "RAY_prestart_worker_first_driver": "0",  # for the job server's own driver, which uses none
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new log files twice a second, not ten times
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     ports = {settings.ray_port: "ESCALA_RAY_PORT", settings.ray_dashboard_port: "ESCALA_RAY_DASHBOARD_PORT"}

@@ -10,8 +10,8 @@ What `ray start --head --block` does, less what an idle home would pay for witho
 
 It ends, with its children, within a second of the death of any of them; they end with it (PR_SET_PDEATHSIG).
 
-Private names of Ray, for which pyproject.toml holds it at 2.60: Node, RayParams, services.start_ray_process, the
-names of the dashboard's modules.
+Private names of Ray, for which pyproject.toml holds it at 2.60: Node, RayParams, services.start_ray_process,
+write_ray_address, the names of the dashboard's modules.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray._private import ray_constants, services
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
 
 log = logging.getLogger("escala.ray_head")
 LOOK_SECONDS = 1.0
@@ -50,6 +52,9 @@ def start(port: int, dashboard_port: int, num_cpus: int, directory: str) -> Node
         return start_process(command, process_type, **options)
 
     services.start_ray_process = start_with_fewer_modules
+    # Where the job server finds this head for its drivers; without it, on a machine with two, it may give them the other.
+    Path(directory).mkdir(exist_ok=True)
+    write_ray_address(f"{HOST}:{port}", directory)
     parameters = RayParams(
         node_ip_address=HOST,
         node_name=HOST,

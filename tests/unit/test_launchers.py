@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from ray._private.utils import read_ray_address
 
 from escala import ray_head
 from escala.managed import mlflow_command, ray_command
@@ -39,13 +40,15 @@ def test_the_dashboards_modules_are_there() -> None:
     assert set(ray_head.DASHBOARD_MODULES) < found
 
 
-def test_the_dashboard_alone_is_started_with_fewer_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dashboard_alone_is_started_with_fewer_modules(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     started, parameters = [], []
     monkeypatch.setattr(
         ray_head.services, "start_ray_process", lambda command, kind, **named: started.append((kind, command))
     )
     monkeypatch.setattr(ray_head, "Node", lambda given, **_: parameters.append(given))
-    ray_head.start(7001, 7002, 4, "/tmp/nowhere")
+    ray_head.start(7001, 7002, 4, str(tmp_path / "ray"))
     for kind in ("dashboard", "raylet"):
         ray_head.services.start_ray_process([kind], kind, fate_share=True)
     chosen = f"--modules-to-load={','.join(ray_head.DASHBOARD_MODULES)}"
@@ -53,6 +56,7 @@ def test_the_dashboard_alone_is_started_with_fewer_modules(monkeypatch: pytest.M
     (given,) = parameters
     assert (given.gcs_server_port, given.dashboard_port, given.num_cpus) == (7001, 7002, 4)
     assert given.no_monitor
+    assert read_ray_address(str(tmp_path / "ray")) == "127.0.0.1:7001"  # else drivers may find another head
     assert given.ray_client_server_port is None
 
 

@@ -52,7 +52,7 @@ def start(port: int, dashboard_port: int, num_cpus: int, directory: str) -> Node
         return start_process(command, process_type, **options)
 
     services.start_ray_process = start_with_fewer_modules
-    # Where the job server finds this head for its drivers; without it, on a machine with two, it may give them the other.
+    # Where the job server looks for the head of its drivers: without it, it takes any that runs on the machine.
     Path(directory).mkdir(exist_ok=True)
     write_ray_address(f"{HOST}:{port}", directory)
     parameters = RayParams(

@@ -12,7 +12,7 @@ from escala import Escala
 from escala.settings import Settings
 from tests.conftest import wait_for
 
-STEPS, EVERY, BATCH, CONTEXT = 200, 20, 4, 64
+STEPS, EVERY, BATCH, CONTEXT = 120, 10, 4, 64  # time for four kills, each right after a checkpoint
 MODEL = f"model={{vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: {CONTEXT}}}"
 # Text that every installation has: the standard library's email package, 20 files.
 CORPUS = f"{{kind: files, root: {Path(email.__file__).parent}, globs: ['*.py']}}"

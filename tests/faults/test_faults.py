@@ -149,10 +149,11 @@ def test_a_killed_tracker_and_reconcile_loop_come_back_and_lose_and_double_nothi
 def test_a_preempted_driver_ends_cleanly(undisturbed: JobDetailsView, tmp_path: Path) -> None:
     """Started by hand: Ray keeps no exit status of a driver whose successor is there."""
     given = load_record(AttemptSpec, files(undisturbed.job.id).spec)
-    found = AttemptFiles(tmp_path)
+    found = AttemptFiles(tmp_path / "1")
+    found.directory.mkdir()
     spec = replace(
         given,
-        directory=str(tmp_path),
+        directory=str(found.directory),
         checkpoints=str(tmp_path / "checkpoints"),
         tracking_uri=f"spool:{found.spool}",
         tags={},

@@ -31,19 +31,20 @@ def at_step(job_id: str, step: int, attempt: int = 1) -> None:
 
 
 def checkpointed(job_id: str, attempt: int) -> None:
-    """Wait until the attempt has written a checkpoint. Fails where the job ends before."""
+    """Wait until the attempt has written a checkpoint. Fails where the job ends before its first step."""
+    at_step(job_id, 1, attempt)
     store = open_checkpoints(JobFiles(Settings().home, job_id).checkpoints)
-
-    def reached() -> bool:
-        assert Escala().job(job_id).job.state not in FINAL, "".join(Escala().logs(job_id))[-3000:]
-        return any(found.manifest["attempt"] == attempt for found in list_checkpoints(store))
-
-    wait_for(reached, 300, f"a checkpoint by attempt {attempt} of {job_id}", every=0.02)
+    wait_for(
+        lambda: any(found.manifest["attempt"] == attempt for found in list_checkpoints(store)),
+        120,
+        f"a checkpoint of attempt {attempt} of {job_id}",
+        every=0.02,  # few steps later the victim is dead
+    )
 
 
 def ended(job_id: str) -> JobDetailsView:
     """The job once it has ended."""
-    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 300, f"the end of {job_id}", every=0.5)
+    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 300, f"the end of {job_id}", every=0.2)
     return Escala().job(job_id)
 
 

@@ -180,33 +180,31 @@ def gone(job_id: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Path, config: dict[str, Any]) -> str:
+def learned(cluster: Path, config: dict[str, Any]) -> str:
     return Escala().submit("ppo", base=config, options={"name": "ppo", "retries": 0}).id
 
 
-def test_it_learns_a_known_optimum(undisturbed: str) -> None:
-    details = ended(undisturbed)
-    assert details.job.state == "succeeded", "".join(Escala().logs(undisturbed))[-3000:]
-    record = Escala().finished_run(undisturbed)
+def test_it_learns_a_known_optimum(learned: str) -> None:
+    details = ended(learned)
+    assert details.job.state == "succeeded", "".join(Escala().logs(learned))[-3000:]
+    record = Escala().finished_run(learned)
     assert record.measures["reward"] > 0.9
-    assert [
-        line for line in Escala().logs(undisturbed) if " -- CALL " in line
-    ] == []  # Serve's, one per response
+    assert [line for line in Escala().logs(learned) if " -- CALL " in line] == []  # Serve's, one per response
     assert record.held_out_loss_nats is None
     assert record.measures[GAP] < 1e-4
-    checkpoints = JobFiles(Settings().home, undisturbed).checkpoints
+    checkpoints = JobFiles(Settings().home, learned).checkpoints
     assert [c.step for c in list_checkpoints(open_checkpoints(checkpoints))] == [
         ITERATIONS - EVERY,
         ITERATIONS,
     ]
-    wait_for(lambda: gone(undisturbed), 30, "the end of its service")
+    wait_for(lambda: gone(learned), 30, "the end of its service")
 
 
-@pytest.mark.docs  # four minutes: five starts
+@pytest.mark.nightly(minutes=4)  # five starts
 def test_killed_in_every_part_it_ends_with_the_same_numbers(
-    undisturbed: str, connected: None, config: dict[str, Any]
+    learned: str, connected: None, config: dict[str, Any]
 ) -> None:
-    ended(undisturbed)
+    ended(learned)
     job = Escala().submit("ppo", base=config, options={"name": "ppo-killed", "retries": 1}).id
     at_step(job, 1)
     kill_in_a_rollout(job)
@@ -230,7 +228,7 @@ def test_killed_in_every_part_it_ends_with_the_same_numbers(
     assert [a.outcome for a in details.attempts] == ["worker_lost", "driver_lost", "succeeded"]
     assert sum("resumed from" in line for line in Escala().logs(job)) == 2
     wait_for(lambda: gone(job), 30, "the end of its service")
-    expected, result = found(undisturbed), found(job)
+    expected, result = found(learned), found(job)
     assert result.metrics["reward"].keys() == set(range(1, ITERATIONS + 1))
     gaps = [one.metrics.pop(GAP) for one in (expected, result)]
     assert gaps[1] == pytest.approx(gaps[0], abs=1e-5)

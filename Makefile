@@ -1,15 +1,26 @@
-# Two commands on a fresh machine: `make demo` runs the main job, `make test` the tests. Both set up first.
+# Each target sets up first. Times: two cores that are yours, after set-up.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(VENV) --constraint constraints.txt
+# of one invocation of pytest: what CI adds
+PYTEST_OPTIONS ?=
+# of test-nightly: a commit's hash, for one shard
+SHARD ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-fast test-docs architecture lint bench fuzz clean
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench fuzz hooks clean
 
-setup: .setup-done
+help:  # what can be made, and how long it takes
+	@echo 'make TARGET; all but test-gpu and clean set up first'
+	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.setup-done: pyproject.toml constraints.txt
+setup: .setup-done  # .venv with all that development needs, and PostgreSQL: 90 seconds, 2.5 GB
+
+.setup-done: pyproject.toml constraints.txt .ci/install-postgres
+	@echo 'setting up .venv: about 90 seconds on two cores, 2.5 GB'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
 	$(UV) --compile-bytecode --editable '.[dev]'
@@ -17,26 +28,29 @@ setup: .setup-done
 	@sh .ci/install-postgres
 	@touch $@
 
-demo: setup
+demo: setup  # from a sweep to a law to a planned run: 8 minutes
 	$(BIN)/escala demo
 
-# Slow tests run as well; `test-fast` leaves out what starts a cluster.
-test: setup
-	$(BIN)/pytest -m "not gpu and not docs"
+test: setup  # all tests but the long ones: 12 minutes
+	$(BIN)/pytest -n 2 --dist loadfile -m "not (ray or docs or nightly or gpu)" $(PYTEST_OPTIONS)
+	$(BIN)/pytest -m "ray and not (docs or nightly)" $(PYTEST_OPTIONS)
 
-test-fast: setup
-	$(BIN)/pytest -m "not gpu and not docs and not ray and not slow"
+test-fast: setup  # what starts no cluster and is not slow: 3 minutes
+	$(BIN)/pytest -n 2 --dist loadfile -m "not (ray or docs or nightly or gpu or slow)" $(PYTEST_OPTIONS)
 
-# Long journeys: README's own commands and the demos, each as a newcomer would run it; a PPO run killed in every part;
-# a cluster that grows for a burst.
-test-docs: setup
-	$(BIN)/pytest -m docs
+test-docs: setup  # journeys: the commands of README and docs, the demos, a cluster that grows: 45 minutes
+	$(BIN)/pytest -m docs $(PYTEST_OPTIONS)
 
-# docs/architecture.md, from the imports.
-architecture: setup
+test-nightly: setup  # the long rest and test-docs: 90 minutes; SHARD=COMMIT: one part, 10 minutes
+	$(BIN)/pytest -m "nightly or docs" $(if $(SHARD),--shard $(SHARD)) $(PYTEST_OPTIONS)
+
+docs: setup  # the documentation site, into site/: 20 seconds
+	$(BIN)/mkdocs build --strict --quiet
+
+architecture: setup  # docs/architecture.md, from the imports: 5 seconds
 	$(BIN)/python docs/generate_architecture.py
 
-lint: setup
+lint: setup  # format, names, types, imports: 1 minute
 	test ! -e platform/__init__.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +58,7 @@ lint: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/generate_architecture.py --check
 
-bench: setup
+bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/laws.py
 	$(BIN)/python benchmarks/sweeps.py
@@ -54,9 +68,11 @@ bench: setup
 	$(BIN)/python benchmarks/rlhf.py
 	$(BIN)/python benchmarks/submits.py
 
-# Hostile requests and clients that leave, against the rollout service in one process (a few minutes).
-fuzz: setup
+fuzz: setup  # hostile requests and clients that leave, against the rollout service: 5 minutes
 	$(BIN)/python benchmarks/fuzz_requests.py
 
-clean:
+hooks: setup  # run lint's quick checks before every commit: a second
+	$(BIN)/pre-commit install
+
+clean:  # remove .venv
 	rm -rf $(VENV) .setup-done

@@ -15,6 +15,7 @@ from typing import TypeVar
 import pytest
 from hypothesis import settings as hypothesis_settings
 
+from tests import shards
 from tests.small_disk import Disk, mounted
 
 T = TypeVar("T")
@@ -23,6 +24,25 @@ hypothesis_settings.register_profile("escala", deadline=None)  # a busy machine 
 hypothesis_settings.load_profile("escala")
 # Ray reads these when it is first imported, which any test may do before one of them connects to the session's head.
 os.environ.update(RAY_AUTH_MODE="token", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--shard COMMIT`."""
+    parser.addoption(
+        "--shard", metavar="COMMIT", help="run the one shard of the long tests that this hash chooses"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m has left out the others
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --shard: leave out the long tests of other shards."""
+    commit = config.getoption("shard")
+    if commit:
+        kept, said = shards.chosen(items, commit)
+        left_out = set(items) - set(kept)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+        print(said)
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: `python -m workloads.dpo ATTEMPT.json` (Rafailov et al. 2023; SPEC.md C.9).
+"""Direct preference optimisation: `python -m workloads.dpo ATTEMPT.json` (Rafailov et al. 2023; docs/theory C.9).
 
 The reference is the start: with LoRA the model without its deltas, else a frozen copy on every rank.
 """

@@ -1,4 +1,4 @@
-"""Preferences by a judge (RLAIF data, SPEC.md C.8): `python -m workloads.judge ATTEMPT.json`. Reads top to bottom.
+"""Preferences by a judge (RLAIF data, docs/theory C.8): `python -m workloads.judge ATTEMPT.json`. Reads top to bottom.
 
 Every worker judges a share of the prompts and writes its part into the attempt's directory; the driver puts the parts
 together in the order of the prompts. A line is a preference with the judge's `win_probability` of the chosen response.

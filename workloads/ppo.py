@@ -1,5 +1,5 @@
-"""Reinforcement learning from human or AI feedback: `python -m workloads.ppo ATTEMPT.json` (SPEC.md C; Schulman et al.
-2017; Ziegler et al. 2019).
+"""Reinforcement learning from human or AI feedback: `python -m workloads.ppo ATTEMPT.json` (docs/theory C; Schulman et
+al. 2017; Ziegler et al. 2019).
 
 The driver tokenises the prompts (`prepare`) and runs the job's own rollout service (`sidecar`). An iteration publishes
 the actor's weights, every rank draws its share of the responses, and all learn from them (alignment/ppo_step.py).

@@ -1,4 +1,4 @@
-"""Reward models: `python -m workloads.reward ATTEMPT.json`. Bradley-Terry on pairs (SPEC.md C.7).
+"""Reward models: `python -m workloads.reward ATTEMPT.json`. Bradley-Terry on pairs (docs/theory C.7).
 
 The score is read on the last token of prompt and response, their end of text.
 """

@@ -64,7 +64,7 @@ class Device(Strict):
     """One accelerator, or one CPU worker.
 
     The estimate of its energy is static_watts * seconds + joules_per_flop * FLOPs + joules_per_byte * bytes moved in
-    memory (SPEC.md E.1). Raises ValueError where neither `training` nor `utilization` says how fast it trains.
+    memory (docs/theory E.1). Raises ValueError where neither `training` nor `utilization` says how fast it trains.
     """
 
     about: str

@@ -144,7 +144,7 @@ def written(
 
 
 def resolve(spec: JobSpec) -> Resolved:
-    """The full spec with what it derived: parameters, tokens and FLOPs (SPEC.md D.2).
+    """The full spec with what it derived: parameters, tokens and FLOPs (docs/theory D.2).
 
     Raises SpecError for a job that trains nothing: its FLOPs depend on its data.
     """

@@ -40,7 +40,7 @@ def states(rows: int = BATCH, context: int = CONTEXT) -> Tensor:
 
 
 def by_loops(made: MixtureOfExperts, x_BTD: Tensor, limit: int | None) -> tuple[Tensor, int]:
-    """SPEC.md B.1 and B.5 read out loud: for each position, choice rank and row, take a slot if there is one."""
+    """docs/theory B.1 and B.5 read out loud: for each position, choice rank and row, take a slot if there is one."""
     moe, experts = made.moe, made.experts
     out_BTD, used, dropped = torch.zeros_like(x_BTD), [0] * moe.experts, 0
     for t in range(x_BTD.shape[1]):

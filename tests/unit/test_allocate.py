@@ -51,7 +51,7 @@ def law_of(form: str, replicates: int = 0, **changed: float) -> Law:
 
 
 def loss_at(n: float, d: float, t: float | None = None, unique: float = math.inf) -> float:
-    """SPEC.md D.1 and D.6, written out."""
+    """docs/theory D.1 and D.6, written out."""
     used = min(d, unique)
     fresh = used + used * 15.0 * (1.0 - math.exp(-(d / used - 1.0) / 15.0))
     loss = TRUTH["L_inf"] + TRUTH["a"] * n ** -TRUTH["alpha"] + TRUTH["b"] * fresh ** -TRUTH["beta"]
@@ -144,7 +144,7 @@ def test_chi_moves_the_optimum(chi):
     assert plan.chi == pytest.approx(chi_at(chi, plan.n_active, 4096.0), rel=1e-12)
     # Larger than the split of what attention leaves, since its share falls with N.
     assert plan.n_active > law_of("nd").optimum(1e21 / plan.chi).n_active
-    # alpha a N^-alpha / (1 + dlnchi/dlnN) = beta b D^-beta (SPEC.md D.4), the derivative by differences
+    # alpha a N^-alpha / (1 + dlnchi/dlnN) = beta b D^-beta (docs/theory D.4), the derivative by differences
     n, d, step = plan.n_active, plan.tokens, 1e-5
     up, down = (math.log(chi_at(chi, n * math.exp(sign * step), 4096.0)) for sign in (1, -1))
     left = TRUTH["alpha"] * TRUTH["a"] * n ** -TRUTH["alpha"] / (1.0 + (up - down) / (2 * step))

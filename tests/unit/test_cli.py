@@ -1,11 +1,13 @@
 """The CLI's surface is frozen (cli_surface.txt), and `--help` is cheap."""
 
 import errno
+import logging
 import os
 import resource
 import sqlite3
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,9 @@ def escala(
 ):
     """Runs a command in this process: (exit code, stdout, stderr with what was logged)."""
 
+    # as main leaves it, pytest would read it twice
+    monkeypatch.setattr(logging.getLogger("escala"), "propagate", True)
+
     def run(home: Path, *words: str) -> tuple[int, str, str]:
         monkeypatch.setenv("ESCALA_HOME", str(home))
         monkeypatch.setattr(sys, "argv", ["escala", *words])
@@ -97,6 +102,27 @@ def escala(
         return int(ended.value.code or 0), out, err + caplog.text
 
     return run
+
+
+def test_the_version_is_the_packages(tmp_path: Path, escala) -> None:
+    assert escala(tmp_path, "--version") == (0, f"escala {metadata.version('escala')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("escala submit p", ["pretrain", "ppo"]),
+        ("escala sweep c", ["chinchilla", "context"]),
+        ("escala ro", ["rollouts"]),
+    ],
+)
+def test_the_shell_completes_commands_workloads_and_spaces(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, escala, typed: str, offered: list[str]
+) -> None:
+    monkeypatch.setenv("_ESCALA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    assert escala(tmp_path)[:2] == (0, "\n".join(offered) + "\n")
 
 
 def test_a_name_that_the_terminal_cannot_show_is_shown_in_part(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_volumes_are_those_counted_on_real_runs(
 
 
 def test_a_mixture_holds_and_moves_all_its_experts() -> None:
-    """At equal active size: states and ZeRO-3's traffic are of N_total, compute is of N_active (SPEC.md B.6, D.7)."""
+    """At equal active size: states and ZeRO-3's traffic are of N_total, compute of N_active (docs/theory B.6, D.7)."""
     dense = config()
     model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096}
     few, many = (

@@ -1,4 +1,4 @@
-"""Costs against the formulas of SPEC.md D.2 and the papers; tests/numerics checks counts on built models."""
+"""Costs against the formulas of docs/theory D.2 and the papers; tests/numerics checks counts on built models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_terms_follow_the_formulas() -> None:
 
 def test_total_is_six_n_chi_but_for_the_norms() -> None:
     counts, context = parameter_counts(GPT2_LIKE), 512
-    chi = 1 + 3 * 4 * 16 * context / counts.n_total  # SPEC.md D.2
+    chi = 1 + 3 * 4 * 16 * context / counts.n_total  # docs/theory D.2
     assert flops_per_token(GPT2_LIKE, context).total == pytest.approx(6 * counts.n_total * chi, rel=5e-3)
 
 

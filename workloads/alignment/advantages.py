@@ -1,5 +1,5 @@
 """How much better than expected each token was: GAE, and the estimators that need no critic. All without
-gradient, none whitened unless it says so. SPEC.md C.2, C.4, C.6.
+gradient, none whitened unless it says so. docs/theory C.2, C.4, C.6.
 
 Dimensions: B batch, T response tokens. Masks may have holes (tool output, a turn of somebody else).
 """
@@ -58,7 +58,7 @@ def gae(
 @torch.no_grad()
 def whiten(advantages_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """(A - mean) * rsqrt(variance + 1e-8), the variance unbiased, over the valid tokens of ALL ranks; 0 where
-    masked. Give it the whole rollout batch, before it is cut into minibatches. SPEC.md C.4.
+    masked. Give it the whole rollout batch, before it is cut into minibatches. docs/theory C.4.
 
     A collective call where torch.distributed is initialised. A single valid token becomes 0.
     """

@@ -1,4 +1,4 @@
-"""The critic of PPO: a reward model read at every token of a response, not only at its last (SPEC.md C.2, C.4).
+"""The critic of PPO: a reward model read at every token of a response, not only at its last (docs/theory C.2, C.4).
 
 Dimensions: B batch, T context, N positions that are asked for.
 """

@@ -1,4 +1,4 @@
-"""How far the policy is from its reference, and how hard it is pulled back. SPEC.md C.5.
+"""How far the policy is from its reference, and how hard it is pulled back. docs/theory C.5.
 
 Dimensions: B batch, T response tokens.
 """

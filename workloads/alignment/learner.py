@@ -1,6 +1,6 @@
 """Actor, critic and reference of one PPO rank: what they say of an iteration's rows, and how they learn from them.
 
-A minibatch's gradient is that of its mean loss, however micro-batches and ranks cut it (SPEC.md C.3).
+A minibatch's gradient is that of its mean loss, however micro-batches and ranks cut it (docs/theory C.3).
 
 Dimensions: B rows, T response tokens, S tokens of a row, N response tokens of a micro-batch, V vocabulary.
 """
@@ -288,7 +288,7 @@ def estimate(
     after_B: Tensor,
     kl_coef: float,
 ) -> dict[str, Tensor]:
-    """The columns advantages_BT and, of gae, returns_BT, for this rank's rows (SPEC.md C.1, C.2, C.6). A collective
+    """The columns advantages_BT and, of gae, returns_BT, for this rank's rows (docs/theory C.1, C.2, C.6). A collective
     call: whitening is over all ranks' rows.
 
     Args:

@@ -35,13 +35,13 @@ __all__ = [
     "value_loss",
 ]
 
-LOG_RATIO_MAX = 20.0  # e^20 = 5e8: beyond it fp32 gradients of the unclipped branch overflow. SPEC.md C.3
+LOG_RATIO_MAX = 20.0  # e^20 = 5e8: beyond it fp32 gradients of the unclipped branch overflow. docs/theory C.3
 
 Mode = Literal["token", "sequence_mean", "gspo"]
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor, margin: float | Tensor = 0.0) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), the mean over pairs, a scalar (SPEC.md C.7; Bradley & Terry 1952,
+    """-log sigmoid(chosen - rejected - margin), the mean over pairs, a scalar (docs/theory C.7; Bradley & Terry 1952,
     margin as in Touvron et al. 2023, section 3.2.2).
 
     Args:
@@ -62,7 +62,7 @@ def dpo_loss(
     beta_dpo: float,
 ) -> Tensor:
     """-log sigmoid(beta_dpo [(log pi/pi_ref)(chosen) - (log pi/pi_ref)(rejected)]), the mean over pairs, a scalar
-    (SPEC.md C.9; Rafailov et al. 2023, eq. 7).
+    (docs/theory C.9; Rafailov et al. 2023, eq. 7).
 
     Args:
         logp_chosen_B, logp_rejected_B: the policy's log-probabilities, summed over each response's tokens.
@@ -106,7 +106,7 @@ def policy_loss(
     dual_clip: float | None = None,
     mode: Mode = "token",
 ) -> Tensor:
-    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), a scalar (SPEC.md C.3; Schulman et al. 2017, eq. 7).
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), a scalar (docs/theory C.3; Schulman et al. 2017, eq. 7).
 
     rho = pi/pi_old with log rho clamped at +-20. The gradient is zero where the clipped branch is active.
 
@@ -167,7 +167,7 @@ def importance_weights(logp_BT: Tensor, logp_engine_BT: Tensor, mask_BT: Tensor,
 def value_loss(
     values_BT: Tensor, values_old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None = None
 ) -> Tensor:
-    """Half the mean over the mask of max((V - R)^2, (clip(V, V_old +- clip) - R)^2), a scalar (SPEC.md C.4).
+    """Half the mean over the mask of max((V - R)^2, (clip(V, V_old +- clip) - R)^2), a scalar (docs/theory C.4).
     Weight micro-batches by `loss_count(mask_BT)`.
 
     Args:

@@ -26,7 +26,7 @@ SAMPLE_COLUMNS = ["iteration", "prompt", "response", "reward", "finished"]
 
 
 def of_reference(rows: RolloutBatch, device: torch.device) -> dict[str, float]:
-    """KL(policy|reference): the three estimators a token (SPEC.md C.5), and k1 a response."""
+    """KL(policy|reference): the three estimators a token (docs/theory C.5), and k1 a response."""
     pair, mask = (rows.columns["logp_old"], rows.columns["logp_ref"]), rows.mask_BT
     sums = [torch.where(mask, kl(*pair, kind), 0.0).sum().item() for kind in ("k1", "k2", "k3")]
     *sums, tokens, responses = _summed(device, *sums, float(mask.sum()), float(len(rows)))

@@ -1,5 +1,5 @@
 """An iteration of PPO as a step of the run loop: responses -> rewards -> log-probabilities of actor and reference,
-values -> advantages -> epochs of minibatches (SPEC.md C; Schulman et al. 2017; Ziegler et al. 2019).
+values -> advantages -> epochs of minibatches (docs/theory C; Schulman et al. 2017; Ziegler et al. 2019).
 
 Dimensions: B responses of this rank, T response tokens.
 """

@@ -1,4 +1,4 @@
-"""An iteration's scores as rewards: normalised, clipped, penalties taken off (SPEC.md C.1)."""
+"""An iteration's scores as rewards: normalised, clipped, penalties taken off (docs/theory C.1)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From a score per response to a reward per token, in this order: normalise and clip the score, add the penalties
 (after the clip, or a response at its lower end would be free to break the rules), put it on the last valid token,
-subtract the KL penalty. SPEC.md C.1.
+subtract the KL penalty. docs/theory C.1.
 
 Dimensions: B batch, T response tokens.
 """

@@ -1,6 +1,6 @@
 """Preferences in JSON lines, the format of the common sets: `prompt`, `chosen`, `rejected`, and perhaps a `margin`.
 
-Training on them: Bradley-Terry (SPEC.md C.7) and DPO (C.9). A held-out part, where no file of its own is given, is
+Training on them: Bradley-Terry (docs/theory C.7) and DPO (C.9). A held-out part, where no file of its own is given, is
 split off by `dialogues.split`.
 """
 

@@ -29,7 +29,7 @@ class PreparedData:
     end_of_text: int
     corpus_fingerprint: str  # of the documents, in order, and the weights
     tokenizer_fingerprint: str
-    evaluation_fingerprint: str  # of the held-out documents and the tokenizer (SPEC.md D.1)
+    evaluation_fingerprint: str  # of the held-out documents and the tokenizer (docs/theory D.1)
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedData:

@@ -139,8 +139,8 @@ class Output:
     Attributes:
         token_ids: the new tokens.
         logprobs: of each, under softmax(logits / temperature) over the whole vocabulary, before repetition penalty
-            and filters (temperature 1 where it is 0): what a learner recomputes for its importance ratio (SPEC.md
-            C.3).
+            and filters (temperature 1 where it is 0): what a learner recomputes for its importance ratio
+            (docs/theory C.3).
         text: the new text. Text that may yet turn into a stop string, or half a character, is held back until it
             is decided; nothing is held back after the last output. Empty without a tokenizer.
         finish_reason: None while the request goes on.

@@ -1,4 +1,4 @@
-"""Losses that keep a router's experts evenly used, and the figures that tell whether they are (SPEC.md B.3 to B.6).
+"""Losses that keep a router's experts evenly used, and the figures that tell whether they are (docs/theory B.3 to B.6).
 
 All losses are of one layer and one micro-batch. p_E is the mean routing probability over its tokens (it sums to 1) and
 u = 1/E. Losses on p have gradients; hard counts have none. p alone is blind to collapse: a gate with logits 0.01 in

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, with what weight, and in which order their slots fill (SPEC.md B.1 to B.3, B.5).
+"""Which experts a token goes to, with what weight, and in which order their slots fill (docs/theory B.1 to B.3, B.5).
 
 Dimensions: B batch, T context, N = B T tokens, E experts, K experts that compute a token, S slots: the (token, expert)
 pairs that are computed, sorted by expert.
@@ -80,7 +80,7 @@ def dispatch(experts_NK: Tensor, batch: int, experts: int, limit: int | None) ->
     """Sort the choices by expert; each expert keeps its first `limit` in the order (position t, choice rank, row b).
 
     In that order no token takes a slot from one at an earlier position: not by a higher probability, and not as
-    somebody's first choice against an earlier one's second (SPEC.md B.5).
+    somebody's first choice against an earlier one's second (docs/theory B.5).
 
     Args:
         experts_NK: tokens row by row: token n is position n mod T of row n // T.

@@ -1,4 +1,4 @@
-"""A mixture of experts in place of a block's feed-forward: router, choice, capacity, experts (SPEC.md B).
+"""A mixture of experts in place of a block's feed-forward: router, choice, capacity, experts (docs/theory B).
 
 Dimensions: B batch, T context, N = B T tokens, D model width, E experts, K experts that compute a token.
 """

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021; SPEC.md A.2) in Hugging Face's layout: channel i turns with i + d_h/2.
+"""Rotary positions (Su et al. 2021; docs/theory A.2) in Hugging Face's layout: channel i turns with i + d_h/2.
 
 Dimensions: B batch, T context, H heads, S head size, h = S/2.
 """

@@ -1,4 +1,4 @@
-"""A judge prefers one of two responses (SPEC.md C.8). Both orders are asked, since judges favour a place."""
+"""A judge prefers one of two responses (docs/theory C.8). Both orders are asked, since judges favour a place."""
 
 from __future__ import annotations
 

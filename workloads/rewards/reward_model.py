@@ -1,4 +1,4 @@
-"""A reward model: a transformer's trunk and one number read on the last valid token (SPEC.md C.7).
+"""A reward model: a transformer's trunk and one number read on the last valid token (docs/theory C.7).
 
 On disk it is a directory in Hugging Face's layout for the trunk and the tokenizer, with the head in a file of its own.
 

@@ -20,7 +20,7 @@ def build_engine(model: Transformer, tokenizer: ChatTokenizer, config: ServeConf
 
 
 def initial_version(model: Transformer, precision: str) -> WeightVersion:
-    """Version 0. A mixture that drops tokens in generation, too, says so (SPEC.md B.5)."""
+    """Version 0. A mixture that drops tokens in generation, too, says so (docs/theory B.5)."""
     moe = model.config.moe
     capacity = None if moe is None else moe.evaluation_capacity_factor
     return WeightVersion(0, digest_of(pack(model.state_dict())), precision, capacity)

@@ -69,8 +69,8 @@ class Routers:
         return torch.stack(losses).sum() if losses else 0.0
 
     def metrics(self) -> dict[str, float]:
-        """SPEC.md B.6 over all ranks since the last call, which resets them: means over layers, the hard-load ratio's
-        maximum. A collective call; nothing for a dense model, or before the first step.
+        """docs/theory B.6 over all ranks since the last call, which resets them: means over layers, the hard-load
+        ratio's maximum. A collective call; nothing for a dense model, or before the first step.
         """
         if not self._sums:
             return {}

@@ -1,4 +1,4 @@
-"""What a rank's collectives move, counted where DeepSpeed calls them: the measure of SPEC.md D.7's volumes."""
+"""What a rank's collectives move, counted where DeepSpeed calls them: the measure of docs/theory D.7's volumes."""
 
 from __future__ import annotations
 

@@ -75,8 +75,15 @@ class SubmitCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
 
+def _workloads(incomplete: str) -> list[str]:
+    """The workloads whose names begin so, for the shell's completion."""
+    from escala.schema.workloads import submittable
+
+    return [each.name for each in submittable() if each.name.startswith(incomplete)]
+
+
 def submit(
-    workload: Annotated[str, typer.Argument(help="What to run; see below.")],
+    workload: Annotated[str, typer.Argument(help="What to run; see below.", autocompletion=_workloads)],
     files: Files = None,
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="For people; need not be unique.")] = None,

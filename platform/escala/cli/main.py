@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -16,9 +17,7 @@ from escala.contract.redaction import hide_in_tracebacks
 
 app = typer.Typer(
     name="escala",
-    help="LLM experiments on a Ray cluster, turned into scaling laws that decide the next experiment.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 cluster.register(app)
@@ -29,6 +28,25 @@ laws.register(app)
 planning.register(app)
 rollouts.register(app)
 demo.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version, and end."""
+    if wanted:
+        from importlib.metadata import version
+
+        render.raw(f"escala {version('escala')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end."),
+    ] = False,
+) -> None:
+    """LLM experiments on a Ray cluster, turned into scaling laws that decide the next experiment."""
 
 
 class _Warnings(logging.Handler):

@@ -17,8 +17,18 @@ def register(app: typer.Typer) -> None:
     app.command()(sweep)
 
 
+def _spaces(incomplete: str) -> list[str]:
+    """The named spaces that begin so, for the shell's completion."""
+    from escala.sweeps.space import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
 def sweep(
-    space: Annotated[str, typer.Argument(help="A named space (tune_spaces/), or a YAML file's path.")],
+    space: Annotated[
+        str,
+        typer.Argument(help="A named space (tune_spaces/), or a YAML file's path.", autocompletion=_spaces),
+    ],
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="The job's name. [default: the space's]")] = None,
     priority: Annotated[int | None, typer.Option(help="0-100, higher first. [default: 50]")] = None,

@@ -129,7 +129,7 @@ class Rates:
     joules_per_byte: float | None
 
     def joules(self, devices: int, seconds: float, flops: float, moved_bytes: float) -> float | None:
-        """An estimate of the energy at the meter: static + dynamic + memory traffic (SPEC.md E.1). None where a
+        """An estimate of the energy at the meter: static + dynamic + memory traffic (docs/theory E.1). None where a
         coefficient is not stated.
         """
         if self.static_watts is None or self.joules_per_flop is None or self.joules_per_byte is None:

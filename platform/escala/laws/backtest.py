@@ -1,4 +1,4 @@
-"""Cross-validation across scales: does the law foresee runs larger than any that it saw (SPEC.md D.8)?"""
+"""Cross-validation across scales: does the law foresee runs larger than any that it saw (docs/theory D.8)?"""
 
 from __future__ import annotations
 

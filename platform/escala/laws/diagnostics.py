@@ -1,5 +1,5 @@
 """IsoFLOP parabolas and one-factor slices: quick looks beside the joint fit, each with its bias stated
-(SPEC.md D.8).
+(docs/theory D.8).
 
 Neither feeds the law. A parabola in log N is a second-order picture of a curve that is steeper on one side,
 so its vertex is off whenever the sizes do not straddle the optimum evenly; a slice's constant contains the

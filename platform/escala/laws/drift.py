@@ -1,6 +1,6 @@
 """Does a law still hold? Each finished run against each champion's predictive interval, kept for calibration.
 
-A run outside the 99 % interval raises an alarm: of a law that is right, one run in a hundred does (SPEC.md D.8). An
+A run outside the 99 % interval raises an alarm: of a law that is right, one run in a hundred does (docs/theory D.8). An
 alarm says where the run's configuration differs from what all of the law's runs had in common.
 """
 

@@ -1,4 +1,4 @@
-"""From a table of measured runs to what a law holds (SPEC.md D.8)."""
+"""From a table of measured runs to what a law holds (docs/theory D.8)."""
 
 from __future__ import annotations
 

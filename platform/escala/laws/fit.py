@@ -1,4 +1,4 @@
-"""fit_law: from a table of measured runs to a law (SPEC.md D.8)."""
+"""fit_law: from a table of measured runs to a law (docs/theory D.8)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a form of a law is: its terms, and what follows from them. Each form stands in its own file, in `forms/`.
 
-Every form is L = L_inf + sum over terms of coefficient * x^-exponent (SPEC.md D.1, D.3). The mathematics of a fit is in
-powers.py, that of the optimum in optimum.py. Letters: B replicates or starts, P parameters (first the 1 + K
+Every form is L = L_inf + sum over terms of coefficient * x^-exponent (docs/theory D.1, D.3). The mathematics of a fit
+is in powers.py, that of the optimum in optimum.py. Letters: B replicates or starts, P parameters (first the 1 + K
 coefficients, then the exponents). No numpy here: the command line lists the forms without it.
 """
 
@@ -41,7 +41,7 @@ class Mix:
         ratio = held.get(RATIO)
         if ratio is None:
             raise LawError(
-                "Without a bound on N_total the optimum of a mixture of experts runs to infinity (SPEC.md D.3).",
+                "Without a bound on N_total the optimum of a mixture of experts runs to infinity (docs/theory D.3).",
                 f"Give {RATIO}, e.g. 8 (public practice is 8 to 64).",
             )
         if not (math.isfinite(ratio) and ratio >= 1):

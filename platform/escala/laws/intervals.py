@@ -1,4 +1,4 @@
-"""Bootstrap weights, percentile intervals, and the predictive interval (SPEC.md D.8).
+"""Bootstrap weights, percentile intervals, and the predictive interval (docs/theory D.8).
 
 The bootstrap is Rubin's (1981) Bayesian one: exponential weights with mean 1 per row, or per group
 (checkpoints of one run are not independent). With integer counts a table of 20 points often loses the very

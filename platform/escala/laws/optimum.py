@@ -1,4 +1,4 @@
-"""The closed-form split of a budget between N and D (SPEC.md D.4; Hoffmann et al. 2022, eq. 4)."""
+"""The closed-form split of a budget between N and D (docs/theory D.4; Hoffmann et al. 2022, eq. 4)."""
 
 from __future__ import annotations
 

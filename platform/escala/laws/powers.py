@@ -1,4 +1,4 @@
-"""The mathematics that all forms share: powers of the inputs, losses and their derivatives (SPEC.md D.1, D.3).
+"""The mathematics that all forms share: powers of the inputs, losses and their derivatives (docs/theory D.1, D.3).
 
 Inside a fit each log x is centred, so nothing depends on the units of N, D, T, C. Letters: B replicates or starts,
 N points, K terms, P parameters (first the 1 + K coefficients, then the exponents).

@@ -1,4 +1,4 @@
-"""The global optimum of one objective, and warm-started replicates of it (SPEC.md D.8).
+"""The global optimum of one objective, and warm-started replicates of it (docs/theory D.8).
 
 Grid starts find the basin at a smooth delta; delta then shrinks to its target. Safety starts follow: optima
 of randomly re-weighted tables, which lie where the other local minima of a near-L1 objective lie, each

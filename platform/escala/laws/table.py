@@ -18,7 +18,7 @@ from escala.laws.powers import Floats
 from escala.laws.sample import Sample, effective_sample
 
 FINGERPRINTS = ("tokenizer_fingerprint", "evaluation_fingerprint")
-KAPPA = 6.0  # FLOPs per parameter and token (SPEC.md D.2), where a table has no compute_flops
+KAPPA = 6.0  # FLOPs per parameter and token (docs/theory D.2), where a table has no compute_flops
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def read_points(points: pd.DataFrame, form: Form, size: str, group: str | None) 
     reason. So is a row that states one itself, in the column `escala_refusal`.
 
     Raises LawError for missing or doubled columns and for points that do not belong in one law: several tokenizers or
-    evaluation sets, since their losses cannot be compared (SPEC.md D.1).
+    evaluation sets, since their losses cannot be compared (docs/theory D.1).
     """
     if size not in SIZES:
         raise LawError(f"size cannot be '{size}'.", f"Choose one of: {', '.join(SIZES)}.")

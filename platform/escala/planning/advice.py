@@ -1,4 +1,4 @@
-"""What a reader of a plan should know, in plain words: SPEC.md D.9, repeats, and what a zero term means."""
+"""What a reader of a plan should know, in plain words: docs/theory D.9, repeats, and what a zero term means."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from escala.laws.law import Law
 from escala.planning.plan import Plan
 from escala.planning.split import SplitProblem, dense_split, gains_from_experts
 
-USUAL_RATIO = (10.0, 30.0)  # tokens per active parameter (SPEC.md D.9)
+USUAL_RATIO = (10.0, 30.0)  # tokens per active parameter (docs/theory D.9)
 SIMILAR_EXPONENTS = 0.1  # |alpha - beta| up to which D/N hardly moves with compute, so the usual ratio holds
-USUAL_EXPERTS = (8.0, 64.0)  # N_total/N_active (SPEC.md D.9)
+USUAL_EXPERTS = (8.0, 64.0)  # N_total/N_active (docs/theory D.9)
 WORTHWHILE_EPOCHS = 4.0  # up to here repeats are nearly as good as new tokens (Muennighoff et al. 2023)
 
 

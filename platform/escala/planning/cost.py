@@ -1,6 +1,6 @@
 """What a run costs on a cluster, before it starts: memory, communication, time, energy, money. Pure.
 
-Memory and communication follow what DeepSpeed does (SPEC.md D.7; Rajbhandari et al. 2020), measured on CPU workers;
+Memory and communication follow what DeepSpeed does (docs/theory D.7; Rajbhandari et al. 2020), measured on CPU workers;
 time is compute at the cluster's measured or stated speed plus the communication that nothing hides.
 """
 
@@ -183,7 +183,7 @@ def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
 
 
 def communication(config: TrainedConfig) -> Communication:
-    """What a rank sends in an optimiser step (SPEC.md D.7; counted by workloads/training/traffic.py on real runs).
+    """What a rank sends in an optimiser step (docs/theory D.7; counted by workloads/training/traffic.py on real runs).
 
     Stage 3: per micro-batch two gathers of the parameters and one reduce-scatter of the gradients; checkpointing
     refetches nothing while all parameters fit among DeepSpeed's live ones. Stage 2 all-reduces (two passes) per
@@ -285,8 +285,8 @@ def _sending_seconds(moved: Communication, device: Device) -> float:
 def energy_joules(
     config: TrainedConfig, cluster: Cluster, hardware_flops: float, seconds: float
 ) -> float | None:
-    """At the meter: static + dynamic + memory traffic (SPEC.md E.1), by the device's stated coefficients; None where
-    they are not all stated.
+    """At the meter: static + dynamic + memory traffic (docs/theory E.1), by the device's stated coefficients; None
+    where they are not all stated.
     """
     rates = cluster.rates()
     moved = moved_bytes_per_step(config) * config.total_steps

@@ -38,7 +38,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Chi:
-    """chi(N, T) = 1 + scale T N^-exponent (SPEC.md D.2): what attention adds to kappa N D. Scale 0: nothing.
+    """chi(N, T) = 1 + scale T N^-exponent (docs/theory D.2): what attention adds to kappa N D. Scale 0: nothing.
 
     L H d_h / N = scale N^-exponent: 1/3 where depth and width grow together, 1/2 at a fixed depth.
     """
@@ -64,7 +64,7 @@ class Limits:
 
     compute_flops, usd and kwh cover training and inference demand, kappa N D chi + 2 N D_inference (Sardana
     et al. 2023); hours cover training only. max_params bounds N_total. data_tokens are unique tokens: more
-    are repeats, at a discount. n_total_over_active bounds a mixture of experts (SPEC.md D.3).
+    are repeats, at a discount. n_total_over_active bounds a mixture of experts (docs/theory D.3).
     """
 
     compute_flops: float | None = None

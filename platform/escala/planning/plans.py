@@ -109,7 +109,7 @@ def plan_front(
 def plan_target(
     settings: Settings, reference: str, loss_nats: float, options: PlanOptions = PlanOptions()
 ) -> tuple[Planned, Target]:
-    """The least compute that reaches a loss, its split, and its energy (SPEC.md E.5). Raises as `plan_law`."""
+    """The least compute that reaches a loss, its split, and its energy (docs/theory E.5). Raises as `plan_law`."""
     asked = ask(settings, laws.law(settings, reference, options.refresh), Limits(), options)
     target = to_target(asked.law.law, loss_nats, **vars(asked.budget))
     return asked.planned(target.plan), target
@@ -152,7 +152,7 @@ def _context(stored: Stored) -> float | None:
 
 
 def chi_of(stored: Stored) -> Chi:
-    """chi(N, T) of the recipe's shapes (SPEC.md D.2): attention's share of the FLOPs, by regression over their N."""
+    """chi(N, T) of the recipe's shapes: attention's share of the FLOPs (docs/theory D.2), by regression over N."""
     import numpy as np
 
     from escala.schema import ModelConfig

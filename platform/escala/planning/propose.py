@@ -2,7 +2,7 @@
 
 Every bootstrap replicate of the law predicts the quantity of interest m at the target and the log loss y at
 each candidate, so their covariance over the ensemble says what a measurement would teach. A Gaussian posterior
-gives it in closed form; `METHOD` has the formula and its sources (and SPEC.md D.8: the interval of the MEAN).
+gives it in closed form; `METHOD` has the formula and its sources (and docs/theory D.8: the interval of the MEAN).
 
 The covariance is of winsorised draws, so that the few replicates in which a term nearly vanishes do not lead it.
 Over 40 synthetic laws (not those of benchmarks/propose.py) the raw covariance needed 17 % and that of ranks 26 %

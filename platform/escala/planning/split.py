@@ -1,7 +1,7 @@
 """The split of a budget that minimises a law's loss, or of the least budget that reaches a loss; for many
 parameter vectors at once.
 
-Source: SPEC.md D.2-D.6. With C = kappa N D chi(N, T), chi = 1 + scale T N^-exponent, inference demand
+Source: docs/theory D.2-D.6. With C = kappa N D chi(N, T), chi = 1 + scale T N^-exponent, inference demand
 2 N D_inference and repeats D'(D), an interior optimum satisfies
 
     alpha a N^-alpha = beta b D'^-beta g m,    zeta c T^-zeta = beta b D'^-beta g w,
@@ -127,7 +127,7 @@ def dense_split(law: Law, compute_flops: float, kappa: float) -> Optimum:
 
 
 def effective_tokens(tokens: Floats, unique_tokens: float) -> Floats:
-    """D' = U + U R* (1 - exp(-R/R*)), U = min(D, unique), R = D/U - 1 (SPEC.md D.6)."""
+    """D' = U + U R* (1 - exp(-R/R*)), U = min(D, unique), R = D/U - 1 (docs/theory D.6)."""
     used = np.minimum(tokens, unique_tokens)
     return used * (1.0 - REPEAT_SCALE * np.expm1(-(tokens / used - 1.0) / REPEAT_SCALE))
 

@@ -61,7 +61,8 @@ class WeightVersion:
         version: 0 for those that a deployment started with; published ones count up, gaps allowed.
         digest: of `digest_of`.
         precision: that they are served in ("fp32", "bf16", "int8", ...).
-        capacity_factor: of a mixture of experts whose generation drops tokens (SPEC.md B.5); None: dropless, or dense.
+        capacity_factor: of a mixture of experts whose generation drops tokens (docs/theory B.5); None: dropless, or
+        dense.
     """
 
     version: int

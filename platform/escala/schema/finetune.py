@@ -84,13 +84,13 @@ class SftConfig(FineTuneConfig):
 
 
 class RewardTrainingConfig(FineTuneConfig):
-    """The `reward` workload (SPEC.md C.7). Lines of prompt, chosen, rejected and perhaps a margin; batches of pairs."""
+    """The `reward` workload (docs/theory C.7): prompt, chosen, rejected, perhaps a margin; batches of pairs."""
 
     data: ExamplesConfig
 
 
 class DpoConfig(FineTuneConfig):
-    """The `dpo` workload (Rafailov et al. 2023; SPEC.md C.9), on the same lines as `reward`; batches count pairs."""
+    """The `dpo` workload (Rafailov et al. 2023; docs/theory C.9), on lines as `reward` has; batches count pairs."""
 
     keeps_reference: ClassVar[bool] = True
     forward_passes: ClassVar[int] = 1  # the reference's

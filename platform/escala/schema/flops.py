@@ -1,6 +1,6 @@
 """What a model holds and what a token costs, counted from its configuration (no torch).
 
-Sources: SPEC.md D.2; Kaplan et al. 2020, table 1 (parameters, forward = 2N plus attention); Chowdhery et al.
+Sources: docs/theory D.2; Kaplan et al. 2020, table 1 (parameters, forward = 2N plus attention); Chowdhery et al.
 2022 (PaLM), appendix B (6N + 12 L H Q T for full attention; causal attention needs half of that).
 """
 
@@ -53,7 +53,7 @@ def mixture_layers(config: ModelConfig) -> int:
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Exact counts, equal to the built model's (Kaplan et al. 2020, table 1, with SwiGLU, GQA and norms). Of a mixture
-    of experts one token passes through k, the shared ones and the whole router (SPEC.md B.6).
+    of experts one token passes through k, the shared ones and the whole router (docs/theory B.6).
     """
     norms = 2 * config.d_model + (2 * config.head_size if config.qk_norm else 0)
     rest = config.n_layers * norms + config.d_model
@@ -64,7 +64,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
-    """Training FLOPs per token at a context of `context_tokens` (SPEC.md D.2; PaLM appendix B, halved).
+    """Training FLOPs per token at a context of `context_tokens` (docs/theory D.2; PaLM appendix B, halved).
 
     The attention's kind says what it costs; norms, RoPE, softmax and the optimiser are not counted. A mixture computes
     as many experts a token as it has slots for: k; fewer at a capacity factor below 1; all E where it trains soft to

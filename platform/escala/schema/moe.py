@@ -27,7 +27,7 @@ class Annealing(Strict):
 
 
 class BalanceConfig(Strict):
-    """A loss on the mean routing probabilities (SPEC.md B.4). Its weight falls in a micro-batch whose hard load is
+    """A loss on the mean routing probabilities (docs/theory B.4). Its weight falls in a micro-batch whose hard load is
     even.
     """
 
@@ -40,7 +40,7 @@ class BalanceConfig(Strict):
 
 
 class MoEConfig(Strict):
-    """E experts of which each token passes through k (SPEC.md B). Raises ValueError for what contradicts itself."""
+    """E experts of which each token passes through k (docs/theory B). Raises ValueError for what contradicts itself."""
 
     experts: int = Field(8, ge=2, description="E")
     chosen: int = Field(2, gt=0, description="k")

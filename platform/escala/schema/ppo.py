@@ -1,4 +1,4 @@
-"""The `ppo` workload: RLHF and RLAIF (SPEC.md C)."""
+"""The `ppo` workload: RLHF and RLAIF (docs/theory C)."""
 
 from __future__ import annotations
 

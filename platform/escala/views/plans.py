@@ -71,7 +71,7 @@ class TargetView(PlanView):
 
     @classmethod
     def of_target(cls, found: Planned, target: Target) -> TargetView:
-        """Of a plan and the target that it reaches. Joules per token times D* (SPEC.md E.5)."""
+        """Of a plan and the target that it reaches. Joules per token times D* (docs/theory E.5)."""
         best = found.plan
         low, high = (_joules(best.kwh, best.tokens, t) for t in (best.tokens_low, best.tokens_high))
         return cls(

@@ -1,5 +1,5 @@
-"""Exact causal attention (SPEC.md A.1, A.3, A.6): flash-attn where installed and fit, else torch's SDPA; in generation
-over a paged cache (see `paged`).
+"""Exact causal attention (docs/theory A.1, A.3, A.6): flash-attn where installed and fit, else torch's SDPA; in
+generation over a paged cache (see `paged`).
 
 Dimensions: B batch, T context, H query heads, G key/value heads, S head size.
 """

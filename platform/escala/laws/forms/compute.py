@@ -8,7 +8,7 @@ from escala.laws.inputs import COMPUTE_FLOPS, N_ACTIVE, TOKENS
 
 
 def six_n_d(known: Mapping[str, Any]) -> Any:
-    """6 N_active D: forward and backward passes without attention (SPEC.md D.2)."""
+    """6 N_active D: forward and backward passes without attention (docs/theory D.2)."""
     return 6.0 * known[N_ACTIVE.name] * known[TOKENS.name]
 
 

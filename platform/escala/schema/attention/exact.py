@@ -37,7 +37,7 @@ class ExactAttention(AttentionKind):
 def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
     """Keys that a query of a causal context meets on average: T/2; with a window W < T, W - W^2/(2T).
 
-    The continuous form, as in SPEC.md D.2 (chi = 1 + L H d_h T/N); the exact sum has half a key more.
+    The continuous form, as in docs/theory D.2 (chi = 1 + L H d_h T/N); the exact sum has half a key more.
     """
     window = min(context_tokens, window_tokens or context_tokens)
     return window - window * window / (2 * context_tokens)

@@ -36,7 +36,7 @@ class AttentionKind(KindSection):
     @abstractmethod
     def flops(self, model: ModelShape, context_tokens: int) -> float:
         """Forward FLOPs per token of all layers, on average over a causal context: what T adds to the cost of a token,
-        chi(T) - 1 = flops / (2 N) (SPEC.md D.2).
+        chi(T) - 1 = flops / (2 N) (docs/theory D.2).
         """
 
     @abstractmethod

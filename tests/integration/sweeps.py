@@ -31,7 +31,8 @@ SPACE = {
     "base": {
         **BASE,
         "model": {"vocab_size": 512, "max_context_tokens": 32},
-        "training": {**BASE["training"], "log_every_steps": 50},
+        # With one learning rate for all, larger models are better, as a law has it, after so few steps, too.
+        "training": {**BASE["training"], "log_every_steps": 50, "optimizer": {"learning_rate": 1e-2}},
     },
     "vary": {"n_total": [20_000, 40_000, 80_000], "tokens": [16_384, 32_768, 65_536]},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from escala import Escala
-from escala.contract.records import Progress, TrialFiles, read_record
+from escala.contract.records import TrialFiles
 from escala.documents import dump
 from escala.settings import Settings
 from escala.sweeps.trials import finished, read_planned
@@ -68,21 +68,22 @@ def attempts(job_id: str) -> list[int]:
 
 
 def kill_on_its_way(directory: Path) -> Killed:
-    """Kill the driver while a trial trains: at the first, or after up to six of them."""
+    """Kill the driver after up to six trials, while one begins, which cannot end before it is killed, too. The other
+    that runs is anywhere.
+    """
     space, home = write(directory, "killed", **SPACE), Settings().home
     job, after = Escala().sweep(space).id, random.randrange(7)
 
     def reached() -> bool:
         trials = [TrialFiles(home, p.fingerprint) for p in read_planned(home, job)]
         begun = [files.attempts()[-1] for files in trials if files.attempts() and not finished(files)]
-        found = [read_record(Progress, files.progress) for files in begun]
-        trains = any(p is not None and 0 < p.step < p.total_steps / 2 for p in found)
-        return trains and sum(finished(files) is not None for files in trials) >= after
+        one_begins = any(any(f.spool.glob("events-*")) and not f.progress.exists() for f in begun)
+        return one_begins and sum(finished(files) is not None for files in trials) >= after
 
     wait_for(lambda: read_planned(home, job), 120, "its trials are planned")
     started = ((p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
     driver = [process for process, line in started if f"jobs/{job}/attempt-1" in " ".join(line)]
-    wait_for(reached, 240, f"a trial trains, and {after} have ended", every=0.02)
+    wait_for(reached, 240, f"a trial begins, and {after} have ended", every=0.02)
     for process in driver:
         process.kill()
     before = [p.fingerprint for p in read_planned(home, job) if finished(TrialFiles(home, p.fingerprint))]

@@ -19,7 +19,6 @@ from escala.storage.checkpoints import latest, open_checkpoints
 from escala.views.jobs import JobDetailsView
 from escala.views.run_records import RunView
 from tests.faults.victims import ended
-from tests.integration.sweeps import write
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.weights import load_weights
 from workloads.rewards.model import RewardModelScorer
@@ -134,20 +133,13 @@ def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
     assert good > bad
 
 
-def test_dpo_starts_from_it_and_raises_the_margin(
-    tuned: RunView, data: dict[str, Path], tmp_path: Path
-) -> None:
-    """As a sweep's only trial: no start of Ray Train."""
-    base = {
-        "start": {"job": tuned.job_id},
-        "data": {"train": str(data["pairs"]), "held_out_fraction": 0.2},
-        "training": {"context_tokens": 48, "batch_sequences": 8, "optimizer": {"learning_rate": 1e-3}},
-    }
-    space = write(tmp_path, "dpo", workload="dpo", aim="search", base=base, vary={"training.steps": [20]})
-    job = ended(Escala().sweep(space).id).job
-    assert job.state == "succeeded", job.message
-    Escala().finished_run(job.id)  # all is in the tracker, the trial's run too
-    (record,) = (r for r in Escala().runs(job=job.id) if r.workload == "dpo")
+def test_dpo_starts_from_it_and_raises_the_margin(tuned: RunView, data: dict[str, Path]) -> None:
+    record = run(
+        "dpo",
+        data["pairs"],
+        f"start.job={tuned.job_id}",
+        TRAINING + "steps: 20, optimizer: {learning_rate: 1e-3}}",
+    )
     assert record.initial_held_out_loss_nats == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference
     assert record.measures["held_out_accuracy"] > 0.9
     assert record.measures["held_out_reward_margin"] > 0

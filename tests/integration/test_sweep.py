@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(killed_sweep: Killed) -> None:
-    home, space, job, details = Settings().home, killed_sweep.space, killed_sweep.job, killed_sweep.details
+    space, job, details = killed_sweep.space, killed_sweep.job, killed_sweep.details
+    home = Settings().home
     assert details.job.state == "succeeded", details.job.message
     assert [a.outcome for a in details.attempts] == ["driver_lost", "succeeded"]
     once = losses(job)
@@ -36,16 +37,24 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(killed_sweep:
     assert {r.parent_run_id for r in runs} == set(parents)
     assert len([r for r in runs if r.status == "succeeded"]) == TRIALS
 
-    # The same space again trains nothing; from nothing, it gives the same points.
+    # The same space again trains nothing.
     assert losses(ended(Escala().sweep(space).id).job.id) == once
+    assert losses("killed") == once  # a name means its newest sweep
     assert sum(attempts(job)) == len(runs)
     with pytest.raises(StateError, match="is succeeded"):
         Escala().sweep(space, resume=True)
-    (home / "trials").rename(home / "trials-before")
-    assert losses(ended(Escala().sweep(space).id).job.id) == once
-    assert losses("killed") == once  # a name means its newest sweep
 
 
+@pytest.mark.nightly(minutes=1)
+def test_from_nothing_the_same_space_gives_the_same_points(killed_sweep: Killed) -> None:
+    once, trials = losses(killed_sweep.job), Settings().home / "trials"
+    trials.rename(trials.with_name("trials-before"))
+    again = ended(Escala().sweep(killed_sweep.space).id).job.id
+    assert losses(again) == once
+    assert attempts(again) == [1] * TRIALS
+
+
+@pytest.mark.nightly(minutes=1)
 def test_a_stopped_sweep_resumes_and_bad_trials_are_refused_with_their_reason(
     cluster: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +79,7 @@ def test_a_stopped_sweep_resumes_and_bad_trials_are_refused_with_their_reason(
     ] * 3
 
 
+@pytest.mark.nightly(minutes=1)  # six processes of six trials
 def test_a_search_by_optuna_stops_bad_trials_early(cluster: Path, tmp_path: Path) -> None:
     base = {**BASE, "training": {**BASE["training"], "steps": 80, "evaluate_every_steps": 20}}
     vary = {"training.optimizer.learning_rate": {"low": 1e-6, "high": 1e-2}}

@@ -208,6 +208,15 @@ def _finite(norm: Any) -> float:
     return found if math.isfinite(found) and found >= 0 else math.inf
 
 
+def gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Whole within the context, where stage 3 has split them. A collective call."""
+    split = [p for p in parameters if hasattr(p, "ds_id")]
+    found: contextlib.AbstractContextManager[Any] = (
+        deepspeed.zero.GatheredParameters(split) if split else contextlib.nullcontext()
+    )
+    return found
+
+
 def parameters_held(engine: Any) -> int:
     """Elements of the model's parameters that this rank keeps between steps (ZeRO-3's share and persistent
     ones; its own experts).

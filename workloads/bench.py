@@ -32,6 +32,7 @@ from workloads.training.loss import next_token_loss, token_loss
 
 OPTIMIZER_PARAMETERS = 1 << 24  # 16.8 M: 270 MB of state, far beyond any cache
 STREAM_ELEMENTS = 1 << 25
+ON_GPU = 8  # times as many of both: launching 400 MB of traffic takes a tenth of its time there
 MESSAGE_ELEMENTS = 1 << 23  # 32 MB in fp32: a gather of a large layer
 SMALL_ELEMENTS = 64
 LAYERS = 12  # as deep as a real model: two layers, weights and all, would sit in the cache
@@ -189,17 +190,19 @@ def _model(width: int, config: BenchConfig) -> ModelConfig:
 
 def _stream(device: torch.device, seconds: float) -> float:
     """Bytes per second of c = a + b on arrays beyond any cache: two reads and a write (McCalpin's STREAM, 1995)."""
-    a, b = torch.rand(STREAM_ELEMENTS, device=device), torch.rand(STREAM_ELEMENTS, device=device)
+    elements = STREAM_ELEMENTS * (1 if device.type == "cpu" else ON_GPU)
+    a, b = torch.rand(elements, device=device), torch.rand(elements, device=device)
     c = torch.empty_like(a)
-    return 3 * 4 * STREAM_ELEMENTS / _seconds(lambda: torch.add(a, b, out=c), seconds)
+    return 3 * 4 * elements / _seconds(lambda: torch.add(a, b, out=c), seconds)
 
 
 def _optimizer(device: torch.device, seconds: float) -> float:
     """Parameters per second of the fused AdamW step that training uses."""
-    parameter = torch.nn.Parameter(torch.zeros(OPTIMIZER_PARAMETERS, device=device))
+    parameters = OPTIMIZER_PARAMETERS * (1 if device.type == "cpu" else ON_GPU)
+    parameter = torch.nn.Parameter(torch.zeros(parameters, device=device))
     parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer = torch.optim.AdamW([parameter], fused=True)
-    return OPTIMIZER_PARAMETERS / _seconds(lambda: optimizer.step(), seconds)
+    return parameters / _seconds(lambda: optimizer.step(), seconds)
 
 
 def _links(device: torch.device, seconds: float) -> dict[str, float | None]:
@@ -221,6 +224,7 @@ def _links(device: torch.device, seconds: float) -> dict[str, float | None]:
 def _seconds(work: Callable[[], object], seconds: float) -> float:
     """Median time of one call of `work` on the slowest rank, all ranks at work at once, over about `seconds`."""
     work()  # the first call allocates
+    _wait()
     start = time.perf_counter()
     work()
     _wait()

@@ -60,11 +60,13 @@ def _train_here(inputs: WorkerInputs[Any], on_gpu: bool, on_evaluation: OnEvalua
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import torch.distributed
 
+    from workloads.training.device import process_group_backend
     from workloads.training.worker import train
 
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch exports it without saying so
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
+        backend = process_group_backend(on_gpu)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     tell = None if on_evaluation is None else lambda step, found: _tell(on_evaluation, step, found)
     train(inputs, tell)
 

@@ -83,7 +83,7 @@ def test_decoding_step_by_step_is_the_whole_forward_pass(kind: str, changes: dic
         state.write(0, torch.tensor(table)[at // block], at % block, k[0, start:end], v[0, start:end])
         queries = min(block, end - start)
         positions = at.view(-1, queries)
-        plan = state.plan([table] * len(positions), positions.numpy())
+        plan = state.plan([table] * len(positions), positions)
         found.append(state.attend(grouped[at].unflatten(0, (-1, queries)), 0, plan).flatten(0, 1))
     torch.testing.assert_close(torch.cat(found).flatten(1), whole.flatten(1), atol=2e-5, rtol=1e-4)
 

@@ -246,7 +246,7 @@ def test_kl_loss(kind: str) -> None:
 
 
 def test_entropy_and_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 10)  # two rows of five at a time
+    monkeypatch.setattr(losses, "chunk_rows", lambda logits: 2)  # two rows of five at a time
     draw = random.Random(0)
     rows = [[[draw.gauss(0, 3) for _ in range(5)] for _ in range(T)] for _ in range(B)]
     total = []

@@ -146,6 +146,22 @@ def test_soft_to_hard_tends_to_the_hard_choice() -> None:
     assert gaps[0] > gaps[1] > 10 * gaps[2]
 
 
+def test_soft_to_hard_is_balanced_by_what_evaluation_will_choose() -> None:
+    """All experts take all tokens in training, which says nothing of the gate: a collapse is seen, and fought."""
+    made = layer(estimator="soft_to_hard", experts=4, chosen=1, balance={"kind": "switch"})
+    x_BTD = states().abs()
+    with torch.no_grad():
+        made.router.weight.mul_(0.01)[0] = 0.1  # every token prefers expert 0
+    made(x_BTD)
+    assert made.routing is not None
+    assert made.routing.load_E.tolist() == [BATCH * CONTEXT, 0, 0, 0]
+    assert float(balance.load_ratio(made.routing.load_E)) == 4
+    assert int(made.routing.dropped) == 0
+    made.routing.losses["balance"].backward()
+    assert made.router.weight.grad is not None
+    assert float(made.router.weight.grad.abs().max()) > 1e-5
+
+
 @pytest.mark.parametrize("chosen", [1, 2])
 def test_no_edit_reaches_back_at_full_experts(chosen: int) -> None:
     """A token edited so that it wants the fullest expert more than anybody takes no earlier token's slot."""

@@ -138,3 +138,18 @@ def test_random_numbers_are_uniform_and_of_seed_and_count_alone() -> None:
 def test_impossible_parameters_are_named(wrong: dict) -> None:
     with pytest.raises(SpecError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_random_numbers_are_splitmix64_s() -> None:
+    """By Python's own integers, which know no sign."""
+    mask = 2**64 - 1
+
+    def mixed(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    golden, pairs = 0x9E3779B97F4A7C15, [(0, 0), (1, 7), (2**63 - 1, 12_345), (2**62 + 3, 2**40)]
+    states = [mixed((mixed((s + golden) & mask) + (n + 1) * golden) & mask) for s, n in pairs]
+    wanted = [((state >> 32) + 0.5) / 2**32 for state in states]
+    assert uniforms([s for s, _ in pairs], [n for _, n in pairs]).tolist() == wanted

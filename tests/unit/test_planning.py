@@ -24,6 +24,7 @@ from escala.planning.propose import Proposal, candidates, propose
 from escala.schema import ModelConfig, PretrainConfig
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.settings import Settings
+from escala.sweeps import recipes
 
 URI = "http://127.0.0.1:9"  # nothing listens there
 CONFIGURATION: dict[str, Any] = {  # as a sweep stores it
@@ -97,6 +98,18 @@ def test_chi_is_the_recipe_s_attention(stored: Stored) -> None:
     exact = flops_per_token(model, 64).attention / 6 / n
     assert chi.scale * 64 * n**-chi.exponent == pytest.approx(exact, rel=0.3)
     assert 0.2 < chi.exponent < 0.6
+
+
+def test_chi_of_a_window_saturates(stored: Stored) -> None:
+    model = {**CONFIGURATION["model"], "max_context_tokens": 4096, "window_tokens": 64}
+    windowed = replace(stored, provenance={"configuration": {**CONFIGURATION, "model": model}})
+    base, chi = base_of(windowed)["model"], chi_of(windowed, 4096)
+    built = ModelConfig(**{**base, **recipes.shape(1e6, base)})
+    n = parameter_counts(built).n_active
+    exact = flops_per_token(built, 4096).attention / 6 / n
+    assert chi.scale * 4096 * n**-chi.exponent == pytest.approx(exact, rel=0.2)
+    assert chi_of(stored, 4096).scale == pytest.approx(chi_of(stored).scale)
+    assert chi_of(stored, 4096).scale > 10 * chi.scale
 
 
 def test_a_plan_names_what_binds_and_what_it_assumes(home: Path) -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from escala.contract.errors import SpecError
 from workloads.alignment.kl import ProportionalKL, ThresholdKL, kl, kl_loss
 from workloads.alignment.masked import masked_mean, same_shape, sequence_mean, wide
-from workloads.training.loss import CHUNK_LOGITS
+from workloads.training.loss import chunk_rows
 
 __all__ = [
     "ProportionalKL",
@@ -200,14 +200,14 @@ class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(logits, rows)
-        parts = torch.split(rows, max(1, CHUNK_LOGITS // logits.shape[-1]))
+        parts = torch.split(rows, chunk_rows(logits))
         return torch.cat([torch.special.entr(wide(logits[part]).softmax(-1)).sum(-1) for part in parts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, rows = ctx.saved_tensors
-        size = max(1, CHUNK_LOGITS // logits.shape[-1])
+        size = chunk_rows(logits)
         result = torch.zeros_like(logits)
         for part, weight in zip(torch.split(rows, size), torch.split(grad, size), strict=True):
             p = wide(logits[part]).softmax(-1)

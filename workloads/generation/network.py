@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
 from workloads.generation.linear import MIN_ROWS, PackedLinear
-from workloads.model.attention.paged import Ints
 from workloads.model.attention.registry import DecodeState, make_core
 from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
@@ -90,7 +89,8 @@ class Network:
         self._blocks = [_PackedBlock(block) for block in self.model.layers]
         weight_VD = (self.model.unembedding or self.model.embedding).weight
         padding = -len(weight_VD) % VOCAB_STEP
-        self._unembedding = PackedLinear(F.pad(weight_VD, (0, 0, 0, padding)))
+        padded_VD = F.pad(weight_VD, (0, 0, 0, padding)) if padding else weight_VD  # F.pad copies in any case
+        self._unembedding = PackedLinear(padded_VD)
 
     def decode_state(self, blocks: int, block_tokens: int) -> DecodeState:
         """An empty one, of the kind of the model's attention."""
@@ -104,22 +104,25 @@ class Network:
                 differ in a result's last bit: a position must always be computed in the same way.
         """
         device, size = self.like.device, cache.block_tokens
-        positions = np.concatenate([np.arange(p.start, p.start + len(p.tokens)) for p in pieces])
-        blocks = np.concatenate([[p.table[i // size] for i in _span(p)] for p in pieces])
-        where = torch.from_numpy(blocks).to(device), torch.from_numpy(positions % size).to(device)
-        tokens = torch.tensor([t for p in pieces for t in p.tokens], device=device)
+        read = [
+            (t, i, p.table[i // size], i % size)
+            for p in pieces
+            for t, i in zip(p.tokens, _span(p), strict=True)
+        ]
+        # One tensor: a copy to a GPU each would take longer than the rest.
+        tokens, positions, blocks, offsets = torch.tensor(read).t().contiguous().to(device)
         groups = self._groups(pieces, cache, tiled)
         rows = len(tokens)
         spare = max(0, MIN_ROWS - rows)
         x_ND = self.model.embedding(F.pad(tokens, (0, spare)))
-        rotation = self._rotary(torch.from_numpy(positions).to(device), like=x_ND)
+        rotation = self._rotary(positions, like=x_ND)
         for layer, block in enumerate(self._blocks):
             q_NHS, k_NGS, v_NGS = block.project(x_ND, rows, rotation)
-            cache.write(layer, *where, k_NGS, v_NGS)
+            cache.write(layer, blocks, offsets, k_NGS, v_NGS)
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
             x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)
-        ends = torch.tensor(np.cumsum([len(p.tokens) for p in pieces]) - 1, device=device)
+        ends = torch.tensor(list(accumulate(len(p.tokens) for p in pieces)), device=device) - 1
         normed: Tensor = self.model.final_norm(x_ND.index_select(0, ends))
         return normed
 
@@ -154,14 +157,15 @@ class Network:
     ) -> _Group:
         """`row` is that of the first tile's first token. A tile that is not full repeats its last token."""
         device = self.like.device
-        starts = np.array([at for _, at in tiles])
-        counts = np.array([min(queries, p.start + len(p.tokens) - at) for p, at in tiles])
-        offsets_TQ = np.minimum(np.arange(queries)[None], counts[:, None] - 1)
-        take_TQ: Ints = (np.cumsum(counts) - counts)[:, None] + offsets_TQ
-        give = np.flatnonzero(np.arange(queries)[None] < counts[:, None])
-        plan = cache.plan([p.table for p, _ in tiles], starts[:, None] + offsets_TQ)
-        take, give_back = (torch.from_numpy(a).to(device) for a in (take_TQ.ravel(), give))
-        return _Group(plan, slice(row, row + int(counts.sum())), queries, take, give_back)
+        starts_T1 = torch.tensor([[at] for _, at in tiles])
+        counts_T1 = torch.tensor([[min(queries, p.start + len(p.tokens) - at)] for p, at in tiles])
+        place_Q = torch.arange(queries)
+        offsets_TQ = torch.minimum(place_Q, counts_T1 - 1)
+        take_TQ = counts_T1.cumsum(0) - counts_T1 + offsets_TQ
+        give = (place_Q < counts_T1).flatten().nonzero().squeeze(1)
+        plan = cache.plan([p.table for p, _ in tiles], starts_T1 + offsets_TQ)
+        rows = slice(row, row + len(give))
+        return _Group(plan, rows, queries, take_TQ.flatten().to(device), give.to(device))
 
 
 def _span(piece: TokenSpan) -> range:

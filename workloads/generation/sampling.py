@@ -9,11 +9,10 @@ Dimensions: N rows, V vocabulary (padded with -inf), C candidates, the most prob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +21,8 @@ from workloads.generation.protocol import SamplingParams
 CANDIDATES = (
     256  # sorting these is enough for most nuclei; a whole vocabulary of 8,192 takes ten times as long
 )
+# SplitMix64's constants, as the signed numbers with the same bits: int64 wraps as uint64 does, which torch can't shift.
+GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,25 @@ class Draw:
     seen: Iterable[int] = ()
 
 
-def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in (0, 1) for each (seed, counter): SplitMix64's finaliser on both (Steele et al. 2014)."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        state = _mix(np.asarray(seeds, np.uint64) + golden)
-        state = _mix(state + (np.asarray(counters, np.uint64) + np.uint64(1)) * golden)
-    return ((state >> np.uint64(32)).astype(np.float64) + 0.5) / 2**32
+def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> Tensor:
+    """One float64 in (0, 1) for each (seed, counter): SplitMix64's finaliser on both (Steele et al. 2014). On the CPU:
+    the same on every device.
+    """
+    state = _mix(torch.tensor(seeds, dtype=torch.int64) + GOLDEN)
+    state = _mix(state + (torch.tensor(counters, dtype=torch.int64) + 1) * GOLDEN)
+    return (_shifted(state, 32).double() + 0.5) / 2**32
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * MIX_1
+    x = (x ^ _shifted(x, 27)) * MIX_2
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of unsigned numbers: zeros come in from the left."""
+    shifted: Tensor = (x >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
 
 
 def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[float]]:
@@ -102,7 +109,7 @@ def _draw(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:
     if any(p.top_k or p.top_p < 1 or p.min_p for p in (d.params for d in draws)):
         weights_NV.masked_fill_(logits_NV < _cutoff(logits_NV, draws), 0.0)
     cumulative_NV = weights_NV.cumsum(-1, dtype=torch.float64)
-    u_N = torch.from_numpy(uniforms([d.params.seed for d in draws], [d.drawn for d in draws]))
+    u_N = uniforms([d.params.seed for d in draws], [d.drawn for d in draws])
     target_N1 = cumulative_NV[:, -1:] * u_N.to(logits_NV.device).unsqueeze(1)
     return torch.searchsorted(cumulative_NV, target_N1, right=True).squeeze(1)
 
@@ -134,7 +141,7 @@ def _cutoff_among(
     inside_NC = (before_NC < top_p_N1) & (sorted_NC >= by_k_N1)
     by_p_N1 = sorted_NC.masked_fill(~inside_NC, infinity).amin(-1, keepdim=True)
     by_p_N1 = torch.where(top_p_N1 < 1, by_p_N1, -infinity)
-    log_min_p = [[float(np.log(p.min_p)) if p.min_p else -infinity] for p in params]
+    log_min_p = [[math.log(p.min_p) if p.min_p else -infinity] for p in params]
     by_min_p_N1 = sorted_NC[:, :1] + torch.tensor(log_min_p, device=device)
     enough = bool((~inside_NC[:, -1:] | (top_p_N1 == 1)).all())
     return torch.maximum(torch.maximum(by_k_N1, by_p_N1), by_min_p_N1), enough

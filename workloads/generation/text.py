@@ -7,10 +7,12 @@ could change is held back (half a character; a run of bytes, which a stray one t
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from workloads.data.decoding import REPLACEMENT, decoding_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class TextStream:

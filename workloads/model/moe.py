@@ -37,7 +37,7 @@ class Routing:
     Attributes:
         losses: weighted, with their graph, by name.
         probability_E: p, the mean routing probability.
-        load_E: tokens that chose each expert, dropped ones included.
+        load_E: tokens that chose each expert, dropped ones included; soft to hard: that evaluation would send there.
         dropped: choices that found no slot.
         entropy: mean entropy of a token's gate, in nats.
         balance_weight: lambda in force; 0 without a balance loss.
@@ -117,9 +117,14 @@ class MixtureOfExperts(nn.Module):
         return out_BTD
 
     def _account(self, logits_NE: Tensor, sent: Dispatch, limit: int | None) -> Routing:
-        """Auxiliary losses and figures, of the logits before noise."""
+        """Auxiliary losses and figures, of the logits before noise. Soft to hard, all experts take all tokens, which is
+        even whatever the router prefers: the load is that of the k which evaluation would choose.
+        """
         moe, tokens = self.moe, len(logits_NE)
         log_g_NE, load_E = logits_NE.log_softmax(dim=-1), sent.load_E.to(logits_NE.dtype)
+        if moe.trained_experts > moe.chosen:
+            chosen_NK = logits_NE.topk(moe.chosen, dim=-1).indices
+            load_E = chosen_NK.flatten().bincount(minlength=moe.experts).to(logits_NE.dtype)
         log_p_E = balance.log_mean_probability(log_g_NE)
         losses, weight = {}, logits_NE.new_zeros(())
         if moe.balance is not None:
@@ -137,7 +142,7 @@ class MixtureOfExperts(nn.Module):
                 tokens=tokens,
                 probability_E=log_p_E.exp(),
                 load_E=load_E,
-                dropped=load_E.sum() - sum(sent.sizes),
+                dropped=sent.load_E.sum().to(load_E.dtype) - sum(sent.sizes),
                 entropy=balance.entropy(log_g_NE),
                 balance_weight=weight,
                 losses=losses,

@@ -19,7 +19,7 @@ class RewardReplica:
 
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)
-        self._reward = await asyncio.to_thread(build_reward, self.config.reward, _device(torch))
+        self._reward = await asyncio.to_thread(build_reward, self.config.reward, _device(torch, self.config))
         self._turn = asyncio.Lock()  # a forward pass at a time: more threads than cores cost up to 10x
 
     async def score(self, prompts: list[Any], responses: list[str]) -> list[float]:
@@ -44,7 +44,9 @@ class JudgeReplica:
         await begin(self.config)
         if self.config.judge is None:
             raise ValueError("a judge was deployed without a judge section")
-        self._first_wins = await asyncio.to_thread(load_judge_model, self.config.judge, _device(torch))
+        self._first_wins = await asyncio.to_thread(
+            load_judge_model, self.config.judge, _device(torch, self.config)
+        )
         self._turn = asyncio.Lock()
 
     async def compare(self, prompts: list[Any], first: list[str], second: list[str]) -> list[float]:
@@ -62,5 +64,6 @@ class JudgeReplica:
         await end(self.config)
 
 
-def _device(torch: Any) -> Any:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(torch: Any, config: ServeConfig) -> Any:
+    """Not by `torch.cuda.is_available()`: a replica without a GPU of its own may see another's."""
+    return torch.device("cuda" if config.replica_gpus else "cpu")

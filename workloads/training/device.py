@@ -15,8 +15,17 @@ def device_of(resources: ResourcesConfig) -> torch.device:
     return torch.device("cuda" if resources.gpus_per_worker else "cpu")
 
 
+def process_group_backend(on_gpu: bool) -> str:
+    """What the ranks talk through. On GPUs, too, gloo for tensors on the CPU, which NCCL refuses: PPO's columns,
+    and what all ranks agree on.
+    """
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+
 def set_up_torch(resources: ResourcesConfig) -> None:
-    """Set threads and determinism: the same seed and world size give the same bits."""
+    """Set threads, and on CPUs determinism: there the same seed and world size give the same bits. On GPUs the order
+    of sums is the kernels' own (SDPA's backward pass, embedding's), and the last bits of a loss may differ.
+    """
     torch.set_num_threads(resources.threads_per_worker)  # oversubscribed OpenMP costs up to 10x
     if resources.gpus_per_worker:
         return

@@ -13,6 +13,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from escala.schema import ResourcesConfig
+from workloads.training.device import process_group_backend
 from workloads.training.entry import WorkerInputs
 
 TRAIN_ENVIRONMENT = {
@@ -71,7 +72,7 @@ def start_workers(
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(backend=process_group_backend(on_gpu)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=on_gpu,

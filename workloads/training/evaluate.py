@@ -43,7 +43,8 @@ def held_out_sums(
     if total is None:
         raise ValueError("there are no held-out examples")
     torch.distributed.all_reduce(total)
-    return list(map(float, total))
+    sums_of_all: list[float] = total.tolist()  # one wait for a GPU, not one a number
+    return sums_of_all
 
 
 def held_out_rows(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from escala.schema import TrainingConfig
 from workloads.model.weights import MASTER
+from workloads.training.optimizer import adamw, parameter_groups
 from workloads.training.own_experts import OwnExperts, empty_moments, take_shares
 
 os.environ.setdefault(
@@ -67,23 +68,11 @@ STATE_KEYS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 MAX_BUCKET = 50_000_000  # elements of a reduce bucket; DeepSpeed's 5e8 would be 2 GB a rank in fp32
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and the rest (norms, biases), which do not. A tied weight counts
-    once.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def deepspeed_config(
     training: TrainingConfig, micro_batch: int, micro_steps: int, parameters: int, clips: bool = True
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for `training`; `parameters` bounds the buckets, `clips`: it clips gradients."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = os.environ["DS_ACCELERATOR"] == "cuda"  # not is_available: a job on CPUs may see a GPU
     bucket = min(MAX_BUCKET, parameters)
     zero: dict[str, Any] = {
         "stage": training.zero_stage,
@@ -133,16 +122,11 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
         verbose=False,
         dist_init_required=False,
     )
-    settings = training.optimizer
-    adamw = partial(
-        torch.optim.AdamW,
-        lr=0.0,  # set_learning_rate sets it; DeepSpeed's own first step (below) must not decay the weights
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    make_adamw = partial(
+        adamw, training.optimizer
+    )  # its rate of 0: DeepSpeed's own first step (below) decays nothing
     shares = take_shares(model)
-    optimizer = adamw(parameter_groups(model, settings.weight_decay))
+    optimizer = make_adamw(parameter_groups(model, training.optimizer.weight_decay))
     parameters = sum(p.numel() for p in model.parameters())
     config = deepspeed_config(training, micro_batch, micro_steps, parameters, clips=not shares)
     with contextlib.redirect_stdout(
@@ -155,7 +139,7 @@ def make_engine(model: nn.Module, training: TrainingConfig, micro_batch: int, mi
         # It creates Adam's state by a step without gradients, which would decay the weights (hence the rate
         # of 0) and count as the first update in the bias correction (hence this).
         engine.basic_optimizer.state.clear()
-    engine.own_experts = OwnExperts(shares, engine.device, training, adamw) if shares else None
+    engine.own_experts = OwnExperts(shares, engine.device, training, make_adamw) if shares else None
     if training.zero_stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # with one rank it only copies all gradients there and back
     return engine

@@ -11,7 +11,7 @@ from escala.cli.render_laws import caveats, interval
 from escala.contract.errors import SpecError
 
 if TYPE_CHECKING:
-    from escala.hardware import Cluster, Precision
+    from escala.schema.hardware import Cluster, Precision
     from escala.views.costs import CostView, ResolvedSpecView
     from escala.views.plans import ExplorationView, ObtainedView, PlanView, ProposalsView, TargetView
 

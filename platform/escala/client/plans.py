@@ -12,9 +12,9 @@ from escala.views.jobs import JobView
 from escala.views.plans import ExplorationView, PlanView, ProposalsView, TargetView
 
 if TYPE_CHECKING:
-    from escala.hardware import Cluster
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
+    from escala.schema.hardware import Cluster
 
 
 class PlanMethods(Home):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from escala import documents, spec
 from escala.contract.errors import NotFoundError, SpecError, StateError
 from escala.contract.records import JobFiles
-from escala.hardware import Cluster
 from escala.jobs import actions
 from escala.planning.cost import cost
 from escala.report import Report, silent
 from escala.schema import BenchConfig, PretrainConfig
+from escala.schema.hardware import Cluster
 from escala.schema.workloads import BENCH, get_workload
 from escala.settings import Settings
 

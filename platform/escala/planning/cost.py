@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from escala.contract.errors import SpecError
-from escala.hardware import Cluster, Device, Precision
 from escala.schema import ModelConfig, TrainedConfig
 from escala.schema.flops import (
     exchanged_elements_per_token,
@@ -23,6 +22,7 @@ from escala.schema.flops import (
     trained_parameters,
     training_flops_per_token,
 )
+from escala.schema.hardware import Cluster, Device, Precision
 
 FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments

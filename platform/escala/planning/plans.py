@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from escala import spec
 from escala.contract.errors import LawError, SpecError
-from escala.hardware import Cluster, Precision, load_cluster
+from escala.hardware import load_cluster
 from escala.laws import queries as laws
 from escala.laws.reference import Stored
 from escala.planning import cost
 from escala.planning.allocate import allocate, front, to_target
 from escala.planning.limits import Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
+from escala.schema.hardware import Cluster, Precision
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
     """
     context = options.context_tokens or _context(stored)
     in_law = "context_tokens" in stored.law.form.columns
-    chi = Chi() if context is None and not in_law else chi_of(stored)
+    chi = Chi() if context is None and not in_law else chi_of(stored, context)
     assumed = [
         f"C = {options.kappa:g} N D"
         + (f" (1 + {chi.scale:.3g} T N^-{chi.exponent:.3g})" if chi.scale else "")
@@ -151,8 +152,11 @@ def _context(stored: Stored) -> float | None:
     return None if tokens is None else float(tokens)
 
 
-def chi_of(stored: Stored) -> Chi:
-    """chi(N, T) of the recipe's shapes: attention's share of the FLOPs (docs/theory D.2), by regression over N."""
+def chi_of(stored: Stored, context: float | None = None) -> Chi:
+    """chi(N, T) of the recipe's shapes: attention's share of the FLOPs (docs/theory D.2), by regression over N.
+
+    It is exact at `context` (None: the longest that the law knows, or 1): a window's cost does not grow with T.
+    """
     import numpy as np
 
     from escala.schema import ModelConfig
@@ -161,6 +165,7 @@ def chi_of(stored: Stored) -> Chi:
 
     base = base_of(stored).get("model", {})
     low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
+    tokens = max(1, round(context or stored.law.ranges.get("context_tokens", (1.0, 1.0))[1]))
     sizes, shares = [], []
     for n in np.geomspace(low, 100 * high, 9):
         try:
@@ -169,7 +174,7 @@ def chi_of(stored: Stored) -> Chi:
             continue
         count = parameter_counts(model).n_active
         sizes.append(math.log(count))
-        shares.append(math.log(flops_per_token(model, 1).attention / 6 / count))
+        shares.append(math.log(flops_per_token(model, tokens).attention / tokens / 6 / count))
     if len(sizes) < 2:
         return Chi()
     slope, intercept = np.polyfit(sizes, shares, 1)

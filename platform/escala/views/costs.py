@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from escala.hardware import Cluster
+from escala.schema.hardware import Cluster
 from escala.views.base import View
 
 if TYPE_CHECKING:

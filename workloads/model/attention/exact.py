@@ -47,13 +47,17 @@ class ExactCore:
             window = (-1, -1) if self._window is None else (self._window - 1, 0)
             out: Tensor = _flash().flash_attn_func(q_BTHS, k_BTGS, v_BTGS, causal=True, window_size=window)
             return out
+        q_BHTS, k_BGTS, v_BGTS = (x.transpose(1, 2) for x in (q_BTHS, k_BTGS, v_BTGS))
+        each = q_BTHS.shape[2] // k_BTGS.shape[2]
+        if each > 1 and not _takes_grouped_heads(q_BTHS, prepared):
+            k_BGTS, v_BGTS = (x.repeat_interleave(each, dim=1) for x in (k_BGTS, v_BGTS))
         output_BHTS = F.scaled_dot_product_attention(
-            q_BTHS.transpose(1, 2),
-            k_BTGS.transpose(1, 2),
-            v_BTGS.transpose(1, 2),
+            q_BHTS,
+            k_BGTS,
+            v_BGTS,
             attn_mask=prepared,
             is_causal=prepared is None,
-            enable_gqa=q_BTHS.shape[2] != k_BTGS.shape[2],  # on CPU faster than repeating keys and values
+            enable_gqa=q_BHTS.shape[1] != k_BGTS.shape[1],
         )
         return output_BHTS.transpose(1, 2)
 
@@ -72,6 +76,16 @@ make_core = ExactCore
 def _flash() -> Any:
     """The flash_attn module, or None where it is not installed."""
     return importlib.import_module("flash_attn") if importlib.util.find_spec("flash_attn") else None
+
+
+def _takes_grouped_heads(q_BTHS: Tensor, mask: Tensor | None) -> bool:
+    """Whether SDPA has a fast kernel for fewer key/value heads: on CPU, where it beats repeating them; on CUDA in half
+    precision and without a mask. Its memory-efficient kernel, which takes the rest, wants equal heads; without it all
+    scores, (B, H, T, T), would be in memory.
+    """
+    if q_BTHS.device.type == "cpu":
+        return True
+    return mask is None and q_BTHS.dtype in (torch.float16, torch.bfloat16)
 
 
 def _flash_fits(q_BTHS: Tensor) -> bool:

@@ -16,12 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ints = npt.NDArray[np.int64]
 REGISTER = 16  # fp32 numbers: softmax sums a row shorter than this in another order than a padded one
 
 
@@ -63,7 +60,7 @@ class PagedCache:
         self.keys[layer, blocks, :, offsets] = k_NGS
         self.values[layer, blocks, :, offsets] = v_NGS
 
-    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Ints) -> TilePlan:
+    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Tensor) -> TilePlan:
         """See `plan_tiles`."""
         return plan_tiles(tables, positions_TQ, self.block_tokens, self.window_tokens, self.keys.device)
 
@@ -99,7 +96,7 @@ class TilePlan:
 
 def plan_tiles(
     tables: Sequence[Sequence[int]],
-    positions_TQ: Ints,
+    positions_TQ: Tensor,
     block_tokens: int,
     window: int | None,
     device: torch.device,
@@ -108,50 +105,53 @@ def plan_tiles(
 
     Args:
         tables: of each tile, its request's blocks in the order of positions.
-        positions_TQ: ascending along Q.
+        positions_TQ: ascending along Q, int64 on the CPU, where all of the plan is made.
     """
-    first, last = np.zeros(len(tables), np.int64), positions_TQ[:, -1] // block_tokens
+    last_T = positions_TQ[:, -1] // block_tokens
+    first_T = torch.zeros_like(last_T)
     if window is not None:
-        first = np.maximum(positions_TQ[:, 0] - window + 1, 0) // block_tokens
-    counts = last - first + 1
-    tiles, places = len(tables), max(int(counts.max()), -(-REGISTER // block_tokens))
-    tile = np.repeat(np.arange(tiles), counts)
-    place = np.arange(len(tile)) + np.repeat(np.arange(tiles) * places - np.cumsum(counts) + counts, counts)
-    block = np.concatenate(
-        [table[a : z + 1] for table, a, z in zip(tables, first.tolist(), last.tolist(), strict=True)]
-    )
+        first_T = (positions_TQ[:, 0] - window + 1).clamp(min=0) // block_tokens
+    counts_T = last_T - first_T + 1
+    tiles, places = len(tables), max(int(counts_T.max()), -(-REGISTER // block_tokens))
+    shift_T = torch.arange(tiles) * places - counts_T.cumsum(0) + counts_T
+    tile = torch.arange(tiles).repeat_interleave(counts_T)
+    place = torch.arange(len(tile)) + shift_T[tile]
+    spans = zip(tables, first_T.tolist(), last_T.tolist(), strict=True)
+    block = torch.tensor([b for table, a, z in spans for b in table[a : z + 1]])
     in_place = device.type == "cpu" and positions_TQ.shape[1] == 1
     low, span, view_tile, row, extra = _choose_view(block, tile, in_place)
-    slot, filled = np.zeros(tiles * places, np.int64), np.zeros((tiles * places, 1, 1, 1), np.float32)
-    slot[place], filled[place] = row, 1
-    home = np.zeros(span + len(extra), np.int64)
+    slot, filled = torch.zeros(tiles * places, dtype=torch.int64), torch.zeros(tiles * places, 1, 1, 1)
+    slot[place], filled[place] = row, 1.0
+    home = torch.zeros(span + len(extra), dtype=torch.int64)
     home[row] = place
-    keys = first[:, None] * block_tokens + np.arange(places * block_tokens)
-    distance = positions_TQ[:, :, None] - keys[:, None, :]
-    seen = (distance >= 0) & (distance < (window or np.inf))
-    bias = np.where(seen, np.float32(0), np.float32("-inf"))
-    arrays = (view_tile, block[extra], tile[extra], slot, home, filled, bias)
-    tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    tensors[-1] = tensors[-1].view(tiles, 1, -1, 1, places, block_tokens)
-    return TilePlan(low, span, *tensors)
+    keys_TP = first_T[:, None] * block_tokens + torch.arange(places * block_tokens)
+    distance_TQP = positions_TQ[:, :, None] - keys_TP[:, None, :]
+    unseen_TQP = distance_TQP < 0
+    if window is not None:
+        unseen_TQP |= distance_TQP >= window
+    bias = torch.zeros(distance_TQP.shape).masked_fill_(unseen_TQP, float("-inf"))
+    bias = bias.view(tiles, -1, 1, places, block_tokens).unsqueeze(1)
+    tensors = (view_tile, block[extra], tile[extra], slot, home, filled, bias)
+    return TilePlan(low, span, *(tensor.to(device) for tensor in tensors))
 
 
-def _choose_view(block: Ints, tile: Ints, in_place: bool) -> tuple[int, int, Ints, Ints, Ints]:
+def _choose_view(block: Tensor, tile: Tensor, in_place: bool) -> tuple[int, int, Tensor, Tensor, Tensor]:
     """(low, span, tile of each block in place, row of each pair, pairs whose blocks are copied).
 
     A copied block costs about twice one read in place (CPU), so a view up to half idle is taken.
     """
-    used, pair = np.unique(block, return_index=True)
-    low, span = int(used[0]), int(used[-1] - used[0] + 1)
+    pairs = torch.arange(len(block))
+    low, high = (int(end) for end in block.aminmax())
+    span = high - low + 1
+    first_pair = torch.full((span,), len(block)).scatter_reduce_(0, block - low, pairs, "amin")
+    used = (first_pair < len(block)).nonzero().squeeze(1)
     if not in_place or span > 2 * len(used):
-        everything = np.arange(len(block))
-        return 0, 0, np.zeros(0, np.int64), everything, everything
-    view_tile = np.zeros(span, np.int64)
-    view_tile[used - low] = tile[pair]
-    row, again = block - low, np.ones(len(block), bool)
-    again[pair] = False
-    extra = np.flatnonzero(again)
-    row[extra] = span + np.arange(len(extra))
+        return 0, 0, pairs[:0], pairs, pairs
+    view_tile = torch.zeros(span, dtype=torch.int64)
+    view_tile[used] = tile[first_pair[used]]
+    row = block - low
+    extra = (first_pair[row] != pairs).nonzero().squeeze(1)
+    row[extra] = span + torch.arange(len(extra))
     return low, span, view_tile, row, extra
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from escala.schema import ModelConfig
-from workloads.model.attention.paged import Ints
 
 
 class AttentionCore(Protocol):
@@ -47,12 +46,13 @@ class DecodeState(Protocol):
 
     block_tokens: int
 
-    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Ints) -> Any:
+    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Tensor) -> Any:
         """How the tiles of one forward pass read the state, the same for all layers.
 
         Args:
             tables: of each tile, its request's blocks in the order of positions.
-            positions_TQ: where its queries stand, ascending along Q; each sees positions up to its own.
+            positions_TQ: where its queries stand, int64 on the CPU, ascending along Q; each sees positions up to its
+                own.
         """
         ...
 

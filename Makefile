@@ -10,7 +10,7 @@ SHARD ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench fuzz hooks clean
+.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench fuzz idle hooks clean
 
 help:  # what can be made, and how long it takes
 	@echo 'make TARGET; all but test-gpu and clean set up first'
@@ -39,13 +39,21 @@ test-fast: setup  # what starts no cluster and is not slow: 3 minutes
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (ray or docs or nightly or gpu or slow)" $(PYTEST_OPTIONS)
 
 test-docs: setup  # journeys: the commands of README and docs, the demos, a cluster that grows: 45 minutes
+	$(BIN)/pytest -q -m "not docs" tests/docs/test_pages.py
 	$(BIN)/pytest -m docs $(PYTEST_OPTIONS)
 
 test-nightly: setup  # the long rest and test-docs: 90 minutes; SHARD=COMMIT: one part, 10 minutes
 	$(BIN)/pytest -m "nightly or docs" $(if $(SHARD),--shard $(SHARD)) $(PYTEST_OPTIONS)
 
+test-gpu:  # one CUDA card, with torch >= 2.11, pydantic and pytest alone: 8 minutes; skipped without a card
+	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3); \
+	$$python -c 'import torch, pydantic, pytest' || \
+		{ echo 'make test-gpu: pip install "torch>=2.11" pydantic pytest'; exit 1; }; \
+	PYTHONPATH=platform:. $$python -m pytest --confcutdir=tests/gpu tests/gpu -q \
+		-W ignore::pytest.PytestConfigWarning $(PYTEST_OPTIONS)
+
 docs: setup  # the documentation site, into site/: 20 seconds
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 architecture: setup  # docs/architecture.md, from the imports: 5 seconds
 	$(BIN)/python docs/generate_architecture.py
@@ -70,6 +78,9 @@ bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 
 fuzz: setup  # hostile requests and clients that leave, against the rollout service: 5 minutes
 	$(BIN)/python benchmarks/fuzz_requests.py
+
+idle: setup  # what an escala costs that does nothing, by process: 13 minutes
+	$(BIN)/python benchmarks/idle.py
 
 hooks: setup  # run lint's quick checks before every commit: a second
 	$(BIN)/pre-commit install

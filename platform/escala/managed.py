@@ -37,27 +37,24 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
 
 def ray_command(settings: Settings) -> Command:
-    """The head. `--block` makes it end, and end its children, within a second of any of their deaths
-    (measured).
-    """
-    client_port, autoscaler_metrics, dashboard_metrics = _free_ports(3)
+    """The head (`escala.ray_head`, which says what runs in it)."""
+    (dashboard_metrics,) = _free_ports(1)
     arguments = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        "--node-ip-address", "127.0.0.1", "--port", str(settings.ray_port),
-        "--dashboard-host", "127.0.0.1", "--dashboard-port", str(settings.ray_dashboard_port),
-        "--num-cpus", str(settings.num_cpus), "--temp-dir", str(ray_directory(settings)),
-        "--ray-client-server-port", str(client_port),  # cannot be turned off; its default is fixed
-        "--dashboard-agent-listen-port", "0",  # the default is fixed: a second home would collide
-        "--min-worker-port", "0", "--max-worker-port", "0",  # else 10002-19999, which may hold ray_port
-        "--disable-usage-stats", "--log-color", "false",
+        sys.executable, "-m", "escala.ray_head",
+        "--port", str(settings.ray_port), "--dashboard-port", str(settings.ray_dashboard_port),
+        "--num-cpus", str(settings.num_cpus), "--directory", str(ray_directory(settings)),
     ]  # fmt: skip
     environment = ray_environment(settings) | {
         # Workers write their title over their environment, and our mark with it, unless told not to.
         "SPT_NOENV": "1",
         # Ray's default of 15 lets anything else on the machine go before a training step.
         "RAY_worker_niceness": "0",
-        "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+        # What an idle head need not do (benchmarks/idle.py); private to Ray 2.60:
+        "RAY_enable_metrics_collection": "0",  # for Prometheus: each process would send some every 10 s
+        "METRICS_RECORD_INTERVAL_S": "3600",  # the dashboard's own: it read memory maps every 5 s
+        "RAY_prestart_worker_first_driver": "0",  # for the job server's own driver, which uses none
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new log files twice a second, not ten times
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     ports = {settings.ray_port: "ESCALA_RAY_PORT", settings.ray_dashboard_port: "ESCALA_RAY_DASHBOARD_PORT"}
@@ -70,10 +67,10 @@ def ray_command(settings: Settings) -> Command:
 
 
 def mlflow_command(settings: Settings) -> Command:
-    """The MLflow server, on SQLite. One worker (720 MB) is enough: metrics come in batches."""
+    """The MLflow server (`escala.mlflow_server`), on SQLite. One worker (280 MB) is enough: metrics come in batches."""
     port, home = settings.mlflow_port, settings.home
     arguments = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        sys.executable, "-m", "escala.mlflow_server", "--host", "127.0.0.1", "--port", str(port),
         "--workers", "1", "--backend-store-uri", "sqlite:///../mlflow.db",  # from HOME/run, where it is started: an
         # absolute path with ?, # or % would be cut or decoded on its way through MLflow's URL
         "--artifacts-destination", (home / "mlflow-artifacts").as_uri(), "--serve-artifacts",

@@ -32,27 +32,50 @@ class Settings(BaseSettings):
         populate_by_name=True,
     )
 
-    home: Path = Path("~/.escala")
-    database_url: str = ""  # filled in: sqlite:///HOME/escala.db
-    ray_address: str | None = None  # HOST:PORT of an existing head; None: the embedded one
-    ray_dashboard: str = ""  # the existing head's dashboard and job server; filled in: http://HOST:8265
-    tracking_uri: str | None = Field(  # an existing MLflow; None: the embedded one
-        default=None, validation_alias=AliasChoices("ESCALA_TRACKING_URI", "MLFLOW_TRACKING_URI")
+    home: Path = Field(
+        Path("~/.escala"),
+        description="where escala keeps its things; on storage that drivers and workers share",
     )
-    ray_port: int = Field(default=6399, ge=1024, le=65535)
-    ray_dashboard_port: int = Field(default=8299, ge=1024, le=65535)
-    mlflow_port: int = Field(default=5099, ge=1024, le=65535)
+    database_url: str = Field(
+        "", description="the queue of jobs, postgresql+psycopg://... too; empty: sqlite:///HOME/escala.db"
+    )
+    ray_address: str | None = Field(
+        None, description="HOST:PORT of the head of a Ray cluster that runs already; None: the embedded one"
+    )
+    ray_dashboard: str = Field(
+        "", description="that head's dashboard and job server, a URL; empty: http://HOST:8265"
+    )
+    tracking_uri: str | None = Field(
+        None,
+        validation_alias=AliasChoices("ESCALA_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+        description="an MLflow that runs already; None: the embedded one",
+    )
+    ray_port: int = Field(6399, ge=1024, le=65535, description="of the embedded head")
+    ray_dashboard_port: int = Field(8299, ge=1024, le=65535, description="of the embedded head's dashboard")
+    mlflow_port: int = Field(5099, ge=1024, le=65535, description="of the embedded MLflow server")
     max_running_jobs: int = Field(
-        default=2, ge=1, le=100_000
-    )  # jobs that run at once; the rest wait in the queue
-    num_cpus: int = Field(default_factory=lambda: max(os.cpu_count() or 1, 4), ge=1, le=100_000)
-    """Logical CPUs of the embedded head. More than the machine has: a waiting driver holds one and uses none.
-    """
+        2, ge=1, le=100_000, description="jobs that run at once; the rest wait in the queue"
+    )
+    num_cpus: int = Field(
+        default_factory=lambda: max(os.cpu_count() or 1, 4),
+        ge=1,
+        le=100_000,
+        description="logical CPUs of the embedded head; by default more than the machine has where it has few: a "
+        "waiting driver holds one and uses none",
+    )
     start_seconds: float = Field(
-        default=300.0, gt=0, le=1e6, allow_inf_nan=False
-    )  # how long a managed process may take until it answers
-    cluster: str = Field(default="local", min_length=1)  # its prices and energy, for records and plans
-    experiment: str = Field(default="escala", min_length=1, max_length=500)
+        300.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="how long a managed process may take until it answers",
+    )
+    cluster: str = Field(
+        "local",
+        min_length=1,
+        description="whose prices and energy records and plans use: a name in clusters/, or a YAML file",
+    )
+    experiment: str = Field("escala", min_length=1, max_length=500, description="MLflow's, that runs go to")
 
     def __init__(self, **values: Any) -> None:
         """From the environment; `values` go first. Raises SpecError that names the variable."""
@@ -131,9 +154,11 @@ class RolloutsSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ESCALA_ROLLOUTS_", frozen=True, extra="ignore")
 
-    host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=8199, ge=1024, le=65535)  # Serve's own default is 8000
-    token: SecretStr | None = Field(default=None, min_length=16)
+    host: str = Field("127.0.0.1", min_length=1, description="address that the service listens on")
+    port: int = Field(8199, ge=1024, le=65535, description="that it listens on; Serve's own default is 8000")
+    token: SecretStr | None = Field(
+        None, min_length=16, description="bearer token of every request; None: no token"
+    )
 
     def __init__(self, **values: Any) -> None:
         """From the environment; `values` go first. Raises SpecError that names the variable."""

@@ -33,12 +33,21 @@ MOST_TOLD = 10  # of what is wrong with a file, in one message
 class JobOptions(Strict):
     """How a job is queued and bounded. Budgets sum over the job's attempts."""
 
-    name: str | None = Field(None, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(
+        None,
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="for people; need not be unique",
+    )
     priority: int = Field(50, ge=0, le=100, description="higher first; equal ones first in, first out")
     retries: int = Field(2, ge=0, le=100, description="new attempts after a lost worker, node or driver")
     after: str | None = Field(None, description="a job that must succeed first")
-    max_flops: float | None = Field(None, gt=0)
-    max_seconds: float | None = Field(None, gt=0)
+    max_flops: float | None = Field(
+        None, gt=0, description="budget: at it a checkpoint is written and the job ends"
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="budget: at it a checkpoint is written and the job ends"
+    )
     idempotency_key: str | None = Field(
         None, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="again: the same job"
     )

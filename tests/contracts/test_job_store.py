@@ -90,6 +90,16 @@ class TestJobStore:
         assert (job.resume_from, job.tags, job.max_seconds) == ("/checkpoints", {"team": "x"}, 12.5)
         assert [e.state for e in store.events(job.id)] == ["queued"]
 
+    def test_work_is_what_is_queued_or_under_way(self, store):
+        assert not store.has_work()
+        store.submit(NEW)
+        assert store.has_work()
+        (job,) = store.queue(1)
+        store.claim_start(job)
+        assert store.has_work()
+        store.finish(store.get(job.id), Outcome("succeeded"), Usage())
+        assert not store.has_work()
+
     def test_the_same_key_is_the_same_job(self, store):
         first = store.submit(replace(NEW, idempotency_key="night 1"))
         again = replace(

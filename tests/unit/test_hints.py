@@ -43,7 +43,8 @@ THEIRS = {
     "--password",
     "--porcelain",
     "--block",
-}  # git's, pip's, Ray's
+    "--backend-store-uri",
+}  # git's, pip's, Ray's, MLflow's
 MODULES = {"--to", "--pairs", "--adapter", "--seed"}  # of `python -m workloads...`
 SECTIONS = (
     "training",
@@ -57,6 +58,7 @@ SECTIONS = (
     "advantage",
     "kl",
 )
+PAGES = ("", "tutorials", "how-to")  # folders of docs, of pages that are written by hand for users
 Command = Any  # click's
 
 
@@ -135,9 +137,24 @@ def documented() -> Iterator[tuple[str, list[str]]]:
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "benchmarks").glob("*.md"),
     ]:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines(), 1):
             for found in re.finditer(r"(?:^|`|\$ |; |&& |\| )escala ([a-z][^`;|]*)", line):
                 yield f"{path.relative_to(ROOT)}:{number}", found[1].split()
+
+
+@cache
+def code_of_pages() -> list[tuple[str, str]]:
+    """(file:line, text) of what the pages for users set as code within their sentences."""
+    pages = [ROOT / "README.md", *(p for folder in PAGES for p in (ROOT / "docs" / folder).glob("*.md"))]
+    found = []
+    for path in pages:
+        fenced = False
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            fenced ^= line.startswith("```")
+            if not fenced:
+                spans = re.findall(r"`([^`]+)`", line)
+                found += [(f"{path.relative_to(ROOT)}:{number}", text) for text in spans]
+    return found
 
 
 def test_every_command_that_a_text_or_a_document_names_has_its_help(
@@ -155,6 +172,12 @@ def test_every_command_that_a_document_names_is_there() -> None:
     found = list(documented())
     assert len(found) > 40
     assert not [f"{where}: escala {' '.join(words)}" for where, words in found if not verbs(words)]
+    wrong = [
+        f"{where}: {why}"
+        for where, words in found
+        if not where.startswith("benchmarks") and (why := mistake([w.rstrip(".,:)") for w in words]))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_command_that_a_text_names_is_there() -> None:
@@ -196,6 +219,12 @@ def test_every_option_that_a_text_names_is_there() -> None:
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
         if option not in known
     ]
+    wrong += [
+        f"{where}: {option}"
+        for where, text in code_of_pages()
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+        if option not in known
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -204,7 +233,7 @@ def test_every_variable_that_a_text_names_is_there() -> None:
     known |= {f"ESCALA_ROLLOUTS_{name.upper()}" for name in RolloutsSettings.model_fields}
     wrong = [
         f"{where}: {name}"
-        for where, text in strings()
+        for where, text in [*strings(), *code_of_pages()]
         for name in re.findall(r"\bESCALA_[A-Z_]+", text)
         if name not in known
     ]
@@ -240,6 +269,7 @@ def test_every_key_of_a_spec_that_a_text_names_is_there() -> None:
     named = [
         (where, key) for where, text in strings() if " " in text.strip() for key in pattern.findall(text)
     ]
+    named += [(where, key) for where, text in code_of_pages() for key in pattern.findall(text)]
     assert len(named) > 20
     wrong = [f"{where}: {key}" for where, key in named if key not in known and not is_module(key)]
     assert not wrong, "\n".join(wrong)

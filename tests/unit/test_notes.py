@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from escala.contract.records import AttemptSpec, JobFiles, RunRecord, write_json
 from escala.tracking.children import FamilyDelivery
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.notes import command_tag, run_note, start_tags
-from escala.tracking.pages import find_runs_page, run_page, runs_page, shown, table_beside
+from escala.tracking.pages import find_runs_page, has_running_run, run_page, runs_page, shown, table_beside
 from escala.tracking.spool import SpoolTracker, read_events
 
 MODEL = {"n_layers": 2, "d_model": 16, "n_heads": 2, "vocab_size": 300}
@@ -149,13 +150,28 @@ def test_addresses_lead_to_the_table_of_runs_and_hold_no_password() -> None:
     assert shown("http://127.0.0.1:5099") == "http://127.0.0.1:5099"
 
 
-def test_the_table_of_an_experiment_is_found_by_its_name() -> None:
+@pytest.fixture
+def tracker() -> Iterator[str]:
+    """The address of what answers like MLflow: one experiment, "my runs", with one running run, whose key is law:1."""
+
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = self.path.endswith("get-by-name?experiment_name=my+runs")
-            self.send_response(200 if known else 404)
+            if self.path.endswith("get-by-name?experiment_name=my+runs"):
+                self.answer(200, {"experiment": {"experiment_id": "3"}})
+            else:
+                self.answer(404, {"error_code": "RESOURCE_DOES_NOT_EXIST"})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if "RUNNING" not in asked["filter"] or asked["experiment_ids"] != ["3"]:
+                self.answer(400, {"error_code": "INVALID_PARAMETER_VALUE"})
+            else:
+                self.answer(200, {"runs": [{}]} if "`key` LIKE 'law:%'" in asked["filter"] else {})
+
+        def answer(self, status: int, body: dict[str, Any]) -> None:
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(json.dumps({"experiment": {"experiment_id": "3"}}).encode() if known else b"{}")
+            self.wfile.write(json.dumps(body).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -163,13 +179,25 @@ def test_the_table_of_an_experiment_is_found_by_its_name() -> None:
     server = HTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    uri = f"http://127.0.0.1:{server.server_port}"
-    assert find_runs_page(uri, "my runs") == runs_page(uri, "3")
-    assert find_runs_page(uri, "others") is None
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-    assert find_runs_page(uri, "my runs") is None
+
+
+def test_the_table_of_an_experiment_is_found_by_its_name(tracker: str) -> None:
+    assert find_runs_page(tracker, "my runs") == runs_page(tracker, "3")
+    assert find_runs_page(tracker, "others") is None
+    assert find_runs_page("http://127.0.0.1:9", "my runs") is None
     assert find_runs_page("sqlite:///x.db", "my runs") is None
+
+
+def test_whether_runs_are_running_is_asked_without_mlflows_client(tracker: str) -> None:
+    assert has_running_run(tracker, "my runs", "key", "law:") is True
+    assert has_running_run(tracker, "my runs", "key", "job:") is False
+    assert has_running_run(tracker, "others", "key", "law:") is False
+    assert has_running_run("sqlite:///x.db", "my runs", "key", "law:") is None
+    with pytest.raises(OSError, match="refused"):
+        has_running_run("http://127.0.0.1:9", "my runs", "key", "law:")
 
 
 def test_the_note_of_a_killed_attempt_says_so(tmp_path: Path) -> None:

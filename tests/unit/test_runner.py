@@ -227,6 +227,26 @@ def test_undisturbed(tmp_path):
     check(world)
 
 
+def test_an_idle_loop_asks_whether_there_is_work_and_nothing_else(tmp_path):
+    world = World(tmp_path)
+    asked: list[str] = []
+
+    class Store:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(world.store, name)
+
+    world.store.submit(NewJob("pretrain", "workloads.pretrain", {}, name="plain"))
+    world.run()
+    world.until(lambda: not world.store.undelivered())
+    idle = Reconciler(Store(), world.cluster, tmp_path, lambda job: {}, 2, world._deliver, lambda: world.now)
+    idle.step()
+    assert asked == ["has_work"]
+    again = world.submit("again")
+    idle.step()
+    assert world.store.get(again).state == "starting"
+
+
 def killed_world(directory: Path, migrated: Path, kills: range, breakable_files: Any) -> World:
     directory.mkdir()
     world = World(directory, store=migrated)

@@ -105,6 +105,8 @@ class Reconciler:
 
     def step(self) -> None:
         """Advance every active job, drop jobs whose dependency is broken, start what may start."""
+        if not self._store.has_work():
+            return
         for job in self._store.active():
             self._guard(job.id, self._advance, job)
         for job, other, state in self._store.broken_dependencies():

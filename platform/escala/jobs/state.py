@@ -40,11 +40,8 @@ State = Literal["queued", "starting", "running", "stopping", "succeeded", "faile
 
 STATES: tuple[State, ...] = ("queued", "starting", "running", "stopping", "succeeded", "failed", "stopped")
 ACTIVE: tuple[State, ...] = ("starting", "running", "stopping")  # an attempt may be at work
-ALIVE: tuple[State, ...] = (
-    "queued",
-    *ACTIVE,
-    "succeeded",
-)  # what a name means: a failed namesake does not count
+OPEN: tuple[State, ...] = ("queued", *ACTIVE)  # the reconcile loop has something to do
+ALIVE: tuple[State, ...] = (*OPEN, "succeeded")  # what a name means: a failed namesake does not count
 FINAL: tuple[State, ...] = ("succeeded", "failed", "stopped")
 LOST = frozenset({"worker_lost", "node_lost", "driver_lost"})  # retried while retries are left
 ATTEMPTS_CAP = 100  # preemptions use up no retry; this bounds them

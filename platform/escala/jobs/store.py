@@ -26,6 +26,7 @@ from escala.jobs.rows import RowReader
 from escala.jobs.state import (
     ACTIVE,
     ALIVE,
+    OPEN,
     STATES,
     AttemptEnded,
     Claimed,
@@ -40,6 +41,9 @@ from escala.jobs.state import (
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u to misread
 SUBMIT_WAITS = (0.1, 0.5)  # seconds between the tries of a submission whose connection is lost
+# Built once: an idle loop asks both twice a second, and building one takes five times as long as its answer.
+_ANY_OPEN = select(tables.job.c.id).where(tables.job.c.state.in_(OPEN)).limit(1)
+_UNDELIVERED = select(tables.attempt).where(tables.attempt.c.delivered.is_(False))
 USER_TRIES = 10  # a user's word must not lose a race against a progress of the job
 
 
@@ -138,7 +142,7 @@ class JobStore:
         """Stop a job: at once if queued, else it becomes `stopping`. Of several of this name, the newest that has not
         ended. Raises StateError if it has.
         """
-        return self._insist(name, StopRequested(), ("queued", *ACTIVE))
+        return self._insist(name, StopRequested(), OPEN)
 
     def request_retry(self, name: str) -> Job:
         """Queue a failed or stopped job again, its retries renewed. Of several of this name, the newest that failed or
@@ -258,9 +262,8 @@ class JobStore:
 
     def undelivered(self) -> Sequence[Attempt]:
         """Attempts whose tracking is not complete at the tracker."""
-        query = select(tables.attempt).where(tables.attempt.c.delivered.is_(False))
         with reading(self._engine) as connection:
-            return self._rows.all(Attempt, connection.execute(query).mappings())
+            return self._rows.all(Attempt, connection.execute(_UNDELIVERED).mappings())
 
     # What everybody reads
 
@@ -277,6 +280,11 @@ class JobStore:
         query = select(table).where(table.c.job_id == job_id).order_by(table.c.number)
         with reading(self._engine) as connection:
             return self._rows.all(HistoryEvent, connection.execute(query).mappings())
+
+    def has_work(self) -> bool:
+        """Whether any job is queued or at work."""
+        with reading(self._engine) as connection:
+            return connection.execute(_ANY_OPEN).first() is not None
 
     def active(self) -> Sequence[Job]:
         """Jobs with an attempt that may be at work."""

@@ -31,6 +31,7 @@ from escala.laws.reference import Cache, Stored, parse
 from escala.settings import Settings
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import KEY_TAG, MlflowTracker, open_client, tracker_error
+from escala.tracking.pages import has_running_run
 
 if TYPE_CHECKING:
     from escala.tracking.tracker import Tracker
@@ -157,7 +158,15 @@ class Registry:
         return sorted(found, key=lambda row: (row.name, -row.version))
 
     def close_abandoned(self, experiment: str) -> None:
-        """End the laws' runs that a client which died left RUNNING. Raises ClusterError."""
+        """End the laws' runs that a client which died left RUNNING. Raises ClusterError. Where there is none, as nearly
+        always, MLflow's client is not imported.
+        """
+        try:
+            running = has_running_run(self._uri, experiment, KEY_TAG, f"{KEY}:")
+        except OSError as error:
+            raise tracker_error(self._uri, error) from error
+        if running is False:
+            return
         with self._client() as client:
             _close_abandoned(client, experiment)
 

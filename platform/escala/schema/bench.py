@@ -15,9 +15,11 @@ class BenchConfig(Strict):
 
     widths: list[int] = Field([256, 512, 1024], min_length=1, description="d_model of the blocks")
     tokens: int = Field(512, gt=0, description="of a micro-batch")
-    context_tokens: int = Field(256, gt=0)
-    vocab_size: int = Field(4096, gt=0)
-    precisions: list[Literal["fp32", "bf16"]] = Field(["fp32", "bf16"], min_length=1)
+    context_tokens: int = Field(256, gt=0, description="of a sequence; divides tokens")
+    vocab_size: int = Field(4096, gt=0, description="of the unembedding that is measured")
+    precisions: list[Literal["fp32", "bf16"]] = Field(
+        ["fp32", "bf16"], min_length=1, description="each is measured"
+    )
     seconds: float = Field(3.0, gt=0, description="for each figure")
     resources: ResourcesConfig = ResourcesConfig()
 

@@ -48,16 +48,16 @@ class PythonSourceCorpus(CorpusSection):
 
     kind: Literal["python_source"] = "python_source"
     packages: list[str] | None = Field(None, description="a subset of the fixed list; None: all of it")
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
 
 class FilesCorpus(CorpusSection):
     """Text files by globs inside a stated root; one document a file."""
 
     kind: Literal["files"]
-    root: StoredPath
-    globs: list[str] = Field(["**/*.txt"], min_length=1)
-    weight: float = Field(1.0, gt=0)
+    root: StoredPath = Field(description="the directory that the globs start in")
+    globs: list[str] = Field(["**/*.txt"], min_length=1, description="files to read")
+    weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
     def needs(self) -> TextFiles:
         """The files."""
@@ -68,9 +68,9 @@ class JsonlCorpus(CorpusSection):
     """JSON lines; one document a line."""
 
     kind: Literal["jsonl"]
-    path: StoredPath
-    text_key: str = "text"
-    weight: float = Field(1.0, gt=0)
+    path: StoredPath = Field(description="the file")
+    text_key: str = Field("text", description="key of a line's text")
+    weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
     def needs(self) -> TextLines:
         """The file."""
@@ -81,12 +81,12 @@ class HuggingFaceCorpus(CorpusSection):
     """A data set of the Hugging Face hub by name; needs `datasets` and, the first time, the network."""
 
     kind: Literal["huggingface"]
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    text_key: str = "text"
+    name: str = Field(description="of the data set, as the hub has it")
+    subset: str | None = Field(None, description="one of its configurations; None: the default one")
+    split: str = Field("train", description="of the data set")
+    text_key: str = Field("text", description="column of the text")
     revision: str | None = Field(None, description="a commit; recorded, so that the run can be repeated")
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
 
 Corpus = Annotated[
@@ -103,7 +103,7 @@ def corpora_of(config: Mapping[str, Any]) -> list[Corpus]:
 class DataConfig(Strict):
     """Where the tokens come from. With several corpora, each sequence is drawn from one of them by weight."""
 
-    corpora: list[Corpus] = Field([PythonSourceCorpus()], min_length=1)
+    corpora: list[Corpus] = Field([PythonSourceCorpus()], min_length=1, description="where text comes from")
     tokenizer: TokenizerConfig = TokenizerConfig()
     held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="of documents, by hash of their content")
     max_characters: int | None = Field(None, gt=0, description="stop reading the corpus after so many")

@@ -64,9 +64,9 @@ class FineTuneConfig(TrainedConfig):
 class ExamplesConfig(Strict):
     """Examples as JSON lines."""
 
-    train: StoredPath
+    train: StoredPath = Field(description="a file of JSON lines")
     held_out: StoredPath | None = Field(None, description="None: a fraction of train, by hash of the content")
-    held_out_fraction: float = Field(0.05, gt=0, lt=0.5)
+    held_out_fraction: float = Field(0.05, gt=0, lt=0.5, description="of train, where held_out is not given")
 
 
 class SftDataConfig(ExamplesConfig):
@@ -96,4 +96,6 @@ class DpoConfig(FineTuneConfig):
     forward_passes: ClassVar[int] = 1  # the reference's
 
     data: ExamplesConfig
-    beta_dpo: float = Field(0.1, gt=0)
+    beta_dpo: float = Field(
+        0.1, gt=0, description="weight of the log-ratio to the reference: larger stays closer to it"
+    )

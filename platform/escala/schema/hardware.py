@@ -19,8 +19,8 @@ NOT_MEASURED = "not measured here"
 class Sourced(Strict):
     """A number and where it is from: a data sheet, a price list, a measurement with its run."""
 
-    value: float = Field(ge=0)
-    source: str = Field(min_length=1)
+    value: float = Field(ge=0, description="in the unit that the key names")
+    source: str = Field(min_length=1, description="a data sheet, a price list, a measurement with its run")
 
 
 class TrainingSpeed(Strict):
@@ -36,7 +36,7 @@ class TrainingSpeed(Strict):
         default_factory=dict,
         description="by ZeRO stage: a step's time by its parts, over the time that it took on all workers",
     )
-    source: str = Field(min_length=1)
+    source: str = Field(min_length=1, description="the run that measured it")
 
     def efficiency_at(self, stage: int) -> float:
         """`efficiency` of a ZeRO stage, or of the nearest one that was measured; 1 where none was."""
@@ -58,7 +58,7 @@ class Device(Strict):
     memory (docs/theory E.1). Raises ValueError where neither `training` nor `utilization` says how fast it trains.
     """
 
-    about: str
+    about: str = Field(description="one line for people")
     measured: str = Field(NOT_MEASURED, description="by which run and when, or that it was not")
     memory_bytes: Sourced
     memory_bytes_per_second: Sourced
@@ -91,9 +91,9 @@ class Device(Strict):
 class Cluster(Strict):
     """So many devices of one kind, and what an hour of them costs. None: not known, and then nothing is made of it."""
 
-    about: str = ""
+    about: str = Field("", description="one line for people")
     device: Device
-    devices: int = Field(gt=0)
+    devices: int = Field(gt=0, description="as many as there are")
     backend: str = Field("ray", description="what starts its jobs (escala.jobs.backends)")
     usd_per_device_hour: Sourced | None = None
     gco2e_per_kwh: Sourced | None = Field(None, description="of the grid: grams of CO2 equivalent")

@@ -17,19 +17,19 @@ class ModelConfig(Strict):
     Raises ValueError where heads do not divide, or head_dim is odd (RoPE turns pairs).
     """
 
-    vocab_size: int = Field(4096, gt=0)
-    n_layers: int = Field(4, gt=0)
-    d_model: int = Field(256, gt=0)
-    n_heads: int = Field(4, gt=0)
+    vocab_size: int = Field(4096, gt=0, description="tokens that there are; at least the tokenizer's")
+    n_layers: int = Field(4, gt=0, description="blocks of attention and feed-forward")
+    d_model: int = Field(256, gt=0, description="width of the residual stream")
+    n_heads: int = Field(4, gt=0, description="query heads")
     n_kv_heads: int | None = Field(None, gt=0, description="None: n_heads")
     d_ff: int | None = Field(
         None, gt=0, description="SwiGLU width; None: 8/3 d_model, up to a multiple of 32"
     )
-    max_context_tokens: int = Field(256, gt=0)
+    max_context_tokens: int = Field(256, gt=0, description="the longest sequence that it reads")
     head_dim: int | None = Field(None, gt=0, description="None: d_model / n_heads")
-    rope_base: float = Field(10_000.0, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-    tie_embeddings: bool = True
+    rope_base: float = Field(10_000.0, gt=0, description="of RoPE's wavelengths")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
+    tie_embeddings: bool = Field(True, description="the unembedding is the embedding's transpose")
     qk_norm: bool = Field(False, description="RMSNorm on each head's query and key before RoPE (Qwen3)")
     attention: AttentionSection = Field(
         KINDS.read({}), description="a kind's name, or a section of kind and its options"

@@ -15,8 +15,8 @@ ANNEALED = ("gumbel", "soft_to_hard")
 class Annealing(Strict):
     """A temperature that falls geometrically from `start` to `end`, and stays there."""
 
-    start: float = Field(1.0, gt=0)
-    end: float = Field(0.1, gt=0)
+    start: float = Field(1.0, gt=0, description="temperature at the first step")
+    end: float = Field(0.1, gt=0, description="temperature after the fall; not above start")
     fraction: float = Field(0.8, gt=0, le=1, description="share of the run's steps that the fall takes")
 
     @model_validator(mode="after")

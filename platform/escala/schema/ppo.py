@@ -18,9 +18,12 @@ from escala.schema.training import OptimizerConfig, StartConfig, TrainingConfig
 class PpoOptimizerConfig(OptimizerConfig):
     """The actor's, with defaults for a pretrained model; its steps are iterations."""
 
-    learning_rate: float = Field(1e-5, gt=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-5, gt=0, description="peak, after the warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "constant",
+        description="after the warm-up: cosine falls at once, wsd stays and falls in its last steps, constant stays",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only: norms and biases are not decayed")
 
 
 class PpoTrainingConfig(TrainingConfig):
@@ -33,15 +36,15 @@ class SamplingConfig(Strict):
     """How responses are drawn: from the whole vocabulary, since a filter's log-probabilities are not the policy's."""
 
     temperature: float = Field(1.0, gt=0, description="the learner's log-probabilities are taken at it, too")
-    max_response_tokens: int = Field(64, gt=0)
+    max_response_tokens: int = Field(64, gt=0, description="a longer response is cut off")
 
 
 class RolloutServiceConfig(Strict):
     """The job's own rollout service: `policy` and, where a reward is a model, `reward`."""
 
     replicas: int = Field(1, gt=0, description="of the policy")
-    replica_cpus: float = Field(1.0, gt=0)
-    replica_gpus: float = Field(0.0, ge=0)
+    replica_cpus: float = Field(1.0, gt=0, description="of each replica")
+    replica_gpus: float = Field(0.0, ge=0, description="of each replica")
     max_running: int = Field(32, gt=0, description="responses in a replica's batch")
     timeout_seconds: float = Field(
         600.0, gt=0, description="for an iteration's responses, and for its rewards"
@@ -51,9 +54,9 @@ class RolloutServiceConfig(Strict):
 class PpoBatchConfig(Strict):
     """An iteration, counted over all workers."""
 
-    prompts: int = Field(32, gt=0)
-    responses_per_prompt: int = Field(1, gt=0)
-    epochs: int = Field(4, gt=0)
+    prompts: int = Field(32, gt=0, description="different ones, a multiple of the workers")
+    responses_per_prompt: int = Field(1, gt=0, description="drawn for each prompt")
+    epochs: int = Field(4, gt=0, description="times that each response is learned from")
     minibatches: int = Field(1, gt=0, description="optimiser steps of an epoch")
     micro_batch_tokens: int = Field(
         8192, gt=0, description="in one forward pass of one worker, padding included"
@@ -90,7 +93,7 @@ class CriticConfig(Strict):
         None, description="a reward model or another model; None: the actor's start"
     )
     model: ModelConfig | None = Field(None, description="follows from start")
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, description="peak, on the actor's schedule")
     value_clip: float | None = Field(None, gt=0, description="of a value's move from the old one")
     warmup_iterations: int = Field(0, ge=0, description="first ones, in which the actor is frozen")
 
@@ -106,11 +109,16 @@ class CriticConfig(Strict):
 class PolicyLossConfig(Strict):
     """Clipped surrogate: the ratio stays within [1 - clip_low, 1 + clip_high]."""
 
-    mode: Literal["token", "sequence_mean", "gspo"] = "token"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
-    entropy_coefficient: float = Field(0.0, ge=0)
+    mode: Literal["token", "sequence_mean", "gspo"] = Field(
+        "token",
+        description="the mean over tokens, over responses' means, or with one ratio a response (GSPO)",
+    )
+    clip_low: float = Field(0.2, gt=0, lt=1, description="how far below 1 the ratio may count")
+    clip_high: float = Field(0.2, gt=0, description="how far above 1 the ratio may count")
+    dual_clip: float | None = Field(
+        None, gt=1, description="for an advantage A below 0 the loss is at most so many |A|; None: no bound"
+    )
+    entropy_coefficient: float = Field(0.0, ge=0, description="of the entropy that is added to the objective")
     importance_cap: float | None = Field(
         None, ge=1, description="advantages are multiplied by min(pi/pi_engine, cap); None: by 1"
     )
@@ -119,13 +127,19 @@ class PolicyLossConfig(Strict):
 class KlConfig(Strict):
     """KL(policy|reference); `target_nats` and what is compared with it are of a whole response."""
 
-    place: Literal["reward", "loss"] = "reward"
+    place: Literal["reward", "loss"] = Field(
+        "reward", description="subtracted from each token's reward, or added to the loss"
+    )
     estimator: Literal["k1", "k2", "k3"] | None = Field(
         None, description="None: k1 in the reward, k3 in the loss"
     )
-    coefficient: float = Field(0.05, ge=0, allow_inf_nan=False)
-    controller: Literal["fixed", "proportional", "threshold"] = "fixed"
-    target_nats: float | None = Field(None, gt=0)
+    coefficient: float = Field(
+        0.05, ge=0, allow_inf_nan=False, description="of the KL; an adaptive controller starts from it"
+    )
+    controller: Literal["fixed", "proportional", "threshold"] = Field(
+        "fixed", description="of the coefficient: fixed, or moved towards target_nats"
+    )
+    target_nats: float | None = Field(None, gt=0, description="KL of a response that is wanted")
     horizon_episodes: float = Field(10_000, gt=0, description="of the proportional controller")
     early_stop_multiple: float | None = Field(
         None,
@@ -169,7 +183,7 @@ class PpoConfig(FineTuneConfig):
     )
 
     training: PpoTrainingConfig = PpoTrainingConfig()
-    prompts: StoredPath
+    prompts: StoredPath = Field(description="a file of JSON lines with prompt")
     rewards: list[RewardConfig] = Field(
         min_length=1,
         description="weighted and summed: functions run on the workers, models and judges are served",

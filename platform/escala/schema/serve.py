@@ -21,12 +21,14 @@ class ScalingConfig(Strict):
     min_replicas: int = Field(
         1, ge=0, description="0: an idle deployment goes, and comes back with a request"
     )
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1, description="however much waits")
     requests_per_replica: float | None = Field(None, gt=0, description="None: engine.max_running")
     drain_seconds: float = Field(30.0, gt=0, description="queued tokens shall be done within")
-    up_seconds: float = Field(3.0, ge=0)
-    down_seconds: float = Field(60.0, ge=0)
-    spare: float = Field(0.2, ge=0, lt=1)
+    up_seconds: float = Field(3.0, ge=0, description="that a need for more must last")
+    down_seconds: float = Field(60.0, ge=0, description="that a surplus must last")
+    spare: float = Field(
+        0.2, ge=0, lt=1, description="share of the smaller number that must be left over before replicas go"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -49,13 +51,13 @@ class ServeConfig(Strict):
         description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints"
     )
     name: str | None = Field(None, min_length=1, description="in /v1/models; None: the directory's")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and cache")
     engine: EngineSection = KINDS.read({})
     scaling: ScalingConfig = ScalingConfig()
     reward: list[RewardConfig] = Field([], description="weighted and summed; none: no such deployment")
     judge: JudgeModelConfig | None = Field(None, description="None: no such deployment")
-    replica_cpus: float = Field(1.0, gt=0)
-    replica_gpus: float = Field(0.0, ge=0)
+    replica_cpus: float = Field(1.0, gt=0, description="of each replica")
+    replica_gpus: float = Field(0.0, ge=0, description="of each replica")
     hold_places: bool = Field(
         False,
         description="hold the CPUs of replicas beside them, so that a dead one's are not given to a job meanwhile; for "

@@ -13,14 +13,17 @@ from escala.schema.model import ModelConfig
 class OptimizerConfig(Strict):
     """AdamW, and a learning rate that warms up, then decays to `final_fraction` of its peak."""
 
-    learning_rate: float = Field(3e-3, gt=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    learning_rate: float = Field(3e-3, gt=0, description="peak, after the warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine",
+        description="after the warm-up: cosine falls at once, wsd stays and falls in its last steps, constant stays",
+    )
     warmup_steps: int | None = Field(None, ge=0, description="None: 5 % of the steps, at most 500")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the share of steps that decay linearly")
-    final_fraction: float = Field(0.1, ge=0, le=1)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    final_fraction: float = Field(0.1, ge=0, le=1, description="of the peak, at the run's end (cosine, wsd)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the mean square")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only: norms and biases are not decayed")
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; None: no clipping")
 
@@ -34,20 +37,30 @@ class TrainingConfig(Strict):
     batch_sequences: int = Field(16, gt=0, description="sequences in one optimiser step, over all workers")
     micro_batch_sequences: int | None = Field(None, gt=0, description="per worker; None: batch / workers")
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the forward and backward pass; the optimiser's weights and states are fp32",
+    )
     matmul_precision: Literal["auto", "highest"] = Field(
         "auto",
         description="auto: torch's 'medium' where a start-up check shows that it keeps fp32 error and is far faster",
     )
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        3,
+        description="what workers share out: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too",
+    )
     zero_param_persistence_threshold: int | None = Field(
         None,
         ge=0,
         description="parameters smaller than this stay whole on every rank; None: DeepSpeed's default",
     )
     offload: Literal["none", "cpu"] = Field("none", description="ZeRO optimiser states in host memory (GPU)")
-    activation_checkpointing: bool = False
-    seed: int = Field(0, ge=0)
+    activation_checkpointing: bool = Field(
+        False, description="keep each block's input alone and compute the rest again in the backward pass"
+    )
+    seed: int = Field(
+        0, ge=0, description="of all that is drawn: weights, order of the data, dropout, responses"
+    )
     evaluate_every_steps: int | None = Field(None, gt=0, description="None: only before and after")
     evaluation_tokens: int = Field(65_536, gt=0, description="held-out tokens, at most")
     checkpoint_every_steps: int | None = Field(
@@ -55,8 +68,8 @@ class TrainingConfig(Strict):
         ge=0,
         description="None: every tenth of the run, and at its end; 0: only where the run is stopped",
     )
-    keep_checkpoints: int = Field(2, gt=0)
-    log_every_steps: int = Field(1, gt=0)
+    keep_checkpoints: int = Field(2, gt=0, description="newest ones; older ones go")
+    log_every_steps: int = Field(1, gt=0, description="between two points of the metrics")
 
     @model_validator(mode="after")
     def _length(self) -> TrainingConfig:
@@ -68,8 +81,8 @@ class TrainingConfig(Strict):
 class ResourcesConfig(Strict):
     """What each Ray Train worker gets. Data-parallel ranks = workers."""
 
-    workers: int = Field(1, gt=0)
-    cpus_per_worker: float = Field(1, gt=0)
+    workers: int = Field(1, gt=0, description="processes that train; the batch is divided among them")
+    cpus_per_worker: float = Field(1, gt=0, description="logical CPUs that Ray reserves for each")
     gpus_per_worker: int = Field(0, ge=0, le=1, description="one GPU a worker")
     threads_per_worker: int = Field(
         1, gt=0, description="OMP_NUM_THREADS: more than the cores costs up to 10x"
@@ -95,8 +108,8 @@ class StartConfig(Strict):
 class LoraConfig(Strict):
     """Low-rank deltas of frozen matrices (Hu et al. 2022): W + alpha / rank * B A."""
 
-    rank: int = Field(8, gt=0)
-    alpha: float = Field(16.0, gt=0)
+    rank: int = Field(8, gt=0, description="of each delta")
+    alpha: float = Field(16.0, gt=0, description="the deltas are scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the deltas' input, in training")
     targets: list[Literal["query", "key", "value", "output", "gate", "up", "down"]] = Field(
         ["query", "value"], min_length=1, description="matrices of every block"

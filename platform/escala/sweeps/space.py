@@ -44,10 +44,12 @@ MOST_TRIALS = 10_000
 class Range(Strict):
     """Values from `low` to `high`. A grid needs `count` levels."""
 
-    low: float
-    high: float
-    scale: Literal["log", "linear"] = "log"
-    count: int | None = Field(None, ge=2)
+    low: float = Field(description="first level")
+    high: float = Field(description="last level")
+    scale: Literal["log", "linear"] = Field(
+        "log", description="levels are equal steps of the logarithm, or of the value"
+    )
+    count: int | None = Field(None, ge=2, description="levels; drawn designs need none")
 
     @model_validator(mode="after")
     def _check(self) -> Range:
@@ -61,8 +63,8 @@ class Range(Strict):
 class Bounds(Strict):
     """Both ends included; None: no bound."""
 
-    low: float | None = None
-    high: float | None = None
+    low: float | None = Field(None, description="the least that is kept")
+    high: float | None = Field(None, description="the most that is kept")
 
     def hold(self, value: float) -> bool:
         """Whether `value` lies between them."""
@@ -72,15 +74,15 @@ class Bounds(Strict):
 class Repeats(Strict):
     """The cheapest `points` are trained once more with each of these `seeds`: the noise of a run."""
 
-    points: int = Field(1, gt=0)
-    seeds: list[Seed] = Field(min_length=1)
+    points: int = Field(1, gt=0, description="the cheapest ones")
+    seeds: list[Seed] = Field(min_length=1, description="beside those that every point is trained with")
 
 
 class EarlyStopping(Strict):
     """ASHA (Li et al. 2020): after `grace` of a trial's evaluations, only the best 1/`reduction` of each rung go on."""
 
     grace: int = Field(1, gt=0, description="evaluations that every trial gets")
-    reduction: int = Field(3, ge=2)
+    reduction: int = Field(3, ge=2, description="one of so many goes on from each rung")
 
 
 class Space(Strict):
@@ -90,10 +92,10 @@ class Space(Strict):
     whole run with its own decay, chosen before any is seen.
     """
 
-    about: str = ""
+    about: str = Field("", description="one line for people")
     workload: str = Field("pretrain", description="one that has an objective")
-    aim: Literal["law", "search"] = "law"
-    design: Design = "grid"
+    aim: Literal["law", "search"] = Field("law", description="points for a law, or the best configuration")
+    design: Design = Field("grid", description="how points are chosen within vary")
     vary: dict[str, list[Level] | Range] = Field(default_factory=dict)
     cells: list[dict[str, Level]] = Field([{}], min_length=1, description="each is crossed with the design")
     within: dict[str, Bounds] = Field(

@@ -33,6 +33,7 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # it has a thread, and changes the environment under its readers
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # or `finish` writes into our --json
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }

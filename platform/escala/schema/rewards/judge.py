@@ -35,7 +35,9 @@ class JudgeModelConfig(Strict):
     """A chat model that is asked which of two answers is better, and how."""
 
     model: StoredPath = Field(description="a safetensors directory or a .gguf file")
-    question: Annotated[str, AfterValidator(_names_all)] = QUESTION
+    question: Annotated[str, AfterValidator(_names_all)] = Field(
+        QUESTION, description="what it is asked: a template of {prompt}, {first} and {second}"
+    )
     batch_sequences: int = Field(8, gt=0, description="questions in one forward pass")
 
 

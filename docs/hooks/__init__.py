@@ -1,0 +1,1 @@
+"""What the site adds as it is built (`make docs`): the reference, the notebook, drawings, links, a check."""

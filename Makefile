@@ -17,10 +17,10 @@ help:  # what can be made, and how long it takes
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  %-14s %s\n' "$$name" "$$text"; done
 
-setup: .setup-done  # .venv with all that development needs, and PostgreSQL: 90 seconds, 2.5 GB
+setup: .setup-done  # .venv with all that development needs, and PostgreSQL: 90 seconds, 2.8 GB
 
 .setup-done: pyproject.toml constraints.txt .ci/install-postgres
-	@echo 'setting up .venv: about 90 seconds on two cores, 2.5 GB'
+	@echo 'setting up .venv: about 90 seconds on two cores, 2.8 GB'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt uv torch
 	$(UV) --compile-bytecode --editable '.[dev]'

@@ -6,17 +6,21 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 
 from tests import shards
 from tests.small_disk import Disk, mounted
+
+if TYPE_CHECKING:
+    from escala.views.jobs import JobDetailsView
 
 T = TypeVar("T")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m has left out the others
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --shard: leave out the long tests of other shards."""
+    """What takes the session's cluster down comes last. With --shard: leave out the long tests of other shards."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     commit = config.getoption("shard")
     if commit:
         kept, said = shards.chosen(items, commit)
@@ -92,13 +97,38 @@ def home() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def cluster(home: Path) -> Iterator[Path]:
-    """The session's cluster, up."""
+def reports(home: Path) -> Iterator[list[str]]:
+    """The session's cluster, started by two at once; what each of them reported."""
     from escala import Escala
+    from escala.managed import ray_directory
+    from escala.settings import Settings
 
-    Escala().up(report=print)
-    yield home
-    Escala().down(report=print)
+    command = [sys.executable, "-c", "from escala import Escala; Escala().up(report=print)"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        said = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        yield said
+    finally:
+        Escala().down(report=print)
+        shutil.rmtree(ray_directory(Settings()).parent)
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Path, reports: list[str]) -> Path:
+    """The home of the session's cluster, which is up."""
+    return home
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Path) -> JobDetailsView:
+    """A pretraining job that has succeeded at the first attempt: what its twins, which are killed, must come to."""
+    from tests import twin
+    from tests.faults.victims import ended
+
+    details = ended(twin.submit("undisturbed", retries=0))
+    assert details.job.state == "succeeded", details.job.message
+    return details
 
 
 @pytest.fixture(scope="module")

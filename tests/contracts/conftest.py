@@ -36,7 +36,7 @@ def postgresql_socket() -> Iterator[Path]:
     binaries = _binaries()
     if binaries is None:
         reason = "no PostgreSQL on this machine (Debian: apt-get install postgresql)"
-        if os.environ.get("ESCALA_REQUIRE_POSTGRES"):
+        if os.environ.get("CI"):  # there nobody would read that it was skipped
             pytest.fail(reason)
         pytest.skip(reason)
     base = Path(

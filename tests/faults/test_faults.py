@@ -2,134 +2,176 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
-from mlflow import MlflowClient
 
 from escala import Escala
+from escala.cluster import connection
+from escala.contract.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Outcome,
+    Progress,
+    load_record,
+    read_record,
+    write_json,
+)
+from escala.processes import Processes
+from escala.runtime_env import job_variables
 from escala.settings import Settings
-from escala.tracking.queries import list_runs
-from escala.views.jobs import JobDetailsView
+from escala.tracking.mlflow_tracker import open_client
+from escala.views.jobs import AttemptView, JobDetailsView
+from tests import twin
 from tests.conftest import wait_for
-from tests.faults.victims import at_step, driver, ended, titled
+from tests.faults.victims import at_step, checkpointed, driver, ended, files, titled
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 300
-OVERRIDES = [
-    "model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
-    "data={tokenizer: {vocab_size: 512, train_characters: 300000}, max_characters: 2000000, held_out_fraction: 0.2}",
-    f"training={{steps: {STEPS}, batch_sequences: 8, evaluation_tokens: 4096, checkpoint_every_steps: 50}}",
-    "resources.workers=1",  # two workers, killed and resumed: tests/integration/test_pretrain.py
-]
+SAME = ("train_loss_nats", "held_out_loss_nats", "initial_held_out_loss_nats", "train_tokens")
 
 
-def submit(name: str, *more: str) -> str:
-    return Escala().submit("pretrain", (), [*OVERRIDES, *more], {"name": name}).id
-
-
-def final(details: JobDetailsView) -> tuple[float, float]:
-    """Held-out loss and training loss of the last step, as recorded."""
-    assert details.job.state == "succeeded", details.job.message
-    record = details.attempts[-1].record
-    return record["held_out_loss_nats"], record["train_loss_nats"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Path) -> tuple[float, float]:
-    """What the run ends with when nobody disturbs it."""
-    return final(ended(submit("undisturbed")))
-
-
-@pytest.mark.parametrize("what", ["worker", "driver"])
-def test_a_killed_process_is_a_new_attempt_with_the_same_loss(
-    undisturbed: tuple[float, float], what: str
-) -> None:
-    job_id = submit(f"{what}-killed")
-    at_step(job_id, 60)
-    victim = driver(job_id) if what == "driver" else titled("RayTrainWorker")[0]
+def kill(name: str) -> psutil.Process:
+    """Kill one process of the cluster, at once."""
+    victim = Processes(Settings().home).alive(name)
+    assert victim is not None, f"{name} does not run"
     victim.kill()
-    details = ended(job_id)
-    assert [a.outcome for a in details.attempts] == [f"{what}_lost", "succeeded"]
-    assert final(details) == undisturbed
-    last = details.attempts[-1].record
-    assert last["train_tokens"] == STEPS * 8 * 64
-    assert last["attempt_tokens"] < last["train_tokens"]  # it went on from a checkpoint
-    assert details.totals.train_tokens >= last["train_tokens"]
+    return victim
 
 
-def test_a_killed_head_is_restarted_and_its_jobs_go_on(undisturbed: tuple[float, float]) -> None:
-    job_id = submit("head-killed")
-    at_step(job_id, 60)
-    before = next(p.pid for p in Escala().status().processes if p.name == "ray")
-    psutil.Process(before).kill()
-    details = ended(job_id)
-    assert [a.outcome for a in details.attempts] == ["driver_lost", "succeeded"]
-    assert final(details) == undisturbed
-    assert next(p.pid for p in Escala().status().processes if p.name == "ray") != before
-    assert any(
-        "step 0" in line or "held-out" in line for line in Escala().logs(job_id)
-    )  # logs outlive the head
+def running(name: str) -> int | None:
+    """The pid of one process of the cluster, where it answers."""
+    return next((p.pid for p in Escala().status().processes if p.name == name and p.state == "running"), None)
 
 
-def kill_and_await(name: str) -> None:
-    """Kill one process of the cluster, and wait until another one answers, without any command."""
-    (before,) = (p.pid for p in Escala().status().processes if p.name == name)
-    victim = psutil.Process(before)
-    victim.kill()
+def comes_back(victim: psutil.Process, name: str) -> None:
+    """Wait until another one answers, without any command."""
     wait_for(
         lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE, 10, f"the end of {name}"
     )
-    back = wait_for(
-        lambda: next(
-            (p.pid for p in Escala().status().processes if p.name == name and p.state == "running"), None
-        ),
-        60 if name == "mlflow" else 30,
-        f"another {name}",
-    )
-    assert back != before
+    limit = 60 if name == "mlflow" else 30
+    assert wait_for(lambda: running(name), limit, f"another {name}") != victim.pid
 
 
+def statuses(job_id: str) -> list[str]:
+    """Of the job's runs, in MLflow's words."""
+    client = open_client(Settings().tracker)
+    return [client.get_run(run).info.status for run in Escala().job(job_id).runs]
+
+
+def is_as(attempt: AttemptView, undisturbed: JobDetailsView) -> None:
+    """The attempt's record says of the whole run what the undisturbed one's does, to the last bit."""
+    (whole,) = undisturbed.attempts
+    assert {key: attempt.record[key] for key in SAME} == {key: whole.record[key] for key in SAME}
+
+
+def test_killed_in_every_part_it_ends_as_if_undisturbed(undisturbed: JobDetailsView) -> None:
+    """One job: a fault in each attempt, and beside it the death of a process of the cluster, alone of its kind."""
+    job_id = twin.submit("killed", retries=3)
+    checkpointed(job_id, 1)
+    loop = kill("runner")
+    titled("RayTrainWorker")[0].kill()
+    comes_back(loop, "runner")
+
+    checkpointed(job_id, 2)
+    tracker = kill("mlflow")
+    driver(job_id).kill()
+    comes_back(tracker, "mlflow")
+
+    at_step(job_id, 1, attempt=3)
+    before = Processes(Settings().home).marked("ray")
+    assert driver(job_id) in before
+    assert len([process for process in titled("RayTrainWorker") if process in before]) == 2
+    checkpointed(job_id, 3)
+    watchdog = kill("watchdog")
+    head = kill("ray")
+    comes_back(watchdog, "watchdog")
+
+    checkpointed(job_id, 4)
+    loop = kill("runner")
+    driver(job_id).terminate()
+    comes_back(loop, "runner")
+    assert running("ray") not in (None, head.pid)
+    assert [p for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []  # no orphan
+
+    details = ended(job_id)
+    assert details.job.state == "succeeded", details.job.message
+    lost, (preempted, last) = details.attempts[:3], details.attempts[3:]
+    assert [a.outcome for a in details.attempts] == [
+        "worker_lost",
+        "driver_lost",
+        "driver_lost",
+        "preempted",
+        "succeeded",
+    ]
+    assert details.job.retries_used == len(lost)  # a preemption costs none
+    is_as(last, undisturbed)
+    assert last.record["train_tokens"] == twin.STEPS * twin.BATCH * twin.CONTEXT
+    assert last.record["attempt_tokens"] < last.record["train_tokens"]  # it went on from a checkpoint
+    assert details.totals.train_tokens >= last.record["train_tokens"]
+
+    # The preempted one has checkpointed first: not one step is repeated.
+    assert preempted.checkpoint is not None
+    assert last.record["train_tokens"] - last.record["attempt_tokens"] == preempted.record["train_tokens"]
+
+    lines = list(Escala().logs(job_id))  # they outlive the head
+    assert any("step 0" in line and "held_out" in line for line in lines)
+    assert sum("resumed from" in line for line in lines) == 4
+
+    losses = twin.delivered_losses(job_id)
+    assert sorted(losses) == list(range(1, twin.STEPS + 1))
+    assert losses == twin.delivered_losses(undisturbed.job.id)
+    assert statuses(job_id) == ["FAILED", "FAILED", "FAILED", "KILLED", "FINISHED"]
+
+
+@pytest.mark.nightly(minutes=1)
 def test_a_killed_tracker_and_reconcile_loop_come_back_and_lose_and_double_nothing(
-    undisturbed: tuple[float, float],
+    undisturbed: JobDetailsView,
 ) -> None:
-    job_id = submit("tracker-and-loop-killed")
-    at_step(job_id, 30)
-    for name in ("runner", "mlflow", "watchdog", "runner"):  # each alone, inside training
-        kill_and_await(name)
+    """Each alone, inside one attempt."""
+    job_id = twin.submit("tracker-and-loop-killed")
+    at_step(job_id, 1)
+    for name in ("runner", "mlflow", "watchdog", "runner"):
+        comes_back(kill(name), name)
     details = ended(job_id)
     assert [a.outcome for a in details.attempts] == ["succeeded"]
-    assert final(details) == undisturbed
-    settings = Settings()
-
-    def delivered() -> bool:
-        found = list_runs(settings.tracker, settings.experiment, job_id=job_id)
-        assert len(found) <= 1, "a run was doubled"
-        return (
-            bool(found) and MlflowClient(settings.tracker).get_run(found[0].run_id).info.status == "FINISHED"
-        )
-
-    wait_for(delivered, 120, "the run in MLflow, closed: all else is there by then", every=1.0)
-    assert len(_training_losses(job_id)) == STEPS
+    is_as(details.attempts[0], undisturbed)
+    assert twin.delivered_losses(job_id) == twin.delivered_losses(undisturbed.job.id)
+    assert statuses(job_id) == ["FINISHED"]
 
 
-def _training_losses(job_id: str) -> list[float]:
-    settings = Settings()
-    run = list_runs(settings.tracker, settings.experiment, job_id=job_id)[0]
-    return [m.value for m in MlflowClient(settings.tracker).get_metric_history(run.run_id, "train_loss_nats")]
+@pytest.mark.nightly(minutes=1)
+def test_a_preempted_driver_ends_cleanly(undisturbed: JobDetailsView, tmp_path: Path) -> None:
+    """Started by hand: Ray keeps no exit status of a driver whose successor is there."""
+    given = load_record(AttemptSpec, files(undisturbed.job.id).spec)
+    found = AttemptFiles(tmp_path / "1")
+    found.directory.mkdir()
+    spec = replace(
+        given,
+        directory=str(found.directory),
+        checkpoints=str(tmp_path / "checkpoints"),
+        tracking_uri=f"spool:{found.spool}",
+        tags={},
+    )
+    write_json(found.spec, spec)
+    command = [sys.executable, "-m", spec.entry_point, str(found.spec)]
+    environment = os.environ | job_variables(Settings().gcs_address) | connection(Settings()).environment
+    with subprocess.Popen(command, env=environment) as process:
 
+        def trains() -> bool:
+            assert process.poll() is None
+            progress = read_record(Progress, found.progress)
+            return progress is not None and progress.step >= 1
 
-def test_a_sigterm_to_the_driver_checkpoints_first_and_costs_no_retry(
-    undisturbed: tuple[float, float],
-) -> None:
-    job_id = submit("preempted")
-    at_step(job_id, 60)
-    driver(job_id).terminate()
-    details = ended(job_id)
-    assert [a.outcome for a in details.attempts] == ["preempted", "succeeded"]
-    assert details.job.retries_used == 0
-    assert final(details) == undisturbed
-    first, second = (a.record for a in details.attempts)
-    assert first["attempt_tokens"] + second["attempt_tokens"] == STEPS * 8 * 64  # not one step repeated
+        wait_for(trains, 240, "its first step")
+        process.terminate()
+    assert process.returncode == 0
+    outcome = load_record(Outcome, found.outcome)
+    assert (outcome.kind, outcome.checkpoint is None) == ("preempted", False)
+    assert outcome.record is not None
+    assert outcome.record["energy_joules"] is None  # it was told of no cluster's coefficients

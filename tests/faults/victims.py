@@ -7,7 +7,9 @@ import psutil
 from escala import Escala
 from escala.contract.records import AttemptFiles, JobFiles, Progress, read_record
 from escala.jobs.state import FINAL
+from escala.processes import Processes
 from escala.settings import Settings
+from escala.storage.checkpoints import list_checkpoints, open_checkpoints
 from escala.views.jobs import JobDetailsView
 from tests.conftest import wait_for
 
@@ -28,9 +30,21 @@ def at_step(job_id: str, step: int, attempt: int = 1) -> None:
     wait_for(reached, 300, f"step {step} of {job_id}")
 
 
+def checkpointed(job_id: str, attempt: int) -> None:
+    """Wait until the attempt has written a checkpoint. Fails where the job ends before its first step."""
+    at_step(job_id, 1, attempt)
+    store = open_checkpoints(JobFiles(Settings().home, job_id).checkpoints)
+    wait_for(
+        lambda: any(found.manifest["attempt"] == attempt for found in list_checkpoints(store)),
+        120,
+        f"a checkpoint of attempt {attempt} of {job_id}",
+        every=0.02,  # few steps later the victim is dead
+    )
+
+
 def ended(job_id: str) -> JobDetailsView:
     """The job once it has ended."""
-    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 300, f"the end of {job_id}", every=0.5)
+    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 300, f"the end of {job_id}", every=0.2)
     return Escala().job(job_id)
 
 
@@ -46,7 +60,8 @@ def titled(title: str) -> list[psutil.Process]:
 
 
 def _of_this_home() -> list[psutil.Process]:
-    head = psutil.Process(next(p.pid for p in Escala().status().processes if p.name == "ray"))
+    head = Processes(Settings().home).alive("ray")
+    assert head is not None, "the head does not run"
     return head.children(recursive=True)
 
 

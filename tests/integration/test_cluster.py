@@ -1,20 +1,17 @@
-"""The embedded cluster for real, in a home and on ports of its own: started, refused, killed, stopped."""
+"""The session's cluster itself: started by two at once, refused, killed in part, and at the session's end stopped.
+
+Its head is killed in tests/faults/test_faults.py, under a job.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,49 +21,19 @@ from escala.contract.errors import ClusterError
 from escala.managed import ray_directory, token_path
 from escala.processes import Processes
 from escala.settings import Settings
+from tests.conftest import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-    return value
+@pytest.fixture
+def running(cluster: Path) -> Settings:
+    """Those of the session's cluster, which is up."""
+    return Settings()
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    sockets = [socket.socket() for _ in range(3)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ray, dashboard, mlflow = (one.getsockname()[1] for one in sockets)
-    for one in sockets:
-        one.close()
-    home = tmp_path_factory.mktemp("home")
-    ports = {"ray_port": ray, "ray_dashboard_port": dashboard, "mlflow_port": mlflow}
-    embedded = {"ray_address": None, "ESCALA_TRACKING_URI": None}
-    return Settings(home=home, database_url=f"sqlite:///{home}/escala.db", **ports, **embedded)
-
-
-@pytest.fixture(scope="module")
-def running(settings: Settings) -> Iterator[Settings]:
-    """Up, by two at once."""
-    code = "from escala import cluster, settings; cluster.up(settings.Settings(), print)"
-    environment = os.environ | settings.environment()
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    try:
-        said = [process.communicate()[0] for process in both]
-        assert [process.returncode for process in both] == [0, 0], said
-        assert sorted("ray: starting" in text for text in said) == [False, True]  # one started, one found
-        yield settings
-    finally:
-        cluster.down(settings)
-        shutil.rmtree(ray_directory(settings).parent)
+def test_two_at_once_start_one(reports: list[str]) -> None:
+    assert sorted("ray: starting" in text for text in reports) == [False, True]  # one started, one found
 
 
 def pids(status: cluster.ClusterStatus) -> dict[str, int | None]:
@@ -99,8 +66,8 @@ def test_the_token_is_asked_for_and_private(running: Settings) -> None:
     assert token_path(running).stat().st_mode & 0o777 == 0o600
 
 
-def test_a_taken_port_is_named(running: Settings, tmp_path_factory: pytest.TempPathFactory) -> None:
-    other = running.model_copy(update={"home": tmp_path_factory.mktemp("other")})
+def test_a_taken_port_is_named(running: Settings, tmp_path: Path) -> None:
+    other = running.model_copy(update={"home": tmp_path})
     with pytest.raises(ClusterError) as caught:
         cluster.up(other)
     assert f"port {running.ray_port}" in caught.value.message
@@ -114,43 +81,6 @@ def test_an_external_address_that_does_not_answer_is_named(running: Settings) ->
     away = running.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
     with pytest.raises(ClusterError, match=r"127\.0\.0\.1:9 \(MLFLOW_TRACKING_URI\) does not answer"):
         cluster.up(away)
-
-
-def submit(settings: Settings, command: str) -> None:
-    headers = {
-        "Authorization": f"Bearer {token_path(settings).read_text()}",
-        "Content-Type": "application/json",
-    }
-    body = json.dumps({"entrypoint": command}).encode()
-    request = urllib.request.Request(f"{settings.ray_dashboard}/api/jobs/", body, headers)
-    urllib.request.urlopen(request, timeout=60).close()
-
-
-def test_a_killed_head_comes_back_and_leaves_no_orphan(running: Settings) -> None:
-    marker = running.home / "driver"
-    code = f"import os, pathlib, time; pathlib.Path('{marker}').write_text(str(os.getpid())); time.sleep(900)"
-    submit(running, f'{sys.executable} -S -c "{code}"')
-    wait_for(lambda: marker.exists() and marker.read_text(), 60, "the driver")
-    driver = psutil.Process(int(marker.read_text()))
-    before = ours(running)
-    assert driver in before
-    killed = pids(cluster.status(running))["ray"]
-    assert killed
-    others = {
-        p.pid for name in ("mlflow", "runner", "watchdog") for p in Processes(running.home).marked(name)
-    }
-    os.kill(killed, signal.SIGKILL)
-
-    def back() -> bool:
-        cluster.ensure(running)  # or the reconcile loop was first
-        now = cluster.status(running)
-        return now.running and pids(now)["ray"] != killed
-
-    wait_for(back, 120, "a new head")
-    left = [
-        p for p in before if p.pid not in others and p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-    ]
-    assert left == []
 
 
 def test_a_killed_tracker_comes_back(running: Settings) -> None:
@@ -206,6 +136,7 @@ def test_home_and_logs_are_private(running: Settings) -> None:
     assert [path for path in paths if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.last
 def test_a_loop_that_is_being_stopped_is_not_brought_back(running: Settings) -> None:
     """`down` kills it while its watchdog looks on."""
     cluster.down(running)
@@ -213,6 +144,7 @@ def test_a_loop_that_is_being_stopped_is_not_brought_back(running: Settings) -> 
     assert ours(running) == []
 
 
+@pytest.mark.last
 def test_down_leaves_nothing(running: Settings) -> None:
     cluster.down(running)
     assert ours(running) == []

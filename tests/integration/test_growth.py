@@ -33,7 +33,7 @@ from workloads.data.tokenizer import train_tokenizer
 from workloads.model.huggingface import save_pretrained
 from workloads.model.transformer import Transformer
 
-pytestmark = [pytest.mark.docs, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.nightly(minutes=2), pytest.mark.timeout(500)]
 
 REPLICAS, CLIENTS, TOKENS = 3, 12, 200
 IDLE_SECONDS = 6.0  # after which the autoscaler takes a node away

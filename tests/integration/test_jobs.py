@@ -11,25 +11,21 @@ import yaml
 from escala import Escala
 from escala.contract.errors import SpecError
 from escala.contract.records import JobFiles, Progress, read_record
-from escala.jobs.state import FINAL
-from escala.views.jobs import JobDetailsView
+from tests import twin
 from tests.conftest import wait_for
+from tests.faults.victims import ended
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
 
-STEPS, BATCH, CONTEXT = 60, 8, 64
+STEPS, BATCH, CONTEXT = 60, 8, twin.CONTEXT
 OVERRIDES = [
-    "model={vocab_size: 512, n_layers: 2, d_model: 64, n_heads: 2, max_context_tokens: 64}",
-    "data={tokenizer: {vocab_size: 512, train_characters: 300000}, max_characters: 2000000, held_out_fraction: 0.2}",
+    twin.MODEL,
+    twin.DATA,
     f"training={{steps: {STEPS}, batch_sequences: {BATCH}, evaluation_tokens: 4096, checkpoint_every_steps: 10}}",
 ]
 
 
-def ended(job_id: str) -> JobDetailsView:
-    wait_for(lambda: Escala().job(job_id).job.state in FINAL, 240, f"the end of {job_id}", every=0.5)
-    return Escala().job(job_id)
-
-
+@pytest.mark.nightly(minutes=1)
 def test_a_budget_stops_a_job_and_resume_finishes_it_on_two_workers(cluster: Path) -> None:
     flops = Escala().resolve("pretrain", (), OVERRIDES).cost.compute_flops
     half = Escala().submit("pretrain", (), OVERRIDES, {"name": "half", "max_flops": flops / 2}).id
@@ -97,10 +93,13 @@ def test_a_job_that_starts_is_stopped_at_once_and_killed_in_the_tracker(
         assert Escala().run(job).status == "killed"
 
     early = Escala().submit("pretrain", (), OVERRIDES).id
+    waiting = Escala().submit("pretrain", (), OVERRIDES, {"after": early}).id
     wait_for(lambda: Escala().job(early).job.state != "queued", 60, "it starts", every=0.02)
     began = time.monotonic()
     Escala().stop(early)
     wait_for(lambda: Escala().job(early).job.state == "stopped", 60, "it is stopped", every=0.05)
     seconds["early"] = time.monotonic() - began
+    refused = ended(waiting)
+    assert (refused.job.state, refused.job.reason, refused.job.attempts) == ("failed", "dependency", 0)
     print(seconds)
     assert max(seconds.values()) < STOPPED_SECONDS, seconds

@@ -1,12 +1,10 @@
-"""What one rank of test_alignment_ranks.py does; run as `python alignment_scenarios.py RANK DIRECTORY`. Writes
-RANK.json. Each of two ranks holds some rows of one batch; the test itself runs `scenario` on all of them.
+"""What each of test_alignment_ranks.py's two ranks makes of its rows of one batch; the test runs `results` on all of
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.numerics.ranks import leave
 from workloads.alignment.advantages import reinforce_plus_plus, whiten
 from workloads.alignment.calibration import explained_variance
 from workloads.alignment.losses import entropy, loss_count, policy_loss, value_loss
@@ -50,7 +47,7 @@ def over_ranks(loss: Tensor, count: Tensor, weight: Tensor) -> dict[str, float]:
     return dict(zip(("loss", "gradient"), add(torch.stack([share.detach(), gradient])).tolist(), strict=True))
 
 
-def scenario(part: dict[str, Tensor]) -> dict[str, Any]:
+def results(part: dict[str, Tensor]) -> dict[str, Any]:
     mask, weight = part["mask"], torch.ones((), requires_grad=True)
     advantages = whiten(part["rewards"], mask)
     running = RunningMoments()
@@ -72,14 +69,5 @@ def scenario(part: dict[str, Tensor]) -> dict[str, Any]:
     return result
 
 
-def main(rank: int, directory: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=len(ROWS)
-    )
-    result = scenario({name: x[ROWS[rank]] for name, x in batch().items()})
-    (directory / f"{rank}.json").write_text(json.dumps(result))
-    leave()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[3]))
+def scenario(_: Path) -> dict[str, Any]:
+    return results({name: x[ROWS[dist.get_rank()]] for name, x in batch().items()})

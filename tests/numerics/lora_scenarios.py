@@ -1,12 +1,10 @@
-"""What one rank of test_lora_zero.py does; run as `python lora_scenarios.py RANK RANKS DIRECTORY`. Writes RANK.json.
+"""What each rank of test_lora_zero.py does.
 
 The loss is DPO's against the model without its deltas, so each step passes the network twice, once without them.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from escala.schema import LoraConfig, ModelConfig, TrainingConfig
 from escala.storage.checkpoints import latest, open_checkpoints
-from tests.numerics.ranks import leave
 from workloads.alignment.losses import dpo_loss
 from workloads.data.examples import Sequences, row_batch
 from workloads.dpo import response_log_probabilities
@@ -108,14 +105,5 @@ def zero3(directory: Path) -> dict[str, Any]:
     return {"straight": first + rest, "resumed": first + resumed, "names": names}
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
-    results = {"zero3": zero3(directory / "checkpoints"), "plain": plain() if rank == 0 else None}
-    (directory / f"{rank}.json").write_text(json.dumps(results))
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+def scenario(directory: Path) -> dict[str, Any]:
+    return {"zero3": zero3(directory / "checkpoints"), "plain": plain() if dist.get_rank() == 0 else None}

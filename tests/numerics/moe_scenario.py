@@ -1,11 +1,7 @@
-"""What one rank of test_moe_zero.py does; run as `python moe_scenario.py RANK RANKS DIRECTORY`. Writes
-RANKS-RANK.json.
-"""
+"""What each rank of test_moe_zero.py does."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ import torch.distributed as dist
 
 from escala.schema import LoraConfig, ModelConfig, TrainingConfig
 from escala.storage.checkpoints import latest, open_checkpoints
-from tests.numerics.ranks import leave
 from workloads.model.lora import add_lora
 from workloads.model.moe import mixtures
 from workloads.model.transformer import Transformer
@@ -128,12 +123,10 @@ def shared(directory: Path, results: dict[str, Any]) -> None:
     results["shapes"] = {n: list(w.shape) for n, w in load_weights(found).items()}
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+def scenario(directory: Path) -> dict[str, Any]:
+    ranks = dist.get_world_size()
     torch.use_deterministic_algorithms(True)
     checkpoint.FILE_BYTES = 10_000  # several files a rank
-    dist.init_process_group("gloo", f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
     results: dict[str, Any] = {}
     for stage in (0, 3):
         config = TrainingConfig(
@@ -158,9 +151,4 @@ def main() -> None:
             engine = start(config)
             checkpoint.load(engine, found)
             results[name] = run(engine, config, range(3, 6), with_balance)
-    (directory / f"{ranks}-{rank}.json").write_text(json.dumps(results))
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,13 +1,9 @@
-"""What test_ppo_cached.py does in a process of its own; run as `python ppo_cached_scenarios.py 0 1 DIRECTORY`."""
+"""What test_ppo_cached.py does on one rank."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from tests.numerics.ppo_scenarios import (
     PROMPTS,
@@ -45,9 +41,7 @@ def learned(stage: int, budget: int, minibatches: int = 1) -> dict[str, Any]:
     return {"iterations": found, **weights(learner)}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def scenario(_: Path) -> dict[str, Any]:
     padded = PROMPTS * max(rows(0, 1).lengths)
     found = {
         f"{stage} {name}": learned(stage, budget)
@@ -55,9 +49,4 @@ def main() -> None:
         for name, budget in (("kept", 2 * padded), ("again", 2 * padded - 1))
     }
     found["minibatches"] = learned(0, 2 * padded, minibatches=2)
-    torch.save(found, Path(sys.argv[3]) / "found.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return found

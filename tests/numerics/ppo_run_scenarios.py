@@ -1,4 +1,4 @@
-"""What test_ppo_run.py looks at; run as `python ppo_run_scenarios.py 0 1 DIRECTORY`. Writes found.json.
+"""What test_ppo_run.py looks at, on one rank.
 
 Whole runs of `workloads.ppo` with one engine in this process for the rollout service.
 """
@@ -8,12 +8,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from escala.contract.errors import EscalaError
 from escala.contract.records import AttemptFiles, AttemptSpec
@@ -148,10 +144,7 @@ def error_of(work: Any) -> str:
     return "none"
 
 
-def main() -> None:
-    directory = Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def scenario(directory: Path) -> dict[str, Any]:
     train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
     lines = (json.dumps({"prompt": text}) + "\n" for text in PROMPTS)
     (directory / "prompts.jsonl").write_text("".join(lines))
@@ -169,7 +162,7 @@ def main() -> None:
     wild = {"steps": 4, "zero_stage": 0, "optimizer": {"learning_rate": 1e30, "clip_norm": None}}
     in_loss = {"place": "loss", "estimator": "k2", "controller": "proportional", "horizon_episodes": 100}
     stopped_early = Job(directory / "early", config(directory, kl=stop)).attempt(stop_after=1)
-    found = {
+    return {
         "resume": resumed(directory),
         "failing": failing(directory),
         "one_step_off": run("off", **off, shaping={"normalise": False}),
@@ -186,9 +179,3 @@ def main() -> None:
         "loss": run("loss", kl=in_loss),
         "events": list(read_events(directory / "straight" / "1" / "tracking")),
     }
-    dist.destroy_process_group()
-    (directory / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

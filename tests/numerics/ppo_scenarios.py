@@ -1,4 +1,4 @@
-"""What one rank of test_ppo_ranks.py does; run as `python ppo_scenarios.py RANK RANKS DIRECTORY`. Writes RANK.pt.
+"""What each rank of test_ppo_ranks.py does.
 
 One iteration from given responses: two minibatches and two epochs, by micro-batches of two or three rows, under ZeRO.
 Rank 0 also makes it in plain PyTorch on whole minibatches.
@@ -7,7 +7,6 @@ Rank 0 also makes it in plain PyTorch on whole minibatches.
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from escala.schema import PpoConfig
 from escala.storage.checkpoints import latest, open_checkpoints
-from tests.numerics.ranks import leave
 from workloads.alignment import losses
 from workloads.alignment.advantages import gae, whiten
 from workloads.alignment.critic import Critic
@@ -229,16 +227,8 @@ def lora() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
+def scenario(directory: Path) -> dict[str, Any]:
     found = {str(stage): learned(stage, directory / f"stage-{stage}") for stage in (0, 3)}
     found["lora"] = lora()
-    found["plain"] = plain() if rank == 0 else {}
-    torch.save(found, directory / f"{rank}.pt")
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+    found["plain"] = plain() if dist.get_rank() == 0 else {}
+    return found

@@ -1,12 +1,11 @@
-"""What one rank of test_reward_zero.py does; run as `python reward_scenarios.py RANK RANKS DIRECTORY`. Writes
-RANK.json: the losses of a few Bradley-Terry steps under ZeRO-3, and rank 0's of the same in plain PyTorch.
+"""What each rank of test_reward_zero.py does: the losses of a few Bradley-Terry steps under ZeRO-3, and rank 0's of the
+same in plain PyTorch.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escala.schema import ModelConfig, TrainingConfig
-from tests.numerics.ranks import leave
 from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import RewardModel, pad_right
 from workloads.training import zero
@@ -59,7 +57,8 @@ def plain() -> list[float]:
     return losses
 
 
-def zero3(rank: int, ranks: int) -> list[float]:
+def zero3() -> list[float]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     config = TrainingConfig(
         zero_stage=3, zero_param_persistence_threshold=0, optimizer={"clip_norm": None}
     )  # nothing stays whole, so a parameter that is used outside of its module is missing
@@ -77,14 +76,5 @@ def zero3(rank: int, ranks: int) -> list[float]:
     return losses
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
-    results = {"zero3": zero3(rank, ranks), "plain": plain() if rank == 0 else None}
-    (directory / f"{rank}.json").write_text(json.dumps(results))
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+def scenario(_: Path) -> dict[str, Any]:
+    return {"zero3": zero3(), "plain": plain() if dist.get_rank() == 0 else None}

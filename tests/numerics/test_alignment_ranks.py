@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.numerics.alignment_scenarios import batch, scenario
+from tests.numerics.alignment_scenarios import batch, results
 from tests.numerics.ranks import run_ranks
-
-SCRIPT = Path(__file__).with_name("alignment_scenarios.py")
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
     """What one process without torch.distributed makes of the whole batch."""
-    return scenario(batch())
+    return results(batch())
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks made of its share."""
-    directory = tmp_path_factory.mktemp("alignment")
-    run_ranks(SCRIPT, 2, directory)
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return run_ranks("alignment_scenarios:scenario", 2, tmp_path_factory.mktemp("alignment"))
 
 
 @pytest.mark.parametrize("name", ["whitened", "reinforce++"])

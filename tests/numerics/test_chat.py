@@ -273,7 +273,6 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
         load_chat_tokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.slow
 def test_the_135m_models_chat() -> None:
     path = smollm2()
     tokenizer = load_chat_tokenizer(path)

@@ -4,8 +4,6 @@ from one rank; checkpoints by name work unchanged.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +14,16 @@ from workloads.model.transformer import Transformer
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("moe_scenario.py")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By RANKS-RANK. The single process resumes what the two have written, so it comes second."""
     directory = tmp_path_factory.mktemp("moe")
-    for ranks in (2, 1):
-        run_ranks(SCRIPT, ranks, directory)
-    return {path.stem: json.loads(path.read_text()) for path in directory.glob("?-?.json")}
+    return {
+        f"{ranks}-{rank}": found
+        for ranks in (2, 1)
+        for rank, found in enumerate(run_ranks("moe_scenario:scenario", ranks, directory))
+    }
 
 
 @pytest.mark.parametrize("stage", [0, 3])

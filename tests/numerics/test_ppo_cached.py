@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("ppo-kept")
-    run_ranks(Path(__file__).with_name("ppo_cached_scenarios.py"), 1, directory)
-    return torch.load(directory / "found.pt", weights_only=True)
+    return run_ranks("ppo_cached_scenarios:scenario", 1, tmp_path_factory.mktemp("ppo-kept"))[0]
 
 
 @pytest.mark.parametrize("stage", ["0", "2"])

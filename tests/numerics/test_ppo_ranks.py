@@ -4,7 +4,6 @@ minibatches.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +11,12 @@ import torch
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("ppo")
-    run_ranks(Path(__file__).with_name("ppo_scenarios.py"), 2, directory)
-    return torch.load(directory / "0.pt", weights_only=True)
+    return run_ranks("ppo_scenarios:scenario", 2, tmp_path_factory.mktemp("ppo"))[0]
 
 
 @pytest.mark.parametrize("stage", ["0", "3"])

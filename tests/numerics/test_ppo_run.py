@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.numerics.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
 STATE = ("measures", "kl_coef", "scores", "actor", "critic", "tokens")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("ppo-run")
-    run_ranks(Path(__file__).with_name("ppo_run_scenarios.py"), 1, directory)
-    return json.loads((directory / "found.json").read_text())
+    return run_ranks("ppo_run_scenarios:scenario", 1, tmp_path_factory.mktemp("ppo-run"))[0]
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(found: Any) -> None:

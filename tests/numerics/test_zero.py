@@ -4,8 +4,6 @@ processes.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,6 @@ from tests.numerics.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("zero_scenarios.py")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
@@ -23,9 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     second.
     """
     directory = tmp_path_factory.mktemp("zero")
-    for ranks in (2, 1):
-        run_ranks(SCRIPT, ranks, directory)
-    return {ranks: json.loads((directory / f"{ranks}-0.json").read_text()) for ranks in (1, 2)}
+    return {ranks: run_ranks("zero_scenarios:scenario", ranks, directory)[0] for ranks in (2, 1)}
 
 
 def test_zero3_on_two_workers_follows_plain_pytorch_for_50_steps(results: dict[int, dict[str, Any]]) -> None:

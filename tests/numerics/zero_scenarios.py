@@ -1,11 +1,7 @@
-"""What one rank of test_zero.py does; run as `python zero_scenarios.py RANK RANKS DIRECTORY`. Writes
-RANKS-RANK.json.
-"""
+"""What each rank of test_zero.py does."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ import torch.nn.functional as F
 
 from escala.schema import ModelConfig, TrainingConfig
 from escala.storage.checkpoints import latest, open_checkpoints
-from tests.numerics.ranks import leave
 from workloads.model.transformer import Transformer
 from workloads.training import checkpoint, zero
 from workloads.training.gradient import accumulate
@@ -110,10 +105,8 @@ def elsewhere(stage: int, precision: str, directory: Path) -> list[float]:
     return run(engine, config, range(3, 6))
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
+def scenario(directory: Path) -> dict[str, Any]:
+    ranks = dist.get_world_size()
     results: dict[str, Any] = {}
     if ranks == 1:
         results["plain"] = plain(range(50))
@@ -130,9 +123,4 @@ def main() -> None:
     if ranks == 1:
         for source, target in ((3, 0), (1, 3), (0, 2)):
             results[f"elsewhere-{source}"] = elsewhere(target, "fp32", directory / f"2-{source}-fp32")
-    (directory / f"{ranks}-{rank}.json").write_text(json.dumps(results))
-    leave()
-
-
-if __name__ == "__main__":
-    main()
+    return results

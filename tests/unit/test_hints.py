@@ -43,6 +43,7 @@ THEIRS = {
     "--password",
     "--porcelain",
     "--block",
+    "--head",
     "--backend-store-uri",
 }  # git's, pip's, Ray's, MLflow's
 MODULES = {"--to", "--pairs", "--adapter", "--seed"}  # of `python -m workloads...`

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import TypeAdapter
 from ray import serve
 
@@ -98,6 +96,9 @@ def test_the_documents_are_for_those_who_may_ask(tmp_path: Path, path: str) -> N
 
 
 def test_answers_are_what_the_documents_and_openai_s_client_say(tmp_path: Path) -> None:
+    from openai.types import Completion  # here: 1 s, of every worker that collects
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
     completion = {"prompt": "the cat", "logprobs": 0, **WRITTEN}
     chat = {"messages": HELLO, "logprobs": True, **WRITTEN}
     streamed = {"stream": True, "stream_options": {"include_usage": True}}

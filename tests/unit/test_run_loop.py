@@ -14,7 +14,7 @@ import torch
 from escala.contract.attempt import request_stop
 from escala.contract.checkpoints import checkpoint_name
 from escala.contract.errors import CheckpointError, StateError, Superseded
-from escala.contract.records import AttemptFiles, AttemptSpec
+from escala.contract.records import AttemptFiles, AttemptSpec, Progress, load_record
 from escala.schema import PretrainConfig
 from escala.storage.base import CheckpointStore
 from escala.storage.checkpoints import Checkpoint, open_checkpoints
@@ -126,6 +126,21 @@ def test_a_run_counts_evaluates_and_saves(tmp_path: Path, saved: list[dict[str, 
     assert (found["outcome"], found["train_tokens"], found["attempt_flops"]) == ("succeeded", 40, 280.0)
     assert found["held_out_loss_nats"] == found["initial_held_out_loss_nats"] == 6.0
     assert step.closed
+
+
+def test_what_a_checkpoint_holds_is_counted_before_it_is_there(
+    tmp_path: Path, saved: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after it, the worker has spent that much of its budget, and nobody makes the steps again."""
+    save, counted = checkpoint.save, list[int]()
+
+    def look(*args: Any) -> Checkpoint:
+        counted.append(load_record(Progress, AttemptFiles(tmp_path / "1").progress).train_tokens)
+        return save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", look)
+    RunLoop(inputs(tmp_path, checkpoint_every_steps=2), lambda _: CountingStep()).run()
+    assert counted == [20, 40]
 
 
 def test_a_resumed_run_goes_on_from_its_counters(

@@ -141,7 +141,7 @@ def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     }
     if plain == {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}:
         return tokenizer
-    copy = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | plain))
+    copy = type(tokenizer).from_str(json.dumps(json.loads(tokenizer.to_str()) | plain))
     copy.encode_special_tokens = tokenizer.encode_special_tokens
     return copy
 

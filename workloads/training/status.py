@@ -136,9 +136,10 @@ class RunStatus:
         )
 
     def flush(self) -> None:
-        """Deliver the steps before a checkpoint: a killed worker's are not made again to be reported."""
+        """Deliver the steps before a checkpoint: a killed worker's are not made again to be reported or counted."""
         if self.reporter is not None:
             self.reporter.flush()
+        self._progress(force=True)
 
     def close(self) -> None:
         """Deliver what is buffered."""

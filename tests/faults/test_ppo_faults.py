@@ -195,7 +195,6 @@ def learned_it(record: RunView) -> None:
 
 def test_a_sweeps_trial_learns_a_known_optimum(cluster: Path, config: dict[str, Any], tmp_path: Path) -> None:
     """One rank in the trial's own process, beside a service of its own: no start of Ray Train."""
-    iterations = 16
     shorter = {
         "sampling": {"max_response_tokens": 4},
         "rollouts": {"replica_cpus": 0.5, "max_running": 32},
@@ -204,7 +203,7 @@ def test_a_sweeps_trial_learns_a_known_optimum(cluster: Path, config: dict[str, 
         "resources": {"workers": 1, "cpus_per_worker": 0.5},
     }
     space = tmp_path / "ppo.yaml"
-    vary = {"training.steps": [iterations]}
+    vary = {"training.steps": [ITERATIONS]}
     space.write_text(dump({"workload": "ppo", "aim": "search", "base": config | shorter, "vary": vary}))
     job = ended(Escala().sweep(str(space)).id).job
     (planned,) = read_planned(Settings().home, job.id)
@@ -213,7 +212,7 @@ def test_a_sweeps_trial_learns_a_known_optimum(cluster: Path, config: dict[str, 
     Escala().finished_run(job.id)  # all is in the tracker, the trial's run too
     (record,) = Escala().runs(job=job.id, workload="ppo")
     learned_it(record)
-    assert saved(trial.checkpoints) == [iterations - iterations % EVERY, iterations]
+    assert saved(trial.checkpoints) == [ITERATIONS - EVERY, ITERATIONS]
     wait_for(lambda: gone(planned.fingerprint), 30, "the end of its service")
 
 

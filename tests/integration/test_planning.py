@@ -14,24 +14,30 @@ from escala.planning.limits import Limits
 from escala.settings import Settings
 from escala.views.plans import ExplorationView
 from tests.faults.victims import ended
-from tests.integration.sweeps import TRIALS, Killed
+from tests.integration.sweeps import BASE, write
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
-TARGET, MAX_FLOPS = 2.5e12, 5e10
+TARGET, MAX_FLOPS = 1e13, 2e11
 
 
 @pytest.fixture(scope="module")
-def law(killed_sweep: Killed) -> str:
+def law(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A law of nine tiny runs; it need not be healthy to be explored."""
-    assert killed_sweep.details.job.state == "succeeded", killed_sweep.details.job.message
-    points = Escala().sweep_points(killed_sweep.job).points
+    model = {"vocab_size": 512, "max_context_tokens": 32}
+    base = {**BASE, "model": model, "training": {"evaluation_tokens": 4096, "log_every_steps": 50}}
+    vary = {"n_total": [20_000, 40_000, 80_000], "tokens": [65_536, 131_072, 262_144]}
+    space = write(tmp_path_factory.mktemp("space"), "ninetiny", vary=vary, base=base)
+    job = ended(Escala().sweep(space).id).job
+    assert job.state == "succeeded", job.message
+    points = Escala().sweep_points(job.id).points
     assert all(point["energy_joules"] > 0 for point in points)  # by the coefficients of clusters/local.yaml
-    return Escala().fit_sweeps([killed_sweep.job], "ninetiny", bootstrap=200).law
+    return Escala().fit_sweeps([job.id], "ninetiny", bootstrap=200).law
 
 
+@pytest.mark.nightly(minutes=2)
 def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -> None:
-    budget = 7.5e9  # the smallest run takes 2.2e9
+    budget = 3e10  # the smallest run takes 8e9
 
     def explore() -> list[ExplorationView]:
         return list(
@@ -48,7 +54,7 @@ def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -
         assert each.width_obtained is not None
         assert each.width_obtained > 0
     points = load_law(str(last.rounds[-1].fitted)).points
-    assert len(points) == TRIALS + sum(r.points or 0 for r in last.rounds)
+    assert len(points) == 9 + sum(r.points or 0 for r in last.rounds)
     assert explore() == []  # nothing fits any more
 
     # Cut off while the last round's sweep ran: it is waited for, not started again.

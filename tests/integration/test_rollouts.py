@@ -241,6 +241,7 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
     assert rollouts.generate([[1, 2]], SHORT, min_version=3)[0].weights.version == 3
 
 
+@pytest.mark.nightly(minutes=1)
 def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(rollouts: Any) -> None:
     before = {r.pid for r in running()}
     wait_for(lambda: Escala().rollouts_status().status == "RUNNING", 60, "quiet")

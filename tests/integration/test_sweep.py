@@ -13,9 +13,17 @@ from escala.settings import Settings
 from escala.sweeps.trials import read_planned
 from tests.conftest import wait_for
 from tests.faults.victims import ended
-from tests.integration.sweeps import BASE, TRIALS, Killed, attempts, losses, write
+from tests.integration.sweeps import BASE, SEEDS, VARY, Killed, attempts, kill_on_its_way, losses, write
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+TRIALS = len(SEEDS) * len(VARY["training.steps"])
+
+
+@pytest.fixture(scope="module")
+def killed_sweep(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return kill_on_its_way(tmp_path_factory.mktemp("space"))
 
 
 def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(killed_sweep: Killed) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from escala.contract.checkpoints import file_sha256
 from escala.contract.errors import DataError
 from escala.contract.records import AttemptSpec
 from escala.schema import PpoConfig
 from escala.tracking.lineage import fingerprint
-from workloads.alignment.ppo_step import PpoStep
 from workloads.alignment.rollouts import read_prompts, save_prompts
 from workloads.data.cache import is_stored, new_directory
 from workloads.model.start import load_tokenizer
@@ -25,6 +25,9 @@ from workloads.sidecar import application_name, rollout_service
 from workloads.training import finetune
 from workloads.training.entry import Entry, Prepared, WorkerInputs
 from workloads.training.run import main
+
+if TYPE_CHECKING:
+    from workloads.alignment.ppo_step import PpoStep
 
 
 def prepare(spec: AttemptSpec, config: PpoConfig) -> Prepared:
@@ -71,6 +74,9 @@ def sidecar(inputs: WorkerInputs[PpoConfig]) -> AbstractContextManager[None]:
 
 def make_step(inputs: WorkerInputs[PpoConfig]) -> PpoStep:
     """One worker's iterations, by the job's rollout service."""
+    # Here, since it needs DeepSpeed, which the driver does without.
+    from workloads.alignment.ppo_step import PpoStep
+
     seconds = inputs.config.rollouts.timeout_seconds
     return PpoStep(inputs, Rollouts(application_name(inputs.spec), timeout_seconds=seconds))
 

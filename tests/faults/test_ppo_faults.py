@@ -1,5 +1,5 @@
-"""PPO on the session's cluster: it learns a task whose optimum is known; and the same again while a replica of each
-kind, a learner and the driver are killed, with the same numbers to the last bit.
+"""PPO on the session's cluster: it learns a task whose optimum is known, as a sweep's trial and as a job; and the same
+again while a replica of each kind, a learner and the driver are killed, with the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import pytest
 import torch
 
 from escala import Escala
-from escala.contract.records import JobFiles
+from escala.contract.records import JobFiles, TrialFiles
+from escala.documents import dump
 from escala.managed import ray_directory
 from escala.schema import ModelConfig
 from escala.settings import Settings
 from escala.storage.checkpoints import list_checkpoints, open_checkpoints
+from escala.sweeps.trials import read_planned
 from escala.tracking.mlflow_tracker import open_client
 from escala.tracking.spool import read_events
+from escala.views.run_records import RunView
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, driver, ended, files, titled
 from workloads.data.chat_loading import load_chat_tokenizer
@@ -179,34 +182,60 @@ def gone(job_id: str) -> bool:
     return Escala().rollouts_status(application(job_id)).status == "ABSENT" and not titled("ServeController")
 
 
+def saved(checkpoints: Path) -> list[int]:
+    """The checkpoints' steps."""
+    return [c.step for c in list_checkpoints(open_checkpoints(checkpoints))]
+
+
+def learned_it(record: RunView) -> None:
+    assert record.measures["reward"] > 0.9
+    assert record.held_out_loss_nats is None
+    assert record.measures[GAP] < 1e-4
+
+
+def test_a_sweeps_trial_learns_a_known_optimum(cluster: Path, config: dict[str, Any], tmp_path: Path) -> None:
+    """One rank in the trial's own process, beside a service of its own: no start of Ray Train."""
+    shorter = {
+        "sampling": {"max_response_tokens": 4},
+        "rollouts": {"replica_cpus": 0.5, "max_running": 32},
+        "batch": {**config["batch"], "epochs": 4},
+        "training": {**config["training"], "zero_stage": 0},
+        "resources": {"workers": 1, "cpus_per_worker": 0.5},
+    }
+    space = tmp_path / "ppo.yaml"
+    vary = {"training.steps": [ITERATIONS]}
+    space.write_text(dump({"workload": "ppo", "aim": "search", "base": config | shorter, "vary": vary}))
+    job = ended(Escala().sweep(str(space)).id).job
+    (planned,) = read_planned(Settings().home, job.id)
+    trial = TrialFiles(Settings().home, planned.fingerprint)
+    assert job.state == "succeeded", f"{job.message}: {trial.attempt(1).log.read_text()[-3000:]}"
+    Escala().finished_run(job.id)  # all is in the tracker, the trial's run too
+    (record,) = Escala().runs(job=job.id, workload="ppo")
+    learned_it(record)
+    assert saved(trial.checkpoints) == [ITERATIONS - EVERY, ITERATIONS]
+    wait_for(lambda: gone(planned.fingerprint), 30, "the end of its service")
+
+
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Path, config: dict[str, Any]) -> str:
+def learned(cluster: Path, config: dict[str, Any]) -> str:
     return Escala().submit("ppo", base=config, options={"name": "ppo", "retries": 0}).id
 
 
-def test_it_learns_a_known_optimum(undisturbed: str) -> None:
-    details = ended(undisturbed)
-    assert details.job.state == "succeeded", "".join(Escala().logs(undisturbed))[-3000:]
-    record = Escala().finished_run(undisturbed)
-    assert record.measures["reward"] > 0.9
-    assert [
-        line for line in Escala().logs(undisturbed) if " -- CALL " in line
-    ] == []  # Serve's, one per response
-    assert record.held_out_loss_nats is None
-    assert record.measures[GAP] < 1e-4
-    checkpoints = JobFiles(Settings().home, undisturbed).checkpoints
-    assert [c.step for c in list_checkpoints(open_checkpoints(checkpoints))] == [
-        ITERATIONS - EVERY,
-        ITERATIONS,
-    ]
-    wait_for(lambda: gone(undisturbed), 30, "the end of its service")
+@pytest.mark.nightly(minutes=2)  # two workers, and the twin of the one that is killed
+def test_it_learns_a_known_optimum(learned: str) -> None:
+    details = ended(learned)
+    assert details.job.state == "succeeded", "".join(Escala().logs(learned))[-3000:]
+    learned_it(Escala().finished_run(learned))
+    assert [line for line in Escala().logs(learned) if " -- CALL " in line] == []  # Serve's, one per response
+    assert saved(JobFiles(Settings().home, learned).checkpoints) == [ITERATIONS - EVERY, ITERATIONS]
+    wait_for(lambda: gone(learned), 30, "the end of its service")
 
 
-@pytest.mark.docs  # four minutes: five starts
+@pytest.mark.nightly(minutes=4)  # five starts
 def test_killed_in_every_part_it_ends_with_the_same_numbers(
-    undisturbed: str, connected: None, config: dict[str, Any]
+    learned: str, connected: None, config: dict[str, Any]
 ) -> None:
-    ended(undisturbed)
+    ended(learned)
     job = Escala().submit("ppo", base=config, options={"name": "ppo-killed", "retries": 1}).id
     at_step(job, 1)
     kill_in_a_rollout(job)
@@ -230,7 +259,7 @@ def test_killed_in_every_part_it_ends_with_the_same_numbers(
     assert [a.outcome for a in details.attempts] == ["worker_lost", "driver_lost", "succeeded"]
     assert sum("resumed from" in line for line in Escala().logs(job)) == 2
     wait_for(lambda: gone(job), 30, "the end of its service")
-    expected, result = found(undisturbed), found(job)
+    expected, result = found(learned), found(job)
     assert result.metrics["reward"].keys() == set(range(1, ITERATIONS + 1))
     gaps = [one.metrics.pop(GAP) for one in (expected, result)]
     assert gaps[1] == pytest.approx(gaps[0], abs=1e-5)

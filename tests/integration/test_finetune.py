@@ -16,8 +16,9 @@ from escala.contract.errors import CheckpointError, SpecError
 from escala.contract.records import JobFiles
 from escala.settings import Settings
 from escala.storage.checkpoints import latest, open_checkpoints
+from escala.views.jobs import JobDetailsView
 from escala.views.run_records import RunView
-from tests.integration.test_jobs import OVERRIDES, ended
+from tests.faults.victims import ended
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.weights import load_weights
 from workloads.rewards.model import RewardModelScorer
@@ -29,20 +30,20 @@ GOOD, BAD = ("fine", "kind", "warm"), ("poor", "cruel", "cold")
 TRAINING = "training={context_tokens: 48, batch_sequences: 8, checkpoint_every_steps: 20, "
 
 
-def run(workload: str, data: Path, *overrides: str) -> RunView:
-    """A job that must succeed; its record."""
-    job = ended(
-        Escala().submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id
-    )
+def submit(workload: str, data: Path, *overrides: str) -> str:
+    return Escala().submit(workload, (), [f"data={{train: {data}, held_out_fraction: 0.2}}", *overrides]).id
+
+
+def finished(job_id: str) -> RunView:
+    """The record of a job that must succeed."""
+    job = ended(job_id)
     assert job.job.state == "succeeded", job.job.message
     return Escala().finished_run(job.job.id)
 
 
 @pytest.fixture(scope="module")
-def pretrained(cluster: Path) -> str:
-    job = ended(Escala().submit("pretrain", (), OVERRIDES).id)
-    assert job.job.state == "succeeded", job.job.message
-    return job.job.id
+def pretrained(undisturbed: JobDetailsView) -> str:
+    return undisturbed.job.id
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def tuned(pretrained: str, data: dict[str, Path]) -> RunView:
     """SFT by LoRA on two workers under ZeRO-3."""
-    return run(
+    job = submit(
         "sft",
         data["chats"],
         f"start.job={pretrained}",
@@ -80,6 +81,19 @@ def tuned(pretrained: str, data: dict[str, Path]) -> RunView:
         TRAINING + "steps: 40, zero_stage: 3, optimizer: {learning_rate: 1e-2}}",
         "resources.workers=2",
     )
+    return finished(job)
+
+
+@pytest.fixture(scope="module")
+def preferring(tuned: RunView, data: dict[str, Path]) -> dict[str, str]:
+    """By workload, the jobs that learn the preferences: both at once, while the tests go on."""
+    start, steps = f"start.job={tuned.job_id}", {"reward": (30, 3e-3), "dpo": (20, 1e-3)}
+    return {
+        workload: submit(
+            workload, data["pairs"], start, TRAINING + f"steps: {n}, optimizer: {{learning_rate: {rate}}}}}"
+        )
+        for workload, (n, rate) in steps.items()
+    }
 
 
 def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: RunView) -> None:
@@ -94,6 +108,7 @@ def test_sft_with_lora_lowers_the_answers_loss_and_saves_deltas_alone(tuned: Run
     assert tokenizer.prompt([{"role": "user", "content": "x"}])
 
 
+@pytest.mark.usefixtures("preferring")  # they train meanwhile
 def test_it_opens_in_transformers_and_peft(tuned: RunView, pretrained: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
@@ -116,15 +131,8 @@ def test_it_opens_in_transformers_and_peft(tuned: RunView, pretrained: str, tmp_
         Escala().export(pretrained, tmp_path / "none", adapter=True)
 
 
-def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
-    tuned: RunView, data: dict[str, Path]
-) -> None:
-    record = run(
-        "reward",
-        data["pairs"],
-        f"start.job={tuned.job_id}",
-        TRAINING + "steps: 30, optimizer: {learning_rate: 3e-3}}",
-    )
+def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(preferring: dict[str, str]) -> None:
+    record = finished(preferring["reward"])
     assert record.measures["held_out_accuracy"] > 0.9
     assert record.held_out_loss_nats < 0.5 * record.initial_held_out_loss_nats
     model, tokenizer = load_reward_model(JobFiles(Settings().home, record.job_id).checkpoints)
@@ -134,13 +142,8 @@ def test_a_reward_model_starts_from_it_and_prefers_what_raters_did(
     assert good > bad
 
 
-def test_dpo_starts_from_it_and_raises_the_margin(tuned: RunView, data: dict[str, Path]) -> None:
-    record = run(
-        "dpo",
-        data["pairs"],
-        f"start.job={tuned.job_id}",
-        TRAINING + "steps: 20, optimizer: {learning_rate: 1e-3}}",
-    )
+def test_dpo_starts_from_it_and_raises_the_margin(preferring: dict[str, str]) -> None:
+    record = finished(preferring["dpo"])
     assert record.initial_held_out_loss_nats == pytest.approx(0.6931, abs=1e-3)  # the policy is the reference
     assert record.measures["held_out_accuracy"] > 0.9
     assert record.measures["held_out_reward_margin"] > 0

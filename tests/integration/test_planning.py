@@ -13,8 +13,8 @@ from escala.hardware import load_cluster
 from escala.planning.limits import Limits
 from escala.settings import Settings
 from escala.views.plans import ExplorationView
-from tests.integration.test_jobs import ended
-from tests.integration.test_sweep import BASE, write
+from tests.faults.victims import ended
+from tests.integration.sweeps import BASE, write
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,6 +35,7 @@ def law(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return Escala().fit_sweeps([job.id], "ninetiny", bootstrap=200).law
 
 
+@pytest.mark.nightly(minutes=2)
 def test_exploring_keeps_to_its_budget_and_goes_on_where_it_was_left(law: str) -> None:
     budget = 3e10  # the smallest run takes 8e9
 

@@ -27,6 +27,7 @@ from escala.contract.errors import DigestMismatch, NotFoundError, StaleWeights, 
 from escala.schema import ModelConfig
 from escala.views.rollouts import DeploymentView, ReplicaView
 from tests.conftest import free_ports, wait_for
+from tests.integration.followers import Follower, Learner
 from workloads.data.tokenizer import train_tokenizer
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
@@ -212,6 +213,7 @@ def newest(rollouts: Any) -> int:
     return int(ray.get(rollouts.store().newest.remote()))
 
 
+@pytest.mark.nightly(minutes=1)
 def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_request(rollouts: Any) -> None:
     started = time.monotonic()
     sent = in_background(lambda: rollouts.generate([[i + 1, 2] for i in range(10)], LONG))
@@ -239,6 +241,7 @@ def test_a_burst_brings_a_replica_and_takes_it_away_again_without_a_failed_reque
     assert rollouts.generate([[1, 2]], SHORT, min_version=3)[0].weights.version == 3
 
 
+@pytest.mark.nightly(minutes=1)
 def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(rollouts: Any) -> None:
     before = {r.pid for r in running()}
     wait_for(lambda: Escala().rollouts_status().status == "RUNNING", 60, "quiet")
@@ -253,35 +256,6 @@ def test_bounds_move_without_a_restart_and_an_idle_policy_goes_and_comes_back(ro
     assert (
         rollouts.generate([[1, 2]], SHORT)[0].weights.version == version
     )  # held at the ingress; pulled at start-up
-
-
-class Follower:
-    """A replica without Serve: an actor with a receiver."""
-
-    async def start(self, store: Any, name: str, digest: str, hangs: bool) -> None:
-        import asyncio
-
-        from escala.rollouts.weights import Receiver, WeightVersion
-
-        async def apply(version: Any, weights: Any) -> None:
-            await asyncio.sleep(3600 if hangs else 0)
-
-        self.receiver = Receiver(lambda: store, f"followers/{name}", apply)
-        await self.receiver.start(WeightVersion(0, digest, "fp32"))
-
-    async def version(self) -> int:
-        return self.receiver.current.version
-
-
-class Learner:
-    """Publishes from a process of its own."""
-
-    def publish(self, store: Any, seed: int, version: int, seconds: float) -> tuple[str, ...]:
-        from escala.rollouts.weights import publish
-        from workloads.serving.weights import pack
-
-        packed = pack({"w": torch.full((1000,), float(seed))})
-        return publish(store, packed, version, precision="fp32", timeout_seconds=seconds).replicas
 
 
 def test_a_silent_replica_is_replaced_and_named_and_weights_outlive_their_learner(connected: None) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed
 from torch import Tensor
@@ -349,7 +347,7 @@ def policy_weights(engine: Any) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for prefix, module in engine.module.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        with _gathered(list(own.values())):
+        with zero.gathered(list(own.values())):
             if torch.distributed.get_rank():
                 continue
             if isinstance(module, LoraLinear):
@@ -357,11 +355,6 @@ def policy_weights(engine: Any) -> dict[str, Tensor]:
             for name, tensor in own.items():
                 whole[f"{prefix}.{name}"] = tensor.detach().to("cpu", copy=True)
     return whole
-
-
-def _gathered(parameters: list[Any]) -> Any:
-    split = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(split) if split else nullcontext()
 
 
 def critic_training(config: PpoConfig) -> TrainingConfig:

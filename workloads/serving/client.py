@@ -12,7 +12,6 @@ from escala.rollouts import weights as contract
 from escala.rollouts.weights import Published
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.records import Generated, RequestPrompt
-from workloads.serving.weights import pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +76,9 @@ class Rollouts:
         self, state: Mapping[str, Tensor], version: int, *, timeout_seconds: float = 120.0
     ) -> Published:
         """Make `state` the weights of every replica. See `escala.rollouts.weights.publish` for errors."""
+        # Here, since it needs torch, which who only asks does without.
+        from workloads.serving.weights import pack
+
         served = self.describe()["weights"]
         try:
             return contract.publish(

@@ -14,7 +14,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,17 +33,33 @@ os.environ.setdefault(
     "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
 )  # read on first import
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-import deepspeed
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+
+
+@contextlib.contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Whoever imports `module` meanwhile finds that it is not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # how Python says so
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+with _absent("mlflow"):  # DeepSpeed's autotuner, which is not used, takes half of the import for it
+    import deepspeed
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 STATE_KEYS = (MASTER, EXP_AVG, EXP_AVG_SQ)
@@ -173,6 +190,15 @@ def _finite(norm: Any) -> float:
     """The norm; infinity for what is not finite, for which DeepSpeed says -1."""
     found = float(norm)
     return found if math.isfinite(found) and found >= 0 else math.inf
+
+
+def gathered(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Whole within the context, where stage 3 has split them. A collective call."""
+    split = [p for p in parameters if hasattr(p, "ds_id")]
+    found: contextlib.AbstractContextManager[Any] = (
+        deepspeed.zero.GatheredParameters(split) if split else contextlib.nullcontext()
+    )
+    return found
 
 
 def parameters_held(engine: Any) -> int:

@@ -260,7 +260,9 @@ def _prepare_on_cluster(attempt: AttemptSpec) -> Any:
         return importlib.import_module(TRIAL_MODULE).prepare(attempt)
 
     try:
-        return ray.get(ray.remote(num_cpus=1)(prepare).remote())
+        prepared = ray.remote(num_cpus=1)(prepare).remote()
+        importlib.import_module("ray.tune")  # the next thing that is needed takes a second, too
+        return ray.get(prepared)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, EscalaError):
             raise error.cause from None

@@ -33,17 +33,17 @@ demo: setup  # from a sweep to a law to a planned run: 8 minutes
 
 test: setup  # all tests but the long ones: 12 minutes
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (ray or docs or nightly or gpu)" $(PYTEST_OPTIONS)
-	$(BIN)/pytest -m "ray and not (docs or nightly)" $(PYTEST_OPTIONS)
+	$(BIN)/pytest -m "ray and not (docs or nightly)" $(PYTEST_OPTIONS) tests/contracts tests/faults tests/integration
 
 test-fast: setup  # what starts no cluster and is not slow: 3 minutes
 	$(BIN)/pytest -n 2 --dist loadfile -m "not (ray or docs or nightly or gpu or slow)" $(PYTEST_OPTIONS)
 
-test-docs: setup  # journeys: the commands of README and docs, the demos, a cluster that grows: 45 minutes
+test-docs: setup  # journeys: the commands of README and docs, the demos: 80 minutes
 	$(BIN)/pytest -q -m "not docs" tests/docs/test_pages.py
-	$(BIN)/pytest -m docs $(PYTEST_OPTIONS)
+	$(BIN)/pytest -m docs $(PYTEST_OPTIONS) tests/docs
 
-test-nightly: setup  # the long rest and test-docs: 90 minutes; SHARD=COMMIT: one part, 10 minutes
-	$(BIN)/pytest -m "nightly or docs" $(if $(SHARD),--shard $(SHARD)) $(PYTEST_OPTIONS)
+test-nightly: setup  # the long rest and test-docs: 100 minutes; SHARD=COMMIT: one part, 12 minutes
+	$(BIN)/pytest -m "nightly or docs" $(if $(SHARD),--shard $(SHARD)) $(PYTEST_OPTIONS) tests/docs tests/faults tests/integration
 
 test-gpu:  # one CUDA card, with torch >= 2.11, pydantic and pytest alone: 8 minutes; skipped without a card
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3); \

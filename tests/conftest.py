@@ -106,10 +106,12 @@ def reports(home: Path) -> Iterator[list[str]]:
     command = [sys.executable, "-c", "from escala import Escala; Escala().up(report=print)"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        said = [process.communicate()[0] for process in both]
+        said = [process.communicate(timeout=400)[0] for process in both]
         assert [process.returncode for process in both] == [0, 0], said
         yield said
     finally:
+        for process in both:
+            process.kill()
         Escala().down(report=print)
         shutil.rmtree(ray_directory(Settings()).parent)
 

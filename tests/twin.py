@@ -50,4 +50,5 @@ def delivered_losses(job_id: str) -> dict[int, float]:
         assert len(found) == len(points), "a step is doubled"
         assert all(losses.get(step, loss) == loss for step, loss in found.items())
         losses |= found
+    assert sorted(losses) == list(range(1, STEPS + 1))
     return losses

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import urllib.request
+from pathlib import Path
+
 import psutil
 
 from escala import Escala
 from escala.contract.records import AttemptFiles, JobFiles, Progress, read_record
 from escala.jobs.state import FINAL
+from escala.managed import token_path
 from escala.processes import Processes
 from escala.settings import Settings
 from escala.storage.checkpoints import list_checkpoints, open_checkpoints
@@ -57,6 +63,20 @@ def driver(job_id: str) -> psutil.Process:
 def titled(title: str) -> list[psutil.Process]:
     """The session's Ray processes with `title` in their command line: "RayTrainWorker", "ServeController"."""
     return [p for p in _of_this_home() if title in _line(p)]
+
+
+def sleeping_driver(marker: Path) -> psutil.Process:
+    """A driver that the job server starts, and that would not end by itself for a quarter of an hour."""
+    settings = Settings()
+    code = f"import os, pathlib, time; pathlib.Path('{marker}').write_text(str(os.getpid())); time.sleep(900)"
+    headers = {
+        "Authorization": f"Bearer {token_path(settings).read_text()}",
+        "Content-Type": "application/json",
+    }
+    body = json.dumps({"entrypoint": f'{sys.executable} -S -c "{code}"'}).encode()
+    request = urllib.request.Request(f"{settings.ray_dashboard}/api/jobs/", body, headers)
+    urllib.request.urlopen(request, timeout=60).close()
+    return psutil.Process(int(wait_for(lambda: marker.exists() and marker.read_text(), 60, "the driver")))
 
 
 def _of_this_home() -> list[psutil.Process]:

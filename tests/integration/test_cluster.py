@@ -48,9 +48,12 @@ def test_up_is_idempotent_and_cheap_to_ensure(running: Settings) -> None:
     before = cluster.status(running)
     assert before.running, before
     assert pids(cluster.up(running)) == pids(before)
-    begun = time.monotonic()
-    assert cluster.ensure(running) == []
-    assert time.monotonic() - begun < 0.2  # 6 ms when the machine is idle
+    seconds = []
+    for _ in range(5):  # the best of five: the bound is on the work, not on a busy machine
+        begun = time.monotonic()
+        assert cluster.ensure(running) == []
+        seconds.append(time.monotonic() - begun)
+    assert min(seconds) < 0.2  # 6 ms when the machine is idle
 
 
 def listens(process: psutil.Process) -> list[str]:
@@ -133,6 +136,14 @@ def test_damaged_records_end_nothing(running: Settings) -> None:
     assert cluster.ensure(running) == []
 
 
+def mode(path: Path) -> int:
+    """The permissions of a path; none where it has just been removed, as a file of the spool may be."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return 0
+
+
 def test_home_and_logs_are_private(running: Settings) -> None:
     run = running.home / "run"  # what is in it is behind its own mode
     paths = [
@@ -141,7 +152,7 @@ def test_home_and_logs_are_private(running: Settings) -> None:
     ]
     assert run in paths
     assert running.home / "logs" / "runner.log" in paths
-    assert [path for path in paths if path.stat().st_mode & 0o077] == []
+    assert [path for path in paths if mode(path) & 0o077] == []
 
 
 @pytest.mark.last

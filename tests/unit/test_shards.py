@@ -1,5 +1,8 @@
 """The shards of the long tests: all of them, none twice, none too long."""
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -17,6 +20,20 @@ def test_every_test_is_in_one_shard_and_no_shard_is_too_long(minutes: dict[str, 
     assert all(sum(minutes[name] for name in part) <= max(SHARD_MINUTES, longest) for part in parts)
 
 
+def test_what_is_marked_stands_where_make_looks_for_it() -> None:
+    """`make test` and `test-nightly` collect their marked tests from these folders alone."""
+    folders = {
+        "ray": ("contracts", "faults", "integration"),
+        "nightly": ("docs", "faults", "integration"),
+        "docs": ("docs",),
+    }
+    tests = Path(__file__).parents[1]
+    for path in tests.rglob("test_*.py"):
+        for mark in re.findall(r"pytest\.mark\.(ray|nightly|docs)\b", path.read_text()):
+            in_string = path == Path(__file__)
+            assert in_string or path.relative_to(tests).parts[0] in folders[mark], (path, mark)
+
+
 def test_hashes_reach_every_shard(pytester: pytest.Pytester) -> None:
     (pytester.path / "conftest.py").write_text(
         "from tests.conftest import pytest_addoption, pytest_collection_modifyitems"
@@ -24,13 +41,13 @@ def test_hashes_reach_every_shard(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nmarkers =\n    nightly(minutes)\n    docs(minutes)\n")
     for name in ("one", "two", "three"):
         (pytester.path / f"test_{name}.py").write_text(
-            "import pytest\n\n@pytest.mark.nightly(minutes=6)\ndef test_it(): pass\n"
+            "import pytest\n\n@pytest.mark.nightly(minutes=10)\ndef test_it(): pass\n"
         )
     seen = set()
     for commit in ("a0", "a1", "a2"):
         done = pytester.runpytest_inprocess("--shard", commit, "-p", "no:xdist", "--collect-only", "-q")
         (name,) = (line for line in done.outlines if "::test_it" in line)
-        done.stdout.fnmatch_lines(["shard * of 3, 6 minutes: test_*.py"])
+        done.stdout.fnmatch_lines(["shard * of 3, 10 minutes: test_*.py"])
         seen.add(name)
     assert len(seen) == 3
 

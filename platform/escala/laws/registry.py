@@ -163,8 +163,8 @@ class Registry:
         """
         try:
             running = has_running_run(self._uri, experiment, KEY_TAG, f"{KEY}:")
-        except OSError as error:
-            raise tracker_error(self._uri, error) from error
+        except OSError:  # MLflow's client may get through: it knows proxies and certificates
+            running = None
         if running is False:
             return
         with self._client() as client:

@@ -141,11 +141,13 @@ def _choose_view(block: Tensor, tile: Tensor, in_place: bool) -> tuple[int, int,
     A copied block costs about twice one read in place (CPU), so a view up to half idle is taken.
     """
     pairs = torch.arange(len(block))
+    if not in_place:
+        return 0, 0, pairs[:0], pairs, pairs
     low, high = (int(end) for end in block.aminmax())
     span = high - low + 1
     first_pair = torch.full((span,), len(block)).scatter_reduce_(0, block - low, pairs, "amin")
     used = (first_pair < len(block)).nonzero().squeeze(1)
-    if not in_place or span > 2 * len(used):
+    if span > 2 * len(used):
         return 0, 0, pairs[:0], pairs, pairs
     view_tile = torch.zeros(span, dtype=torch.int64)
     view_tile[used] = tile[first_pair[used]]

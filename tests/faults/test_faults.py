@@ -31,7 +31,7 @@ from tests import twin
 from tests.conftest import wait_for
 from tests.faults.victims import at_step, checkpointed, driver, ended, files, sleeping_driver, titled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SAME = ("train_loss_nats", "held_out_loss_nats", "initial_held_out_loss_nats", "train_tokens")
 

@@ -83,7 +83,9 @@ def test_killed_in_every_part_it_ends_as_if_undisturbed(undisturbed: JobDetailsV
     driver(job_id).kill()
     comes_back(tracker, "mlflow")
 
-    sleeping = sleeping_driver(tmp_path / "driver")  # while the attempt starts: its steps do not wait for this one
+    sleeping = sleeping_driver(
+        tmp_path / "driver"
+    )  # while the attempt starts: its steps do not wait for this one
     at_step(job_id, 1, attempt=3)
     before = Processes(Settings().home).marked("ray")
     assert {driver(job_id), sleeping} <= set(before)

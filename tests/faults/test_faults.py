@@ -83,8 +83,10 @@ def test_killed_in_every_part_it_ends_as_if_undisturbed(undisturbed: JobDetailsV
     driver(job_id).kill()
     comes_back(tracker, "mlflow")
 
+    sleeping = sleeping_driver(
+        tmp_path / "driver"
+    )  # while the attempt starts: its steps do not wait for this one
     at_step(job_id, 1, attempt=3)
-    sleeping = sleeping_driver(tmp_path / "driver")
     before = Processes(Settings().home).marked("ray")
     assert {driver(job_id), sleeping} <= set(before)
     assert len([process for process in titled("RayTrainWorker") if process in before]) == 2

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -34,6 +35,7 @@ PROCESS_NAME = "ESCALA_PROCESS"
 PROCESS_KEY = "ESCALA_PROCESS_KEY"  # Command.key: a damaged record is made again from the process itself
 SAME_START_SECONDS = 60.0  # where the kernel gives a start time by the wall clock only: less than it steps
 PRIVATE = ("run", "logs", "jobs", "trials", "data", "mlflow.db", "mlflow-artifacts")  # under HOME
+ENDING_SECONDS = 5.0  # of a killed process, until the kernel has closed what it listened on
 TAIL_BYTES, TAIL_LINES = 64 * 1024, 15
 
 
@@ -337,14 +339,25 @@ def _signals_held() -> Iterator[Callable[[], None]]:
 
 def check_port_free(port: int, setting: str, name: str) -> None:
     """Raises ClusterError that names who listens on `port` (where we may see it) and the setting that changes
-    it.
+    it. A process that has just been killed listens for a moment more, as nobody's: it is waited for.
     """
+    deadline = time.monotonic() + ENDING_SECONDS
+    while (taken := _listener(port)) is not None:
+        if taken.pid is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            continue
+        raise ClusterError(
+            f"port {port}, which {name} needs, is taken by {_who(taken.pid)}",
+            f"end that process, or choose another port with {setting}",
+        )
+
+
+def _listener(port: int) -> Any:
+    """psutil's record of who listens on a port; None: nobody, or it cannot be seen here."""
     for connection in psutil.net_connections("tcp") if sys.platform == "linux" else ():
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-            raise ClusterError(
-                f"port {port}, which {name} needs, is taken by {_who(connection.pid)}",
-                f"end that process, or choose another port with {setting}",
-            )
+            return connection
+    return None
 
 
 def _who(pid: int | None) -> str:

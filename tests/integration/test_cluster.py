@@ -19,7 +19,7 @@ import pytest
 from escala import cluster
 from escala.contract.errors import ClusterError
 from escala.managed import ray_directory, token_path
-from escala.processes import Processes
+from escala.processes import PRIVATE, Processes
 from escala.settings import Settings
 from tests.conftest import wait_for
 
@@ -145,14 +145,12 @@ def mode(path: Path) -> int:
 
 
 def test_home_and_logs_are_private(running: Settings) -> None:
-    run = running.home / "run"  # what is in it is behind its own mode
-    paths = [
-        running.home,
-        *(p for p in running.home.rglob("*") if not p.is_symlink() and run not in p.parents),
-    ]
-    assert run in paths
+    """What `up` makes; what jobs write is behind the modes of these."""
+    made = [running.home / name for name in (*PRIVATE, "escala.db")]
+    paths = [running.home, *made, *(running.home / "logs").rglob("*")]
+    assert running.home / "run" in paths
     assert running.home / "logs" / "runner.log" in paths
-    assert [path for path in paths if mode(path) & 0o077] == []
+    assert [path for path in paths if not path.is_symlink() and mode(path) & 0o077] == []
 
 
 @pytest.mark.last

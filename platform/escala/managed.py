@@ -50,7 +50,7 @@ def ray_command(settings: Settings) -> Command:
         # Ray's default of 15 lets anything else on the machine go before a training step.
         "RAY_worker_niceness": "0",
         # One node has none to hand its work to. Ray would wait 30 s for that, and be killed before it has ended what
-        # it started: 22 s for `escala down` in place of 3.
+        # it started.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
         # What an idle head need not do (benchmarks/idle.py); private to Ray 2.60:

@@ -98,6 +98,9 @@ def submit(
     law: Annotated[
         str | None, typer.Option(help="Whose optimum splits --compute-flops. [default: 20 tokens/parameter]")
     ] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Seal what --law says of the run before it is queued.")
+    ] = False,
     max_flops: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget over all attempts.")] = None,
     code: Code = None,
@@ -123,7 +126,7 @@ def submit(
         return
     with progress.reporting("submitting", json) as report:
         job = escala.submit(
-            workload, files or (), overrides or (), options, report, compute_flops, law, code=code
+            workload, files or (), overrides or (), options, report, compute_flops, law, code=code, seal=seal
         )
     render.submitted(job, json)
     if follow:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from escala.cli import progress, render, render_laws
+from escala.cli import progress, render, render_forecasts, render_laws
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.contract.errors import LawError
@@ -134,6 +134,9 @@ def predict(
         typer.Option("--at", help="Any input of the law's form: NAME=VALUE, e.g. energy_joules=1e9."),
     ] = None,
     level: Annotated[float, typer.Option(help="Of the predictive interval.")] = 0.9,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Seal it, at 90 %: the next run at this point scores it.")
+    ] = False,
     refresh: Refresh = False,
     json: Json = False,
 ) -> None:
@@ -148,7 +151,12 @@ def predict(
         "compute_flops": compute_flops,
     }
     point = {name: value for name, value in given.items() if value is not None}
-    render_laws.prediction(open_home().predict_law(law, _merged(point, at or []), level, refresh), json)
+    escala, asked = open_home(), _merged(point, at or [])
+    render_laws.prediction(escala.predict_law(law, asked, level, refresh), json)
+    if seal:
+        with progress.reporting("sealing", json) as report:
+            made = escala.seal_point(law, asked, report)
+        render_forecasts.sealed(made)
 
 
 def compare(first: Name, second: Name, json: Json = False) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import cluster, demo, jobs, laws, planning, render, rollouts, runs, sweeps
+from escala.cli import cluster, demo, forecasts, jobs, laws, planning, render, rollouts, runs, sweeps
 from escala.contract.errors import ClusterError, EscalaError
 from escala.contract.files import no_room
 from escala.contract.redaction import hide_in_tracebacks
@@ -25,6 +25,7 @@ jobs.register(app)
 sweeps.register(app)
 runs.register(app)
 laws.register(app)
+forecasts.register(app)
 planning.register(app)
 rollouts.register(app)
 demo.register(app)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from escala.cli import laws, progress, render, render_plans
+from escala.cli import laws, progress, render, render_forecasts, render_plans
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.cli.jobs import Follow, Overrides, follow_job
@@ -103,6 +103,9 @@ def plan(
         Path | None,
         typer.Option(help="Also the plans of smaller budgets: a table, and a plot into this PNG."),
     ] = None,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Seal what the law says of the planned run. [always with --submit]")
+    ] = False,
     submit: Submit = False,
     refresh: Refresh = False,
     json: Json = False,
@@ -139,6 +142,10 @@ def plan(
                 smaller = escala.plan_front(law, limits, options, front)
             best = best.model_copy(update={"front": tuple(smaller), "front_plot": str(front)})
         render_plans.plan(best, json)
+    if seal and not submit:
+        with progress.reporting("sealing", json) as report:
+            made = escala.seal_plan(best.law, best.n_active, best.n_total, best.tokens, report=report)
+        render_forecasts.sealed(made)
     if submit:
         with progress.reporting("submitting", json) as report:
             job = escala.submit_run(best.law, best.n_active, best.n_total, best.tokens, report=report)

@@ -42,6 +42,10 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
+    seal: Annotated[
+        str | None,
+        typer.Option(help="Seal what this law says of every trial before it starts.", metavar="LAW"),
+    ] = None,
     code: Code = None,
     follow: Follow = False,
     dry_run: DryRun = False,
@@ -62,7 +66,7 @@ def sweep(
         render_sweeps.plan(escala.plan_sweep(space, overrides or (), code, options), json)
         return
     with progress.reporting("submitting", json) as report:
-        job = escala.sweep(space, overrides or (), options, resume, report, code)
+        job = escala.sweep(space, overrides or (), options, resume, report, code, seal)
     render.submitted(job, json)
     if follow:
         ended = followed(escala, job.id, json)

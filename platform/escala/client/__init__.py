@@ -13,6 +13,7 @@ mlflow, the database, laws) is imported by the method that needs it.
 from __future__ import annotations
 
 from escala.client.cluster import ClusterMethods
+from escala.client.forecasts import ForecastMethods
 from escala.client.jobs import JobMethods
 from escala.client.laws import LawMethods
 from escala.client.plans import PlanMethods
@@ -20,7 +21,7 @@ from escala.client.run_records import RunMethods
 from escala.client.sweeps import SweepMethods
 
 
-class Escala(ClusterMethods, JobMethods, RunMethods, SweepMethods, LawMethods, PlanMethods):
+class Escala(ClusterMethods, JobMethods, RunMethods, SweepMethods, LawMethods, PlanMethods, ForecastMethods):
     """A home with its cluster, its tracker, its jobs and its laws: a flat list of verbs, a module a noun.
 
     Args:

@@ -67,12 +67,13 @@ class JobMethods(Home):
         law: str | None = None,
         base: Mapping[str, Any] | None = None,
         code: str | Path | None = None,
+        seal: bool = False,
     ) -> JobView:
         """Queue a job. Args as `planning.submission.JobRequest`, errors as `planning.submission.submit`."""
         from escala.planning import submission
 
         asked = submission.JobRequest(
-            workload, files, overrides, options or {}, compute_flops, law, base, code
+            workload, files, overrides, options or {}, compute_flops, law, base, code, seal
         )
         return JobView.of(submission.submit(self.settings, asked, report))
 
@@ -85,7 +86,9 @@ class JobMethods(Home):
         overrides: Iterable[str] = (),
         report: Report = silent,
     ) -> JobView:
-        """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
+        """Queue a run of N and D that is configured like the law's runs, its forecast sealed. Errors as
+        `planning.submission.submit_run`.
+        """
         from escala.planning import submission
 
         return JobView.of(

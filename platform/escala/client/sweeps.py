@@ -35,11 +35,12 @@ class SweepMethods(Home):
         resume: bool = False,
         report: Report = silent,
         code: str | Path | None = None,
+        seal: str | None = None,
     ) -> JobView:
         """Queue a sweep, or the last interrupted one again. Args and errors as `sweeps.launch.sweep`."""
         from escala.sweeps import launch
 
-        return JobView.of(launch.sweep(self.settings, space, overrides, options, resume, report, code))
+        return JobView.of(launch.sweep(self.settings, space, overrides, options, resume, report, code, seal))
 
     def sweep_points(self, name: str) -> SweepPointsView:
         """The points of a sweep so far, and the refused ones. `name`: its job's id, or a name, whose newest is meant.

@@ -118,19 +118,27 @@ def _restart_dead(settings: Settings) -> None:
         log.warning("%s was dead and has been restarted", name)
 
 
+def _judge_run(settings: Settings, directory: Path) -> bool:
+    """Compare the run of an attempt that has ended with the champions, and score its sealed forecasts; true where its
+    spool got tags.
+    """
+    from escala.laws.drift import compare_run
+    from escala.laws.forecasts import experiment_of, score_run
+
+    scored = score_run(settings.home, settings.tracker, experiment_of(settings), directory)
+    return compare_run(settings.home, settings.tracker, directory) or bool(scored)
+
+
 def _reconciler(settings: Settings, store: JobStore) -> Reconciler:
     from escala.hardware import load_cluster
     from escala.jobs.backends import open_backend
-    from escala.laws.drift import compare_run
     from escala.runtime_env import job_variables
     from escala.tracking.children import FamilyDelivery
     from escala.tracking.delivery import Delivery
 
     ray_address = settings.ray_address or f"127.0.0.1:{settings.ray_port}"
     tracking_uri = settings.tracking_uri or f"http://127.0.0.1:{settings.mlflow_port}"
-    delivery = FamilyDelivery(
-        Delivery(tracking_uri), settings.home, partial(compare_run, settings.home, settings.tracker)
-    )
+    delivery = FamilyDelivery(Delivery(tracking_uri), settings.home, partial(_judge_run, settings))
 
     def environment(job: Job) -> Mapping[str, str]:
         resources = job.config.get("resources") or job.config.get("base", {}).get(

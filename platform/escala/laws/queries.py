@@ -41,11 +41,12 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Answer:
     """A prediction with the law that gave it. `assumed`: what the question left open."""
 
     law: Stored
     prediction: Prediction
+    asked: dict[str, float]  # the point, with what was assumed
     assumed: tuple[str, ...]
 
     @property
@@ -255,7 +256,7 @@ def law(settings: Settings, reference: str, refresh: bool = False) -> Stored:
 
 def predict_law(
     settings: Settings, reference: str, at: Mapping[str, float], level: float = 0.9, refresh: bool = False
-) -> Forecast:
+) -> Answer:
     """The loss at a point, `at` = {input: value}, with its predictive interval. A law of n_active that is asked with
     n_total alone (or the reverse) takes the model as dense, and says so.
 
@@ -263,7 +264,7 @@ def predict_law(
     """
     stored = law(settings, reference, refresh)
     asked, assumed = _dense(stored.law, at)
-    return Forecast(stored, stored.law.predict(level, **asked), assumed)
+    return Answer(stored, stored.law.predict(level, **asked), asked, assumed)
 
 
 def _dense(law: Law, point: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:

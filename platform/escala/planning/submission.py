@@ -17,6 +17,7 @@ from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.jobs.records import Job
+    from escala.laws.forecasts import Forecast
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class JobRequest:
             overrides do not fix them.
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
+        seal: what `law` says of the run is sealed before that is queued (laws.forecasts).
         code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
             are copied into the home.
     """
@@ -41,6 +43,7 @@ class JobRequest:
     law: str | None = None
     base: Mapping[str, Any] | None = None
     code: str | Path | None = None
+    seal: bool = False
 
 
 def resolve(settings: Settings, asked: JobRequest) -> spec.Resolved:
@@ -57,7 +60,10 @@ def submit(settings: Settings, asked: JobRequest, report: Report = silent) -> Jo
     queued. A cluster that cannot be brought up is a warning of the logger `escala.jobs`, and the job stays queued.
     """
     loaded = _load(settings, asked)
-    return start(settings, loaded, report, code=_ready(settings, loaded, asked.code))
+    code = _ready(settings, loaded, asked.code)
+    if asked.seal:
+        _seal(settings, asked.law, loaded, report)
+    return start(settings, loaded, report, code=code)
 
 
 def submit_run(
@@ -69,13 +75,47 @@ def submit_run(
     overrides: Iterable[str] = (),
     report: Report = silent,
 ) -> Job:
-    """Queue a run of N and D that is configured like the law's runs. Raises SpecError for a law that knows none."""
+    """Queue a run of N and D that is configured like the law's runs, once what the law says of it is sealed.
+
+    Raises SpecError for a law that knows no configuration, ClusterError where the forecast cannot be sealed.
+    """
+    job = _planned_job(settings, law, n_active, n_total, tokens, overrides)
+    _seal(settings, law, job, report)
+    return start(settings, job, report)
+
+
+def seal_plan(
+    settings: Settings, law: str, n_active: float, n_total: float, tokens: float, report: Report = silent
+) -> Forecast:
+    """Seal what a law says of the run of N and D that `submit_run` would queue. Raises as that."""
+    return _seal(settings, law, _planned_job(settings, law, n_active, n_total, tokens), report)
+
+
+def _planned_job(
+    settings: Settings,
+    law: str,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    overrides: Iterable[str] = (),
+) -> spec.JobSpec:
     from escala.laws import queries
     from escala.planning.plans import config_for
 
     config = config_for(queries.law(settings, law), n_active, n_total, tokens, tuple(overrides))
-    job = spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")})
-    return start(settings, job, report)
+    return spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")})
+
+
+def _seal(settings: Settings, law: str | None, job: spec.JobSpec, report: Report) -> Forecast:
+    from escala.laws import queries
+    from escala.laws.forecasts import seal_runs
+
+    if law is None:
+        raise SpecError("--seal seals what a law says, and no law is given", "add --law NAME")
+    if job.workload != "pretrain":
+        raise SpecError(f"a law says nothing of a {job.workload} run", "leave --seal out")
+    name = job.options.name or job.workload
+    return seal_runs(settings, queries.law(settings, law), [(name, job.plain())], report)[0]
 
 
 def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep: bool = True) -> str | None:
@@ -89,9 +129,10 @@ def _load(settings: Settings, asked: JobRequest) -> spec.JobSpec:
     written = spec.written(asked.files, asked.overrides, asked.base)
     written, options = resolve_jobs(settings, written, dict(asked.options))
     if compute_flops is None:
-        if law is not None:
+        if law is not None and not asked.seal:
             raise SpecError(
-                f"--law {law} splits a budget, and none is given", "add --compute-flops, e.g. 1e18"
+                f"--law {law} splits a budget, and none is given",
+                "add --compute-flops, e.g. 1e18; or --seal, to seal what the law says of this run",
             )
         return spec.load_job(workload, options=options, base=written)
     if not get_workload(workload).chooses_model:

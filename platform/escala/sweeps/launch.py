@@ -72,10 +72,12 @@ def sweep(
     resume: bool = False,
     report: Report = silent,
     code: str | Path | None = None,
+    seal: str | None = None,
 ) -> Job:
     """Queue a sweep; or, with `resume`, queue the last interrupted sweep of this very space again.
 
-    Args as `plan_sweep`; `options` are fields of JobOptions. A trial that any sweep of this home has finished is not
+    Args as `plan_sweep`; `options` are fields of JobOptions; `seal`: a law, whose word on every trial that has not run
+    yet is sealed before any starts (laws.forecasts). A trial that any sweep of this home has finished is not
     trained again, resumed or not. Raises as `plan_sweep`; NotFoundError where there is nothing to resume; and as
     `jobs.actions.enqueue`.
     """
@@ -94,6 +96,8 @@ def sweep(
         return retry(settings, _interrupted(settings, name, config).id, report)
     digest = _ready(settings, loaded, plan, code, waits=checked.after is not None)
     report(f"{len(plan.trials)} trials, {plan.compute_flops:.3g} FLOPs")
+    if seal is not None:
+        _seal(settings, seal, plan, report)
     new = NewJob(
         workload=SWEEP.name,
         entry_point=SWEEP.entry_point,
@@ -104,6 +108,29 @@ def sweep(
         **checked.model_dump(),
     )
     return enqueue(settings, new, report)
+
+
+def _seal(settings: Settings, law: str, plan: SweepPlan, report: Report) -> None:
+    """Seal what the law says of the trials; those that this home has trained already cannot be foretold any more."""
+    from escala.laws import queries
+    from escala.laws.forecasts import digest_of, seal_runs
+
+    trained = _trained(settings.home)
+    runs = [(t.label, t.config) for t in plan.trials if digest_of(t.config) not in trained]
+    known = len(plan.trials) - len(runs)
+    if known:
+        report(f"{known} of {len(plan.trials)} trials have been trained in this home: they are not sealed")
+    if runs:
+        seal_runs(settings, queries.law(settings, law), runs, report)
+
+
+def _trained(home: Path) -> set[str]:
+    """Fingerprints of the configurations of all trials that this home has started."""
+    from escala.contract.records import AttemptSpec, read_record
+    from escala.laws.forecasts import digest_of
+
+    specs = (read_record(AttemptSpec, path) for path in (home / "trials").glob("*/attempt-*/attempt.json"))
+    return {digest_of(found.config) for found in specs if found is not None}
 
 
 def _loaded(

@@ -16,22 +16,23 @@ from escala.laws.initial_values import grid_starts
 from escala.laws.intervals import bootstrap_weights, inflation, quantile_pair, residual_draws
 from escala.laws.powers import Features, Floats, losses
 from escala.laws.rolling import Cut, Rolling, distance, extrapolation, trimmed
+from escala.laws.sample import FEWEST_UNITS
 from escala.laws.solve import Problem, descend, minimise, residuals
 
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the points, fitted
+SMALLEST_GAP = 1e-4  # between the logs of two values that a cut can part
 NEAR = 0.05  # of the points: a cut moves so far to the widest gap between two values
-REACH = 8.0  # times the largest value fitted: how far a cut is asked; of a product of N and D its square
 REPLICATES = 30  # of each cut
 STARTS = 5
 DRAWS = 300  # of an error's interval
 
-# What is believed of a form of a law before its own backtests are seen: between factors of 2 either way of 0.6 % of the
-# loss at e times the data, learned from synthetic laws of wrong forms and public tables (benchmarks/README.md).
-PRIOR_MEDIAN, PRIOR_SD = 0.006, 0.7
+# What is believed of a form's bias before its own backtests are seen: some 0.5 % of the loss at e times the data, to
+# a factor of 4.5 either way; chosen on synthetic laws of wrong forms (benchmarks/README.md).
+PRIOR_MEDIAN, PRIOR_SD = 0.005, 1.5
 TAU_G = np.exp(np.linspace(np.log(2e-4), np.log(0.5), 80))
 DEGREES = 3.0  # of Student's t of an error: a cut may be off by far, e.g. where its own law is not identified
-PIECES = 2.0  # independent pieces of evidence in the errors of a cut, at most
-RECENT = 2.0  # power of the share of points fitted, by which a cut counts: the later, the nearer to the law's own future
+MEDIAN_VARIANCE = np.pi / 2  # of a median, over that of a mean, of normal errors
+RECENT = 2.0  # power of the share of points fitted, by which a cut counts: later ones are nearer to the law's future
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,23 @@ class _Judged:
     noise_N: Floats  # residuals of the points fitted, inflated
     factor_T: Floats
     distance_T: Floats
+    unit_T: np.ndarray
 
-    @property
-    def log_likelihood_G(self) -> Floats:
-        """Of each tau, tempered: the errors of one cut share their cause."""
-        spread_T = np.diff(np.quantile(self.spread_BT, [0.16, 0.84], axis=0), axis=0)[0] / 2
-        known_T = spread_T**2 + float(np.mean(trimmed(self.noise_N) ** 2)) + 1e-12
-        variance_GT = known_T + TAU_G[:, None] ** 2 * self.distance_T
-        log_GT = -0.5 * np.log(variance_GT) - (DEGREES + 1) / 2 * np.log1p(
-            self.error_T**2 / variance_GT / DEGREES
+    def log_likelihood_G(self, seen_N: np.ndarray) -> Floats:
+        """Of each tau, from the median error at the points `seen_N`: what the errors of one cut have in common."""
+        kept_T = seen_N[self.split.test_N]
+        if not kept_T.any():
+            return np.zeros(len(TAU_G))
+        low, high = np.quantile(np.median(self.spread_BT[:, kept_T], axis=1), [0.16, 0.84])
+        noise = (
+            MEDIAN_VARIANCE * float(np.mean(trimmed(self.noise_N) ** 2)) / len(np.unique(self.unit_T[kept_T]))
         )
-        pieces = min(float(len(self.error_T)), PIECES) * float(self.split.train_N.mean()) ** RECENT
-        mean_G: Floats = log_GT.mean(axis=1) * pieces
-        return mean_G
+        grown_G = TAU_G * float(np.sqrt(self.distance_T[kept_T]).mean())
+        variance_G = ((high - low) / 2) ** 2 + noise + grown_G**2 + 1e-12
+        squared_G = float(np.median(self.error_T[kept_T])) ** 2 / variance_G
+        log_G = -0.5 * np.log(variance_G) - (DEGREES + 1) / 2 * np.log1p(squared_G / DEGREES)
+        out: Floats = log_G * (self.split.train_N.sum() / seen_N.sum()) ** RECENT
+        return out
 
 
 def calibrate(
@@ -87,20 +92,17 @@ def calibrate(
     """
     axes = dict(columns) if compute_N is None else {**columns, "compute_flops": compute_N}
     free = int((problem.low_P < problem.high_P).sum())
-    splits = _splits(axes, free + 2)
+    splits = _splits(axes, unit_N, free + 2)
     rng = np.random.default_rng([seed, 1])
     judged = _judge(problem, splits, axes, unit_N, free, rng) if splits else []
-    log_CG = [each.log_likelihood_G for each in judged]
-    cuts = []
-    for each in judged:
-        seen = each.split.train_N
-        known = [
-            log_G
-            for other, log_G in zip(judged, log_CG, strict=True)
-            if not ((other.split.train_N | other.split.test_N) & ~seen).any()
-        ]
-        cuts.append(_cut(each, known, free, rng))
-    return Rolling(tuple(cuts), bias_draws(log_CG, count, rng))
+    cuts = [_cut(each, _past(judged, each.split.train_N), rng) for each in judged]
+    return Rolling(tuple(cuts), bias_draws(_past(judged, np.ones(len(unit_N), dtype=bool)), count, rng))
+
+
+def _past(judged: Sequence[_Judged], seen_N: np.ndarray) -> list[Floats]:
+    """What the cuts say of tau to one who has seen only these points: of the refits to fewer, the errors among them."""
+    inner = [each for each in judged if not (each.split.train_N & ~seen_N).any()]
+    return [each.log_likelihood_G(seen_N) for each in inner]
 
 
 def bias_draws(log_CG: Sequence[Floats], count: int, rng: np.random.Generator) -> Floats:
@@ -117,25 +119,32 @@ def bias_draws(log_CG: Sequence[Floats], count: int, rng: np.random.Generator) -
     return draws_B
 
 
-def _splits(axes: Mapping[str, Floats], fewest: int) -> list[_Split]:
-    """Cuts along each axis, at the widest gap near each share; none twice."""
+def _splits(axes: Mapping[str, Floats], unit_N: np.ndarray, fewest: int) -> list[_Split]:
+    """Cuts along each axis, each asked of the points up to the next; none twice, none that could not be resampled."""
     found = dict[bytes, _Split]()
     for name, value_N in axes.items():
-        sorted_N = np.sort(value_N)
-        n = len(sorted_N)
-        gap_N = np.diff(np.log(sorted_N))
-        places = [i for i in range(fewest, n) if gap_N[i - 1] > 1e-4]  # so many points are below
-        for share in SHARES if places else ():
-            wanted = share * n
-            near = [i for i in places if abs(i - wanted) <= max(1.0, NEAR * n)]
-            near = near or [min(places, key=lambda i: abs(i - wanted))]
-            place = max(near, key=lambda i: float(gap_N[i - 1]))
-            largest, next_one = float(sorted_N[place - 1]), float(sorted_N[place])
-            reach = REACH**2 if name == "compute_flops" else REACH
+        largest_C = [
+            v for v in _places(value_N, fewest) if len(np.unique(unit_N[value_N <= v])) >= FEWEST_UNITS
+        ]
+        for largest, reach in zip(largest_C, [*largest_C[1:], np.inf], strict=True):
             train_N = value_N <= largest
-            test_N = ~train_N & (value_N <= max(largest * reach, next_one * 1.3))
-            found.setdefault(train_N.tobytes(), _Split(name, largest, train_N, test_N))
+            found.setdefault(train_N.tobytes(), _Split(name, largest, train_N, ~train_N & (value_N <= reach)))
     return list(found.values())
+
+
+def _places(value_N: Floats, fewest: int) -> list[float]:
+    """The largest value of each cut along an axis: at the widest gap near each share, `fewest` points or more below."""
+    sorted_N = np.sort(value_N)
+    n, gap_N = len(sorted_N), np.diff(np.log(sorted_N))
+    places = [i for i in range(fewest, n) if gap_N[i - 1] > SMALLEST_GAP]  # so many points are below
+    if not places:
+        return []
+    found = set[float]()
+    for wanted in (share * n for share in SHARES):
+        near = [i for i in places if abs(i - wanted) <= max(1.0, NEAR * n)]
+        near = near or [min(places, key=lambda i: abs(i - wanted))]
+        found.add(float(sorted_N[max(near, key=lambda i: float(gap_N[i - 1])) - 1]))
+    return sorted(found)
 
 
 def _judge(
@@ -167,6 +176,7 @@ def _judge(
                 axes,
                 loss_CN[at + i],
                 replicate_BN[i * REPLICATES : (i + 1) * REPLICATES],
+                unit_N,
                 free,
             )
             out += [] if one is None else [one]
@@ -190,7 +200,8 @@ def _fits(problem: Problem, splits: Sequence[_Split]) -> Floats:
     kept_B = (order_CS + STARTS * np.arange(len(splits))[:, None]).reshape(-1)
     theta_BP, value_B = descend(problem, theta_BP[kept_B], weight_BN[kept_B], first_delta=spread / 3)
     best_C = 2 * np.arange(len(splits)) + np.argmin(value_B.reshape(-1, 2), axis=1)
-    return theta_BP[best_C]
+    best_CP: Floats = theta_BP[best_C]
+    return best_CP
 
 
 def _starts(problem: Problem, split: _Split) -> Floats:
@@ -220,6 +231,7 @@ def _one(
     axes: Mapping[str, Floats],
     loss_N: Floats,
     replicate_BN: Floats,
+    unit_N: np.ndarray,
     free: int,
 ) -> _Judged | None:
     """The errors of one cut; None where its law is no law (a loss that is not positive, replicates that do not end)."""
@@ -240,10 +252,11 @@ def _one(
         noise_N,
         np.maximum.reduce(list(factors.values())),
         distance(factors),
+        unit_N[test_N],
     )
 
 
-def _cut(judged: _Judged, known: Sequence[Floats], free: int, rng: np.random.Generator) -> Cut:
+def _cut(judged: _Judged, known: Sequence[Floats], rng: np.random.Generator) -> Cut:
     """The record: each error beside the interval that the cuts before it would have given."""
     spread_BT = np.resize(judged.spread_BT, (DRAWS, len(judged.error_T)))
     noise_B = trimmed(residual_draws(judged.noise_N, DRAWS, 0, rng))

@@ -82,7 +82,9 @@ class Law:
     settings: dict[str, Any]  # bootstrap, group, fixed, priors, seed, as asked
     table: dict[str, Any] = field(repr=False)
     refused_table: dict[str, Any] = field(repr=False)
-    rolling: Rolling | None = None  # rolling backtests; None: the intervals know the noise and the bootstrap alone
+    rolling: Rolling | None = (
+        None  # rolling backtests; None: the intervals know the noise and the bootstrap alone
+    )
 
     @property
     def form(self) -> Form:

@@ -1,4 +1,4 @@
-"""What a law's own past says of its errors: refits to the smaller runs, each judged by the larger ones (docs/theory D.8).
+"""What a law's own past says of its errors: refits to the smaller runs, judged by the larger (docs/theory D.8).
 
 The records, and what is read off them; calibrate.py makes them. Errors are logs of obtained over predicted loss. The
 bias of the form at a distance d beyond the data, d the log of the extrapolation factor, is taken as a random walk in d:
@@ -26,8 +26,8 @@ PRODUCTS = ("compute_flops", "energy_joules")  # of N and D: their log counts ha
 class Cut:
     """One refit to the points whose `by` is at most `largest`, and what it said of larger ones.
 
-    `errors`: log of obtained over predicted; `low`, `high`: their 90 % interval, which knows only the cuts whose every
-    point, tested ones too, this refit was fitted to.
+    `errors`: log of obtained over predicted; `low`, `high`: their 90 % interval, calibrated by what cuts
+    among the points fitted here say of one another: nothing that was held back.
     """
 
     by: str  # an input, or compute_flops
@@ -92,10 +92,10 @@ class Rolling:
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> Rolling:
         """Of `plain()`. Raises KeyError, TypeError or ValueError for anything else."""
-        cuts = tuple(
-            Cut(**{k: tuple(v) if isinstance(v, list) else v for k, v in cut.items()}) for cut in plain["cuts"]
-        )
-        return cls(cuts, np.array(plain["bias_draws_B"], dtype=np.float64))
+        cuts: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in cut.items()} for cut in plain["cuts"]
+        ]
+        return cls(tuple(Cut(**cut) for cut in cuts), np.array(plain["bias_draws_B"], dtype=np.float64))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -134,18 +134,16 @@ def problems(rolling: Rolling | None) -> list[str]:
     share = rolling.coverage or 0.0
     if share < SMALLEST_COVERAGE:
         return [
-            f"backtest: {share:.0%} of {rolling.predictions} predictions of larger runs lie inside their 90 % interval; "
-            f"at least {SMALLEST_COVERAGE:.0%} are needed"
+            f"backtest: {share:.0%} of {rolling.predictions} predictions of larger runs lie inside their 90 % "
+            f"interval; at least {SMALLEST_COVERAGE:.0%} are needed"
         ]
     return []
 
 
 def extrapolation(ranges: Mapping[str, Sequence[float]], point: Mapping[str, Any]) -> dict[str, Any]:
-    """Per quantity that both know, the factor by which the point (numbers or arrays) lies outside the range; 1: inside."""
+    """Per quantity that both know, the factor by which the point (numbers or arrays) lies outside; 1 is inside."""
     out = {}
     for name, (low, high) in ranges.items():
         if name in point:
             out[name] = np.maximum(np.maximum(point[name] / high, low / point[name]), 1.0)
     return out
-
-

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         LawVersionView,
         LawView,
         PredictionView,
+        RollingView,
     )
     from escala.views.run_records import RunDetailsView
 
@@ -100,6 +101,8 @@ def _law(name: str, law: FitView) -> None:
     table(("parameter", "value", "90 % from", "to"), parameter_rows(law))
     for column, (low, high) in law.ranges.items():
         raw(f"  measured  {column} {number(low)} to {number(high)}")
+    for line in backtest_lines(law.backtest):
+        raw(f"  {line}")
     raw(f"  healthy   {'yes' if law.healthy else 'no'}")
     for finding in law.findings:
         raw(f"  finding   {finding}")
@@ -107,6 +110,34 @@ def _law(name: str, law: FitView) -> None:
         raw(f"  refused   row {each.row}: {each.reason}")
     if len(law.refused) > REFUSED_ROWS:
         raw(f"  refused   {len(law.refused) - REFUSED_ROWS} more; --json lists them all")
+
+
+def backtest_lines(found: RollingView | None) -> list[str]:
+    """How the smaller points foresaw the larger ones: a line per quantity they were cut along, then all together."""
+    if found is None or found.coverage is None:
+        return []
+    lines = []
+    for by in dict.fromkeys(cut.by for cut in found.cuts):
+        cuts = [cut for cut in found.cuts if cut.by == by]
+        asked = sum(cut.test_points for cut in cuts)
+        error = sum(cut.error * cut.test_points for cut in cuts) / asked
+        bias = sum(cut.bias * cut.test_points for cut in cuts) / asked
+        refits = f"{len(cuts)} refit{'s' if len(cuts) > 1 else ''} to {cuts[0].train_points}"
+        refits += f" to {cuts[-1].train_points} points" if len(cuts) > 1 else " points"
+        lines.append(
+            f"backtest  smaller {by}, {refits}: up to {max(cut.factor for cut in cuts):.3g}x beyond, error {error:.2%} "
+            f"(obtained {bias:+.2%}), {sum(cut.inside for cut in cuts)} of {asked} inside"
+        )
+    lines.append(
+        f"coverage  {found.coverage:.0%} of {found.predictions} predictions of {found.points} points within 90 % "
+        f"(the truth: {found.coverage_low:.0%} to {found.coverage_high:.0%})"
+    )
+    if found.bias is not None:
+        at_seven = found.bias * 2**0.5  # as the root of the distance's log
+        lines.append(
+            f"bias      {found.bias:.2%} of the loss likely at 2.7x the data, {at_seven:.2%} at 7.4x"
+        )
+    return lines
 
 
 def parameter_rows(law: FitView) -> list[tuple[str, str, str, str]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from escala.contract.errors import LawError
+from escala.laws.calibrate import calibrate
 from escala.laws.form import Form
 from escala.laws.forms import get_form
 from escala.laws.frames import plain_frame
@@ -30,6 +31,8 @@ from escala.laws.powers import (
     make_features,
     to_natural,
 )
+from escala.laws.rolling import Rolling
+from escala.laws.rolling import problems as past_problems
 from escala.laws.sample import Sample, by_curve
 from escala.laws.search import best_fit, replicate_fits
 from escala.laws.solve import Objective, Problem, huber, residuals
@@ -77,10 +80,22 @@ def estimate(
         "priors": priors,
         "seed": seed,
     }
-    wrong = (*sample.problems, *missing, *contradictions(table.points))
-    return _assemble(
+    rolling = _rolling(problem, table, sample, size, len(replicates_BP), seed)
+    wrong = (*sample.problems, *missing, *contradictions(table.points), *past_problems(rolling))
+    fields = _assemble(
         problem, replace(table, sample=sample), theta_P, replicates_BP, wrong, settings, size, rng
     )
+    return {**fields, "rolling": rolling}
+
+
+def _rolling(
+    problem: Problem, table: Table, sample: Sample, size: str, count: int, seed: int
+) -> Rolling | None:
+    """The law's rolling backtests; None for a law without intervals, which they would not widen."""
+    if not count:
+        return None
+    columns = dict(zip(problem.form.needs(size), table.columns.values(), strict=True))
+    return calibrate(problem, columns, table.compute_N, sample.unit_N, count, seed)
 
 
 def _replicates(

@@ -29,6 +29,13 @@ COLUMN_CORRELATION = (
 COLUMN_SIZE = 0.03  # and a problem where the residuals' root mean square is more than 3 % of the loss
 
 
+USUAL_RATIO = 20.0  # tokens per parameter, about which public laws are measured
+FAR_RATIO = 3.0  # times above or below USUAL_RATIO
+WORSE = 2.0  # times the other rows' root mean square residual: rows of another regime
+FEWEST_ROWS = 5  # on either side of such a comparison
+ROUNDING = 0.25  # of the residuals' root mean square that a loss's last digit explains: worth saying
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the checks read. `theta_P` and `replicates_BP` hold the formula's own parameters."""
@@ -171,7 +178,56 @@ def _several_regimes(e: Evidence) -> list[str]:
 
 def remarks(e: Evidence) -> list[str]:
     """Worth saying, without making the law unhealthy."""
-    return [] if _size(e) > COLUMN_SIZE else _columns_outside(e)
+    outside = [] if _size(e) > COLUMN_SIZE else _columns_outside(e)
+    return [*outside, *_unusual_ratio(e), *_digitised(e)]
+
+
+def _unusual_ratio(e: Evidence) -> list[str]:
+    """Rows far below or above the usual tokens per parameter, where they miss by far more than the others."""
+    size, tokens = e.form.size_term, e.form.token_term
+    if size is None or tokens is None:
+        return []
+    ratio_N = e.columns[tokens.column] / e.columns[size.column]
+    short, long = USUAL_RATIO / FAR_RATIO, USUAL_RATIO * FAR_RATIO
+    out = []
+    if _worse(e, ratio_N < short):
+        out.append(
+            f"regime: {(ratio_N < short).sum()} of {len(ratio_N)} rows have fewer than {short:.2g} tokens per "
+            f"parameter and miss by {_rms(e, ratio_N < short):.1%}, the others by {_rms(e, ratio_N >= short):.1%}: "
+            "runs that short have not converged to the law; leave them out"
+        )
+    if _worse(e, ratio_N > long):
+        out.append(
+            f"regime: {(ratio_N > long).sum()} of {len(ratio_N)} rows have more than {long:.2g} tokens per parameter "
+            f"and miss by {_rms(e, ratio_N > long):.1%}, the others by {_rms(e, ratio_N <= long):.1%}: "
+            "fit each regime alone"
+        )
+    return out
+
+
+def _worse(e: Evidence, some_N: np.ndarray) -> bool:
+    if min(some_N.sum(), (~some_N).sum()) < FEWEST_ROWS:
+        return False
+    return _rms(e, some_N) > WORSE * _rms(e, ~some_N)
+
+
+def _rms(e: Evidence, some_N: np.ndarray) -> float:
+    return float(np.sqrt((e.residual_N[some_N] ** 2).mean()))
+
+
+def _digitised(e: Evidence) -> list[str]:
+    """Losses of so few decimals that rounding them is much of what is left over: a table read off a figure, or cut."""
+    for decimals in (1, 2, 3):
+        if not np.allclose(e.loss_N, np.round(e.loss_N, decimals), rtol=0, atol=1e-9):
+            continue
+        rounding = 10.0**-decimals / np.sqrt(12) / float(np.median(e.loss_N))
+        if _size(e) > 0 and rounding > ROUNDING * _size(e):
+            return [
+                f"digitised: the losses have {decimals} decimals, which alone is {rounding:.2%} of the loss "
+                f"(the residuals: {_size(e):.2%}); give more digits"
+            ]
+        return []
+    return []
 
 
 def _size(e: Evidence) -> float:

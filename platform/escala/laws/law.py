@@ -20,6 +20,7 @@ from escala.laws.frames import frame
 from escala.laws.intervals import FEWEST_REPLICATES, Prediction, check_level, quantile_pair, resolves
 from escala.laws.optimum import Optimum
 from escala.laws.powers import Floats, losses, plain_features
+from escala.laws.rolling import Rolling, distance, extrapolation, trimmed
 from escala.laws.solve import Objective
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
     from escala.laws.backtest import Backtest
 
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
+UNCALIBRATED = 1  # without `rolling`, and still read
+NOT_CALIBRATED = (
+    "not backtested: stored by an escala before 0.3, so its intervals know the noise and the bootstrap alone, not the "
+    "form's bias beyond the data; fit the law again"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ class Law:
     settings: dict[str, Any]  # bootstrap, group, fixed, priors, seed, as asked
     table: dict[str, Any] = field(repr=False)
     refused_table: dict[str, Any] = field(repr=False)
+    rolling: Rolling | None = (
+        None  # rolling backtests; None: the intervals know the noise and the bootstrap alone
+    )
 
     @property
     def form(self) -> Form:
@@ -136,8 +145,8 @@ class Law:
             )
 
     def predict(self, level: float = 0.9, **point: float) -> Prediction:
-        """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit
-        and residual.
+        """Loss at a point, e.g. n_active=1e9, tokens=2e10, with the PREDICTIVE interval: uncertainty of fit,
+        residual, and beyond the data the bias of the form that the law's own backtests leave likely.
 
         Raises LawError for an input that is missing, unknown or not positive, and for a level that takes more
         replicates.
@@ -145,8 +154,8 @@ class Law:
         return self._answer(level, point, residual=True)
 
     def predict_mean(self, level: float = 0.9, **point: float) -> Prediction:
-        """As `predict`, with the interval of the MEAN: what a better design can shrink (the residual it
-        cannot).
+        """As `predict`, with the interval of the MEAN: what a better design can shrink (the residual and
+        the form's bias it cannot).
         """
         return self._answer(level, point, residual=False)
 
@@ -154,15 +163,26 @@ class Law:
         self._check_level(level)
         columns = self.columns_of(point)
         loss = float(self.curve(columns)[0])
+        factors = self._extrapolation(point)
         low, high = None, None
         if len(self.replicates_BP):
             draws_B = self.evaluate(self.replicates_BP, columns)[:, 0]
-            if residual and self.objective.space == "log":
-                draws_B = draws_B * np.exp(self.residual_draws_B)
-            elif residual:
-                draws_B = draws_B + self.residual_draws_B
+            if residual:
+                draws_B = self._with_errors(draws_B, factors)
             low, high = quantile_pair(draws_B, level)
-        return Prediction(loss, low, high, self._extrapolation(point), level)
+            if residual:  # the form's own answer is no outlier of its interval
+                low, high = min(low, loss), max(high, loss)
+        return Prediction(loss, low, high, factors, level)
+
+    def _with_errors(self, mean_B: Floats, factors: Mapping[str, float]) -> Floats:
+        """Draws of the mean, each with a residual and, beyond the data, with a draw of the form's bias."""
+        rolling = self.rolling
+        noise_B = self.residual_draws_B if rolling is None else trimmed(self.residual_draws_B)
+        drawn_B = mean_B * np.exp(noise_B) if self.objective.space == "log" else mean_B + noise_B
+        if rolling is None:
+            return drawn_B
+        found: Floats = drawn_B * np.exp(rolling.bias_draws_B * np.sqrt(distance(factors)))
+        return found
 
     def curve(self, columns: Mapping[str, Floats]) -> Floats:
         """The law's loss at arrays of inputs (named as in `predict`), without intervals: for plots and
@@ -216,11 +236,7 @@ class Law:
             size = known.get("n_active", known.get(self.size))
             if size is not None:
                 known["compute_flops"] = 6.0 * size * known["tokens"]
-        out = {}
-        for name, (low, high) in self.ranges.items():
-            if name in known:
-                out[name] = max(known[name] / high, low / known[name], 1.0)
-        return out
+        return {name: float(factor) for name, factor in extrapolation(self.ranges, known).items()}
 
     def optimum(
         self,
@@ -299,6 +315,7 @@ class Law:
         plain["version"] = VERSION
         for name in ("replicates_BP", "residual_draws_B", "residual_N"):
             plain[name] = getattr(self, name).tolist()
+        plain["rolling"] = None if self.rolling is None else self.rolling.plain()
         return json.dumps(plain, allow_nan=False)
 
     @classmethod
@@ -307,7 +324,9 @@ class Law:
         try:
             plain = json.loads(text)
             version = plain.pop("version")
-            if version != VERSION:
+            if version == UNCALIBRATED:
+                plain |= {"rolling": None, "findings": [*plain["findings"], NOT_CALIBRATED]}
+            elif version != VERSION:
                 raise LawError(
                     f"This law.json has format {version}; this escala reads format {VERSION}.",
                     "Use the escala that wrote it, or fit the law again.",
@@ -319,6 +338,8 @@ class Law:
                 plain[name] = np.array(plain[name], dtype=np.float64)
             plain["findings"] = tuple(plain["findings"])
             plain["ranges"] = {name: tuple(pair) for name, pair in plain["ranges"].items()}
+            if plain["rolling"] is not None:
+                plain["rolling"] = Rolling.of_plain(plain["rolling"])
             return cls(**plain)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LawError(f"This is no law.json: {error!r}.", "Law.to_json writes one.") from error

@@ -24,10 +24,11 @@ def note(law: Law, reference: str, provenance: dict[str, Any]) -> str:
         f"`loss = {law.form.formula}` (N is {law.size}; loss in nats per token)",
         _parameters(law),
         "## Findings\n\n" + ("\n".join(f"- {f}" for f in law.findings[:FINDINGS]) or "None."),
+        _backtest(law),
         _points(law, provenance),
         _usage(law, reference),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _parameters(law: Law) -> str:
@@ -38,6 +39,29 @@ def _parameters(law: Law) -> str:
         said = "none" if ends is None else f"{ends[0]:.5g} to {ends[1]:.5g}"
         rows.append(f"| {name} | {value:.5g} | {said} |")
     return "\n".join(rows)
+
+
+def _backtest(law: Law) -> str:
+    """What refits to the smaller points said of the larger ones."""
+    rolling = law.rolling
+    if rolling is None or rolling.coverage is None:
+        return ""
+    low, high = rolling.coverage_interval()
+    rows = [
+        "| fitted to the smaller | points | asked of | beyond, at most | error | inside 90 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cut in rolling.cuts:
+        error = sum(map(abs, cut.errors)) / len(cut.rows)
+        rows.append(
+            f"| {cut.by} <= {cut.largest:.4g} | {cut.train_points} | {len(cut.rows)} | {max(cut.factors):.3g}x | "
+            f"{error:.2%} | {sum(cut.inside)} of {len(cut.rows)} |"
+        )
+    said = (
+        f"Coverage {rolling.coverage:.0%} of {rolling.predictions} predictions of {rolling.points} points "
+        f"(95 %: {low:.0%} to {high:.0%})."
+    )
+    return "\n".join(["## Backtest\n", *rows, "", said])
 
 
 def _points(law: Law, provenance: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from escala.laws.queries import Preview
     from escala.laws.reference import Stored
     from escala.laws.registry import LawVersion
+    from escala.laws.rolling import Rolling
 
 Interval = tuple[float, float]
 
@@ -24,6 +25,62 @@ class RefusedPointView(View):
 
     row: Any
     reason: str
+
+
+class CutView(View):
+    """One refit to the points whose `by` is at most `largest`, and how it foresaw the larger ones."""
+
+    by: str  # an input, or compute_flops
+    largest: float
+    train_points: int
+    test_points: int
+    factor: float  # the farthest tested point's factor beyond the refit's data
+    error: float  # mean absolute relative error of the tested points
+    bias: float  # mean signed one: obtained over predicted - 1
+    inside: int  # tested points within their 90 % interval
+
+
+class RollingView(View):
+    """A law's rolling backtests. `bias`: the form's relative error at e times the data that they leave likely (half the
+    width of its central 68 %). `coverage_low`, `coverage_high`: 95 % interval of the true coverage.
+    """
+
+    points: int  # different points, predicted from smaller ones
+    predictions: int  # a point may be predicted from several cuts
+    coverage: float | None
+    coverage_low: float
+    coverage_high: float
+    error: float | None  # mean absolute relative error
+    bias: float | None
+    cuts: tuple[CutView, ...]
+
+    @classmethod
+    def of_rolling(cls, found: Rolling) -> RollingView:
+        """Of a law's backtests."""
+        low, high = found.coverage_interval()
+        cuts = tuple(
+            CutView(
+                by=cut.by,
+                largest=cut.largest,
+                train_points=cut.train_points,
+                test_points=len(cut.rows),
+                factor=max(cut.factors),
+                error=sum(map(abs, cut.errors)) / len(cut.rows),
+                bias=sum(cut.errors) / len(cut.rows),
+                inside=sum(cut.inside),
+            )
+            for cut in found.cuts
+        )
+        return cls(
+            points=found.points,
+            predictions=found.predictions,
+            coverage=found.coverage,
+            coverage_low=low,
+            coverage_high=high,
+            error=found.error,
+            bias=found.bias,
+            cuts=cuts,
+        )
 
 
 class FitView(View):
@@ -40,6 +97,7 @@ class FitView(View):
     ranges: dict[str, Interval]  # smallest and largest measured value of each input
     healthy: bool
     findings: tuple[str, ...]
+    backtest: RollingView | None  # None: the law has no intervals, or is of an escala before 0.3
     refused: tuple[RefusedPointView, ...]
     settings: dict[str, Any]
 
@@ -219,6 +277,7 @@ def _fit(law: Law) -> dict[str, Any]:
         "ranges": law.ranges,
         "healthy": law.healthy,
         "findings": tuple(law.findings),
+        "backtest": None if law.rolling is None else RollingView.of_rolling(law.rolling),
         "refused": tuple(RefusedPointView(row=row, reason=reason) for row, reason in law.refusals),
         "settings": law.settings,
     }

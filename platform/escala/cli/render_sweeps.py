@@ -67,6 +67,8 @@ def points(found: SweepPointsView, json: bool) -> None:
         raw(f"{measure.column.partition('_')[0]:<10}{worst:.4f} to {best:.4f}{unit}")
     if found.noise is not None:
         raw(f"noise     {found.noise:.2%} of the loss between seeds")
+    for finding in found.audit:
+        raw(f"audit     {finding.removeprefix('recipe audit at ')}")
     for row in found.refused:
         raw(f"refused   {row['name']}: {row['reason']}")
     if measure.fits_laws:

@@ -10,6 +10,7 @@ from escala.cli import progress, render, render_sweeps
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.cli.jobs import Code, DryRun, Follow, Key, Overrides, followed
+from escala.contract.errors import SpecError
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +43,14 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the last interrupted sweep of this space.")
     ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Also the largest point at half and twice the recipe's learning rate."),
+    ] = False,
+    audit_horizon: Annotated[
+        float | None,
+        typer.Option(help="With --audit: also at so many times its tokens, e.g. 3.", metavar="TIMES"),
+    ] = None,
     seal: Annotated[
         str | None,
         typer.Option(help="Seal what this law says of every trial before it starts.", metavar="LAW"),
@@ -52,6 +61,11 @@ def sweep(
     json: Json = False,
 ) -> None:
     """Train a model at every point of a space; what any sweep has finished before is not trained again."""
+    if audit_horizon is not None and not audit:
+        raise SpecError("--audit-horizon says how far an audit goes", "add --audit")
+    if audit:
+        horizon = "null" if audit_horizon is None else f"{audit_horizon:g}"
+        overrides = [*(overrides or ()), f"audit={{horizon: {horizon}}}"]
     escala = open_home()
     options = {
         "name": name,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala.laws.audit import AuditedPoint, findings
 from escala.laws.inputs import SIZE
 from escala.laws.intervals import Prediction
 from escala.laws.law import Law
@@ -148,9 +149,11 @@ def preview_points(
     bootstrap: int = 1000,
     seed: int = 0,
     report: Report | None = None,
+    audited: Sequence[AuditedPoint] = (),
 ) -> Preview:
     """The law of `fit_points`; stores nothing. Args and errors as there."""
     law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    law = _with_audit(law, audited)
     columns = [str(name) for name in points.columns]
     understood = {"sources": list(sources), "columns": columns, "rows": len(points)}
     return Preview(law, {**understood, **_understood(law, points)})
@@ -169,6 +172,7 @@ def fit_points(
     seed: int = 0,
     report: Report | None = None,
     configuration: Mapping[str, Any] | None = None,
+    audited: Sequence[AuditedPoint] = (),
 ) -> Fitted:
     """Fit a law to `points` and store it as the next version of `name`.
 
@@ -177,11 +181,13 @@ def fit_points(
         form, group, size, bootstrap, seed: see `fit_law`.
         report: told what is being done.
         configuration: what all points' runs have in common, nested; a drift alarm compares a run with it.
+        audited: where the recipe of the points' runs was audited; kept, and among the law's findings.
 
     Raises LawError, ClusterError.
     """
     parse(name)  # a bad name is an error before the fit
     law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    law = _with_audit(law, audited)
     if report is not None:
         report("storing the law in the tracker")
     registry = _registry(settings)
@@ -192,8 +198,15 @@ def fit_points(
         by=_user(),
         sources=sources,
         configuration=configuration,
+        audited=audited,
     )
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
+
+
+def _with_audit(law: Law, audited: Sequence[AuditedPoint]) -> Law:
+    """The law with what the audit of its recipe found: a recipe that leaves too much on the table is not healthy."""
+    wrong, said = findings(audited)
+    return replace(law, findings=(*wrong, *law.findings, *said), healthy=law.healthy and not wrong)
 
 
 def _read(file: str | Path, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:

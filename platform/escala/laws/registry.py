@@ -25,6 +25,7 @@ import psutil
 
 from escala.contract.errors import LawError, NotFoundError
 from escala.laws import note
+from escala.laws.audit import AuditedPoint, plain
 from escala.laws.law import Law
 from escala.laws.provenance import FORMAT, upgraded
 from escala.laws.reference import Cache, Stored, parse
@@ -81,6 +82,7 @@ class Registry:
         by: str,
         sources: Sequence[str] = (),
         configuration: Mapping[str, Any] | None = None,
+        audited: Sequence[AuditedPoint] = (),
     ) -> int:
         """Store a law as the next version of `name`; see the module for what that holds.
 
@@ -90,12 +92,14 @@ class Registry:
             sources: where the points came from, in words (a file with its fingerprint, a sweep's id). The ids of
                 the measured runs are read from the points' column run_id.
             configuration: what all measured runs have in common, nested; None: not known.
+            audited: where the recipe was audited.
 
         Raises LawError for a bad name, ClusterError where the tracker does not answer.
         """
         if parse(name).version is not None:
             raise LawError(f"'{name}' states a version.", "The registry counts them; give the name alone.")
         provenance = _provenance(law, by, sources, configuration)
+        provenance |= {"audit": plain(audited)} if audited else {}
         with self._client() as client, tempfile.TemporaryDirectory(prefix="escala-law-") as directory:
             _ensure_model(client, name)
             tracker = MlflowTracker(self._uri)

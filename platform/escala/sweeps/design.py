@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from escala import spec
 from escala.contract.attempt import flatten
 from escala.contract.errors import SpecError
+from escala.laws.audit import FACTORS
 from escala.sweeps.recipes import AXES, by_recipe
 from escala.sweeps.space import Range, Space, Value
 
@@ -33,6 +34,7 @@ class Trial:
     train_tokens: int
     context_tokens: int
     compute_flops: float
+    audits: float | None = None  # the factor of the recipe's learning rate; None: a point of the sweep
 
     @property
     def label(self) -> str:
@@ -64,8 +66,34 @@ def plan(space: Space) -> list[Trial]:
     if space.repeats:
         cheapest = kept[: space.repeats.points]
         trials += [with_seed(t, seed) for t in cheapest for seed in space.repeats.seeds]
+    if space.audit:
+        trials += audit_trials(space, kept[-1], space.seeds[0])
     unique = {repr(sorted(flatten(t.config).items())): t for t in reversed(trials)}
     return sorted(unique.values(), key=lambda t: -t.compute_flops)
+
+
+def audit_trials(space: Space, largest: Trial, seed: int) -> list[Trial]:
+    """The largest point at the audit's other learning rates; and, with a horizon, at so many times its tokens at all of
+    them (laws.audit). Raises SpecError for a longer run that no configuration fits.
+    """
+    found = [_at_rate(with_seed(largest, seed), factor) for factor in FACTORS if factor != 1.0]
+    horizon = None if space.audit is None else space.audit.horizon
+    if horizon is not None:
+        size = "n_active" if largest.config["model"].get("moe") else "n_total"
+        kept = {
+            key: value for key, value in largest.values.items() if key not in AXES or key == "context_tokens"
+        }
+        values = {**kept, size: getattr(largest, size), "tokens": horizon * largest.train_tokens}
+        longer = with_seed(make_trial(space, values), seed)
+        found += [_at_rate(longer, factor) for factor in FACTORS]
+    return found
+
+
+def _at_rate(trial: Trial, factor: float) -> Trial:
+    config = deepcopy(trial.config)
+    optimizer = config["training"]["optimizer"]
+    optimizer["learning_rate"] = float(f"{optimizer['learning_rate'] * factor:.4g}")
+    return replace(trial, values={**trial.values, "audit": factor}, config=config, audits=factor)
 
 
 def points(space: Space) -> Iterator[dict[str, Value]]:

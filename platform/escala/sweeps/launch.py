@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from escala.jobs.records import Job
+    from escala.laws.audit import AuditedPoint
     from escala.laws.queries import Fitted, Preview
     from escala.sweeps.plan import SweepPlan
     from escala.sweeps.points import SweepPoints
@@ -195,20 +196,25 @@ def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any)
     """
     from escala.laws import queries
 
-    points, sources, shared = _put_together(settings, names)
-    return queries.fit_points(settings, points, law, sources=sources, configuration=shared, **asked)
+    points, sources, shared, audited = _put_together(settings, names)
+    asked |= {"sources": sources, "configuration": shared, "audited": audited}
+    return queries.fit_points(settings, points, law, **asked)
 
 
 def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Preview:
     """The law of `fit_sweeps`, not stored. Args and errors as there."""
     from escala.laws import queries
 
-    points, sources, _ = _put_together(settings, names)
-    return queries.preview_points(points, sources=sources, **asked)
+    points, sources, _, audited = _put_together(settings, names)
+    return queries.preview_points(points, sources=sources, audited=audited, **asked)
 
 
-def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
-    """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share)."""
+def _put_together(
+    settings: Settings, names: Sequence[str]
+) -> tuple[pd.DataFrame, list[str], dict[str, Any], list[AuditedPoint]]:
+    """(the sweeps' trials, numbered from 1, refused ones with their reason; where they came from; what all share; where
+    their recipe was audited).
+    """
     import pandas as pd
 
     from escala.contract.errors import LawError
@@ -224,4 +230,5 @@ def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFram
         "trial"
     )
     points.index = pd.RangeIndex(1, len(points) + 1)
-    return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])
+    sources, shared = [f"sweep {name}" for name in names], in_common([each.configuration for each in found])
+    return points, sources, shared, [point for each in found for point in each.audited]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.contract.records import Outcome, TrialFiles
+from escala.laws.audit import AuditedPoint, AuditedRun, audit
 from escala.laws.files import REFUSAL
 from escala.laws.provenance import in_common
 from escala.schema.workloads import HELD_OUT_LOSS, WORKLOADS, Measure, objective_of
@@ -17,6 +18,7 @@ from escala.sweeps.trials import PlannedTrial, last_outcome, read_planned
 if TYPE_CHECKING:
     import pandas as pd
 
+AUDIT_REASON = "of the audit: its learning rate or its length is not the recipe's"
 RECORD = {  # column -> field of the RunRecord
     "loss_nats": "held_out_loss_nats",
     "n_total": "n_total",
@@ -47,6 +49,7 @@ class SweepPoints:
     noise: float | None
     configuration: dict[str, Any]
     measure: Measure = HELD_OUT_LOSS
+    audited: tuple[AuditedPoint, ...] = ()  # of the recipe, with `audit`
 
     def summary(self) -> list[tuple[str, str]]:
         """How many points there are, the best of them, and why the first trial was refused: for people."""
@@ -69,12 +72,29 @@ def read_points(home: Path, job_id: str) -> SweepPoints:
     outcomes = [last_outcome(TrialFiles(home, p.fingerprint)) for p in planned]
     rows = [_row(p, TrialFiles(home, p.fingerprint), o) for p, o in zip(planned, outcomes, strict=True)]
     measure = next((objective_of(o.record) for o in outcomes if o is not None and o.record), HELD_OUT_LOSS)
+    audited = audit(_audited_runs(rows))
+    for row in rows:
+        if row.pop("audit") is not None and row["reason"] is None:
+            row["reason"] = AUDIT_REASON
     table = pd.DataFrame([row for row in rows if row["reason"] is None]).drop(
         columns="reason", errors="ignore"
     )
     refused = pd.DataFrame([{**row, REFUSAL: row["reason"]} for row in rows if row["reason"] is not None])
     used = [p.trial.config for p, row in zip(planned, rows, strict=True) if row["reason"] is None]
-    return SweepPoints(table, refused, _noise(table, planned), in_common(used), measure)
+    return SweepPoints(table, refused, _noise(table, planned), in_common(used), measure, tuple(audited))
+
+
+def _audited_runs(rows: Sequence[Mapping[str, Any]]) -> list[AuditedRun]:
+    """The runs of the audit, and the sweep's own points at the same N, D: factor 1."""
+    told = [row for row in rows if row["reason"] is None and row["loss_nats"] is not None]
+    places = {(row["n_active"], row["tokens"]) for row in told if row["audit"] is not None}
+    found: dict[tuple[float, float, float], AuditedRun] = {}
+    for row in told:
+        place, factor = (float(row["n_active"]), float(row["tokens"])), float(row["audit"] or 1.0)
+        if place in places:
+            run = AuditedRun(*place, factor, row["learning_rate"], row["loss_nats"], row["run_id"])
+            found.setdefault((*place, factor), run)  # of several seeds the first
+    return list(found.values())
 
 
 def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> dict[str, Any]:
@@ -89,6 +109,7 @@ def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> d
         "learning_rate": training["optimizer"]["learning_rate"],
         "batch_tokens": training["batch_sequences"] * trial.context_tokens,
         **_experts(trial.config["model"]),
+        "audit": trial.audits,
         "trial": planned.fingerprint,
         "name": planned.name,
         "run_id": _run_id(attempts[-1].spool / "run_id") if attempts else None,

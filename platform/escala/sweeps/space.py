@@ -78,6 +78,14 @@ class Repeats(Strict):
     seeds: list[Seed] = Field(min_length=1, description="beside those that every point is trained with")
 
 
+class Audit(Strict):
+    """The largest point once more at half and at twice its learning rate; see `laws.audit`."""
+
+    horizon: float | None = Field(
+        None, gt=1, description="also at so many times its tokens, at half, once and twice the rate there"
+    )
+
+
 class EarlyStopping(Strict):
     """ASHA (Li et al. 2020): after `grace` of a trial's evaluations, only the best 1/`reduction` of each rung go on."""
 
@@ -106,6 +114,7 @@ class Space(Strict):
     design_seed: int = Field(0, ge=0, description="of sobol, random and optuna")
     seeds: list[Seed] = Field([0], min_length=1, description="every point is trained with each")
     repeats: Repeats | None = None
+    audit: Audit | None = Field(None, description="of the recipe's learning rate, beside the points")
     concurrency: int | None = Field(None, gt=0, description="None: as many as the cluster holds")
     early_stopping: EarlyStopping | None = None
     base: dict[str, Any] = Field(default_factory=dict, description="the workload's configuration")
@@ -184,6 +193,10 @@ class Space(Strict):
         measure = workload.objective
         if measure is None or (self.aim == "law" and not measure.fits_laws):
             raise ValueError(f"a {self.workload} run has no held-out loss, so no law: set aim: search")
+        if self.audit and (self.aim != "law" or not workload.chooses_model):
+            raise ValueError(
+                "an audit is of a law's recipe: it needs aim: law and a workload that chooses its model"
+            )
         if self.early_stopping and not measure.while_training:
             raise ValueError(f"a {self.workload} trial is judged by its end alone: leave early_stopping out")
 

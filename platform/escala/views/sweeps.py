@@ -22,6 +22,7 @@ class TrialView(View):
     train_tokens: int
     context_tokens: int
     compute_flops: float
+    audits: float | None  # the factor of the recipe's learning rate; None: a point of the sweep
 
 
 class SweepPlanView(View):
@@ -56,6 +57,7 @@ class SweepPointsView(View):
     refused: tuple[dict[str, Any], ...]
     measure: MeasureView
     noise: float | None  # pooled relative standard deviation of the loss between seeds; None without repeats
+    audit: tuple[str, ...]  # what the audit of the recipe found, in words
 
     @classmethod
     def of_points(cls, job_id: str, found: SweepPoints) -> SweepPointsView:
@@ -65,7 +67,13 @@ class SweepPointsView(View):
         refused = found.refused.drop(columns=REFUSAL, errors="ignore")
         measure = MeasureView.of(found.measure)
         rows = {"points": _rows(found.points), "refused": _rows(refused)}
-        return cls(job_id=job_id, **rows, measure=measure, noise=found.noise)
+        return cls(
+            job_id=job_id,
+            **rows,
+            measure=measure,
+            noise=found.noise,
+            audit=tuple(p.finding() for p in found.audited),
+        )
 
 
 def _rows(table: pd.DataFrame) -> tuple[dict[str, Any], ...]:

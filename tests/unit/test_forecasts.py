@@ -91,7 +91,8 @@ def test_what_was_done_to_a_chain_is_said(stored: Stored, tmp_path: Path, damage
         "reordered": "entry 2 has the",
     }
     words |= {"last removed": "its end was removed", "rewritten": "the chain was rewritten"}
-    assert len(said) == 1 and words[damage] in said[0], said
+    assert len(said) == 1, said
+    assert words[damage] in said[0]
 
 
 def test_a_line_cut_short_by_a_kill_takes_nothing_with_it(stored: Stored, tmp_path: Path) -> None:

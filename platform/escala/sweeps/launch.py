@@ -169,7 +169,10 @@ def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any)
     from escala.laws import queries
 
     points, sources, shared = _put_together(settings, names)
-    return queries.fit_points(settings, points, law, sources=sources, configuration=shared, **asked)
+    group = asked.pop("group", None) or _group(points)
+    return queries.fit_points(
+        settings, points, law, sources=sources, configuration=shared, group=group, **asked
+    )
 
 
 def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Preview:
@@ -177,7 +180,14 @@ def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Pr
     from escala.laws import queries
 
     points, sources, _ = _put_together(settings, names)
-    return queries.preview_points(points, sources=sources, **asked)
+    return queries.preview_points(points, sources=sources, group=asked.pop("group", None) or _group(points), **asked)
+
+
+def _group(points: pd.DataFrame) -> str | None:
+    """What is resampled together, unless the user says it: branches of one trunk share seed and data (docs/theory
+    D.8).
+    """
+    return "trunk" if "trunk" in points else None
 
 
 def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:
@@ -197,4 +207,6 @@ def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFram
         "trial"
     )
     points.index = pd.RangeIndex(1, len(points) + 1)
+    if "trunk" in points:  # beside trials that were trained alone
+        points["trunk"] = points["trunk"].fillna(points["trial"])
     return points, [f"sweep {name}" for name in names], in_common([each.configuration for each in found])

@@ -184,9 +184,7 @@ class RunLoop(Generic[C]):
             **self.step.state(),
         }
         engine, others = self.step.engine, self.step.other_engines()
-        return self._once_there_is_room(
-            lambda: checkpoint.save(engine, store, step, manifest, keep, others)
-        )
+        return self._once_there_is_room(lambda: checkpoint.save(engine, store, step, manifest, keep, others))
 
     def _once_there_is_room(self, save: Callable[[], Checkpoint]) -> Checkpoint:
         """Save; on a full disk all ranks, which learn of it together, wait and try again. A request to stop ends

@@ -168,7 +168,9 @@ class AttemptSpec:
     tags: dict[str, str] = field(default_factory=dict)
     run_key: str | None = None  # the tracker's key of the run; None: JOB-ATTEMPT
     resume_from: str | None = None  # another job's checkpoint directory, where this job has none of its own
-    trunk: str | None = None  # checkpoint directory of the steps that a sweep's branches share (docs/theory D.8)
+    trunk: str | None = (
+        None  # checkpoint directory of the steps that a sweep's branches share (docs/theory D.8)
+    )
     remaining_flops: float | None = None  # the job's budget less its earlier attempts
     remaining_seconds: float | None = None
     versions: dict[str, str] = field(default_factory=dict)  # handshake: escala, ray, torch, python

@@ -170,7 +170,8 @@ def _check_branch(trial: Trial, config: TrainedConfig) -> None:
         )
     if config.decay_start_step >= config.total_steps - 1:
         raise SpecError(
-            f"at {_point(trial.values)}: {config.total_steps} steps leave no decay after {config.warmup_steps} of warm-up",
+            f"at {_point(trial.values)}: {config.total_steps} steps leave no decay after a warm-up of "
+            f"{config.warmup_steps}",
             "leave the shortest runs out, or set base.training.optimizer.warmup_steps lower",
         )
 
@@ -228,9 +229,7 @@ def _tidy(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def make_trial(
-    space: Space, values: Mapping[str, Value], shared: Mapping[str, Any] | None = None
-) -> Trial:
+def make_trial(space: Space, values: Mapping[str, Value], shared: Mapping[str, Any] | None = None) -> Trial:
     """The trial at `values`: recipe, then what its trunk shares, then the space's base, then the configuration keys
     that vary.
 

@@ -180,7 +180,9 @@ def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Pr
     from escala.laws import queries
 
     points, sources, _ = _put_together(settings, names)
-    return queries.preview_points(points, sources=sources, group=asked.pop("group", None) or _group(points), **asked)
+    return queries.preview_points(
+        points, sources=sources, group=asked.pop("group", None) or _group(points), **asked
+    )
 
 
 def _group(points: pd.DataFrame) -> str | None:

@@ -125,7 +125,9 @@ def flops_per_second(home: Path, like: float) -> tuple[float, str]:
 
 def seconds(trials: Sequence[Trial], speed: float, concurrency: int) -> float:
     """Wall seconds of all trials at `speed` FLOP/s a worker."""
-    alone: dict[int, float] = {}  # by the number of the trial that begins them: branches run one after another
+    alone: dict[
+        int, float
+    ] = {}  # by the number of the trial that begins them: branches run one after another
     for number, t in enumerate(trials):
         first = number if not t.shared_tokens else max(alone)
         alone[first] = alone.get(first, 0.0) + t.own_flops / t.workers

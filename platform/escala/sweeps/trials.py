@@ -104,7 +104,9 @@ def new_attempt(
         config=planned.trial.config,
         directory=str(attempt.directory),
         checkpoints=str(files.checkpoints),
-        trunk=str(TrunkFiles(files.directory.parents[1], planned.trunk).checkpoints) if planned.trunk else None,
+        trunk=str(TrunkFiles(files.directory.parents[1], planned.trunk).checkpoints)
+        if planned.trunk
+        else None,
         data=sweep.data,
         tracking_uri=f"spool:{attempt.spool}",
         experiment=sweep.experiment,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from escala import Escala
+from escala import Escala, spec
 from escala.contract.records import TrialFiles
 from escala.documents import dump
 from escala.settings import Settings
@@ -26,7 +26,8 @@ BASE = {
     },
     "training": {"batch_sequences": 8, "evaluation_tokens": 4096, "log_every_steps": 10},
 }
-VARY = {"training.steps": [64, 128, 256]}
+VARY = {"tokens": [steps * 8 * 32 for steps in (64, 128, 256)]}  # branches of a trunk a seed
+WSD = {"training": {"optimizer": {"schedule": "wsd"}}}
 SEEDS = [0, 1]
 
 
@@ -47,6 +48,10 @@ def write(directory: Path, name: str, **keys: object) -> str:
     return str(path)
 
 
+def _branched(directory: Path) -> str:
+    return write(directory, "killed", vary=VARY, seeds=SEEDS, branch="tokens", base=spec.merge(BASE, WSD))
+
+
 def losses(job_id: str) -> dict[str, float]:
     """Held-out loss by trial."""
     points = Escala().sweep_points(job_id).points
@@ -63,7 +68,7 @@ def kill_on_its_way(directory: Path) -> Killed:
     """Kill the driver after up to four trials, while one begins, which cannot end before it is killed, too. The other
     that runs is anywhere.
     """
-    space, home = write(directory, "killed", vary=VARY, seeds=SEEDS), Settings().home
+    space, home = _branched(directory), Settings().home
     job, after = Escala().sweep(space).id, random.randrange(5)
 
     def reached() -> bool:

@@ -18,7 +18,7 @@ from tests.integration.sweeps import BASE, SEEDS, VARY, Killed, attempts, kill_o
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-TRIALS = len(SEEDS) * len(VARY["training.steps"])
+TRIALS = len(SEEDS) * len(VARY["tokens"])
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,9 @@ def test_a_killed_sweep_ends_with_the_same_points_and_repeats_none(killed_sweep:
     before = killed_sweep.before
     assert all(len(TrialFiles(home, each).attempts()) == 1 for each in before), f"killed after {len(before)}"
     assert max(attempts(job)) == 2  # what had not finished was trained again
+    points = Escala().sweep_points(job).points
+    assert len({point["trunk"] for point in points}) == len(SEEDS)
+    assert not list((home / "trials").glob("trunk-*/checkpoints"))  # they go with their last branch
 
     # In MLflow: a run for each trial's attempt, below the attempt of the sweep that started it.
     Escala().finished_run(job)  # all is in the tracker, the trials' runs too

@@ -60,7 +60,7 @@ def make(directory: Path, step: int, **changes: Any) -> Path:
 
 
 def chosen(own: Path, other: Path | None = None) -> Any:
-    spec: Any = SimpleNamespace(checkpoints=str(own), resume_from=other and str(other))
+    spec: Any = SimpleNamespace(checkpoints=str(own), trunk=None, resume_from=other and str(other))
     config: Any = SimpleNamespace(model=MODEL)
     return choose_checkpoint(spec, config, "aaa")
 

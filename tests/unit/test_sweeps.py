@@ -19,18 +19,20 @@ from escala.contract.records import (
     Outcome,
     RunRecord,
     TrialFiles,
+    TrunkFiles,
     read_record,
     write_json,
 )
 from escala.laws import fit_law
 from escala.settings import Settings
-from escala.sweeps import design, plan, trials
+from escala.sweeps import design, launch, plan, trials
 from escala.sweeps.launch import plan_sweep
 from escala.sweeps.monitor import Monitor
 from escala.sweeps.points import read_points
 from escala.sweeps.recipes import by_recipe
 from escala.sweeps.space import Space, load_space, names
 from escala.sweeps.trials import PlannedTrial
+from escala.sweeps.tuner import identify
 from tests.conftest import wait_for
 
 BETA2 = {"low": 0.9, "high": 1.0, "scale": "linear"}
@@ -157,6 +159,12 @@ def test_an_axis_and_the_base_may_not_decide_the_same():
         ({"vary": {"tokens": [1]}, "design": "isoflop"}, "varies compute_flops and one of"),
         ({"vary": {"tokens": [1]}, "within": {"loss": {"high": 1}}}, "cannot bound loss"),
         ({"vry": {"tokens": [1]}}, "unknown key vry"),
+        ({"vary": {"n_total": [1e5]}, "branch": "tokens"}, "design: grid, with tokens in vary"),
+        ({"vary": {"tokens": [1]}, "branch": "tokens", "aim": "search"}, "branch: tokens is for aim: law"),
+        (
+            {"vary": {"tokens": [1], "compute_flops": [1e9]}, "branch": "tokens"},
+            "compute_flops do not go together",
+        ),
     ],
 )
 def test_a_space_that_contradicts_itself_says_so(keys, said):
@@ -201,6 +209,91 @@ def test_concurrency_never_lets_trials_wait_for_each_other():
     assert plan.fitting("pretrain", [trial(2)], {"CPU": 4.0}, None, cores=1) == 1
     with pytest.raises(SpecError, match=r"needs 4.1 CPUs, and there are 4"):
         plan.fitting("pretrain", [trial(2, 2.0)], {"CPU": 4.0}, None)
+
+
+# Branches
+
+BRANCHED = {
+    "branch": "tokens",
+    "vary": {"n_total": [1e5, 2e5], "tokens": [1e5, 2e5, 4e5, 8e5]},
+    "base": spec.merge(BASE, {"training": {"optimizer": {"schedule": "wsd", "decay_fraction": 0.25}}}),
+}
+
+
+def test_branches_share_what_the_rule_says_at_their_mean_length():
+    found = design.plan(space(**BRANCHED, repeats={"points": 2, "seeds": [1]}))
+    by_trunk = [found[:4], found[4:8], *([t] for t in found[8:])]
+    assert [[t.values["tokens"] for t in trunk] for trunk in by_trunk[:2]] == [[1e5, 2e5, 4e5, 8e5]] * 2
+    for trunk in by_trunk:
+        size, seed = trunk[0].values["n_total"], trunk[0].values["training.seed"]
+        assert all((t.values["n_total"], t.values["training.seed"]) == (size, seed) for t in trunk)
+        mean = design.make_trial(space(**BRANCHED), {"n_total": size, "tokens": (1e5 * 8e5) ** 0.5})
+        assert len({repr(design.trunk_config(t.config)) for t in trunk}) == 1
+        stated, rule = trunk[0].config["training"], mean.config["training"]
+        assert stated["batch_sequences"] == rule["batch_sequences"] or seed
+        assert stated["optimizer"]["warmup_steps"] == min(
+            500, mean.train_tokens // (rule["batch_sequences"] * 32) // 20
+        )
+    whole = [t for trunk in by_trunk[:2] for t in trunk]
+    share = sum(t.own_flops for t in whole) / sum(t.compute_flops for t in whole)
+    assert share == pytest.approx(0.25 + 0.75 * 8 / 15, rel=0.02)  # docs/theory D.8
+    assert all(t.shared_tokens < 0.75 * t.train_tokens for t in whole)
+    assert [t.shared_tokens for t in found[8:]] == [0] * len(found[8:])  # a repeat's seed has its own trunk
+
+
+def test_branches_take_what_the_base_states():
+    stated = {"training": {"batch_sequences": 16, "optimizer": {"learning_rate": 0.005, "warmup_steps": 7}}}
+    found = design.plan(space(**{**BRANCHED, "base": spec.merge(BRANCHED["base"], stated)}))
+    for training in (t.config["training"] for t in found):
+        assert training["batch_sequences"] == 16
+        assert (training["optimizer"]["learning_rate"], training["optimizer"]["warmup_steps"]) == (0.005, 7)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"training": {"optimizer": {"schedule": "cosine"}}}, "only runs under wsd"),
+        ({"training": {"optimizer": {"decay_fraction": 1.0, "warmup_steps": 0}}}, "nothing to share"),
+        ({"training": {"optimizer": {"warmup_steps": 10**6}}}, "leave no decay"),
+        ({"model": {"moe": {"experts": 4, "estimator": "gumbel"}}}, "annealed temperature"),
+    ],
+)
+def test_what_cannot_branch_is_refused(section: dict, says: str):
+    with pytest.raises(SpecError, match=says):
+        design.plan(space(**{**BRANCHED, "base": spec.merge(BRANCHED["base"], section)}))
+
+
+def test_branches_of_a_trunk_run_one_after_another_and_its_checkpoint_goes_with_the_last(tmp_path: Path):
+    found = design.plan(space(**BRANCHED))
+    made = [identify(n, t, {"corpus": "c"}) for n, t in enumerate(found, 1)]
+    assert trials.by_trunk(made[1:]) == [[2, 3, 4], [5, 6, 7, 8]]
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    trials.write_planned(tmp_path, "j", made)
+    assert trials.read_planned(tmp_path, "j") == made
+    files = TrunkFiles(tmp_path, str(made[0].trunk))
+    files.checkpoints.mkdir(parents=True)
+    for one in made[:4]:
+        trials.end_trunk(tmp_path, "j", made[0].trunk)
+        assert files.checkpoints.exists()
+        end(tmp_path, one, "succeeded", 4.0)
+    trials.end_trunk(tmp_path, "j", made[0].trunk)
+    assert not files.checkpoints.exists()
+    speed = 1e9
+    longest = max(sum(t.own_flops for t in found[:4]), sum(t.own_flops for t in found[4:])) / speed
+    assert plan.seconds(found, speed, 8) == pytest.approx(longest)
+
+
+def test_a_law_of_branches_is_resampled_by_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = list[str | None]()
+    monkeypatch.setattr(
+        launch, "_put_together", lambda settings, names: (pd.DataFrame({"trunk": ["a"]}), [], {})
+    )
+    monkeypatch.setattr(
+        "escala.laws.queries.preview_points", lambda points, group, **rest: asked.append(group)
+    )
+    launch.preview_sweeps(Settings(), ["s"])
+    launch.preview_sweeps(Settings(), ["s"], group="n_total")
+    assert asked == ["trunk", "n_total"]
 
 
 # Points

@@ -18,7 +18,8 @@ from escala.contract.attempt import Watch, check_fence
 from escala.contract.errors import CheckpointError, Superseded
 from escala.contract.files import no_room
 from escala.contract.records import STOP_REASONS, AttemptFiles
-from escala.storage.checkpoints import Checkpoint, checkpoint_at, open_checkpoints
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import Checkpoint, checkpoint_at, list_checkpoints, open_checkpoints
 from workloads.training import checkpoint
 from workloads.training.agreement import AgreedError, from_first_rank
 from workloads.training.device import device_of, seed_step, set_up_torch
@@ -109,6 +110,8 @@ class RunLoop(Generic[C]):
                 self._evaluate()
             if every and (step % every == 0 or step == total):
                 self._save()
+            if self.spec.trunk and step == self.config.decay_start_step:
+                self._save_trunk(self.spec.trunk)
         return None
 
     def _make_step(self) -> str | None:
@@ -149,7 +152,22 @@ class RunLoop(Generic[C]):
             self._save()
 
     def _save(self) -> None:
-        """Checkpoint the present step; the fence is checked first, so that a lost attempt writes nothing."""
+        """Checkpoint the present step."""
+        saved = self._save_in(open_checkpoints(self.spec.checkpoints), self.config.training.keep_checkpoints)
+        self.saved_step = saved.step
+        self.status.tell(checkpoint=saved.address)
+
+    def _save_trunk(self, address: str) -> None:
+        """Keep the last step before the decay, from which the next longer branch goes on, unless a longer one has been
+        here before.
+        """
+        store = open_checkpoints(address)
+        later = any(found.step >= self.count.step for found in list_checkpoints(store))
+        if not from_first_rank(int(later), self.device):
+            self._save_in(store, keep=1)
+
+    def _save_in(self, store: CheckpointStore, keep: int) -> Checkpoint:
+        """Write the present step; the fence is checked first, so that a lost attempt writes nothing."""
         if self.rank == 0:
             check_fence(self.files, self.spec.attempt)
         self.status.flush()
@@ -165,11 +183,8 @@ class RunLoop(Generic[C]):
             "counters": self.count.stored(),
             **self.step.state(),
         }
-        keep, store = self.config.training.keep_checkpoints, open_checkpoints(self.spec.checkpoints)
         engine, others = self.step.engine, self.step.other_engines()
-        saved = self._once_there_is_room(lambda: checkpoint.save(engine, store, step, manifest, keep, others))
-        self.saved_step = saved.step
-        self.status.tell(checkpoint=saved.address)
+        return self._once_there_is_room(lambda: checkpoint.save(engine, store, step, manifest, keep, others))
 
     def _once_there_is_room(self, save: Callable[[], Checkpoint]) -> Checkpoint:
         """Save; on a full disk all ranks, which learn of it together, wait and try again. A request to stop ends

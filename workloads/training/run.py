@@ -31,7 +31,15 @@ from escala.contract.records import (
 from escala.schema import TrainedConfig
 from escala.schema.workloads import get_workload
 from escala.storage.base import CheckpointStore
-from escala.storage.checkpoints import Checkpoint, check_fits, newest, open_checkpoints, verify_tokenizer
+from escala.storage.checkpoints import (
+    Checkpoint,
+    check_fits,
+    list_checkpoints,
+    newest,
+    open_checkpoints,
+    verify,
+    verify_tokenizer,
+)
 from escala.tracking.lineage.datasets import dataset_of
 from escala.tracking.lineage.lifecycle import LiveAttempt, RunSummary, run_attempt
 from workloads.training.driver import fit
@@ -72,7 +80,8 @@ def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfi
     spec = attempt.spec
     attempt.reads(prepared.fingerprints)
     found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
-    keep_tokenizer(prepared.tokenizer, open_checkpoints(spec.checkpoints), found)
+    for address in filter(None, (spec.checkpoints, spec.trunk)):
+        keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
     attempt.checkpoint = found.address if found else None
     _, run_id = attempt.run
     return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)
@@ -102,7 +111,14 @@ def summary(attempt: LiveAttempt) -> RunSummary:
         rows = [("data", f"{data.name} (`{data.digest[:12]}`)")]
     held = "parameters_held"
     tags = {f"escala.{held}": json.dumps(facts[held])} if held in facts else {}
-    return RunSummary(values, rows, tags, checkpoint=facts.get("checkpoint", attempt.checkpoint))
+    return RunSummary(values, rows, tags, checkpoint=_kept(attempt, facts))
+
+
+def _kept(attempt: LiveAttempt, facts: dict[str, Any]) -> str | None:
+    """The last good checkpoint; none of a trunk, which goes when its branches have ended."""
+    address: str | None = facts.get("checkpoint", attempt.checkpoint)
+    trunk = attempt.spec.trunk
+    return None if address and trunk and Path(address).parent == Path(trunk) else address
 
 
 def _facts(files: AttemptFiles) -> dict[str, Any]:
@@ -170,13 +186,15 @@ def keep_tokenizer(source: Path, checkpoints: CheckpointStore, resumed_from: Che
 
 
 def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) -> Checkpoint | None:
-    """The newest good checkpoint of the job, else of the job to resume from, else none; refused ones are
-    printed.
+    """The newest good checkpoint of the job, else of its trunk before the decay, else of the job to resume from, else
+    none; refused ones are printed.
 
     Raises CheckpointError where it does not fit, where the job has checkpoints and none of them is good, or where the
     job to resume from has no good one.
     """
     found = _newest(spec.checkpoints)
+    if found is None and spec.trunk:
+        found = _of_trunk(spec.trunk, config)
     if found is None and spec.resume_from:
         found = _newest(spec.resume_from)
         if found is None:
@@ -184,6 +202,22 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
     if found is not None:
         check_fits(found, config.model.model_dump(mode="json"), tokenizer)
     return found
+
+
+def _of_trunk(address: str, config: TrainedConfig) -> Checkpoint | None:
+    """The newest good checkpoint that the run passes through, too: none later than its decay starts. A damaged one only
+    costs the steps that are made again.
+    """
+    for found in reversed(list_checkpoints(open_checkpoints(address))):
+        if found.step > config.decay_start_step:
+            continue
+        try:
+            verify(found)
+        except CheckpointError as error:
+            print(f"refused: {error}", file=sys.stderr, flush=True)
+            continue
+        return found
+    return None
 
 
 def _newest(address: str) -> Checkpoint | None:

@@ -37,9 +37,7 @@ def _decay(step: int, warmup: int, total: int, optimizer: OptimizerConfig) -> fl
     if optimizer.schedule == "constant":
         return 1.0
     last = total - 1
-    start = warmup
-    if optimizer.schedule == "wsd":
-        start = max(warmup, last - round(optimizer.decay_fraction * total))
+    start = optimizer.decay_start(total, warmup)
     done = min(1.0, max(0.0, (step - start) / max(1, last - start)))
     share = 0.5 * (1 + math.cos(math.pi * done)) if optimizer.schedule == "cosine" else 1 - done
     return optimizer.final_fraction + (1 - optimizer.final_fraction) * share

@@ -39,6 +39,16 @@ def plan(found: SweepPlanView, json: bool) -> None:
     raw(f"trials    {len(found.trials)}")
     raw(f"tokens    {number(found.train_tokens)}")
     raw(f"FLOPs     {number(found.compute_flops)}")
+    if found.trunks is not None:
+        share = found.compute_flops / found.alone_flops
+        raw(
+            f"trunks    {found.trunks}, {share:.2f} of the {number(found.alone_flops)} FLOPs of the same runs alone"
+        )
+        if found.trunks < found.fewest_trunks:
+            note(
+                f"intervals of a law need {found.fewest_trunks} trunks: its points are resampled by trunk; "
+                "add sizes, or seeds"
+            )
     if found.wall_seconds is None:
         raw(f"time      as many trials at once as the cluster holds ({found.speed_source})")
     else:

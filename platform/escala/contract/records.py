@@ -168,6 +168,9 @@ class AttemptSpec:
     tags: dict[str, str] = field(default_factory=dict)
     run_key: str | None = None  # the tracker's key of the run; None: JOB-ATTEMPT
     resume_from: str | None = None  # another job's checkpoint directory, where this job has none of its own
+    trunk: str | None = (
+        None  # checkpoint directory of the steps that a sweep's branches share (docs/theory D.8)
+    )
     remaining_flops: float | None = None  # the job's budget less its earlier attempts
     remaining_seconds: float | None = None
     versions: dict[str, str] = field(default_factory=dict)  # handshake: escala, ray, torch, python
@@ -300,6 +303,17 @@ class TrialFiles:
         """Every attempt that there is, oldest first."""
         numbers = (p.name.removeprefix("attempt-") for p in self.directory.glob("attempt-*"))
         return [self.attempt(number) for number in sorted(int(n) for n in numbers if n.isdecimal())]
+
+
+class TrunkFiles:
+    """The names in the directory of a trunk under HOME, beside its sweep's trials: there until all its branches have
+    ended.
+    """
+
+    def __init__(self, home: Path, fingerprint: str) -> None:
+        self.directory = home / "trials" / f"trunk-{fingerprint}"
+        self.checkpoints = self.directory / "checkpoints"
+        self.lock = self.directory / "lock"  # held by the process that trains its branches
 
 
 class AttemptFiles:

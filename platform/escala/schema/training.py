@@ -27,6 +27,16 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only: norms and biases are not decayed")
     clip_norm: float | None = Field(1.0, gt=0, description="global gradient norm; None: no clipping")
 
+    def decay_start(self, total_steps: int, warmup_steps: int) -> int:
+        """The step (0, 1, ...) from which on the rate falls: the last one at the peak. Up to it, all runs of one peak
+        and warm-up under wsd are the same run; cosine falls from the end of the warm-up, constant never.
+        """
+        if self.schedule == "constant":
+            return total_steps
+        if self.schedule == "cosine":
+            return warmup_steps
+        return max(warmup_steps, total_steps - 1 - round(self.decay_fraction * total_steps))
+
 
 class TrainingConfig(Strict):
     """How long, how wide and how precisely. Batches are counted over all workers."""
@@ -204,6 +214,11 @@ class TrainedConfig(Strict):
         """Steps of linear warm-up."""
         stated = self.training.optimizer.warmup_steps
         return min(500, self.total_steps // 20) if stated is None else stated
+
+    @property
+    def decay_start_step(self) -> int:
+        """The step from which on the learning rate falls."""
+        return self.training.optimizer.decay_start(self.total_steps, self.warmup_steps)
 
     @property
     def checkpoint_every_steps(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -15,6 +15,7 @@ from escala import spec
 from escala.contract.attempt import flatten
 from escala.contract.errors import SpecError
 from escala.laws.audit import FACTORS
+from escala.schema import TrainedConfig
 from escala.sweeps.recipes import AXES, by_recipe
 from escala.sweeps.space import Range, Space, Value
 
@@ -33,8 +34,20 @@ class Trial:
     n_active: int
     train_tokens: int
     context_tokens: int
-    compute_flops: float
+    compute_flops: float  # of the whole run, as if trained alone
     audits: float | None = None  # the factor of the recipe's learning rate; None: a point of the sweep
+    branched: bool = False  # it shares its first steps with all that differ from it in tokens alone
+    shared_tokens: int = 0  # of its train_tokens: those that the next shorter branch of its trunk has trained
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that are trained for this trial alone."""
+        return self.train_tokens - self.shared_tokens
+
+    @property
+    def own_flops(self) -> float:
+        """FLOPs that are spent for this trial alone: every token of a run costs the same."""
+        return self.compute_flops * self.own_tokens / self.train_tokens
 
     @property
     def label(self) -> str:
@@ -52,7 +65,8 @@ class Trial:
 
 
 def plan(space: Space) -> list[Trial]:
-    """All trials of a design, the costliest first (so that none is left to run alone at the end), none twice.
+    """All trials of a design, the costliest first (so that none is left to run alone at the end), none twice. Branches
+    of one trunk follow each other, the shortest first.
 
     Raises SpecError for a point that no configuration fits, and where no point is left.
     """
@@ -62,6 +76,8 @@ def plan(space: Space) -> list[Trial]:
         raise SpecError(
             f"none of the {len(whole)} points lies within the bounds", "widen `within`, or the axes"
         )
+    if space.branch is not None:
+        kept = _with_shared_rule(space, kept)
     trials = [with_seed(t, seed) for t in kept for seed in space.seeds]
     if space.repeats:
         cheapest = kept[: space.repeats.points]
@@ -69,7 +85,105 @@ def plan(space: Space) -> list[Trial]:
     if space.audit:
         trials += audit_trials(space, kept[-1], space.seeds[0])
     unique = {repr(sorted(flatten(t.config).items())): t for t in reversed(trials)}
-    return sorted(unique.values(), key=lambda t: -t.compute_flops)
+    if space.branch is None:
+        return sorted(unique.values(), key=lambda t: -t.compute_flops)
+    trunks = [_as_branches(members) for members in _by_trunk(unique.values()).values()]
+    return [t for trunk in sorted(trunks, key=lambda found: -_spent(found)) for t in trunk]
+
+
+def _spent(trials: Iterable[Trial]) -> float:
+    return sum(t.own_flops for t in trials)
+
+
+def trunk_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without its length: the same for all branches of one trunk."""
+    training = {k: v for k, v in config["training"].items() if k not in ("train_tokens", "steps")}
+    return {**config, "training": training}
+
+
+def _by_trunk(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(repr(sorted(flatten(trunk_config(trial.config)).items())), []).append(trial)
+    return found
+
+
+def _with_shared_rule(space: Space, trials: Iterable[Trial]) -> list[Trial]:
+    """The trials again, with warm-up, batch and peak rate of the rule at the geometric mean of their trunk's tokens
+    (docs/theory D.8). What the space's base or its axes state stays.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        fixed = {key: value for key, value in trial.values.items() if key != "tokens"}
+        groups.setdefault(repr(sorted(fixed.items())), []).append(trial)
+    found = []
+    for members in groups.values():
+        lengths = [float(t.values["tokens"]) for t in members]
+        mean = math.exp(sum(map(math.log, lengths)) / len(lengths))
+        shared = _shared_rule(make_trial(space, {**members[0].values, "tokens": mean}))
+        found += [make_trial(space, t.values, shared) for t in members]
+    return sorted(found, key=lambda t: t.compute_flops)
+
+
+def _shared_rule(trial: Trial) -> dict[str, Any]:
+    """What all branches of a trunk take from the trial at their mean length."""
+    training = trial.config["training"]
+    optimizer = training["optimizer"]
+    return {
+        "training": {
+            "batch_sequences": training["batch_sequences"],
+            "optimizer": {
+                "learning_rate": optimizer["learning_rate"],
+                "warmup_steps": _trained(trial).warmup_steps,
+            },
+        }
+    }
+
+
+def _as_branches(trials: list[Trial]) -> list[Trial]:
+    """The trials of one trunk, the shortest first, each with what the one before has trained for it.
+
+    Raises SpecError where they cannot share their first steps.
+    """
+    found: list[Trial] = []
+    shared = 0
+    for trial in sorted(trials, key=lambda t: t.train_tokens):
+        config = _trained(trial)
+        _check_branch(trial, config)
+        found.append(replace(trial, branched=True, shared_tokens=shared))
+        shared = config.decay_start_step * config.step_tokens
+    return found
+
+
+def _check_branch(trial: Trial, config: TrainedConfig) -> None:
+    optimizer, moe = config.training.optimizer, config.model.moe
+    if optimizer.schedule != "wsd":
+        raise SpecError(
+            f"branch: tokens with schedule {optimizer.schedule}: only runs under wsd share their first steps",
+            "set base.training.optimizer.schedule=wsd",
+        )
+    if moe is not None and moe.tau is not None and moe.tau.start != moe.tau.end:
+        raise SpecError(
+            "branch: tokens with an annealed temperature, which falls over each run's own length",
+            "choose an estimator without one (base.model.moe.estimator), or leave branch out",
+        )
+    if config.decay_start_step < 1:
+        raise SpecError(
+            f"at {_point(trial.values)}: the decay starts at the first step, so there is nothing to share",
+            "set base.training.optimizer.decay_fraction lower, or leave branch out",
+        )
+    if config.decay_start_step >= config.total_steps - 1:
+        raise SpecError(
+            f"at {_point(trial.values)}: {config.total_steps} steps leave no decay after a warm-up of "
+            f"{config.warmup_steps}",
+            "leave the shortest runs out, or set base.training.optimizer.warmup_steps lower",
+        )
+
+
+def _trained(trial: Trial) -> TrainedConfig:
+    return TrainedConfig.model_validate(
+        {section: trial.config[section] for section in ("model", "training", "resources")}
+    )
 
 
 def audit_trials(space: Space, largest: Trial, seed: int) -> list[Trial]:
@@ -143,8 +257,9 @@ def _tidy(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def make_trial(space: Space, values: Mapping[str, Value]) -> Trial:
-    """The trial at `values`: recipe, then the space's base, then the configuration keys that vary.
+def make_trial(space: Space, values: Mapping[str, Value], shared: Mapping[str, Any] | None = None) -> Trial:
+    """The trial at `values`: recipe, then what its trunk shares, then the space's base, then the configuration keys
+    that vary.
 
     Raises SpecError, naming the point, where no configuration fits it.
     """
@@ -154,7 +269,7 @@ def make_trial(space: Space, values: Mapping[str, Value]) -> Trial:
         if key not in AXES:
             set_key(base, key, value)
     try:
-        base = spec.merge(by_recipe(base, axes), base)
+        base = spec.merge(spec.merge(by_recipe(base, axes), shared or {}), base)
         job = spec.load_job(space.workload, base=_with_defaults(base))
     except SpecError as error:
         raise SpecError(f"at {_point(values)}: {error.message}", error.hint) from error
@@ -179,8 +294,7 @@ def with_seed(trial: Trial, seed: int) -> Trial:
     """The same trial from another seed: of the weights and of the data's order."""
     config = deepcopy(trial.config)
     config["training"]["seed"] = seed
-    counts = {k: v for k, v in trial.plain().items() if k not in ("values", "config")}
-    return Trial(values={**trial.values, SEED: seed}, config=config, **counts)
+    return replace(trial, values={**trial.values, SEED: seed}, config=config)
 
 
 def _with_defaults(base: dict[str, Any]) -> dict[str, Any]:

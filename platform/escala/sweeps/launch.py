@@ -198,6 +198,7 @@ def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any)
 
     points, sources, shared, audited = _put_together(settings, names)
     asked |= {"sources": sources, "configuration": shared, "audited": audited}
+    asked["group"] = asked.get("group") or _group(points)
     return queries.fit_points(settings, points, law, **asked)
 
 
@@ -206,7 +207,15 @@ def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Pr
     from escala.laws import queries
 
     points, sources, _, audited = _put_together(settings, names)
+    asked["group"] = asked.get("group") or _group(points)
     return queries.preview_points(points, sources=sources, audited=audited, **asked)
+
+
+def _group(points: pd.DataFrame) -> str | None:
+    """What is resampled together, unless the user says it: branches of one trunk share seed and data (docs/theory
+    D.8).
+    """
+    return "trunk" if "trunk" in points else None
 
 
 def _put_together(
@@ -230,5 +239,7 @@ def _put_together(
         "trial"
     )
     points.index = pd.RangeIndex(1, len(points) + 1)
+    if "trunk" in points:  # beside trials that were trained alone
+        points["trunk"] = points["trunk"].fillna(points["trial"])
     sources, shared = [f"sweep {name}" for name in names], in_common([each.configuration for each in found])
     return points, sources, shared, [point for each in found for point in each.audited]

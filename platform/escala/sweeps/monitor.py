@@ -149,7 +149,7 @@ class Monitor:
             return None
         open_ = [p for p in self._planned if p.fingerprint not in self._closed]
         begun = sum(self._spent_on(p).compute_flops for p in open_)
-        left = sum(p.trial.compute_flops for p in open_) - begun
+        left = sum(p.trial.own_flops for p in open_) - begun
         return max(0.0, left) / spent.compute_flops * wall
 
     def _running(self) -> list[AttemptFiles]:

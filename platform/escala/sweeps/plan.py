@@ -11,6 +11,7 @@ from statistics import median
 
 from escala.contract.errors import SpecError
 from escala.contract.records import Outcome, read_record
+from escala.laws.sample import FEWEST_UNITS
 from escala.schema.workloads import get_workload
 from escala.settings import Settings
 from escala.sweeps import design
@@ -24,14 +25,17 @@ TUNE_CPUS = 0.1  # of a multi-worker trial's own process, which only waits
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep before it starts. Sums are over all `trials`: which of them are finished already shows once the data
-    are read.
+    """A sweep before it starts. Sums are of what is spent, over all `trials`: which of them are finished already shows
+    once the data are read.
     """
 
     name: str
     trials: Sequence[Trial]
     train_tokens: int
     compute_flops: float
+    alone_flops: float  # of the same points, were each trained alone; more where trials branch
+    trunks: int | None  # of the branches; None: nothing branches
+    fewest_trunks: int  # that a law's intervals need: its points are resampled by trunk
     concurrency: int | None  # None: the cluster's size is not known here
     wall_seconds: float | None  # None: that is not known either
     speed_source: str  # of wall_seconds, in words
@@ -50,12 +54,15 @@ def make_plan(name: str, space: Space, settings: Settings) -> SweepPlan:
         at_once = fitting(
             space.workload, found, {"CPU": float(settings.num_cpus)}, space.concurrency, os.cpu_count()
         )
-    speed, source = flops_per_second(settings.home, median(t.compute_flops for t in found))
+    speed, source = flops_per_second(settings.home, median(t.own_flops for t in found))
     return SweepPlan(
         name=name,
         trials=found,
-        train_tokens=sum(t.train_tokens for t in found),
-        compute_flops=sum(t.compute_flops for t in found),
+        train_tokens=sum(t.own_tokens for t in found),
+        compute_flops=sum(t.own_flops for t in found),
+        alone_flops=sum(t.compute_flops for t in found),
+        trunks=sum(t.shared_tokens == 0 for t in found) if space.branch else None,
+        fewest_trunks=FEWEST_UNITS,
         concurrency=at_once,
         wall_seconds=None if at_once is None else seconds(found, speed, at_once),
         speed_source=source,
@@ -118,8 +125,13 @@ def flops_per_second(home: Path, like: float) -> tuple[float, str]:
 
 def seconds(trials: Sequence[Trial], speed: float, concurrency: int) -> float:
     """Wall seconds of all trials at `speed` FLOP/s a worker."""
-    longest = max(t.compute_flops / t.workers for t in trials) / speed
-    return max(longest, sum(t.compute_flops / t.workers for t in trials) / speed / concurrency)
+    alone: dict[
+        int, float
+    ] = {}  # by the number of the trial that begins them: branches run one after another
+    for number, t in enumerate(trials):
+        first = number if not t.shared_tokens else max(alone)
+        alone[first] = alone.get(first, 0.0) + t.own_flops / t.workers
+    return max(max(alone.values()), sum(alone.values()) / concurrency) / speed
 
 
 def _matmul_flops_per_second() -> float:

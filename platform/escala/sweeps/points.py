@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.contract.records import Outcome, TrialFiles
+from escala.contract.records import AttemptFiles, Outcome, TrialFiles, read_record
 from escala.laws.audit import AuditedPoint, AuditedRun, audit
 from escala.laws.files import REFUSAL
 from escala.laws.provenance import in_common
@@ -111,6 +111,7 @@ def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> d
         **_experts(trial.config["model"]),
         "audit": trial.audits,
         "trial": planned.fingerprint,
+        **_branch(planned, attempts),
         "name": planned.name,
         "run_id": _run_id(attempts[-1].spool / "run_id") if attempts else None,
         "reason": _refusal(outcome, record, trial.train_tokens, bool(attempts)),
@@ -118,6 +119,17 @@ def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> d
     measures = record.get("measures") or {}
     row |= {key: measures[key] for key in objective_of(record).columns if key in measures}
     return row | {key: value for key, value in trial.values.items() if key not in row and key != SEED}
+
+
+def _branch(planned: PlannedTrial, attempts: list[AttemptFiles]) -> dict[str, Any]:
+    """Of a branch, what it shares, by which a law's bootstrap resamples it, and what its attempts have spent; nothing
+    of a trial that was trained alone.
+    """
+    if planned.trunk is None:
+        return {}
+    ended = (read_record(Outcome, each.outcome) for each in attempts)
+    spent = [each.record.get("attempt_flops") or 0.0 for each in ended if each is not None and each.record]
+    return {"trunk": planned.trunk, "spent_flops": sum(spent)}
 
 
 def _experts(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,10 @@ class Space(Strict):
     seeds: list[Seed] = Field([0], min_length=1, description="every point is trained with each")
     repeats: Repeats | None = None
     audit: Audit | None = Field(None, description="of the recipe's learning rate, beside the points")
+    branch: Literal["tokens"] | None = Field(
+        None,
+        description="runs that differ in tokens alone share their first steps, and decay from there (schedule wsd)",
+    )
     concurrency: int | None = Field(None, gt=0, description="None: as many as the cluster holds")
     early_stopping: EarlyStopping | None = None
     base: dict[str, Any] = Field(default_factory=dict, description="the workload's configuration")
@@ -149,6 +153,8 @@ class Space(Strict):
         self._check_count()
         self._check_design()
         self._check_workload()
+        if self.branch is not None:
+            self._check_branch()
         return self
 
     def _check_sizes(self) -> None:
@@ -199,6 +205,16 @@ class Space(Strict):
             )
         if self.early_stopping and not measure.while_training:
             raise ValueError(f"a {self.workload} trial is judged by its end alone: leave early_stopping out")
+
+    def _check_branch(self) -> None:
+        """Branches of one trunk differ in their length alone, which is therefore an axis of its own."""
+        if self.aim != "law" or self.design != "grid" or "tokens" not in self.vary:
+            raise ValueError("branch: tokens is for aim: law and design: grid, with tokens in vary")
+        others = self.axes() & {"compute_flops", "tokens_per_parameter", "training.optimizer.schedule"}
+        if others:
+            raise ValueError(
+                f"branch: tokens and {', '.join(sorted(others))} do not go together: vary n_total and tokens"
+            )
 
     def axes(self) -> set[str]:
         """Everything that varies."""

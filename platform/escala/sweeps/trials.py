@@ -7,6 +7,7 @@ that it reads, and the code of the workloads.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -16,10 +17,18 @@ from typing import Any
 
 from escala.contract import handshake, lines
 from escala.contract.files import insist, write_whole
-from escala.contract.records import AttemptSpec, JobFiles, Outcome, TrialFiles, read_record, write_json
+from escala.contract.records import (
+    AttemptSpec,
+    JobFiles,
+    Outcome,
+    TrialFiles,
+    TrunkFiles,
+    read_record,
+    write_json,
+)
 from escala.schema.workloads import get_workload
 from escala.storage.locks import locked
-from escala.sweeps.design import Trial
+from escala.sweeps.design import Trial, trunk_config
 from escala.tracking.children import SWEEP_ATTEMPT_TAG
 from escala.tracking.lineage import fingerprint, source_fingerprint
 
@@ -34,6 +43,7 @@ class PlannedTrial:
     number: int  # in this sweep, from 1
     fingerprint: str
     trial: Trial
+    trunk: str | None = None  # fingerprint of what its branches share; None: it is trained alone
 
     @property
     def name(self) -> str:
@@ -51,6 +61,19 @@ def _workloads() -> str:
 def trial_fingerprint(config: Mapping[str, Any], data: Mapping[str, str]) -> str:
     """The identity of a trial; `data` holds the fingerprints of corpus, tokenizer and evaluation set."""
     return fingerprint({"config": dict(config), "data": dict(data), "workloads": _workloads()})
+
+
+def trunk_fingerprint(config: Mapping[str, Any], data: Mapping[str, str]) -> str:
+    """The identity of the trunk of a branch: of all that decides its steps before the decay."""
+    return trial_fingerprint(trunk_config(config), data)
+
+
+def by_trunk(planned: Sequence[PlannedTrial]) -> list[list[int]]:
+    """The numbers of the trials that run one after another, in one process: branches of a trunk, else one each."""
+    groups: dict[str, list[int]] = {}
+    for each in planned:
+        groups.setdefault(each.trunk or each.fingerprint, []).append(each.number)
+    return list(groups.values())
 
 
 def last_outcome(files: TrialFiles) -> Outcome | None:
@@ -81,6 +104,9 @@ def new_attempt(
         config=planned.trial.config,
         directory=str(attempt.directory),
         checkpoints=str(files.checkpoints),
+        trunk=str(TrunkFiles(files.directory.parents[1], planned.trunk).checkpoints)
+        if planned.trunk
+        else None,
         data=sweep.data,
         tracking_uri=f"spool:{attempt.spool}",
         experiment=sweep.experiment,
@@ -90,6 +116,7 @@ def new_attempt(
             SWEEP_ATTEMPT_TAG: f"{sweep.job_id}-{sweep.attempt}",
             "escala.trial": planned.fingerprint,
             "escala.aim": aim,
+            **({"escala.trunk": planned.trunk} if planned.trunk else {}),
         },
         run_key=f"trial-{planned.fingerprint}-{number}",
         versions=handshake.versions(),
@@ -100,11 +127,28 @@ def new_attempt(
 
 
 @contextmanager
-def held(files: TrialFiles) -> Iterator[None]:
-    """Hold the trial, so that two sweeps do not train it at once; the kernel frees it with its holder."""
+def held(files: TrialFiles | TrunkFiles) -> Iterator[None]:
+    """Hold the trial or the trunk, so that two sweeps do not train it at once; the kernel frees it with its holder."""
     files.directory.mkdir(parents=True, exist_ok=True)
     with locked(files.lock, every=POLL_SECONDS):  # until the other sweep's attempt has ended
         yield
+
+
+@contextmanager
+def held_trunk(home: Path, trunk: str | None) -> Iterator[None]:
+    """Hold a trunk while its branches are trained; nothing for a trial without one."""
+    if trunk is None:
+        yield
+        return
+    with held(TrunkFiles(home, trunk)):
+        yield
+
+
+def end_trunk(home: Path, job_id: str, trunk: str | None) -> None:
+    """Free a trunk's checkpoint once all its branches of the sweep have ended. Its holder calls it."""
+    branches = [p for p in read_planned(home, job_id) if trunk is not None and p.trunk == trunk]
+    if trunk is not None and all(finished(TrialFiles(home, p.fingerprint)) for p in branches):
+        shutil.rmtree(TrunkFiles(home, trunk).checkpoints, ignore_errors=True)
 
 
 def write_planned(home: Path, job_id: str, planned: Sequence[PlannedTrial]) -> None:
@@ -123,7 +167,9 @@ def read_planned(home: Path, job_id: str) -> list[PlannedTrial]:
     found: dict[str, PlannedTrial] = {}
     for row in lines.objects(JobFiles(home, job_id).trials):
         with suppress(KeyError, TypeError):
-            trial = PlannedTrial(int(row["number"]), str(row["fingerprint"]), Trial(**row["trial"]))
+            trial = PlannedTrial(
+                int(row["number"]), str(row["fingerprint"]), Trial(**row["trial"]), row.get("trunk")
+            )
             found.setdefault(trial.fingerprint, trial)
     return sorted(found.values(), key=lambda p: p.number)
 

@@ -148,7 +148,7 @@ class Sweep:
         train = partial(train_trial, sweep=self.attempt, home=str(self.home), space=space, data=dict(data))
         trainable = tune.with_resources(train, resources_of(space.workload, examples))
         search: dict[str, Any] = {}
-        param_space: dict[str, Any] = {"number": tune.grid_search([p.number for p in pending])}
+        param_space: dict[str, Any] = {"numbers": tune.grid_search(trials.by_trunk(pending))}
         if space.design == "optuna":
             search = {"search_alg": _optuna(space), "num_samples": space.points}
             param_space = {}
@@ -188,21 +188,32 @@ class Sweep:
 
 
 def train_trial(config: dict[str, Any], sweep: AttemptSpec, home: str, space: Space, data: Data) -> None:
-    """One trial, in a process of Ray Tune's: the planned one, or the one that an optimiser's values describe."""
-    from ray import tune
-
-    workload = importlib.import_module(TRIAL_MODULE)
+    """The planned trials of these numbers one after another (the branches of a trunk, else one), or the one that an
+    optimiser's values describe; in a process of Ray Tune's.
+    """
     root = Path(home)
-    if "number" in config:
-        planned = next(p for p in trials.read_planned(root, sweep.job_id) if p.number == config["number"])
-        prepared = data[data_key(space.workload, planned.trial.config)]
-    else:
+    if "numbers" not in config:
+        workload = importlib.import_module(TRIAL_MODULE)
         trial = design.make_trial(space, from_optuna(space, config))
         key = data_key(space.workload, trial.config)
         prepared = data.get(key) or workload.prepare(_preparation(sweep, space.workload, trial.config))
         number = len(trials.read_planned(root, sweep.job_id)) + 1
         planned = identify(number, trial, prepared.fingerprints)
         trials.append_planned(root, sweep.job_id, planned)
+        _train_one(planned, sweep, root, space, prepared)
+        return
+    chosen = [p for p in trials.read_planned(root, sweep.job_id) if p.number in config["numbers"]]
+    with trials.held_trunk(root, chosen[0].trunk):
+        for planned in chosen:
+            _train_one(planned, sweep, root, space, data[data_key(space.workload, planned.trial.config)])
+        trials.end_trunk(root, sweep.job_id, chosen[0].trunk)
+
+
+def _train_one(planned: PlannedTrial, sweep: AttemptSpec, root: Path, space: Space, prepared: Any) -> None:
+    """Train it, unless it is finished, and report how it ended."""
+    from ray import tune
+
+    workload = importlib.import_module(TRIAL_MODULE)
     files = TrialFiles(root, planned.fingerprint)
     report = partial(_report, tune) if space.aim == "search" else None
     with trials.held(files):
@@ -224,8 +235,9 @@ def _report(tune: Any, step: int, loss_nats: float) -> None:
 
 
 def identify(number: int, trial: design.Trial, data: Mapping[str, str]) -> PlannedTrial:
-    """The trial with its fingerprint."""
-    return PlannedTrial(number, trials.trial_fingerprint(trial.config, data), trial)
+    """The trial with its fingerprint, and its trunk's."""
+    trunk = trials.trunk_fingerprint(trial.config, data) if trial.branched else None
+    return PlannedTrial(number, trials.trial_fingerprint(trial.config, data), trial, trunk)
 
 
 def data_key(workload: str, config: Mapping[str, Any]) -> str:

@@ -21,17 +21,22 @@ class TrialView(View):
     n_active: int
     train_tokens: int
     context_tokens: int
-    compute_flops: float
+    compute_flops: float  # as if trained alone
     audits: float | None  # the factor of the recipe's learning rate; None: a point of the sweep
+    branched: bool  # it shares its first steps with those that differ in tokens alone
+    shared_tokens: int  # of train_tokens: trained for the next shorter branch
 
 
 class SweepPlanView(View):
-    """A sweep before it starts. Sums are over all `trials`, finished ones too."""
+    """A sweep before it starts. Sums are of what is spent, over all `trials`, finished ones too."""
 
     name: str
     trials: tuple[TrialView, ...]
     train_tokens: int
     compute_flops: float
+    alone_flops: float  # of the same points, were each trained alone
+    trunks: int | None  # that branches share; None: nothing branches
+    fewest_trunks: int  # that a law's intervals need
     concurrency: int | None  # None: the cluster's size is not known
     wall_seconds: float | None  # None: that is not known either
     speed_source: str  # of wall_seconds, in words

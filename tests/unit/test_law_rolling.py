@@ -90,6 +90,7 @@ def test_a_law_with_few_points_is_not_healthy_and_says_how_many() -> None:
     assert any(f.startswith(f"backtest: only {found.rolling.points} points") for f in found.findings)
     assert fit_law(sweep(n=20), bootstrap=60).rolling.points >= 8
     assert fit_law(sweep(n=20), bootstrap=0).rolling is None
+    assert fit_law(sweep(n=20), bootstrap=60, backtests=False).rolling is None
 
 
 def test_a_law_whose_past_failed_is_not_healthy(law: Law) -> None:

@@ -38,7 +38,7 @@ def fit_law(
         size: the N of forms nd and ndt: "n_active", "n_total" or "n_non_embedding".
         seed: of the bootstrap alone; the fit depends on no seed.
         progress: told how many replicates are done, and of how many.
-        backtests: False leaves out the rolling backtests of a law with intervals (0.1 to 0.5 s), in a loop of many fits.
+        backtests: False leaves out the rolling backtests of a law with intervals (0.1 to 0.5 s), for loops of many.
             Its intervals then do not know the form's bias beyond the data, and its health does not ask for a past.
 
     Raises:

@@ -93,6 +93,11 @@ def test_a_law_with_few_points_is_not_healthy_and_says_how_many() -> None:
     assert fit_law(sweep(n=20), bootstrap=60, backtests=False).rolling is None
 
 
+def test_an_input_of_one_value_has_no_cut() -> None:
+    found = fit_law(sweep("ndt", 40).assign(context_tokens=512.0), "ndt", bootstrap=40)
+    assert {cut.by for cut in found.rolling.cuts} == {"n_active", "tokens", "compute_flops"}
+
+
 def test_a_law_whose_past_failed_is_not_healthy(law: Law) -> None:
     from dataclasses import replace
 

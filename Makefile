@@ -10,7 +10,7 @@ SHARD ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench fuzz idle hooks clean
+.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench bench-laws fuzz idle hooks clean
 
 help:  # what can be made, and how long it takes
 	@echo 'make TARGET; all but test-gpu and clean set up first'
@@ -65,6 +65,10 @@ lint: setup  # format, names, types, imports: 1 minute
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python docs/generate_architecture.py --check
+
+bench-laws: setup  # intervals on public tables with the largest scale held out; DATA=FOLDER has them: 10 seconds
+	$(BIN)/python benchmarks/laws.py --table $(DATA)/gemstones_cool_end.csv --map params_active_precise=n_active --map final_loss=loss_nats --group run_name --hold-out "n_active > 1.5e9"
+	$(BIN)/python benchmarks/laws.py --table $(DATA)/gadre_c4_original.csv --map n_total=n_active --keep "token_multiplier >= 1" --hold-out "n_active > 1e9" || true  # reported
 
 bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 	$(BIN)/python benchmarks/throughput.py

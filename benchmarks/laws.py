@@ -2,6 +2,8 @@
 
     python benchmarks/laws.py                       # 1000 repetitions per form, about 20 CPU-minutes
     python benchmarks/laws.py --repetitions 100 --form nd
+    python benchmarks/laws.py --table gemstones.csv --map params_active_precise=n_active --map final_loss=loss_nats \
+        --group run_name --hold-out "n_active>1.5e9"   # a public table alone; --keep "token_multiplier>=1" drops rows
 
 Peer: the package `chinchilla` (PyPI) on the same 240 points and objective, in an environment of its own, which the
 first run makes with pip under --peer-venv.
@@ -89,8 +91,8 @@ def coverage(form: str, n: int, repetitions: int, bootstrap: int) -> dict[str, f
 
 
 def timings() -> dict[str, float]:
-    """CPU seconds: a fit of 240 points with its safety starts, 1000 bootstraps beside it, and a query (best
-    of several).
+    """CPU seconds: a fit of 240 points with its safety starts, its rolling backtests, 1000 bootstraps beside it, and a
+    query (best of several).
     """
     table = sweep("nd", 240, np.random.default_rng(1))
     fit_law(table, bootstrap=10)  # imports
@@ -107,7 +109,13 @@ def timings() -> dict[str, float]:
     law: Law = fit_law(table)
     full = best(lambda: fit_law(table), 3)
     query = best(lambda: [law.predict(n_active=1e9, tokens=2e10) for _ in range(200)]) / 200
-    return {"fit_seconds": fit, "bootstrap_seconds": full - fit, "query_seconds": query}
+    few = best(lambda: fit_law(table, bootstrap=20), 3)  # the same backtests, hardly a bootstrap
+    return {
+        "fit_seconds": fit,
+        "calibration_seconds": few - fit,
+        "bootstrap_seconds": full - few,
+        "query_seconds": query,
+    }
 
 
 PEER = "chinchilla==0.2.0"
@@ -160,7 +168,42 @@ def against_peer(venv: Path) -> bool:
     return seconds <= theirs["seconds"] and law.objective_value <= huber * (1 + 1e-8)
 
 
-FLOORS = {"fit_seconds": 0.050, "bootstrap_seconds": 1.5, "query_seconds": 0.001}
+def public_table(file: Path, rename: dict[str, str], group: str | None, keep: str | None, held: str) -> bool:
+    """The largest scale of a measured table held out: how many 90 % intervals hold there, their mean width, the error.
+
+    Floors: the law is healthy, 85 % inside, and the mean width at most four times the mean error + 2 %.
+    """
+    table = pd.read_csv(file).rename(columns=rename)
+    table = table.query(keep) if keep else table
+    beyond = table.eval(held).to_numpy(bool)
+    began = time.process_time()
+    law = fit_law(table[~beyond], group=group)
+    seconds = time.process_time() - began
+    inside, widths, errors = [], [], []
+    for _, row in table[beyond].iterrows():
+        answer = law.predict(LEVEL, **{name: float(row[name]) for name in law.inputs})
+        inside.append(bool(answer.low_nats <= row["loss_nats"] <= answer.high_nats))
+        widths.append((answer.high_nats - answer.low_nats) / answer.loss_nats)
+        errors.append(abs(answer.loss_nats / row["loss_nats"] - 1))
+    width, error, limit = np.mean(widths), np.mean(errors), 4 * np.mean(errors) + 0.02
+    rolling = law.rolling
+    past = (
+        "none"
+        if rolling is None
+        else f"{rolling.coverage:.0%} of {rolling.predictions}, {rolling.points} points"
+    )
+    print(
+        f"{file.name}: {len(law.points)} rows, {len(inside)} held out: {np.mean(inside):.0%} inside "
+        f"(floor {FLOOR_INSIDE:.0%}), mean width {width:.2%} (at most {limit:.2%}), mean error {error:.2%}; "
+        f"{'healthy' if law.healthy else 'NOT healthy'}, backtest {past}; {seconds:.2f} s"
+    )
+    for finding in law.findings:
+        print(f"  finding   {finding}")
+    return law.healthy and float(np.mean(inside)) >= FLOOR_INSIDE and bool(width <= limit)
+
+
+FLOOR_INSIDE = 0.85
+FLOORS = {"fit_seconds": 0.050, "calibration_seconds": 5.0, "bootstrap_seconds": 1.5, "query_seconds": 0.001}
 
 
 def main() -> int:
@@ -174,7 +217,15 @@ def main() -> int:
     parser.add_argument(
         "--peer-venv", type=Path, default=venv, help="where the peer is, or is to be, installed"
     )
+    parser.add_argument("--table", type=Path, help="a public table (CSV) instead of everything else")
+    parser.add_argument("--map", action="append", default=[], metavar="COLUMN=NAME")
+    parser.add_argument("--group")
+    parser.add_argument("--keep", metavar="EXPRESSION", help="rows of the table that count (DataFrame.query)")
+    parser.add_argument("--hold-out", metavar="EXPRESSION", default="n_active > n_active.quantile(0.8)")
     options = parser.parse_args()
+    if options.table:
+        rename = dict(each.split("=", 1) for each in options.map)
+        return 0 if public_table(options.table, rename, options.group, options.keep, options.hold_out) else 1
     missed = int(not against_peer(options.peer_venv))
     for name, seconds in timings().items():
         missed += seconds > FLOORS[name]

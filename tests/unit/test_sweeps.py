@@ -286,7 +286,7 @@ def test_branches_of_a_trunk_run_one_after_another_and_its_checkpoint_goes_with_
 def test_a_law_of_branches_is_resampled_by_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = list[str | None]()
     monkeypatch.setattr(
-        launch, "_put_together", lambda settings, names: (pd.DataFrame({"trunk": ["a"]}), [], {})
+        launch, "_put_together", lambda settings, names: (pd.DataFrame({"trunk": ["a"]}), [], {}, [])
     )
     monkeypatch.setattr(
         "escala.laws.queries.preview_points", lambda points, group, **rest: asked.append(group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -126,7 +127,7 @@ def _splits(axes: Mapping[str, Floats], unit_N: np.ndarray, fewest: int) -> list
         largest_C = [
             v for v in _places(value_N, fewest) if len(np.unique(unit_N[value_N <= v])) >= FEWEST_UNITS
         ]
-        for largest, reach in zip(largest_C, [*largest_C[1:], np.inf], strict=True):
+        for largest, reach in pairwise([*largest_C, np.inf]):
             train_N = value_N <= largest
             found.setdefault(train_N.tobytes(), _Split(name, largest, train_N, ~train_N & (value_N <= reach)))
     return list(found.values())

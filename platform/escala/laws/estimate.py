@@ -54,6 +54,7 @@ def estimate(
     size: str,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    backtests: bool = True,
 ) -> dict[str, Any]:
     """The fields of a `Law`, by name. Arguments and errors as `fit.fit_law`."""
     chosen = get_form(form)
@@ -80,7 +81,7 @@ def estimate(
         "priors": priors,
         "seed": seed,
     }
-    rolling = _rolling(problem, table, sample, size, len(replicates_BP), seed)
+    rolling = _rolling(problem, table, sample, size, len(replicates_BP), seed) if backtests else None
     wrong = (*sample.problems, *missing, *contradictions(table.points), *past_problems(rolling))
     fields = _assemble(
         problem, replace(table, sample=sample), theta_P, replicates_BP, wrong, settings, size, rng

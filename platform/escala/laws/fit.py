@@ -22,6 +22,7 @@ def fit_law(
     size: str = "n_active",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    backtests: bool = True,
 ) -> Law:
     """Fit a law to measured runs: the global minimum of the sum of Huber losses, with a bootstrap.
 
@@ -37,9 +38,13 @@ def fit_law(
         size: the N of forms nd and ndt: "n_active", "n_total" or "n_non_embedding".
         seed: of the bootstrap alone; the fit depends on no seed.
         progress: told how many replicates are done, and of how many.
+        backtests: False leaves out the rolling backtests of a law with intervals (0.1 to 0.5 s), for loops of many.
+            Its intervals then do not know the form's bias beyond the data, and its health does not ask for a past.
 
     Raises:
         LawError: a missing column, several tokenizers or evaluation sets, no usable point, fewer points than
             free parameters, or a bad setting.
     """
-    return Law(**estimate(points, form, objective, bootstrap, group, fixed, priors, size, seed, progress))
+    return Law(
+        **estimate(points, form, objective, bootstrap, group, fixed, priors, size, seed, progress, backtests)
+    )

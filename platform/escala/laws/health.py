@@ -208,7 +208,7 @@ def _unusual_ratio(e: Evidence) -> list[str]:
 def _worse(e: Evidence, some_N: np.ndarray) -> bool:
     if min(some_N.sum(), (~some_N).sum()) < FEWEST_ROWS:
         return False
-    return _rms(e, some_N) > WORSE * _rms(e, ~some_N)
+    return _rms(e, some_N) > max(WORSE * _rms(e, ~some_N), TREND_SIZE)
 
 
 def _rms(e: Evidence, some_N: np.ndarray) -> float:

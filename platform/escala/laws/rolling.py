@@ -118,7 +118,9 @@ def distance(factors: Mapping[str, Any]) -> Any:
 
 def trimmed(residual_B: Floats) -> Floats:
     """Residuals, those beyond TRIM robust sigmas moved to there."""
-    limit = TRIM * 1.4826 * float(np.median(np.abs(residual_B))) if len(residual_B) else 0.0
+    size_B = np.sort(np.abs(residual_B))  # np.median imports numpy.ma, as np.quantile does: see quantile_pair
+    middle = (size_B[(len(size_B) - 1) // 2] + size_B[len(size_B) // 2]) / 2 if len(size_B) else 0.0
+    limit = TRIM * 1.4826 * float(middle)
     return np.clip(residual_B, -limit, limit)
 
 

@@ -98,7 +98,7 @@ class PlanMethods(Home):
         options: PlanOptions | None = None,
         count: int = 1,
     ) -> PoolProposalsView:
-        """The next rows of a pool for the rows of `targets`, or for the plan of `target`. Raises LawError, NotFoundError,
+        """The next rows of a pool for the rows of `targets`, or the plan of `target`. Raises LawError, NotFoundError,
         SpecError.
         """
         from escala.planning import plans

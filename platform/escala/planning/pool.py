@@ -32,11 +32,12 @@ from escala.laws.powers import Features, Floats, loss_and_jacobian, losses, make
 FLOOR_SHARE = 0.55  # of the loss at the centre that L_inf has before data; the terms share the rest
 EXPONENT = 0.33  # Hoffmann et al. 2022: 0.34 and 0.28
 SD_FLOOR, SD_COEFFICIENT, SD_EXPONENT, SD_MIX = 0.5, 1.0, 0.5, 0.3  # of the prior; the first three in logs
-DEPARTURE, CURVE, NOISE = 0.01, 0.006, 0.002  # sd in log loss of what the form does not say
+DEPARTURE, CURVE, NOISE = 0.01, 0.005, 0.001  # sd in log loss of what the form does not say
 REACH = math.log(10.0)  # over this distance in the logs of the inputs a departure changes
 PRICES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)  # a row's cost as such, in units of the dearest row's
 PARTS = (0.1, 0.3, 0.6, 1.0)  # of the budget, after each of which the rest is planned anew
 MOST_STEPS = 4000  # of greedy choice in one exploration: bounds its time
+SPARE = 2  # rows beside one per parameter that a law has, where the budget allows
 STEPS = 60  # of Gauss-Newton
 ROUNDS = 3  # of the variance of a row, in turn with the parameters
 ROW_VARIANCE = DEPARTURE**2 + CURVE**2 + NOISE**2
@@ -118,7 +119,10 @@ def explore_pool(pool: Pool, budget: float, measure: Measure) -> Purchase:
         for k in order:
             if not last and spent + pool.cost_K[k] > part * budget and len(chosen) > len(theta_P):
                 break
-            spent = math.fsum([*pool.cost_K[chosen], pool.cost_K[k]])
+            after = math.fsum([*pool.cost_K[chosen], pool.cost_K[k]])
+            if after > budget:
+                continue
+            spent = after
             chosen.append(k)
             measured.append(measure(k))
         theta_P = estimate(pool, chosen, measured)
@@ -157,18 +161,26 @@ def _greedy(start: _State, budget: float, price: float, count: int | None) -> tu
     state, rows, left, error = start, list[int](), budget, start.error()
     cost_K = start.pool.cost_K
     while count is None or len(rows) < count:
-        open_K = state.open_K & (cost_K <= left * (1 - 1e-12))
+        missing = len(start.fisher) + SPARE - state.bought
+        open_K = state.open_K & (cost_K <= (left - _reserve(cost_K[state.open_K], missing - 1)) * (1 + 1e-12))
+        if not open_K.any():
+            open_K = state.open_K & (cost_K <= left * (1 + 1e-12))
         if not open_K.any():
             break
         among = np.flatnonzero(open_K)
         error_k = state.errors(among)
         at = int(np.argmax((error - error_k) / (cost_K[among] + price)))
-        if error_k[at] >= error:
+        if error_k[at] >= error and missing <= 0:
             break
         error, k = float(error_k[at]), int(among[at])
         state, left = state.add(k), left - cost_K[k]
         rows.append(k)
     return rows, error
+
+
+def _reserve(cost: Floats, missing: int) -> float:
+    """What the cheapest `missing` rows cost: kept, so that the law has more rows than parameters."""
+    return float(np.sort(cost)[:missing].sum()) if missing > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +195,7 @@ class _State:
     spread: Floats
     reach: Floats
     open_K: np.ndarray
+    bought: int = 0
 
     @classmethod
     def of(cls, pool: Pool, theta_P: Floats, chosen: Sequence[int]) -> _State:
@@ -206,6 +219,7 @@ class _State:
             spread=self.spread + cross + cross.T + np.outer(j_P, j_P) * own,
             reach=self.reach + np.outer(j_P, self.pool.departure[k]),
             open_K=open_K,
+            bought=self.bought + 1,
         )
 
     def error(self) -> float:

@@ -271,6 +271,23 @@ def test_exploration_makes_a_run_smaller_until_its_plan_fits(
     assert sum("a smaller one" in line for line in said) >= 1
 
 
+def test_the_next_rows_of_a_pool_are_chosen_one_after_the_other(home: Path) -> None:
+    rows = pd.DataFrame({"n_active": [1e5, 1e6, 1e6], "tokens": [2e6, 2e7, 2e7], "hours": [1.0, 2.0, 1e6]})
+    rows.to_csv(home / "pool.csv", index=False)
+    rows.drop(columns="hours").head(1).to_csv(home / "targets.csv", index=False)
+    pool = ("propose", "tiny", "--pool", str(home / "pool.csv"), "--cost", "hours", "--json")
+    for target in (("--targets", str(home / "targets.csv")), ("--target-flops", "1e15")):
+        answer = json.loads(ask(*pool, *target, "--count", "2"))
+        assert answer["law"] == "tiny@1"
+        errors = [row["expected_error"] for row in answer["rows"]]
+        assert errors == sorted(errors, reverse=True)
+        assert answer["rows"][0]["row"] != 2  # as row 1, at a far higher cost
+    with pytest.raises(LawError, match="needs a target"):
+        ask(*pool)
+    with pytest.raises(LawError, match="4 rows of the 3"):
+        ask(*pool, "--target-flops", "1e15", "--count", "4")
+
+
 def test_a_batch_loses_its_last_runs_first_and_ends_at_the_smallest_run(stored: Stored) -> None:
     asked: list[float] = []
 

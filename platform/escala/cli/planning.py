@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +37,16 @@ ContextTokens = Annotated[
 MaxContextTokens = Annotated[float | None, typer.Option(help="Bound on T, for form ndt.")]
 Experts = Annotated[float, typer.Option("--n-total-over-active", help="Bound for a law of form moe.")]
 Submit = Annotated[bool, typer.Option("--submit", help="Queue the run, configured like the law's runs.")]
+PoolFile = Annotated[
+    Path | None,
+    typer.Option("--pool", help="A CSV of runs that could be made: choose among its rows, counted from 0."),
+]
+Targets = Annotated[
+    Path | None, typer.Option(help="With --pool: a CSV of the points whose loss is to be known.")
+]
+CostColumn = Annotated[
+    str | None, typer.Option("--cost", help="With --pool: its column that says what a row costs.")
+]
 bench_nouns = typer.Typer(no_args_is_help=True)
 
 
@@ -154,8 +165,13 @@ def plan(
 
 def propose(
     law: Name,
-    target_flops: Annotated[float, typer.Option(help="The budget whose optimum is to be known better.")],
-    max_flops: Annotated[float, typer.Option(help="Of one run.")],
+    target_flops: Annotated[
+        float | None, typer.Option(help="The budget whose optimum is to be known better.")
+    ] = None,
+    max_flops: Annotated[float | None, typer.Option(help="Of one run.")] = None,
+    pool: PoolFile = None,
+    targets: Targets = None,
+    cost: CostColumn = None,
     aim: Annotated[str, typer.Option(help="loss: the mean loss there; n_active: the optimal N.")] = "loss",
     count: Annotated[int, typer.Option(help="Runs, each as if those before had been measured.")] = 1,
     unit: Annotated[str, typer.Option(help="What a run costs: FLOP, USD or kWh.")] = "FLOP",
@@ -179,11 +195,13 @@ def propose(
 ) -> None:
     """Propose the next run: the one that tells most of a larger one per FLOP, dollar or kWh.
 
-    The larger one is that of `escala laws plan` at the same budget and limits.
+    The larger one is that of `escala laws plan` at the same budget and limits. With --pool: the next rows of a table.
     """
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
 
+    without = {"--target-flops": target_flops, "--max-flops": max_flops}
+    _check_pool(pool, {"--cost": cost}, {"--targets": targets}, without)
     target = Limits(
         compute_flops=target_flops,
         max_params=max_params,
@@ -196,11 +214,26 @@ def propose(
         kappa, context_tokens, cluster, render_plans.precision(precision), max_memory_gb, refresh
     )
     escala = open_home()
+    if pool is not None:
+        _refuse_with_pool(
+            {"--submit": submit, "--follow": follow, "--max-flops": max_flops, "--width": width}
+        )
+        rows = escala.propose_rows(
+            law,
+            pool,
+            str(cost),
+            targets=targets,
+            target=None if target_flops is None else target,
+            options=options,
+            count=count,
+        )
+        render_plans.pool_rows(rows, json)
+        return
     with progress.working("weighing the candidates", quiet=json):
         found = escala.propose_runs(
             law,
             target,
-            max_flops,
+            float(max_flops or 0),
             options,
             aim=aim,
             count=count,
@@ -221,10 +254,22 @@ def propose(
 
 
 def explore(
-    law: Name,
-    target_flops: Annotated[float, typer.Option(help="The budget whose optimum is to be known better.")],
-    max_flops: Annotated[float, typer.Option(help="Of one run.")],
-    budget_flops: Annotated[float, typer.Option(help="Of all runs together: a hard bound.")],
+    law: Annotated[
+        str | None, typer.Argument(help="NAME@VERSION, or NAME for its champion; none with --pool.")
+    ] = None,
+    target_flops: Annotated[
+        float | None, typer.Option(help="The budget whose optimum is to be known better.")
+    ] = None,
+    max_flops: Annotated[float | None, typer.Option(help="Of one run.")] = None,
+    budget_flops: Annotated[float | None, typer.Option(help="Of all runs together: a hard bound.")] = None,
+    pool: PoolFile = None,
+    targets: Targets = None,
+    cost: CostColumn = None,
+    form: Annotated[str, typer.Option(help="With --pool: the law's form.")] = "nd",
+    budget: Annotated[
+        float | None, typer.Option(help="With --pool: of all chosen rows, in the unit of --cost.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --pool: kept in the answer; nothing is random.")] = 0,
     width: Annotated[
         float, typer.Option(help="Stop when the 90 % interval of the mean loss is so wide, relatively.")
     ] = 0.02,
@@ -241,7 +286,21 @@ def explore(
     n_total_over_active: Experts = 64.0,
     json: Json = False,
 ) -> None:
-    """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on."""
+    """Propose, run, refit, until the interval is narrow or the budget spent. Started again, it goes on.
+
+    With --pool: replay a table instead, without a law and without a cluster; a row's loss is read once it is chosen.
+    """
+    without = {"LAW": law, "--target-flops": target_flops, "--max-flops": max_flops}
+    without["--budget-flops"] = budget_flops
+    needed = {"--targets": targets, "--cost": cost, "--budget": budget}
+    _check_pool(pool, needed, {}, without)
+    if pool is not None:
+        _refuse_with_pool(without)
+        found = open_home().explore_pool(
+            pool, Path(str(targets)), str(cost), float(budget or 0), form=form, seed=seed
+        )
+        render_plans.pool_exploration(found, json)
+        return
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
 
@@ -257,8 +316,39 @@ def explore(
     escala, last = open_home(), None
     with progress.reporting("exploring", json) as report:
         for last in escala.explore(
-            law, target, max_flops, budget_flops, options, width=width, batch=batch, report=report
+            str(law),
+            target,
+            float(max_flops or 0),
+            float(budget_flops or 0),
+            options,
+            width=width,
+            batch=batch,
+            report=report,
         ):
             if not json:
                 render_plans.round_(last)
     render_plans.exploration(last, json)
+
+
+def _check_pool(
+    pool: Path | None,
+    needed: Mapping[str, object],
+    optional: Mapping[str, object],
+    needed_without: Mapping[str, object],
+) -> None:
+    """Raises LawError where an option of the asked kind is missing, or one of --pool stands without it."""
+    wanted = needed if pool is not None else needed_without
+    missing = [name for name, value in wanted.items() if value is None]
+    if missing:
+        kind = "with --pool" if pool is not None else "without --pool"
+        raise LawError(f"{', '.join(missing)} is missing ({kind}).", "See --help.")
+    alone = [name for name, value in {**needed, **optional}.items() if value is not None]
+    if pool is None and alone:
+        raise LawError(f"{', '.join(alone)} belongs to --pool.", "Give --pool POOL.csv, or leave it out.")
+
+
+def _refuse_with_pool(given: Mapping[str, object]) -> None:
+    """Raises LawError for what has no meaning for the rows of a table."""
+    found = [name for name, value in given.items() if value]
+    if found:
+        raise LawError(f"{', '.join(found)} does not go with --pool.", "Leave it out, or leave out --pool.")

@@ -13,7 +13,15 @@ from escala.contract.errors import SpecError
 if TYPE_CHECKING:
     from escala.schema.hardware import Cluster, Precision
     from escala.views.costs import CostView, ResolvedSpecView
-    from escala.views.plans import ExplorationView, ObtainedView, PlanView, ProposalsView, TargetView
+    from escala.views.plans import (
+        ExplorationView,
+        ObtainedView,
+        PlanView,
+        PoolExplorationView,
+        PoolProposalsView,
+        ProposalsView,
+        TargetView,
+    )
 
 GB = 1e9
 
@@ -196,6 +204,32 @@ def proposals(found: ProposalsView, json: bool) -> None:
     raw("widths          of the 90 % interval of the mean at the target, relative")
     raw(f"method          {found.method}")
     raw(f"law             {found.law}, {'healthy' if found.healthy else 'NOT HEALTHY'}")
+
+
+def pool_rows(found: PoolProposalsView, json: bool) -> None:
+    """Rows of a pool to buy next."""
+    if json:
+        as_json(found)
+        return
+    rows = [(str(r.row), number(r.cost), f"{r.expected_error:.2%}") for r in found.rows]
+    table(("row", "cost", "expected error"), rows)
+    raw("\nexpected error   of the fit at the targets, relative, after this row and those before it")
+    raw(f"law             {found.law}, {'healthy' if found.healthy else 'NOT HEALTHY'}")
+
+
+def pool_exploration(found: PoolExplorationView, json: bool) -> None:
+    """What was bought from a pool, and the law of it."""
+    if json:
+        as_json(found)
+        return
+    raw(f"chosen          {len(found.chosen)} rows: {', '.join(map(str, found.chosen))}")
+    raw(f"spent           {number(found.spent)} of {number(found.budget)}")
+    raw(f"law             {found.law.formula}")
+    pairs({name: number(value) for name, value in found.law.parameters.items()})
+    for each in found.law.findings:
+        raw(f"finding         {each}")
+    raw(f"expected error  {found.expected_error:.2%} at the targets, root mean square")
+    table(("target", "loss"), [(str(i), number(loss)) for i, loss in enumerate(found.predictions)])
 
 
 def round_(state: ExplorationView) -> None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from escala.client.home import Home
 from escala.report import Report, silent
 from escala.views.jobs import JobView
-from escala.views.plans import ExplorationView, PlanView, ProposalsView, TargetView
+from escala.views.plans import (
+    ExplorationView,
+    PlanView,
+    PoolExplorationView,
+    PoolProposalsView,
+    PoolRowView,
+    ProposalsView,
+    TargetView,
+)
 
 if TYPE_CHECKING:
     from escala.planning.limits import Limits
@@ -78,6 +86,37 @@ class PlanMethods(Home):
             width=width,
         )
         return ProposalsView.of_proposed(found)
+
+    def propose_rows(
+        self,
+        reference: str,
+        pool: Path,
+        cost: str,
+        *,
+        targets: Path | None = None,
+        target: Limits | None = None,
+        options: PlanOptions | None = None,
+        count: int = 1,
+    ) -> PoolProposalsView:
+        """The next rows of a pool for the rows of `targets`, or the plan of `target`. Raises LawError, NotFoundError,
+        SpecError.
+        """
+        from escala.planning import plans
+
+        stored, rows = plans.propose_rows(
+            self.settings, reference, pool, cost, targets, target, options or plans.PlanOptions(), count
+        )
+        found = tuple(PoolRowView(row=k, cost=c, expected_error=e) for k, c, e in rows)
+        return PoolProposalsView(law=stored.reference, healthy=stored.law.healthy, rows=found)
+
+    def explore_pool(
+        self, pool: Path, targets: Path, cost: str, budget: float, *, form: str = "nd", seed: int = 0
+    ) -> PoolExplorationView:
+        """Replay a table within a budget, without a law or a cluster. As `planning.pool_table.explore_pool`."""
+        from escala.planning import pool_table
+
+        found = pool_table.explore_pool(pool, targets, cost, budget, form=form, seed=seed)
+        return PoolExplorationView.of_exploration(found, budget)
 
     def explore(
         self,

@@ -7,7 +7,7 @@ next version of the law is fitted. What was expected and what was obtained stay 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from escala.report import Report, silent
 from escala.settings import Settings
 from escala.sweeps import launch as sweeps
 
+LOOKS = 2  # narrow intervals in a row that end a search: the first one of many looks may be narrow by luck
 GIVE_UP = 3  # rounds without a single point
 
 
@@ -78,8 +79,8 @@ def explore(
     batch: int = 2,
     report: Report = silent,
 ) -> Iterator[Exploration]:
-    """Explore until the interval at the target is `width`, or the next run does not fit in the budget. Yields the
-    journal after every round.
+    """Explore until the interval at the target is `width` after `LOOKS` rounds in a row, or the next run does not fit
+    in the budget. Yields the journal after every round.
 
     `target`: limits, whose optimum (that of `plans.plan_law`) is to be known better.
 
@@ -178,8 +179,12 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
     smallest = laws.law(settings, law).law.ranges.get("compute_flops", (0.0,))[0]
     now = width_at(settings, law, state.target, state.options)
     report(f"{law}: the interval of the mean loss at {_stated(state.target)} is {now:.2%} wide")
-    if now <= state.width:
+    if _is_reached([r.width_obtained for r in state.rounds[-LOOKS:-1]], now, state):
         return None
+    if now <= state.width:
+        report(
+            "narrow once: one more round confirms it, since a search may stop on a narrow interval by luck"
+        )
     if left < smallest:
         report(f"{left:.3g} FLOPs are left, less than the law's smallest run")
         return None
@@ -203,6 +208,16 @@ def _next(settings: Settings, state: Exploration, report: Report) -> Round | Non
         report(f"no further run within the {left:.3g} FLOPs that are left: {error.message}")
         return None
     return Round(law, [asdict(p) for p in chosen], key=f"explore-{uuid.uuid4().hex}") if chosen else None
+
+
+def _is_reached(before: Sequence[float | None], now: float, state: Exploration) -> bool:
+    """Whether the width is wanted no narrower: by the last `LOOKS` intervals in a row. A law that has not been explored
+    was looked at once, and not chosen for its width: one interval is enough.
+    """
+    if not state.rounds:
+        return now <= state.width
+    looks = [width is not None and width <= state.width for width in before]
+    return len(looks) == LOOKS - 1 and all(looks) and now <= state.width
 
 
 def fitting(

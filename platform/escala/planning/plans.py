@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import spec
@@ -325,6 +326,35 @@ def propose_runs(
     )
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
     return Proposed(stored, found, METHOD, plan)
+
+
+def propose_rows(
+    settings: Settings,
+    reference: str,
+    pool: Path,
+    cost: str,
+    targets: Path | None,
+    target: Limits | None,
+    options: PlanOptions,
+    count: int,
+) -> tuple[Stored, list[tuple[int, float, float]]]:
+    """The law, and (row, cost, expected error) of the next rows of a pool: for the rows of `targets`, or the plan of
+    `target`.
+
+    Raises LawError, NotFoundError, SpecError.
+    """
+    import numpy as np
+
+    from escala.planning import pool_table
+
+    stored = laws.law(settings, reference, options.refresh)
+    if targets is not None:
+        return stored, pool_table.propose_rows(stored.law, pool, targets, cost, count=count)
+    if target is None:
+        raise LawError("A proposal needs a target.", "Give --targets TARGETS.csv, or --target-flops.")
+    point = ask(settings, stored, target, options).answer().plan.point(stored.law.size)
+    aims = {name: np.array([value]) for name, value in point.items()}
+    return stored, pool_table.propose_rows(stored.law, pool, aims, cost, count=count)
 
 
 def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from escala.planning.explore import Exploration, Round
     from escala.planning.plan import Target
     from escala.planning.plans import Planned, Proposed
+    from escala.planning.pool_table import PoolExploration
     from escala.planning.propose import Proposal
 
 SECONDS_PER_HOUR, JOULES_PER_KWH = 3600.0, 3.6e6
@@ -129,6 +130,62 @@ class ProposalsView(View):
         target = None if found.plan is None else SplitView.of(found.plan)
         known = {"law": found.law.reference, "healthy": found.law.law.healthy, "method": found.method}
         return cls(**known, target=target, proposals=proposals)
+
+
+class PoolLawView(View):
+    """The law of the rows of a pool. Parameters are those of the formula in nats, parameters, tokens."""
+
+    form: str
+    formula: str
+    size: str
+    parameters: dict[str, float]
+    points: int
+    findings: tuple[str, ...]
+
+
+class PoolExplorationView(View):
+    """Rows bought from a pool, in order, and the law of them. Rows count from 0, without the header."""
+
+    chosen: tuple[int, ...]
+    spent: float  # in the unit of the cost column
+    budget: float
+    law: PoolLawView
+    predictions: tuple[float, ...]  # loss of each target row, nats
+    refused: tuple[int, ...]  # chosen rows without a usable loss
+    expected_error: float  # relative, root mean square over the targets, by the plan's own model
+    seed: int
+
+    @classmethod
+    def of_exploration(cls, found: PoolExploration, budget: float) -> PoolExplorationView:
+        """Of what was bought."""
+        bought = found.purchase
+        law = PoolLawView(
+            form=found.form.name,
+            formula=found.form.formula,
+            size=found.size,
+            parameters=found.parameters,
+            points=len(bought.rows) - len(found.refused),
+            findings=found.findings,
+        )
+        names = ("predictions", "refused", "expected_error", "seed")
+        known = {name: getattr(found, name) for name in names}
+        return cls(chosen=bought.rows, spent=bought.spent, budget=budget, law=law, **known)
+
+
+class PoolRowView(View):
+    """A row of a pool to buy next; `expected_error` after it and those before it, relative, at the targets."""
+
+    row: int  # from 0, without the header
+    cost: float
+    expected_error: float
+
+
+class PoolProposalsView(View):
+    """Rows of a pool to buy next, best first, and the law that asked for them."""
+
+    law: str  # name@version
+    healthy: bool
+    rows: tuple[PoolRowView, ...]
 
 
 class ObtainedView(View):

@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     nouns.command()(predict)
     nouns.command()(compare)
     nouns.command()(plot)
+    nouns.command()(report)
     nouns.command()(export)
     nouns.command()(calibration)
     nouns.command()(promote)
@@ -163,6 +164,21 @@ def plot(
 ) -> None:
     """Draw a law: loss along each input, residuals, IsoFLOP curves, allocation."""
     render_laws.files(open_home().plot_law(law, to), json)
+
+
+def report(
+    law: Name,
+    to: Annotated[
+        Path | None, typer.Option(help="The file; NAME-VERSION.html where this is left out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a law as one HTML file that can be mailed: intervals, health, backtest, forecasts, plots, provenance."""
+    escala = open_home()
+    file = to or Path(escala.law(law).law.replace("@", "-") + ".html")
+    with progress.working("backtesting and drawing"):
+        written = escala.report_law(law, file)
+    render_laws.files([written], json)
 
 
 def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")], json: Json = False) -> None:

@@ -101,6 +101,12 @@ class LawMethods(Home):
 
         return queries.export_law(self.settings, reference, directory)
 
+    def report_law(self, reference: str, file: str | Path) -> Path:
+        """The law as one HTML file that needs nothing else. Raises as `law`, LawError for an unwritable file."""
+        from escala.laws import queries
+
+        return queries.report_law(self.settings, reference, file)
+
     def plot_law(self, reference: str, directory: str | Path) -> list[Path]:
         """The law's plots as PNG files in `directory`. Raises as `law`."""
         from escala.laws import queries

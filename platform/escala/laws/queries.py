@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala.contract.errors import LawError
 from escala.laws.inputs import SIZE
 from escala.laws.intervals import Prediction
 from escala.laws.law import Law
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.files import PointsFile
     from escala.laws.registry import LawVersion, Registry
+    from escala.laws.report import BacktestLine, Evidence
+
+HELD_OUT = (0.1, 0.2, 0.3)  # shares of the points, the largest by compute, that a report's backtests hold out
 
 
 @dataclass(frozen=True)
@@ -317,6 +322,58 @@ def plot_law(settings: Settings, reference: str, directory: str | Path) -> list[
     from escala.laws.plots import write_plots
 
     return write_plots(law(settings, reference).law, Path(directory))
+
+
+def report_law(settings: Settings, reference: str, file: str | Path) -> Path:
+    """The law's report as one HTML file; a file of that name is overwritten. Raises as `load_law`, LawError for a path
+    that cannot be written.
+    """
+    from escala.laws.report import html
+
+    stored = law(settings, reference)
+    path = Path(file)
+    text = html(stored.law, stored.reference, stored.provenance, _evidence(settings, stored))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LawError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another file: --to FILE.html."
+        ) from error
+    return path
+
+
+def _evidence(settings: Settings, stored: Stored) -> Evidence:
+    """What is known of a law besides its fit: backtests, and the runs that it foresaw."""
+    from escala.laws.drift import Predictions
+    from escala.laws.report import Evidence, ForecastLine
+
+    checks = [check for check in Predictions(settings.home).read() if check.law == stored.reference]
+    forecasts = [
+        ForecastLine(c.name, None, c.extrapolation, c.predicted, c.low, c.high, c.obtained) for c in checks
+    ]
+    try:
+        return Evidence([_backtest_line(stored.law, share) for share in HELD_OUT], forecasts)
+    except LawError as error:  # no compute in the points, or too few of them: an answer, too
+        return Evidence((), forecasts, error.message)
+
+
+def _backtest_line(law: Law, share: float) -> BacktestLine:
+    from escala.laws.report import BacktestLine
+
+    found = law.backtest(share)
+    baseline = min(found.last_known_error, found.log_linear_error)
+    covered = None if math.isnan(found.covered) else found.covered
+    return BacktestLine(
+        f"all but the largest {share:.0%} by compute",
+        found.train_points,
+        found.test_points,
+        found.largest_factor,
+        found.error,
+        found.bias,
+        baseline,
+        covered,
+    )
 
 
 def law_experiment(settings: Settings) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from escala.laws.registry import LawVersion, Registry
     from escala.laws.report import BacktestLine, Evidence
 
+FIRST_ROWS = 3  # of a table, that a preview shows
+Files = str | Path | Sequence[str | Path]  # of a table; each may end in ::COLUMN=NUMBER,...
 HELD_OUT = (0.1, 0.2, 0.3)  # shares of the points, the largest by compute, that a report's backtests hold out
 
 
@@ -85,7 +87,7 @@ class LawComparison:
 
 def fit_file(
     settings: Settings,
-    file: str | Path,
+    file: Files,
     name: str,
     *,
     rename: Mapping[str, str] | None = None,
@@ -96,8 +98,8 @@ def fit_file(
     seed: int = 0,
     report: Report | None = None,
 ) -> Fitted:
-    """Fit a law to the table in `file` (CSV, or JSON: a list of records) and store it as the next version of
-    `name`.
+    """Fit a law to the table in `file` (CSV, or JSON: a list of records) or in several files, and store it as the
+    next version of `name`. `FILE::n_active=1.2e8,tokens=2e9` states what the file does not: a value of all its rows.
 
     Args:
         rename: {column of the file: column of a law's points}, e.g. {"params": "n_active"}.
@@ -123,7 +125,7 @@ def fit_file(
 
 
 def preview_file(
-    file: str | Path,
+    file: Files,
     *,
     rename: Mapping[str, str] | None = None,
     form: str = "nd",
@@ -200,14 +202,26 @@ def fit_points(
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
 
 
-def _read(file: str | Path, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:
-    """The table, and the column that it is resampled by: of our own runs, whose ids are known to be such, run_id."""
-    from escala.laws.files import read_points_file
+def _read(files: Files, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:
+    """The table of one or more files, and the column that it is resampled by: where a row is one of several of a run
+    that is known to be such (escala's own runs, a trainer_state.json), run_id.
+    """
+    from escala.laws.files import read_points_file, together, with_constants
 
-    read = read_points_file(file, rename, [group] if group else [])
+    read = together(
+        [
+            read_points_file(path, rename, [group] if group else [], constants)
+            for path, constants in map(with_constants, [files] if isinstance(files, str | Path) else files)
+        ]
+    )
     group = read.understood["mapping"].get(group, group)  # --group may say the file's own name
-    ours = read.understood.get("runs_of_escala") and "run_id" in read.points
-    if group is None and ours and read.points["run_id"].dropna().duplicated().any():
+    known = read.understood.get("runs_of_escala") or read.understood.get("checkpoints_of_runs")
+    if (
+        group is None
+        and known
+        and "run_id" in read.points
+        and read.points["run_id"].dropna().duplicated().any()
+    ):
         group = "run_id"
     return read, group
 
@@ -237,6 +251,15 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
         "group": law.settings["group"],
         "derived": derived,
         "used": len(law.points),
+        "first_rows": _first_rows(law),
+    }
+
+
+def _first_rows(law: Law) -> dict[str, dict[str, float]]:
+    """The first rows as they were read: row -> {column of a law's points: value}."""
+    rows = law.points[[*law.inputs, "loss_nats"]].head(FIRST_ROWS)
+    return {
+        str(row): {name: float(value) for name, value in rows.loc[row].items()} for row in rows.index.unique()
     }
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from escala.laws import Law, fit_law, note
-from escala.laws.report import BacktestLine, Evidence, ForecastLine, html
+from escala.laws.report import BacktestLine, ForecastLine, TrackRecord, html
 
 PNGS = {"residuals": b"\x89PNG"}
 EVIL = '<script>alert("1")</script><img src=http://evil.example/x>'
@@ -51,7 +51,7 @@ def law() -> Law:
 
 def test_the_report_has_everything_and_needs_nothing(law: Law) -> None:
     evil = replace(law, findings=(*law.findings, EVIL, "a finding & its sign <"))
-    evidence = Evidence(
+    evidence = TrackRecord(
         [BacktestLine("compute_flops <= 1e18", 12, 4, 3.5, 0.0123, -0.01, 0.05, 0.75)],
         [
             ForecastLine(f"big {EVIL}", 1.79e9, 4.0, 2.3, 2.2, 2.4, 2.5),

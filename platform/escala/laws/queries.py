@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.files import PointsFile
     from escala.laws.registry import LawVersion, Registry
-    from escala.laws.report import BacktestLine, Evidence
+    from escala.laws.report import BacktestLine, TrackRecord
 
 FIRST_ROWS = 3  # of a table, that a preview shows
 Files = str | Path | Sequence[str | Path]  # of a table; each may end in ::COLUMN=NUMBER,...
@@ -366,19 +366,19 @@ def report_law(settings: Settings, reference: str, file: str | Path) -> Path:
     return path
 
 
-def _evidence(settings: Settings, stored: Stored) -> Evidence:
+def _evidence(settings: Settings, stored: Stored) -> TrackRecord:
     """What is known of a law besides its fit: backtests, and the runs that it foresaw."""
     from escala.laws.drift import Predictions
-    from escala.laws.report import Evidence, ForecastLine
+    from escala.laws.report import ForecastLine, TrackRecord
 
     checks = [check for check in Predictions(settings.home).read() if check.law == stored.reference]
     forecasts = [
         ForecastLine(c.name, None, c.extrapolation, c.predicted, c.low, c.high, c.obtained) for c in checks
     ]
     try:
-        return Evidence([_backtest_line(stored.law, share) for share in HELD_OUT], forecasts)
+        return TrackRecord([_backtest_line(stored.law, share) for share in HELD_OUT], forecasts)
     except LawError as error:  # no compute in the points, or too few of them: an answer, too
-        return Evidence((), forecasts, error.message)
+        return TrackRecord((), forecasts, error.message)
 
 
 def _backtest_line(law: Law, share: float) -> BacktestLine:

@@ -51,7 +51,7 @@ class ForecastLine:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class TrackRecord:
     """What is known of a law besides the fit. `no_backtest`: why there is none, in words, after "No backtest: "."""
 
     backtests: Sequence[BacktestLine] = ()
@@ -95,7 +95,7 @@ def html(
     law: Law,
     reference: str,
     provenance: Mapping[str, Any],
-    evidence: Evidence | None = None,
+    evidence: TrackRecord | None = None,
     pngs: Mapping[str, bytes] | None = None,
 ) -> str:
     """The report as a document.
@@ -112,12 +112,14 @@ def html(
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    content = report(law, reference, provenance, evidence or Evidence(), drawn(law) if pngs is None else pngs)
+    content = report(
+        law, reference, provenance, evidence or TrackRecord(), drawn(law) if pngs is None else pngs
+    )
     return environment.get_template("report.html.j2").render(r=content, refused_rows=REFUSED_ROWS)
 
 
 def report(
-    law: Law, reference: str, provenance: Mapping[str, Any], evidence: Evidence, pngs: Mapping[str, bytes]
+    law: Law, reference: str, provenance: Mapping[str, Any], evidence: TrackRecord, pngs: Mapping[str, bytes]
 ) -> LawReport:
     """The content of `html`. Args as there."""
     by, when = provenance.get("by"), _day(provenance.get("created_at"))

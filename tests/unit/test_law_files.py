@@ -68,6 +68,7 @@ READ: dict[str, str | bytes] = {
     "trailing commas and header": BASE.replace("\n", ",\n"),
     "exponents": "\n".join([HEADER, *(f"{float(a)!r},{float(b):.12e},{c}e0" for a, b, c in ROWS)]),
     "thousands": "\n".join([HEADER, *(f"{grouped(a)},{grouped(b)},{c}" for a, b, c in ROWS)]),
+    "decimal commas": BASE.replace(",", ";").replace(".", ","),
     "an own column reason": "\n".join(
         [f"{HEADER},reason", *(",".join(row) + ("," if i % 2 else ",baseline") for i, row in enumerate(ROWS))]
     ),
@@ -110,7 +111,11 @@ REFUSED: dict[str, tuple[str | bytes, dict[str, str], str]] = {
     "header as a comment": ("# " + BASE, {}, "line 2: numbers where the names"),
     "one column": (BASE.replace(",", "  "), {}, "is one column"),
     "two separators": ("a;b,c\n1;2,3\n", {}, "both comma and semicolon"),
-    "decimal commas": (BASE.replace(",", ";").replace(".", ","), MAP, "line 2, column loss"),
+    "both decimal marks": (
+        "params;tokens;loss\n1.234;1000000;2,71\n2.345;2000000;2,69\n",
+        MAP,
+        "'1.234' has a point in a file with decimal commas",
+    ),
     "ambiguous thousands": (changed(7, 2, '"2,711"'), MAP, "line 7, column loss: '2,711' has a comma"),
     "European": (changed(7, 1, '"1.234.567,5"'), {}, "line 7, column tokens: '1.234.567,5' has a comma"),
     "points": (changed(7, 1, "1.234.567"), {}, "is not a plain number"),
@@ -150,7 +155,7 @@ def test_every_shape_that_is_not_is_an_error_with_its_place(kind: str, tmp_path:
         ('[{"a": {"b": 1}}]', "record 1, column a: a nested value"),
         ('[{"a": 1}, {"a": [1]}]', "record 2, column a: a nested value"),
         ('[{"tokens": true}]', "record 1, column tokens: True is a boolean"),
-        ('[{"tokens": "7B"}]', "'7B' has the unit B"),
+        ('[{"tokens": "7B"}, {"tokens": 7e9}]', "'7B' has the unit B"),
         ('[{"a": 1}, 2]', "record 2 is no object"),
         ('{"a": 1}', "no list of records"),
         ("[]", "no list of records"),

@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     nouns.command()(predict)
     nouns.command()(compare)
     nouns.command()(plot)
+    nouns.command()(report)
     nouns.command()(export)
     nouns.command()(calibration)
     nouns.command()(promote)
@@ -45,8 +46,11 @@ def fit(
         typer.Option(help="A sweep's job, by id or name (then the newest); several are put together."),
     ] = None,
     points: Annotated[
-        Path | None,
-        typer.Option(help="A CSV (also with ;, | or tabs), or the JSON of `escala runs list --json`."),
+        list[str] | None,
+        typer.Option(
+            help="A CSV or JSON (of any tool, wandb, MLflow), or a trainer_state.json; may be repeated. "
+            "FILE::n_active=1.2e8 states what a file does not say."
+        ),
     ] = None,
     map_: Annotated[
         list[str] | None, typer.Option("--map", help="FILE_COLUMN=name, e.g. --map params=n_active.")
@@ -71,22 +75,22 @@ def fit(
     json: Json = False,
 ) -> None:
     """Fit a law to sweeps, or to a table of measured runs, and store it as the next version of its name."""
-    if (points is None) == (not sweep):
+    if (not points) == (not sweep):
         raise LawError("A law is fitted to --sweep, or to --points.", "Give one of the two.")
-    if map_ and points is None:
+    if map_ and not points:
         raise LawError(
             "--map renames the columns of --points; a sweep's need no renaming.", "Take --map out."
         )
     rename = _pairs(map_ or [])
     settings = {"form": form, "group": group, "size": size, "bootstrap": bootstrap, "seed": seed}
     if dry_run:
-        render_laws.preview(_preview(open_home(), points, rename, sweep or [], settings), json)
+        render_laws.preview(_preview(open_home(), points or [], rename, sweep or [], settings), json)
         return
     if name is None:
         raise LawError("The law has no name to be stored under.", "Give --name NAME, or --dry-run.")
     escala = open_home()
     with progress.working("fitting") as now:
-        if points is None:
+        if not points:
             found = escala.fit_sweeps(
                 sweep or [], name, **settings, report=lambda text: now.update(facts=text)
             )
@@ -98,10 +102,10 @@ def fit(
 
 
 def _preview(
-    escala: Escala, points: Path | None, rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
+    escala: Escala, points: list[str], rename: dict[str, str], sweeps: list[str], settings: dict[str, Any]
 ) -> LawPreviewView:
     with progress.working("fitting") as now:
-        if points is not None:  # of a file: neither a database nor a tracker
+        if points:  # of a file: neither a database nor a tracker
             return escala.preview_file(
                 points, rename=rename, **settings, report=lambda text: now.update(facts=text)
             )
@@ -171,6 +175,21 @@ def plot(
 ) -> None:
     """Draw a law: loss along each input, residuals, IsoFLOP curves, allocation."""
     render_laws.files(open_home().plot_law(law, to), json)
+
+
+def report(
+    law: Name,
+    to: Annotated[
+        Path | None, typer.Option(help="The file; NAME-VERSION.html where this is left out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a law as one HTML file that can be mailed: intervals, health, backtest, forecasts, plots, provenance."""
+    escala = open_home()
+    file = to or Path(escala.law(law).law.replace("@", "-") + ".html")
+    with progress.working("backtesting and drawing"):
+        written = escala.report_law(law, file)
+    render_laws.files([written], json)
 
 
 def export(law: Name, to: Annotated[Path, typer.Option(help="A new directory.")], json: Json = False) -> None:

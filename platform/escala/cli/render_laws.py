@@ -34,7 +34,16 @@ def preview(found: LawPreviewView, json: bool) -> None:
         as_json(found)
         return
     raw("understood")
-    pairs({key: _said(value) for key, value in found.understood.items() if value not in (None, {}, [], 0)})
+    said = {key: value for key, value in found.understood.items() if value not in (None, {}, [], 0, False)}
+    first = said.pop("first_rows", {})
+    files = said.pop("files", [])
+    pairs({key: _said(value) for key, value in said.items()})
+    for each in files:
+        raw(f"\n{each['file']}")
+        pairs({key: _said(value) for key, value in each.items() if value not in (None, {}, [], 0, False)})
+    raw("\nfirst rows, as read")
+    rows = [(row, *(number(value) for value in values.values())) for row, values in first.items()]
+    table(("row", *next(iter(first.values()), {})), rows)
     raw("")
     _law("not stored", found)
 

@@ -34,14 +34,14 @@ class LawMethods(Home):
 
         return LawPreviewView.of_preview(launch.preview_sweeps(self.settings, names, **fit))
 
-    def fit_file(self, file: str | Path, name: str, **fit: Any) -> FittedLawView:
+    def fit_file(self, file: str | Path | Sequence[str | Path], name: str, **fit: Any) -> FittedLawView:
         """Fit a law to a table and store it. `fit`, errors: see `laws.queries.fit_file`."""
         from escala.laws import queries
 
         found = queries.fit_file(self.settings, file, name, **fit)
         return FittedLawView.of_fit(found.stored, found.champion)
 
-    def preview_file(self, file: str | Path, **fit: Any) -> LawPreviewView:
+    def preview_file(self, file: str | Path | Sequence[str | Path], **fit: Any) -> LawPreviewView:
         """The law of `fit_file`, not stored; asks neither a database nor a tracker."""
         from escala.laws import queries
 
@@ -100,6 +100,12 @@ class LawMethods(Home):
         from escala.laws import queries
 
         return queries.export_law(self.settings, reference, directory)
+
+    def report_law(self, reference: str, file: str | Path) -> Path:
+        """The law as one HTML file that needs nothing else. Raises as `law`, LawError for an unwritable file."""
+        from escala.laws import queries
+
+        return queries.report_law(self.settings, reference, file)
 
     def plot_law(self, reference: str, directory: str | Path) -> list[Path]:
         """The law's plots as PNG files in `directory`. Raises as `law`."""

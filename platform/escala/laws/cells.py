@@ -23,6 +23,18 @@ PROVEN = re.compile(r"[-+]?[1-9][0-9]{0,2}((,[0-9]{3}){2,}(\.[0-9]+)?|,[0-9]{3}\
 SUFFIX = re.compile(r"([0-9.]+)\s*([kKmMbBgGtT])")
 FACTORS = {"k": "e3", "m": "e6", "b": "e9", "g": "e9", "t": "e12"}
 
+# (separator of thousands, decimal mark); a column is read so if all of it is, and one cell proves it
+STYLES = {
+    "spaces between thousands": ("[ \u00a0\u202f]", r"\."),
+    "apostrophes between thousands": ("['\u2019]", r"\."),
+    "underscores between thousands": ("_", r"\."),
+    "spaces between thousands, decimal commas": ("[ \u00a0\u202f]", ","),
+    "points between thousands, decimal commas": (r"\.", ","),
+}
+DECIMAL_COMMAS = "decimal commas"
+COMMA = re.compile(r"[-+]?([0-9]+)(?:,([0-9]+))?([eE][-+]?[0-9]+)?")
+SUFFIXES = "suffixes k, M, B, T"
+
 Where = Callable[[int], str]  # the place of the i-th cell, in words
 
 
@@ -58,6 +70,54 @@ def to_float(cell: Any) -> float | None:
         return math.inf
     except (TypeError, ValueError):
         return None
+
+
+def style(cells: Sequence[Any]) -> str | None:
+    """How a column's numbers are written where all of it is in one style and a cell proves it; None: plainly, or
+    not clear.
+    """
+    texts = [cell.strip() for cell in cells if not is_missing(cell) and isinstance(cell, str)]
+    if len(texts) < sum(not is_missing(cell) for cell in cells) or not texts:
+        return None
+    if all(to_float(text) is not None for text in texts):
+        return None
+    if all(SUFFIX.fullmatch(text) and NUMBER.fullmatch(SUFFIX.fullmatch(text)[1]) for text in texts):  # type: ignore[index]
+        return SUFFIXES
+    if all(COMMA.fullmatch(text) for text in texts):
+        return DECIMAL_COMMAS if any(_proves_a_decimal(text) for text in texts) else None
+    for name, (mark, decimal) in STYLES.items():
+        plain = rf"[-+]?[0-9]{{1,3}}({decimal}[0-9]+)?"
+        grouped = rf"[-+]?[1-9][0-9]{{0,2}}({mark}[0-9]{{3}})+({decimal}[0-9]+)?"
+        found = [re.fullmatch(grouped, text) for text in texts]
+        proof = [m for m in found if m and (decimal == r"\." or mark != r"\." or m[2] or m[0].count(".") > 1)]
+        with_comma = decimal == r"\." or any("," in text for text in texts) or mark == r"\."
+        if (
+            proof
+            and with_comma
+            and all(m or re.fullmatch(plain, t) for m, t in zip(found, texts, strict=True))
+        ):
+            return name
+    return None
+
+
+def _proves_a_decimal(text: str) -> bool:
+    """Whether its comma separates no thousands: not three digits after it, or more than three or a 0 before it."""
+    found = COMMA.fullmatch(text)
+    if found is None or found[2] is None:
+        return False
+    return len(found[2]) != 3 or len(found[1]) > 3 or found[1].startswith("0")
+
+
+def in_style(cell: Any, name: str) -> float:
+    """The number that a cell of a column in the style `name` says."""
+    if is_missing(cell):
+        return math.nan
+    text = str(cell).strip()
+    if name == SUFFIXES:
+        return float(text[:-1].strip() + FACTORS[text[-1].lower()])
+    if name != DECIMAL_COMMAS:
+        text = re.sub(STYLES[name][0], "", text)
+    return float(text.replace(",", "."))
 
 
 def quantities(cells: Sequence[Any], where: Where) -> list[Any]:

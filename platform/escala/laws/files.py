@@ -11,16 +11,18 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala.contract.errors import LawError, NotFoundError
-from escala.laws import cells
+from escala.laws import cells, scales
+from escala.laws.exports import Export, flattened, recognised, trainer_state
 from escala.laws.forms import known_inputs
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ REFUSAL = "escala_refusal"  # the column in which a table says why a row is no p
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or a spreadsheet", b"PAR1": "Parquet", b"BZh": "bzip2"}
+TRAINER_STATE = "trainer_state.json of Hugging Face"
 COMMENT = "the line is a comment (it begins with #)"
 
 
@@ -74,12 +77,18 @@ class _Raw:
     comments: tuple[int, ...] = ()
 
 
-def read_points_file(file: str | Path, rename: Mapping[str, str], names: Collection[str] = ()) -> PointsFile:
+def read_points_file(
+    file: str | Path,
+    rename: Mapping[str, str],
+    names: Collection[str] = (),
+    constants: Mapping[str, float] | None = None,
+) -> PointsFile:
     """The table in `file`, its columns renamed.
 
     Args:
         rename: {column of the file: column of a law's points}.
         names: further columns (of the file, or renamed) that hold names and not numbers, e.g. the one of --group.
+        constants: {column of a law's points: its value in every row}, for what the file does not say.
 
     Raises NotFoundError for an absent file, LawError for one that is no table, with the line and the fix.
     """
@@ -95,8 +104,13 @@ def read_points_file(file: str | Path, rename: Mapping[str, str], names: Collect
     is_json = path.suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{")
     raw = _json_cells(text, path) if is_json else _csv_cells(text, path)
     raw = _points_of_runs(raw)
+    export = recognised(raw.names, raw.columns, rename)
+    if export is not None:
+        raw, rename = _of_export(raw, export, path), {**export.mapping, **rename}
+    raw = _with_constants(raw, constants or {}, rename, path)
     renamed = _renamed(raw.names, rename)
-    points = _frame(raw, renamed, path, {*NAMES, *names, REFUSAL})
+    labels = [export.run_column] if export is not None and export.run_column else []
+    points, written = _frame(raw, renamed, path, {*NAMES, *names, *labels, REFUSAL})
     source = f"{path.name} sha256={hashlib.sha256(data).hexdigest()[:16]}"
     understood = {
         "file": path.name,
@@ -104,10 +118,54 @@ def read_points_file(file: str | Path, rename: Mapping[str, str], names: Collect
         **raw.understood,
         "columns": list(raw.names),
         "mapping": dict(rename),
+        "constants": dict(constants or {}),
+        "written": written,
         "rows": len(points),
         "row_numbers": f"{raw.unit}s of the file, counted from 1",
     }
     return PointsFile(points, source, understood)
+
+
+def with_constants(given: str | Path) -> tuple[Path, dict[str, float]]:
+    """(file, {column: value}) of FILE::COLUMN=NUMBER,... Raises LawError for what is no number."""
+    text = str(given)
+    file, mark, stated = text.rpartition("::")
+    if not mark or Path(text).exists():
+        return Path(text), {}
+    found = dict[str, float]()
+    for each in stated.split(","):
+        name, _, value = (part.strip() for part in each.partition("="))
+        number = cells.to_float(value) if value else None
+        if not name or number is None or name in found:
+            raise LawError(
+                f"'{each}' in '{text}' is not COLUMN=NUMBER.", f"For example {file}::n_active=1.2e8"
+            )
+        found[name] = number
+    return Path(file), found
+
+
+def together(files: Sequence[PointsFile]) -> PointsFile:
+    """Several tables as one; a row is then called FILE:ROW. One table stays as it is."""
+    import pandas as pd
+
+    if len(files) == 1:
+        return files[0]
+    frames = []
+    for number, each in enumerate(files, 1):
+        name = each.understood["file"]
+        same = sum(name == other.understood["file"] for other in files) > 1
+        index = [f"{name}{f' ({number})' if same else ''}:{row}" for row in each.points.index]
+        frames.append(each.points.set_axis(pd.Index(index, name="row")))
+    mapping = {old: new for each in files for old, new in each.understood["mapping"].items()}
+    understood = {
+        "file": ", ".join(each.understood["file"] for each in files),
+        "mapping": mapping,
+        "checkpoints_of_runs": all(each.understood.get("checkpoints_of_runs") for each in files),
+        "runs_of_escala": all(each.understood.get("runs_of_escala") for each in files),
+        "files": [each.understood for each in files],
+        "rows": sum(each.understood["rows"] for each in files),
+    }
+    return PointsFile(pd.concat(frames), "; ".join(each.source for each in files), understood)
 
 
 def _decoded(data: bytes, path: Path) -> tuple[str, str]:
@@ -254,6 +312,7 @@ def _json_cells(text: str, path: Path) -> _Raw:
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         said = str(error).splitlines()[0]
         raise LawError(f"{path} is no JSON: {said}.", "A list of records: [{...}, {...}].") from error
+    kind, records = _foreign(text, records, path)
     if not isinstance(records, list) or isinstance(records, _Pairs) or not records:
         raise LawError(f"{path} holds no list of records.", "Write [{...}, {...}], a record for each run.")
     names = None
@@ -275,9 +334,50 @@ def _json_cells(text: str, path: Path) -> _Raw:
     rows = [{key.strip(): value for key, value in record} for record in records]
     names = names or []
     columns = [[row[name] for row in rows] for name in names]
-    return _Raw(
-        names, columns, list(range(1, len(rows) + 1)), "record", {"format": "json", "separator": None}
+    understood = {"format": kind, "separator": None, "checkpoints_of_runs": kind == TRAINER_STATE}
+    return _Raw(names, columns, list(range(1, len(rows) + 1)), "record", understood)
+
+
+def _foreign(text: str, records: Any, path: Path) -> tuple[str, Any]:
+    """(format, records): those of a trainer_state.json of Hugging Face or of MLflow's runs; others as they are."""
+    first = dict(records) if isinstance(records, _Pairs) else {}
+    if "log_history" in first:
+        rows = trainer_state(json.loads(text), str(path))
+        return TRAINER_STATE, [_Pairs([*row.items(), ("run_id", str(path))]) for row in rows]
+    listed = records if isinstance(records, list) and not isinstance(records, _Pairs) else []
+    if not listed or not all(
+        isinstance(each, _Pairs) and {"info", "data"} <= set(dict(each)) for each in listed
+    ):
+        return "json", records
+    runs = [flattened(each) for each in json.loads(text)]
+    keys = dict.fromkeys(key for run in runs for key in run)
+    return "runs of MLflow", [_Pairs([(key, run.get(key)) for key in keys]) for run in runs]
+
+
+def _of_export(raw: _Raw, export: Export, path: Path) -> _Raw:
+    """The table of another tool: rows of runs that did not finish are refused, and it is said what was understood."""
+    if all(export.reasons):
+        raise LawError(f"{path}: no run finished ({export.reasons[0]}).", "Export the finished runs.")
+    understood = {**raw.understood, "format": export.kind, "assumed": export.assumed}
+    return replace(
+        raw,
+        names=[*raw.names, REFUSAL],
+        columns=[*raw.columns, list(export.reasons)],
+        understood=understood,
     )
+
+
+def _with_constants(raw: _Raw, constants: Mapping[str, float], rename: Mapping[str, str], path: Path) -> _Raw:
+    """The table with a column for each constant. Raises LawError for an unknown column, or one that it has."""
+    for name in constants:
+        if name not in quantities():
+            raise LawError(
+                f"A law's points have no column '{name}'.", _nearest(name, quantities(), "they are")
+            )
+        if name in raw.names or name in rename.values():
+            raise LawError(f"{path} has the column {name} already.", f"Leave out ::{name}=...")
+    columns = [[value] * len(raw.rows) for value in constants.values()]
+    return replace(raw, names=[*raw.names, *constants], columns=[*raw.columns, *columns])
 
 
 def _points_of_runs(raw: _Raw) -> _Raw:
@@ -338,8 +438,13 @@ def _nearest(name: str, names: Sequence[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else f"{otherwise}: {', '.join(names)}"
 
 
-def _frame(raw: _Raw, renamed: Sequence[str], path: Path, names: Collection[str]) -> pd.DataFrame:
+def _frame(
+    raw: _Raw, renamed: Sequence[str], path: Path, names: Collection[str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """The table, and of each column that is not in plain numbers how it was read."""
     import pandas as pd
+
+    written = dict[str, str]()
 
     found: dict[str, pd.Series] = {}
     index, numbers = pd.Index(raw.rows, name=raw.unit), quantities()
@@ -352,14 +457,51 @@ def _frame(raw: _Raw, renamed: Sequence[str], path: Path, names: Collection[str]
         if nested is not None:
             raise LawError(f"{where(nested)}: a nested value.", "A table has one value a cell: leave it out.")
         if new in numbers:
-            values = cells.quantities(column, where)
+            values, said = _numbers(old, new, column, where)
+            if said:
+                written[new] = said
         else:
             values = cells.texts(column) if new in names or old in names else cells.plain(column)
         is_float = all(isinstance(value, float) for value in values)
         found[new] = pd.Series(values, index=index, dtype="float64" if is_float else None)
+    _one_decimal_mark(raw, renamed, written, path)
     frame = pd.DataFrame(found, index=index)
     if not raw.comments:
-        return frame
+        return frame, written
     stated = frame[REFUSAL] if REFUSAL in frame else pd.Series(None, index=index, dtype=object)
     marked = frame.index.isin(raw.comments)
-    return frame.assign(**{REFUSAL: stated.astype(object).mask(marked, COMMENT)})
+    return frame.assign(**{REFUSAL: stated.astype(object).mask(marked, COMMENT)}), written
+
+
+def _numbers(old: str, new: str, column: Sequence[Any], where: cells.Where) -> tuple[list[Any], str]:
+    """(a column's numbers, how they were written where not plainly: its style, and its header's unit)."""
+    style, factor = cells.style(column), scales.factor_of(old, new)
+    if style == cells.SUFFIXES and (factor is not None or new == LOSS):
+        style = None  # twice a unit, or a unit of a loss: an error that names the cell
+    values = cells.quantities(column, where) if style is None else [cells.in_style(c, style) for c in column]
+    if factor is None:
+        return values, style or ""
+    scaled = [value * factor if isinstance(value, int | float) else value for value in values]
+    for i, value in enumerate(scaled):
+        large = isinstance(value, float) and new not in ("compute_flops", "energy_joules")
+        if large and scales.LARGEST_COUNT <= value < math.inf:
+            raise LawError(
+                f"{where(i)}: {column[i]!r} times {factor:g}, as the header says, is {value:.3g}.",
+                "If the cells are plain counts, take the unit out of the header.",
+            )
+    return scaled, ", ".join(text for text in (style, f"times {factor:g}, the unit in {old!r}") if text)
+
+
+def _one_decimal_mark(raw: _Raw, renamed: Sequence[str], written: Mapping[str, str], path: Path) -> None:
+    """Raise LawError where one column has decimal commas and another points that may separate its thousands."""
+    if not any("decimal commas" in said for said in written.values()):
+        return
+    for old, new, column in zip(raw.names, renamed, raw.columns, strict=True):
+        if new not in quantities() or "decimal commas" in written.get(new, ""):
+            continue
+        for number, cell in zip(raw.rows, column, strict=True):
+            if isinstance(cell, str) and "." in cell:
+                raise LawError(
+                    f"{path}, {raw.unit} {number}, column {old}: {cell!r} has a point in a file with decimal commas.",
+                    "Write every number with the same decimal mark.",
+                )

@@ -10,6 +10,9 @@ from escala.laws.law import Law
 
 REFUSED_ROWS = 20
 NAME_CHARACTERS, FINDINGS = 480, 30  # of a dataset's name in MLflow; of a note that stays readable
+OF_A_RUN, OF_A_VERSION = 8000, 5000  # characters that MLflow's database keeps of a tag, and of a description
+REPORT = "report.html"  # the artifact of the law's run that has all of it
+REST = f"\n\nThe rest is in the run's artifact {REPORT}.\n"
 
 
 def headline(law: Law, reference: str) -> str:
@@ -21,7 +24,7 @@ def note(law: Law, reference: str, provenance: dict[str, Any]) -> str:
     """The Markdown of a law's run."""
     parts = [
         f"# {headline(law, reference)}",
-        f"`loss = {law.form.formula}` (N is {law.size}; loss in nats per token)",
+        f"`loss = {law.form.formula}` (N is {law.size}; loss in nats per token). With plots: artifact {REPORT}.",
         _parameters(law),
         "## Findings\n\n" + ("\n".join(f"- {f}" for f in law.findings[:FINDINGS]) or "None."),
         _backtest(law),
@@ -29,6 +32,14 @@ def note(law: Law, reference: str, provenance: dict[str, Any]) -> str:
         _usage(law, reference),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def within(text: str, characters: int) -> str:
+    """The text, cut after a line and with a word on where the rest is if it is longer than `characters`."""
+    if len(text) <= characters:
+        return text
+    kept = text[: characters - len(REST)]
+    return kept.rpartition("\n")[0] + REST
 
 
 def _parameters(law: Law) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from escala.contract.errors import LawError
 from escala.laws.audit import AuditedPoint, findings
 from escala.laws.inputs import SIZE
 from escala.laws.intervals import Prediction
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from escala.laws.drift import Calibration
     from escala.laws.files import PointsFile
     from escala.laws.registry import LawVersion, Registry
+    from escala.laws.report import BacktestLine, TrackRecord
+
+FIRST_ROWS = 3  # of a table, that a preview shows
+Files = str | Path | Sequence[str | Path]  # of a table; each may end in ::COLUMN=NUMBER,...
+HELD_OUT = (0.1, 0.2, 0.3)  # shares of the points, the largest by compute, that a report's backtests hold out
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class LawComparison:
 
 def fit_file(
     settings: Settings,
-    file: str | Path,
+    file: Files,
     name: str,
     *,
     rename: Mapping[str, str] | None = None,
@@ -93,8 +100,8 @@ def fit_file(
     seed: int = 0,
     report: Report | None = None,
 ) -> Fitted:
-    """Fit a law to the table in `file` (CSV, or JSON: a list of records) and store it as the next version of
-    `name`.
+    """Fit a law to the table in `file` (CSV, or JSON: a list of records) or in several files, and store it as the
+    next version of `name`. `FILE::n_active=1.2e8,tokens=2e9` states what the file does not: a value of all its rows.
 
     Args:
         rename: {column of the file: column of a law's points}, e.g. {"params": "n_active"}.
@@ -120,7 +127,7 @@ def fit_file(
 
 
 def preview_file(
-    file: str | Path,
+    file: Files,
     *,
     rename: Mapping[str, str] | None = None,
     form: str = "nd",
@@ -209,14 +216,26 @@ def _with_audit(law: Law, audited: Sequence[AuditedPoint]) -> Law:
     return replace(law, findings=(*wrong, *law.findings, *said), healthy=law.healthy and not wrong)
 
 
-def _read(file: str | Path, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:
-    """The table, and the column that it is resampled by: of our own runs, whose ids are known to be such, run_id."""
-    from escala.laws.files import read_points_file
+def _read(files: Files, rename: Mapping[str, str], group: str | None) -> tuple[PointsFile, str | None]:
+    """The table of one or more files, and the column that it is resampled by: where a row is one of several of a run
+    that is known to be such (escala's own runs, a trainer_state.json), run_id.
+    """
+    from escala.laws.files import read_points_file, together, with_constants
 
-    read = read_points_file(file, rename, [group] if group else [])
+    read = together(
+        [
+            read_points_file(path, rename, [group] if group else [], constants)
+            for path, constants in map(with_constants, [files] if isinstance(files, str | Path) else files)
+        ]
+    )
     group = read.understood["mapping"].get(group, group)  # --group may say the file's own name
-    ours = read.understood.get("runs_of_escala") and "run_id" in read.points
-    if group is None and ours and read.points["run_id"].dropna().duplicated().any():
+    known = read.understood.get("runs_of_escala") or read.understood.get("checkpoints_of_runs")
+    if (
+        group is None
+        and known
+        and "run_id" in read.points
+        and read.points["run_id"].dropna().duplicated().any()
+    ):
         group = "run_id"
     return read, group
 
@@ -246,6 +265,15 @@ def _understood(law: Law, points: pd.DataFrame) -> dict[str, Any]:
         "group": law.settings["group"],
         "derived": derived,
         "used": len(law.points),
+        "first_rows": _first_rows(law),
+    }
+
+
+def _first_rows(law: Law) -> dict[str, dict[str, float]]:
+    """The first rows as they were read: row -> {column of a law's points: value}."""
+    rows = law.points[[*law.inputs, "loss_nats"]].head(FIRST_ROWS)
+    return {
+        str(row): {name: float(value) for name, value in rows.loc[row].items()} for row in rows.index.unique()
     }
 
 
@@ -331,6 +359,58 @@ def plot_law(settings: Settings, reference: str, directory: str | Path) -> list[
     from escala.laws.plots import write_plots
 
     return write_plots(law(settings, reference).law, Path(directory))
+
+
+def report_law(settings: Settings, reference: str, file: str | Path) -> Path:
+    """The law's report as one HTML file; a file of that name is overwritten. Raises as `load_law`, LawError for a path
+    that cannot be written.
+    """
+    from escala.laws.report import html
+
+    stored = law(settings, reference)
+    path = Path(file)
+    text = html(stored.law, stored.reference, stored.provenance, _evidence(settings, stored))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LawError(
+            f"{path} cannot be written: {error.strerror}.", "Choose another file: --to FILE.html."
+        ) from error
+    return path
+
+
+def _evidence(settings: Settings, stored: Stored) -> TrackRecord:
+    """What is known of a law besides its fit: backtests, and the runs that it foresaw."""
+    from escala.laws.drift import Predictions
+    from escala.laws.report import ForecastLine, TrackRecord
+
+    checks = [check for check in Predictions(settings.home).read() if check.law == stored.reference]
+    forecasts = [
+        ForecastLine(c.name, None, c.extrapolation, c.predicted, c.low, c.high, c.obtained) for c in checks
+    ]
+    try:
+        return TrackRecord([_backtest_line(stored.law, share) for share in HELD_OUT], forecasts)
+    except LawError as error:  # no compute in the points, or too few of them: an answer, too
+        return TrackRecord((), forecasts, error.message)
+
+
+def _backtest_line(law: Law, share: float) -> BacktestLine:
+    from escala.laws.report import BacktestLine
+
+    found = law.backtest(share)
+    baseline = min(found.last_known_error, found.log_linear_error)
+    covered = None if math.isnan(found.covered) else found.covered
+    return BacktestLine(
+        f"all but the largest {share:.0%} by compute",
+        found.train_points,
+        found.test_points,
+        found.largest_factor,
+        found.error,
+        found.bias,
+        baseline,
+        covered,
+    )
 
 
 def law_experiment(settings: Settings) -> str:

@@ -29,6 +29,7 @@ from escala.laws.audit import AuditedPoint, plain
 from escala.laws.law import Law
 from escala.laws.provenance import FORMAT, upgraded
 from escala.laws.reference import Cache, Stored, parse
+from escala.laws.report import html
 from escala.settings import Settings
 from escala.tracking.lineage import code_fingerprint, fingerprint
 from escala.tracking.mlflow_tracker import KEY_TAG, MlflowTracker, open_client, tracker_error
@@ -125,6 +126,8 @@ class Registry:
             )
             version = int(made.version)
             _name(client, run_id, law, f"{name}@{version}", provenance)
+            pngs = {path.stem: path.read_bytes() for path in sorted(Path(directory).glob("plots/*.png"))}
+            client.log_text(run_id, html(law, f"{name}@{version}", provenance, pngs=pngs), note.REPORT)
             champion = _champion(client, name)
             if law.healthy and champion is None:
                 client.set_registered_model_alias(name, ALIAS, str(version))
@@ -266,8 +269,8 @@ def _name(client: Any, run_id: str, law: Law, reference: str, provenance: dict[s
     text = note.note(law, reference, provenance)
     name, _, version = reference.partition("@")
     client.update_run(run_id, name=note.headline(law, reference))
-    client.set_tag(run_id, "mlflow.note.content", text)
-    client.update_model_version(name, version, text)
+    client.set_tag(run_id, "mlflow.note.content", note.within(text, note.OF_A_RUN))
+    client.update_model_version(name, version, note.within(text, note.OF_A_VERSION))
 
 
 def _provenance(

@@ -83,8 +83,8 @@ def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any])
 
 
 def learning_rate(n_total: float) -> float:
-    """The peak rate for a size on the synthetic text, at a batch of 1,024 tokens; the same at every D."""
-    return float(f"{8e-3 * (n_total / 2e4) ** -0.3:.3g}")
+    """The peak rate for a size on the synthetic text, at a batch of 2,048 tokens; the same at every D."""
+    return float(f"{1e-2 * (n_total / 2e4) ** -0.3:.3g}")
 
 
 def shapes(base: Mapping[str, Any]) -> list[dict[str, Any]]:

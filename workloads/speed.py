@@ -35,7 +35,7 @@ def speed(model: dict[str, Any], sequences: int, seconds: float) -> float:
         if made > WARM_UP_STEPS and time.perf_counter() - began > seconds:
             break
         loss, count = token_loss(network(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
-        (loss / count).backward()
+        torch.autograd.backward(loss / count)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -41,5 +41,5 @@ def test_a_busy_machine_gets_the_least_and_is_told_so() -> None:
 
 
 def test_the_learning_rate_falls_with_the_size() -> None:
-    assert learning_rate(2e4) == pytest.approx(1e-2)
+    assert learning_rate(2e4) == pytest.approx(0.025)
     assert learning_rate(4e5) < learning_rate(1e5) < learning_rate(2e4)

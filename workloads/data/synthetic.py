@@ -89,7 +89,10 @@ def _cumulative(ranks: int) -> Integers:
 
 def _pick(cumulative: Integers, bits_24: Integers) -> Integers:
     """The rank that 24 random bits fall on."""
-    return np.searchsorted(cumulative, bits_24 * cumulative[-1] >> 24, side="right").astype(np.int64)
+    found: Integers = np.searchsorted(cumulative, bits_24 * cumulative[-1] >> 24, side="right").astype(
+        np.int64
+    )
+    return found
 
 
 def _bits(drawn: npt.NDArray[np.uint64], first: int, count: int) -> Integers:

@@ -20,10 +20,10 @@ NAME = "demo"  # of the space in tune_spaces/
 PLANNED = 4.2  # the planned run's compute, in that of the sweep's largest trial
 SIZES = (12_400, 20_100, 35_000, 59_000, 98_000)
 LENGTHS = ((1, 2, 4, 8), (1, 2, 4), (1, 2, 4), (1, 2), (1,))  # of each size, in the shortest's
-LEAST_TOKENS = 4e5  # shorter runs are over before pairs of letters are learned: another regime
+LEAST_TOKENS = 3e5  # shorter runs are over before pairs of letters are learned: another regime
 MOST_TOKENS = 1.2e6  # of the shortest run: more would make the demo no better
 FIXED_CPU_SECONDS = 150.0  # of two cores: cluster, data, the start of every run, the fit
-SHARED_EFFICIENCY = 0.55  # of two ZeRO-3 workers, in that of two runs side by side
+SHARED_EFFICIENCY = 0.5  # of two ZeRO-3 workers, in that of two runs side by side
 SWEEP_EFFICIENCY = 0.85  # of the steps in a trial's time; the rest is evaluation
 
 
@@ -84,7 +84,7 @@ def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any])
 
 def learning_rate(n_total: float) -> float:
     """The peak rate for a size on the synthetic text, at a batch of 2,048 tokens; the same at every D."""
-    return float(f"{1e-2 * (n_total / 2e4) ** -0.3:.3g}")
+    return float(f"{0.025 * (n_total / 2e4) ** -0.5:.3g}")
 
 
 def shapes(base: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,12 +16,13 @@ def test_the_space_is_what_the_numbers_say() -> None:
     found = demo_space(QUIET, 6, 3, BASE)
     assert found == demo_space(QUIET, 6, 3, BASE)
     trials = plan(load_space(NAME, found.overrides)[1])
-    assert len(trials) == found.trials == 13
+    assert len(trials) == found.trials == 15
     assert sum(t.compute_flops for t in trials) == pytest.approx(found.compute_flops, rel=0.01)
     assert trials[0].compute_flops == pytest.approx(found.largest_flops, rel=0.01)
     assert {t.config["training"]["seed"] for t in trials} == {3}
     assert len({t.n_active for t in trials}) == len(SIZES)
     assert PLANNED > 4
+    assert min(t.train_tokens / t.n_active for t in trials) > 7
 
 
 def test_a_faster_machine_or_more_minutes_make_it_larger() -> None:

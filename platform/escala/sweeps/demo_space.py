@@ -20,8 +20,8 @@ NAME = "demo"  # of the space in tune_spaces/
 PLANNED = 4.2  # the planned run's compute, in that of the sweep's largest trial
 SIZES = (12_400, 20_100, 35_000, 54_000)
 LENGTHS: tuple[tuple[float, ...], ...] = (  # of each size, in the shortest's
-    (1, 2, 3, 4, 6),
-    (1, 2, 3, 4),
+    (1, 1.5, 2, 3),
+    (1, 1.5, 2, 3, 4),
     (1, 1.5, 2, 3),
     (1.5, 2),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-MINUTES = {"law": 10, "rlhf": 12}  # within which each must end
+MINUTES = {"law": 12, "rlhf": 12}  # within which each must end
 
 pytestmark = pytest.mark.timeout(60 * (max(MINUTES.values()) + 2))
 
@@ -27,25 +27,26 @@ def demo(story: str) -> str:
     return done.stdout
 
 
-@pytest.mark.docs(minutes=8)
+@pytest.mark.docs(minutes=6)
 def test_the_demo_goes_from_a_sweep_to_a_law_to_a_run(home: Path) -> None:
     said = demo("law")
-    assert "points    14" in said
+    assert "sizes     15 runs" in said
+    assert "points    15" in said
     assert "demo@1   loss = L_inf + a N^-alpha + b D^-beta" in said
-    if "no plan" not in said:  # a law may refuse to plan, and say why
-        predicted = re.search(
-            r"predicted +([\d.]+) nats per token +\(90 % predictive interval ([\d.]+) to ([\d.]+)\)", said
-        )
-        obtained = re.search(r"obtained +([\d.]+) nats per token", said)
-        assert predicted
-        assert obtained
-        assert float(predicted[2]) < float(predicted[1]) < float(predicted[3])
-        assert float(obtained[1]) == pytest.approx(float(predicted[1]), rel=0.15)
-        before = re.search(r"before +([\d.]+) nats per token", said)
-        assert before
-        assert float(before[1]) > float(obtained[1])
-        assert "in MLflow       http://127.0.0.1:" in said
-        assert "next            escala laws show demo@1" in said
+    predicted = re.search(
+        r"predicted +([\d.]+) nats per token +\(90 % predictive interval ([\d.]+) to ([\d.]+)\)", said
+    )
+    obtained = re.search(r"obtained +([\d.]+) nats per token", said)
+    assert predicted
+    assert obtained
+    assert float(predicted[2]) < float(predicted[1]) < float(predicted[3])
+    assert float(obtained[1]) == pytest.approx(float(predicted[1]), rel=0.1)
+    before = re.search(r"before +([\d.]+) nats per token", said)
+    assert before
+    assert float(before[1]) > float(obtained[1])
+    assert re.search(r"verdict +a .*law.* was [\d.]+% off, and the loss is (inside|OUTSIDE)", said)
+    assert "in MLflow       http://127.0.0.1:" in said
+    assert "next            escala laws show demo@1" in said
 
 
 @pytest.mark.docs(minutes=10)

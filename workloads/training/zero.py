@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -55,11 +55,15 @@ with _absent("mlflow"):  # DeepSpeed's autotuner, which is not used, takes half 
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
     from deepspeed.utils import (
+        numa,
         safe_get_local_fp32_param,
         safe_get_local_optimizer_state,
         safe_set_local_fp32_param,
         safe_set_local_optimizer_state,
     )
+
+# On CPUs ZeRO-3 asks at every reduction of gradients how many there are, for which DeepSpeed starts `numactl`.
+numa.get_numa_cores = cache(numa.get_numa_cores)
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 STATE_KEYS = (MASTER, EXP_AVG, EXP_AVG_SQ)

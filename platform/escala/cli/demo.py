@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,8 +13,13 @@ from escala.cli.home import open_home
 from escala.cli.jobs import follow_job
 from escala.contract.errors import LawError
 
-SPACE, LAW = "smoke", "demo"
-AHEAD = 10  # the planned run's compute, in that of the sweep's largest trial
+if TYPE_CHECKING:
+    from escala.client import Escala
+    from escala.sweeps.demo_space import DemoSpace
+    from escala.views.laws import PredictionView
+    from escala.views.run_records import RunDetailsView
+
+LAW = "demo"
 WORKERS = 2
 
 
@@ -33,55 +39,131 @@ def demo(
     story: Annotated[
         Story, typer.Argument(help="law: from a sweep to a planned run; rlhf: a policy learns from raters.")
     ] = Story.law,
+    minutes: Annotated[
+        float, typer.Option(min=2, help="law: choose sizes that fit into so many minutes.")
+    ] = 6.0,
+    seed: Annotated[int, typer.Option(min=0, help="law: of weights and of the order of the data.")] = 0,
 ) -> None:
     """Show one of the platform's journeys on a tiny scale, in minutes and without a GPU."""
     if story == Story.rlhf:
         demo_rlhf.run()
     else:
-        run()
+        run(minutes, seed)
 
 
-def run() -> None:
-    """Sweep tiny models, fit a law, plan a run of ten times the compute, train it by ZeRO-3, and compare."""
-    from escala.planning.limits import Limits
+def run(minutes: float, seed: int) -> None:
+    """Measure the machine, sweep tiny models, fit a law, plan a run of four times the largest trial's compute, train it
+    by ZeRO-3, and compare. Exits with 1 where a run fails, or the law refuses to plan.
+    """
+    began, escala = time.monotonic(), open_home()
+    space = _sizes(escala, minutes, seed)
+    law, budget = _sweep_and_fit(escala, space)
+    rate = _plan(escala, law, budget)
+    record = _planned_run(escala, space, law, budget, rate)
+    _compare(escala, law, record)
+    render.raw(f"took            {render.duration(time.monotonic() - began)}")
 
-    escala = open_home()
-    render.step(f"1. the sweep {SPACE}")
+
+def _sizes(escala: Escala, minutes: float, seed: int) -> DemoSpace:
+    """Step 1."""
+    render.step("1. this machine, measured for a few seconds")
+    with progress.working("training two small models in two processes at once"):
+        speed, space = escala.demo_space(minutes, seed)
+    render.raw(
+        f"speed     {speed.small / 1e9:.1f} to {speed.large / 1e9:.1f} GFLOP/s in each of two processes, "
+        f"which had {speed.share:.0%} of a core each"
+    )
+    render.raw(
+        f"sizes     {space.trials} runs, {render.number(space.compute_flops)} FLOPs, the largest "
+        f"{render.number(space.largest_flops)}; about {render.duration(space.seconds)} in all"
+    )
+    if not space.fits:
+        render.warning(
+            f"on this machine, as busy as it is, that is more than {minutes:g} minutes: smaller runs would be too "
+            "short to follow one law"
+        )
+    render.raw(
+        "text      synthetic: an invented language that escala makes, the same everywhere; it says nothing about"
+    )
+    render.raw("          about real text, of which a law needs runs of its own")
+    return space
+
+
+def _sweep_and_fit(escala: Escala, space: DemoSpace) -> tuple[str, float]:
+    """Steps 2 and 3; the law, and the planned run's budget in FLOPs."""
+    from escala.sweeps import demo_space
+
+    render.step(f"2. the sweep: {space.trials} models, two at a time")
     with progress.reporting("submitting", False) as report:
-        sweep = escala.sweep(SPACE, report=report)
+        sweep = escala.sweep(demo_space.NAME, space.overrides, report=report)
     follow_job(escala, sweep.id)
     points = escala.sweep_points(sweep.id)
     render_sweeps.points(points, False)
 
-    render.step("2. the law")
+    render.step("3. the law")
     with progress.working("fitting the law"):
         fitted = escala.fit_sweeps([sweep.id], LAW)
     render_laws.fitted(fitted, False)
+    return fitted.law, demo_space.PLANNED * max(float(point["compute_flops"]) for point in points.points)
 
-    budget = AHEAD * max(float(point["compute_flops"]) for point in points.points)
-    law = fitted.law
-    render.step(f"3. the plan: {AHEAD} times the compute of the largest trial, {render.number(budget)} FLOPs")
+
+def _plan(escala: Escala, law: str, budget: float) -> float:
+    """Step 4; the learning rate of the planned size. Exits with 1, and says how to go on, where the law refuses."""
+    from escala.planning.limits import Limits
+    from escala.sweeps import demo_space
+
+    render.step(
+        f"4. the plan: {demo_space.PLANNED:g} times the compute of the largest trial, {render.number(budget)} FLOPs"
+    )
     try:
-        render_plans.plan(escala.plan_law(law, Limits(compute_flops=budget)), False)
+        plan = escala.plan_law(law, Limits(compute_flops=budget))
     except LawError as refusal:
         render_laws.refusal(refusal)
-        return
+        render.raw(f"next            escala laws show {law}; escala demo law --minutes 12")
+        raise typer.Exit(1) from None
+    render_plans.plan(plan, False)
+    return demo_space.learning_rate(plan.n_total)
 
-    render.step(f"4. the run: ZeRO-3 on {WORKERS} workers")
+
+def _planned_run(escala: Escala, space: DemoSpace, law: str, budget: float, rate: float) -> RunDetailsView:
+    """Step 5: the forecast is sealed as the run is submitted, before it starts."""
+    from escala.sweeps import demo_space
+
+    render.step(f"5. the run: ZeRO-3 on {WORKERS} workers")
     with progress.reporting("submitting", False) as report:
         job = escala.submit(
             "pretrain",
-            overrides=[f"resources.workers={WORKERS}"],
+            overrides=[
+                f"resources.workers={WORKERS}",
+                f"training.optimizer.learning_rate={rate}",
+                "training.checkpoint_every_steps=0",
+            ],
             options={"name": LAW},
             report=report,
             compute_flops=budget,
             law=law,
-            base=escala.space_base(SPACE),
+            base=escala.space_base(demo_space.NAME, space.overrides),
         )
     follow_job(escala, job.id)
     with progress.working("waiting for the run's record in MLflow"):
-        record = escala.finished_run(job.id)
+        return escala.finished_run(job.id)
 
-    render.step("5. predicted and obtained")
-    size, tokens = float(record.n_active or 0), float(record.train_tokens or 0)
-    render_laws.verdict(escala.predict_law(law, {"n_active": size, "tokens": tokens}), record)
+
+def _compare(escala: Escala, law: str, record: RunDetailsView) -> None:
+    """Step 6."""
+    render.step("6. predicted and obtained")
+    at = {"n_active": float(record.n_active or 0), "tokens": float(record.train_tokens or 0)}
+    found = escala.predict_law(law, at)
+    render_laws.verdict(found, record)
+    render.raw(f"verdict         {_verdict(found, record)}")
+
+
+def _verdict(found: PredictionView, record: RunDetailsView) -> str:
+    """In a sentence, whatever it is."""
+    loss, low, high = record.held_out_loss_nats, found.low_nats, found.high_nats
+    if loss is None or low is None or high is None:
+        return "there is none: the run has no held-out loss, or the law no interval"
+    width, error = (high - low) / found.loss_nats, loss / found.loss_nats - 1
+    which = "a healthy law" if found.healthy else "a law that is NOT HEALTHY"
+    where = "inside" if low <= loss <= high else "OUTSIDE"
+    return f"{which} was {abs(error):.1%} off, and the loss is {where} its 90 % interval, {width:.1%} wide"

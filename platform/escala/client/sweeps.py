@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from escala.client.home import Home
 from escala.report import Report, silent
 from escala.views.jobs import JobView
 from escala.views.sweeps import SweepPlanView, SweepPointsView
+
+if TYPE_CHECKING:
+    from escala.sweeps.demo_space import DemoSpace, Speed
 
 
 class SweepMethods(Home):
@@ -51,8 +54,16 @@ class SweepMethods(Home):
 
         return SweepPointsView.of_points(name, launch.sweep_points(self.settings, name))
 
-    def space_base(self, space: str) -> dict[str, Any]:
+    def space_base(self, space: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         """The configuration that a space's trials share, for a run that is to be compared with them."""
         from escala.sweeps import launch
 
-        return launch.space_base(space)
+        return launch.space_base(space, overrides)
+
+    def demo_space(self, minutes: float, seed: int) -> tuple[Speed, DemoSpace]:
+        """What this machine does now, measured for seconds, and the demo's sweep that fits. Raises ClusterError."""
+        from escala.sweeps import demo_space, machine
+
+        base = self.space_base(demo_space.NAME)
+        speed = machine.measure(base)
+        return speed, demo_space.demo_space(speed, minutes, seed, base)

@@ -15,6 +15,7 @@ from escala.schema.data import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
+    SyntheticCorpus,
     TokenizerConfig,
 )
 from escala.schema.finetune import (
@@ -68,6 +69,7 @@ __all__ = [
     "StartConfig",
     "StoredPath",
     "Strict",
+    "SyntheticCorpus",
     "TokenizerConfig",
     "TrainedConfig",
     "TrainingConfig",

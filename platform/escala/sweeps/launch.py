@@ -145,11 +145,11 @@ def _loaded(
     return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
 
 
-def space_base(space: str) -> dict[str, Any]:
+def space_base(space: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The configuration that a space's trials share, for a run that is to be compared with them."""
     from escala.sweeps.space import load_space
 
-    return dict(load_space(space)[1].base)
+    return dict(load_space(space, overrides)[1].base)
 
 
 def _interrupted(settings: Settings, space: str, config: Mapping[str, Any]) -> Job:

@@ -1,0 +1,130 @@
+"""The sizes of the demo's runs, from what this machine does in a second and how long the demo may take. Pure.
+
+The sweep is a ladder: four sizes N, a factor 1.6 apart, each with lengths D whose compute is at most that of the
+largest run. So the points spread over N and over D, none has fewer than seven tokens a parameter, and the sweep takes
+about as long, on two processes, as the planned run of PLANNED times the largest trial's compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from escala.schema import ModelConfig
+from escala.schema.flops import flops_per_token, parameter_counts
+from escala.sweeps.recipes import shape
+
+NAME = "demo"  # of the space in tune_spaces/
+PLANNED = 4.2  # the planned run's compute, in that of the sweep's largest trial
+SIZES = (12_400, 20_100, 35_000, 54_000)
+LENGTHS: tuple[tuple[float, ...], ...] = (  # of each size, in the shortest's
+    (1, 1.5, 2, 3),
+    (1, 1.5, 2, 3, 4),
+    (1, 1.5, 2, 3),
+    (1.5, 2),
+)
+LEAST_TOKENS = (
+    4e5  # at 3e5 the smallest size was 2 % off the law of the others, and larger ones gained nothing
+)
+MOST_TOKENS = 1.2e6  # of the shortest run: more would make the demo no better
+FIXED_CPU_SECONDS = 150.0  # of two cores: cluster, data, the start of every run, the fit
+SHARED_EFFICIENCY = 0.5  # of two ZeRO-3 workers, in that of two runs side by side
+SWEEP_EFFICIENCY = 0.85  # of the steps in a trial's time; the rest is evaluation
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s of one process while both train: of the smallest and of the largest size. `share`: of a core that each
+    has, for what is no training.
+    """
+
+    small: float
+    large: float
+    share: float
+
+
+@dataclass(frozen=True)
+class DemoSpace:
+    """The sweep's overrides of the space `demo`, and what it will take."""
+
+    overrides: tuple[str, ...]
+    trials: int
+    compute_flops: float  # of the whole sweep
+    largest_flops: float
+    seconds: float  # of the whole demo, estimated
+    fits: bool  # into the minutes that were asked for
+
+
+def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any]) -> DemoSpace:
+    """The demo's sweep on a machine of that speed.
+
+    Args:
+        base: the space's configuration, whose vocabulary and context the counts depend on.
+    """
+    fixed = FIXED_CPU_SECONDS / 2 / max(speed.share, 0.05)
+    per_token = _seconds(speed, base)  # of the shortest D, in tokens
+    tokens = min(max((60 * minutes - fixed) / per_token, LEAST_TOKENS), MOST_TOKENS)
+    seconds = fixed + per_token * tokens
+    model = base["model"]
+    costs = [
+        (_flops(n, model) * k * tokens, _cell(n, k * tokens))
+        for n, lengths in zip(SIZES, LENGTHS, strict=True)
+        for k in lengths
+    ]
+    characters = 1_000_000 * max(4, round(16 * tokens / 1e6))
+    return DemoSpace(
+        overrides=(
+            f"cells={json.dumps([cell for _, cell in costs])}",
+            f"base.data.corpora={json.dumps([{'kind': 'synthetic', 'characters': characters}])}",
+            f"seeds=[{seed}]",
+            f"base.training.seed={seed}",  # of the planned run, which is no trial
+        ),
+        trials=len(costs),
+        compute_flops=sum(flops for flops, _ in costs),
+        largest_flops=max(flops for flops, _ in costs),
+        seconds=seconds,
+        fits=seconds <= 60 * minutes + 1,
+    )
+
+
+def learning_rate(n_total: float) -> float:
+    """The peak rate for a size on the synthetic text, at a batch of 2,048 tokens; the same at every D."""
+    return float(f"{0.025 * (n_total / 2e4) ** -0.5:.3g}")
+
+
+def shapes(base: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `model` sections of the smallest and of the largest size, whose speed is to be measured."""
+    return [{**base["model"], **shape(n, base["model"], "n_total")} for n in (SIZES[0], SIZES[-1])]
+
+
+def _cell(n: int, tokens: float) -> dict[str, float]:
+    return {
+        "n_total": n,
+        "tokens": float(f"{tokens:.4g}"),
+        "training.optimizer.learning_rate": learning_rate(n),
+    }
+
+
+def _flops(n: int, model: Mapping[str, Any]) -> float:
+    """Of a token of training."""
+    config = ModelConfig(**{**model, **shape(n, model, "n_total")})
+    return flops_per_token(config, config.max_context_tokens).total
+
+
+def _seconds(speed: Speed, base: Mapping[str, Any]) -> float:
+    """Of the sweep on two processes and of the planned run, per token of the shortest run."""
+    sizes: Sequence[int] = [parameter_counts(ModelConfig(**model)).n_total for model in shapes(base)]
+    costs = [
+        (_flops(n, base["model"]) * k, n) for n, lengths in zip(SIZES, LENGTHS, strict=True) for k in lengths
+    ]
+    sweep = sum(flops / _between(speed, n, sizes) for flops, n in costs) / 2 / SWEEP_EFFICIENCY
+    run = PLANNED * max(flops for flops, _ in costs) / speed.large / 2 / SHARED_EFFICIENCY
+    return sweep + run
+
+
+def _between(speed: Speed, n: float, sizes: Sequence[int]) -> float:
+    """The speed at a size between the two measured ones: linear in N."""
+    part = (n - sizes[0]) / (sizes[1] - sizes[0])
+    return speed.small + min(max(part, 0.0), 1.0) * (speed.large - speed.small)

@@ -24,6 +24,7 @@ TRUTH = {
     "rho": 0.47,
     "q": 0.2,
     "eta": 0.9,
+    "gamma": 0.45,
 }
 
 
@@ -43,6 +44,9 @@ def sweep(form: str = "nd", n: int = 60, noise: float = 0.005, seed: int = 0) ->
         loss = loss + TRUTH["c"] * table.context_tokens ** -TRUTH["zeta"]
     if form == "moe_cf":
         loss = loss + TRUTH["q"] * table.capacity_factor ** -TRUTH["eta"]
+    if form == "interaction":
+        parts = (TRUTH["a"] * size ** -TRUTH["alpha"], TRUTH["b"] * table.tokens ** -TRUTH["beta"])
+        loss = TRUTH["L_inf"] + sum(part ** (1 / TRUTH["gamma"]) for part in parts) ** TRUTH["gamma"]
     if form == "c":
         loss = 1.8 + 300.0 * table.compute_flops**-0.14
     if form == "joules":

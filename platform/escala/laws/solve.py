@@ -55,6 +55,7 @@ class Problem:
     log_coefficient_P: np.ndarray
     prior_mean_P: Floats  # of the optimised parameter (log where marked)
     prior_weight_P: Floats  # Huber units per squared deviation; 0 without a prior
+    prior_sd_P: Floats | float = 0.0  # as stated
 
 
 @dataclass

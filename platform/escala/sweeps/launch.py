@@ -169,7 +169,15 @@ def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any)
     from escala.laws import queries
 
     points, sources, shared = _put_together(settings, names)
-    return queries.fit_points(settings, points, law, sources=sources, configuration=shared, **asked)
+    return queries.fit_points(
+        settings,
+        points,
+        law,
+        sources=sources,
+        configuration=shared,
+        stated=_stated(settings, names),
+        **asked,
+    )
 
 
 def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Preview:
@@ -178,6 +186,18 @@ def preview_sweeps(settings: Settings, names: Sequence[str], **asked: Any) -> Pr
 
     points, sources, _ = _put_together(settings, names)
     return queries.preview_points(points, sources=sources, **asked)
+
+
+def _stated(settings: Settings, names: Sequence[str]) -> list[str]:
+    """The dotted keys that the bases of all these sweeps' spaces state."""
+    from escala.contract.attempt import flatten
+
+    with open_store(settings) as store:
+        jobs = [
+            (store.list(limit=1, workload=SWEEP.name, name=name) or [store.get(name)])[0] for name in names
+        ]
+    said = [set(flatten(job.config.get("base") or {})) for job in jobs]
+    return sorted(set.intersection(*said)) if said else []
 
 
 def _put_together(settings: Settings, names: Sequence[str]) -> tuple[pd.DataFrame, list[str], dict[str, Any]]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from escala.laws.forms import get_form
-from escala.laws.inputs import SIZE
 from escala.cli.render import ago, as_json, note, number, page, pairs, raw, table
 from escala.contract.errors import LawError
+from escala.laws.forms import get_form
+from escala.laws.inputs import SIZE
 
 if TYPE_CHECKING:
     from escala.views.laws import (

@@ -28,7 +28,7 @@ NAMED: dict[str, Mapping[str, tuple[float, float]]] = {"literature": LITERATURE}
 
 
 def read_priors(stated: Iterable[str], named: str | None = None) -> dict[str, tuple[float, float]]:
-    """Priors from NAME=MEAN,SD texts, put over those of a named set. Raises LawError for a text or name that is none."""
+    """Priors from NAME=MEAN,SD texts, put over those of a named set. Raises LawError for what is neither."""
     if named is not None and named not in NAMED:
         raise LawError(f"There are no priors '{named}'.", f"Choose one of: {', '.join(NAMED)}.")
     found = dict(NAMED[named]) if named else {}

@@ -252,7 +252,8 @@ def largest_model(
 
 def base_of(stored: Stored) -> dict[str, Any]:
     """The configuration that the law's runs share, less what the recipe decided: what a run that is to be compared
-    with them has. What the space of their sweep states no recipe decided, so it is kept. Empty for a law of a table that says nothing of its runs.
+    with them has. What the space of their sweep states no recipe decided, so it is kept. Empty for a law of a table
+    that says nothing of its runs.
     """
     kept = set(stored.provenance.get("stated") or ()) - NEVER_KEPT
     return _comparable(stored.provenance.get("configuration") or {}, "", "", kept)

@@ -24,6 +24,7 @@ WHERE = {  # module -> functions that word findings, notes, or reasons of refuse
     "sample": ("effective_sample", "by_curve", "_checked"),
     "units": ("_too_small", "_out_of_order", "_compute", "_ratio", "_loss"),
     "estimate": ("_replicates", "_notes"),
+    "priors": ("shrinkage",),
     "table": ("_reasons",),
 }
 SHORTEST = 9  # letters of a fixed part that tells one finding from another

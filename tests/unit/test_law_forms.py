@@ -18,7 +18,7 @@ from escala.laws import Law, fit_law, forms
 from escala.laws.files import read_points_file
 from escala.laws.form import Form, Term
 from escala.laws.inputs import COMPUTE_FLOPS, TOKENS, Input
-from escala.laws.queries import predict_law
+from escala.laws.queries import compare_laws, predict_law
 from escala.laws.reference import Cache, Stored
 from escala.settings import Settings
 
@@ -181,3 +181,14 @@ def test_no_module_of_laws_tests_the_name_of_a_form() -> None:
                 attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
                 named = {"form_name"} & attributes or names & words
                 assert not named, f"{path.name}:{node.lineno}"
+
+
+def test_laws_of_compute_and_of_n_and_d_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home_of(fit_law(table(), bootstrap=0), tmp_path, monkeypatch)
+    cache = Cache(tmp_path / "home", "http://127.0.0.1:9")
+    cache.put(Stored("compute", 1, fit_law(table(), "c", bootstrap=0), {}))
+    settings = Settings()
+    for first, second in (("mine@1", "compute@1"), ("compute@1", "mine@1")):
+        found = compare_laws(settings, first, second)
+        assert found.disagreement is not None
+        assert 0 < found.disagreement < 0.5

@@ -11,6 +11,7 @@ from escala.contract.errors import LawError
 from escala.laws import Law, Objective, fit_law, isoflop_parabolas, slices
 from escala.laws.forms import FORMS
 from escala.laws.powers import loss_and_jacobian, losses, make_features
+from escala.laws.priors import LITERATURE, read_priors
 
 # Besiroglu et al. (2024), the corrected Chinchilla law; c, zeta, rho, q, eta are our own.
 TRUTH = {
@@ -24,6 +25,7 @@ TRUTH = {
     "rho": 0.47,
     "q": 0.2,
     "eta": 0.9,
+    "gamma": 0.45,
 }
 
 
@@ -43,6 +45,9 @@ def sweep(form: str = "nd", n: int = 60, noise: float = 0.005, seed: int = 0) ->
         loss = loss + TRUTH["c"] * table.context_tokens ** -TRUTH["zeta"]
     if form == "moe_cf":
         loss = loss + TRUTH["q"] * table.capacity_factor ** -TRUTH["eta"]
+    if form == "interaction":
+        parts = (TRUTH["a"] * size ** -TRUTH["alpha"], TRUTH["b"] * table.tokens ** -TRUTH["beta"])
+        loss = TRUTH["L_inf"] + sum(part ** (1 / TRUTH["gamma"]) for part in parts) ** TRUTH["gamma"]
     if form == "c":
         loss = 1.8 + 300.0 * table.compute_flops**-0.14
     if form == "joules":
@@ -218,7 +223,31 @@ def test_fixed_and_priors():
     assert tight.parameters["alpha"] == pytest.approx(0.5, rel=1e-3)
     assert tight.parameters["b"] == pytest.approx(1000.0, rel=1e-3)
     assert tight.objective_value > free.objective_value
-    assert any("priors shrink" in finding for finding in tight.findings)
+    moved = f"prior alpha ~ 0.5 +- 1e-05 (stated) moved alpha from {free.parameters['alpha']:.3g} to 0.5"
+    assert moved in tight.findings
+    assert any(
+        finding.startswith("prior log b ~ 6.90776 +- 1e-05 (stated) moved b") for finding in tight.findings
+    )
+    few = fit_law(table[:4], priors=LITERATURE, bootstrap=0)
+    assert any("without priors the points determine no law" in finding for finding in few.findings)
+
+
+def test_priors_are_read_and_their_means_drawn_again():
+    assert read_priors(["alpha=0.5,0.2", "L_inf=0.6,0.1"], "literature") == {
+        "alpha": (0.5, 0.2),
+        "beta": LITERATURE["beta"],
+        "L_inf": (0.6, 0.1),
+    }
+    for bad in ("alpha", "alpha=1", "=1,1", "alpha=1,0", "alpha=1,x", "alpha=1,2,3", "alpha=nan,1"):
+        with pytest.raises(LawError, match="NAME=MEAN,SD"):
+            read_priors([bad])
+    with pytest.raises(LawError, match="two priors"):
+        read_priors(["alpha=1,1", "alpha=2,1"])
+    with pytest.raises(LawError, match="no priors 'mine'"):
+        read_priors([], "mine")
+    law = fit_law(sweep(n=12, noise=0.03), priors={"alpha": (0.35, 0.02)}, bootstrap=200)
+    low, high = law.intervals()["alpha"]
+    assert high - low == pytest.approx(2 * 1.645 * 0.02, rel=0.3)  # the points say nothing: the prior's own
 
 
 @pytest.mark.parametrize("size", ["n_total", "n_non_embedding"])

@@ -79,6 +79,23 @@ def test_the_configuration_of_a_law_s_runs_comes_back_without_what_the_recipe_de
     assert config.resources.workers == 2
 
 
+def test_what_the_space_stated_is_kept_and_what_the_recipe_decided_is_not(stored: Stored) -> None:
+    training = {**CONFIGURATION["training"], "batch_sequences": 8, "micro_batch_sequences": 4, "steps": 90}
+    shared = {**CONFIGURATION, "training": training}
+    said = ["training.batch_sequences", "training.optimizer.learning_rate", "training.steps", "training.seed"]
+    recipe = base_of(replace(stored, provenance={"configuration": shared}))["training"]
+    assert recipe == {"context_tokens": 64}
+    kept = replace(stored, provenance={"configuration": shared, "stated": said})
+    assert base_of(kept)["training"] == {
+        "context_tokens": 64,
+        "batch_sequences": 8,
+        "optimizer": {"learning_rate": 0.01},
+    }
+    config = PretrainConfig.model_validate(config_for(kept, 56_000, 56_000, 2e6))
+    assert config.training.batch_sequences == 8
+    assert config.training.optimizer.learning_rate == 0.01
+
+
 def test_a_planned_mixture_has_the_experts_that_both_sizes_say(stored: Stored) -> None:
     model = {**CONFIGURATION["model"], "moe": {"chosen": 1, "capacity_factor": 1.25}}
     mixture = replace(stored, provenance={"configuration": {**CONFIGURATION, "model": model}})

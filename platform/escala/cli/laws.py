@@ -12,6 +12,7 @@ from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.contract.errors import LawError
 from escala.laws.forms import FORMS
+from escala.laws.priors import NAMED, read_priors
 
 if TYPE_CHECKING:
     from escala.client import Escala
@@ -66,6 +67,15 @@ def fit(
         int, typer.Option(help="Replicates behind the intervals; fewer than 20: none.")
     ] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap; the fit depends on none.")] = 0,
+    prior: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=MEAN,SD: a parameter's normal prior, e.g. alpha=0.35,0.1; of L_inf and coefficients on the log."
+        ),
+    ] = None,
+    priors: Annotated[
+        str | None, typer.Option(help=f"Of exponents, by name: {', '.join(NAMED)}; --prior goes over it.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -82,7 +92,15 @@ def fit(
             "--map renames the columns of --points; a sweep's need no renaming.", "Take --map out."
         )
     rename = _pairs(map_ or [])
-    settings = {"form": form, "group": group, "size": size, "bootstrap": bootstrap, "seed": seed}
+    stated = read_priors(prior or [], priors)
+    settings = {
+        "form": form,
+        "group": group,
+        "size": size,
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "priors": stated or None,
+    }
     if dry_run:
         render_laws.preview(_preview(open_home(), points or [], rename, sweep or [], settings), json)
         return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from escala.cli.render import ago, as_json, note, number, page, pairs, raw, table
 from escala.contract.errors import LawError
+from escala.laws.forms import get_form
+from escala.laws.inputs import SIZE
 
 if TYPE_CHECKING:
     from escala.views.laws import (
@@ -106,7 +108,8 @@ def law(found: LawView, json: bool) -> None:
 
 
 def _law(name: str, law: FitView) -> None:
-    raw(f"{name}   loss = {law.formula}   (N is {law.size})")
+    size = f"   (N is {law.size})" if SIZE in get_form(law.form).inputs else ""
+    raw(f"{name}   loss = {law.formula}{size}")
     table(("parameter", "value", "90 % from", "to"), parameter_rows(law))
     for column, (low, high) in law.ranges.items():
         raw(f"  measured  {column} {number(low)} to {number(high)}")

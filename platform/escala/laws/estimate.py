@@ -31,16 +31,16 @@ from escala.laws.powers import (
     make_features,
     to_natural,
 )
+from escala.laws.priors import Priors, replicate_fits
 from escala.laws.rolling import Rolling
 from escala.laws.rolling import problems as past_problems
 from escala.laws.sample import Sample, by_curve
-from escala.laws.search import best_fit, replicate_fits
+from escala.laws.search import best_fit
 from escala.laws.solve import Objective, Problem, huber, residuals
 from escala.laws.table import Table, read_points
 from escala.laws.units import contradictions
 
 MOST_REPLICATES = 100_000  # beyond, memory and law.json grow, the intervals do not change
-Priors = Mapping[str, tuple[float, float]]
 
 
 def estimate(
@@ -115,7 +115,7 @@ def _replicates(
     if not sample.resamplable:
         return none, ()  # the sample says so itself
     weight_BN = bootstrap_weights(bootstrap, sample.unit_N, rng)
-    replicates_BP = replicate_fits(problem, theta_P, weight_BN, progress)
+    replicates_BP = replicate_fits(problem, theta_P, weight_BN, rng, progress)
     finite_B = np.isfinite(replicates_BP).all(axis=1)
     if finite_B.mean() < SMALLEST_SHARE:
         return none, (f"no intervals: {1 - finite_B.mean():.0%} of the bootstrap replicates have no fit",)
@@ -161,14 +161,15 @@ def _problem(
     held = {**fixed, **priors}
     features = make_features(form, table.columns, tuple(term.coefficient not in held for term in form.terms))
     low, high = (np.array(ends) for ends in form.bounds())
-    mean, weight = np.zeros(len(form.names)), np.zeros(len(form.names))
+    mean, weight, spread = (np.zeros(len(form.names)) for _ in range(3))
     for name, value in fixed.items():
         low[form.names.index(name)] = high[form.names.index(name)] = value
     for name, (center, sd) in priors.items():
         mean[form.names.index(name)], weight[form.names.index(name)] = center, sd**-2.0
+        spread[form.names.index(name)] = sd
     marked = np.array([name in priors and name in form.coefficients for name in form.names])
     low[marked] = 1e-300
-    return Problem(form, features, table.loss_N, objective, low, high, marked, mean, weight)
+    return Problem(form, features, table.loss_N, objective, low, high, marked, mean, weight, spread)
 
 
 def _scale_priors(problem: Problem) -> Problem:
@@ -274,8 +275,6 @@ def _inputs_of(table: Table) -> set[str]:
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
     notes = []
-    if settings["priors"]:
-        notes.append(f"priors shrink: {', '.join(settings['priors'])}")
     if settings["fixed"]:
         notes.append(f"held fixed: {', '.join(settings['fixed'])}")
     return notes

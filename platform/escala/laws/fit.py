@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 
-from escala.laws.estimate import Priors, estimate
+from escala.contract.errors import LawError
+from escala.laws.estimate import estimate
 from escala.laws.law import Law
+from escala.laws.priors import Priors, shrinkage
 from escala.laws.solve import Objective
 
 
@@ -45,6 +48,14 @@ def fit_law(
         LawError: a missing column, several tokenizers or evaluation sets, no usable point, fewer points than
             free parameters, or a bad setting.
     """
-    return Law(
+    law = Law(
         **estimate(points, form, objective, bootstrap, group, fixed, priors, size, seed, progress, backtests)
     )
+    if not priors:
+        return law
+    try:
+        alone = Law(**estimate(points, form, objective, 0, group, fixed, None, size, seed)).parameters
+    except LawError:  # too few points for a fit without priors
+        alone = None
+    said = shrinkage(law.form, law.settings["priors"], law.parameters, alone)
+    return replace(law, findings=(*law.findings, *said))

@@ -52,6 +52,17 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Join:
+    """All terms joined in a power mean instead of a sum: (sum over terms of (c x^-e)^(1/gamma))^gamma; `parameter` is
+    gamma's name. Below 1 the smaller term counts for less than it would alone.
+    """
+
+    parameter: str
+    bounds: tuple[float, float] = (0.1, 2.0)
+    starts: tuple[float, ...] = (1.0, 0.6, 0.35)
+
+
+@dataclass(frozen=True)
 class Term:
     """coefficient * x^-exponent, where log x = log input + rho * log ratio (rho and the ratio only with a mix)."""
 
@@ -86,7 +97,8 @@ class Form:
     """A functional form. The input "size" stands for the N that the law is fitted on.
 
     `no_split`: why a budget has no best split of N and D under this form, and what to do; None: it has one, in closed
-    form. `starts`: the exponents that a fit begins from. At most the first term has a mix.
+    form. `starts`: the exponents that a fit begins from. At most the first term has a mix, and not in a form with a
+    `join`.
     """
 
     name: str
@@ -95,6 +107,7 @@ class Form:
     starts: tuple[float, ...] = COARSE
     derived: tuple[Derived, ...] = ()
     no_split: tuple[str, str] | None = None
+    join: Join | None = None
 
     @cached_property
     def coefficients(self) -> tuple[str, ...]:
@@ -103,9 +116,9 @@ class Form:
 
     @cached_property
     def exponents(self) -> tuple[str, ...]:
-        """One exponent per term, then the mix's parameter where the form has one."""
-        mix = () if self.mix is None else (self.mix.parameter,)
-        return (*(term.exponent for term in self.terms), *mix)
+        """One exponent per term, then the parameter of the mix or the join where the form has one."""
+        last = () if self.shared is None else (self.shared.parameter,)
+        return (*(term.exponent for term in self.terms), *last)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -135,20 +148,26 @@ class Form:
         return self.terms[0].mix
 
     @property
+    def shared(self) -> Mix | Join | None:
+        """What the last parameter belongs to, where it is no term's own."""
+        return self.mix or self.join
+
+    @property
     def mixed(self) -> bool:
         """Whether the form has N_eff = N_total^rho N_active^(1-rho)."""
         return self.mix is not None
 
     def bounds(self) -> tuple[list[float], list[float]]:
         """Lower and upper bounds, in the order of `names`."""
-        k, mix = len(self.coefficients), self.mix
-        low = [0.0] * k + [EXPONENT_BOUNDS[0]] * len(self.terms) + ([mix.bounds[0]] if mix else [])
-        high = [math.inf] * k + [EXPONENT_BOUNDS[1]] * len(self.terms) + ([mix.bounds[1]] if mix else [])
+        k, last = len(self.coefficients), self.shared
+        low = [0.0] * k + [EXPONENT_BOUNDS[0]] * len(self.terms) + ([last.bounds[0]] if last else [])
+        high = [math.inf] * k + [EXPONENT_BOUNDS[1]] * len(self.terms) + ([last.bounds[1]] if last else [])
         return low, high
 
     def starts_of(self, name: str) -> tuple[float, ...]:
-        """Values of an exponent, or of the mix's parameter, that a fit begins from."""
-        return self.mix.starts if self.mix is not None and name == self.mix.parameter else self.starts
+        """Values of an exponent, or of the mix's or the join's parameter, that a fit begins from."""
+        last = self.shared
+        return last.starts if last is not None and name == last.parameter else self.starts
 
     def term_of(self, column: str) -> Term | None:
         """The term of an input; None where the form does not read it."""
@@ -189,7 +208,8 @@ class Form:
         if size.mix is not None:
             a = a * size.mix.ratio(held) ** (-parameters[size.exponent] * parameters[size.mix.parameter])
         b, beta = parameters[tokens.coefficient], parameters[tokens.exponent]
-        return TwoTerms(constant, a, parameters[size.exponent], b, beta)
+        gamma = 1.0 if self.join is None else parameters[self.join.parameter]
+        return TwoTerms(constant, a, parameters[size.exponent], b, beta, gamma)
 
     def optimum(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from escala.laws.form import FLOOR, Form
+from escala.laws.inputs import SIZE
 from escala.laws.powers import Floats
 
 SMALLEST_SPAN = 1.2  # a factor whose largest value is less than 1.2 times its smallest was hardly varied
@@ -150,9 +151,9 @@ def _conditioning(e: Evidence) -> list[str]:
     number = condition_number(e)
     if number <= LARGEST_CONDITION:
         return []
-    return [
-        f"the condition number is {number:.1e}: the points cannot tell the terms apart; vary N and D apart"
-    ]
+    names = ["N" if name == SIZE.name else name for name in e.columns]
+    how = f"vary {' and '.join(names)} apart" if len(names) > 1 else f"vary {names[0]} more"
+    return [f"the condition number is {number:.1e}: the points cannot tell the terms apart; {how}"]
 
 
 def _several_regimes(e: Evidence) -> list[str]:

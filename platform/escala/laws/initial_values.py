@@ -17,13 +17,14 @@ from escala.laws.solve import Problem
 
 
 def _grid(problem: Problem) -> Floats:
-    """Exponents to try, (G, number of exponents); a fixed one keeps its value."""
+    """Exponents to try, (G, number of exponents); a fixed one keeps its value. A power mean starts as a sum."""
     form, first = problem.form, len(problem.form.coefficients)
     axes = []
     for i, name in enumerate(form.names[first:], first):
         low, high = problem.low_P[i], problem.high_P[i]
         starts = form.starts_of(name)
-        axes.append((low,) if low == high else tuple(v for v in starts if low <= v <= high))
+        inside = (low,) if low == high else tuple(v for v in starts if low <= v <= high)
+        axes.append(inside[:1] if form.join is not None and name == form.join.parameter else inside)
     return np.array(list(product(*axes)), dtype=float)
 
 
@@ -89,7 +90,22 @@ def grid_starts(problem: Problem, count: int) -> Floats:
     marked = problem.log_coefficient_P[:k]
     coefficient_GK[:, marked] = np.maximum(coefficient_GK[:, marked], 1e-3 * problem.loss_N.mean())
     chosen = _spread(pick_GK, grid_GE, value_G, count)
-    return np.concatenate([coefficient_GK[chosen], grid_GE[chosen]], axis=1)
+    return _joined(problem, np.concatenate([coefficient_GK[chosen], grid_GE[chosen]], axis=1))
+
+
+def _joined(problem: Problem, start_GP: Floats) -> Floats:
+    """The starts at each of the powers that a join begins from; a term that is absent has no slope there, so it is
+    small.
+    """
+    join = problem.form.join
+    if join is None:
+        return start_GP
+    low, high = problem.low_P[-1], problem.high_P[-1]
+    powers = [low] if low == high else [v for v in join.starts if low <= v <= high]
+    out_GP = np.concatenate([np.column_stack([start_GP[:, :-1], np.full(len(start_GP), v)]) for v in powers])
+    terms = slice(1, 1 + len(problem.form.terms))
+    out_GP[:, terms] = np.maximum(out_GP[:, terms], 1e-3 * problem.loss_N.mean())
+    return out_GP
 
 
 def _spread(pick_GK: np.ndarray, grid_GE: Floats, value_G: Floats, count: int) -> np.ndarray:

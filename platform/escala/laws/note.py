@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from escala.laws.inputs import SIZE
 from escala.laws.law import Law
 
 REFUSED_ROWS = 20
@@ -22,9 +23,10 @@ def headline(law: Law, reference: str) -> str:
 
 def note(law: Law, reference: str, provenance: dict[str, Any]) -> str:
     """The Markdown of a law's run."""
+    size = f"N is {law.size}; " if SIZE in law.form.inputs else ""
     parts = [
         f"# {headline(law, reference)}",
-        f"`loss = {law.form.formula}` (N is {law.size}; loss in nats per token). With plots: artifact {REPORT}.",
+        f"`loss = {law.form.formula}` ({size}loss in nats per token). With plots: artifact {REPORT}.",
         _parameters(law),
         "## Findings\n\n" + ("\n".join(f"- {f}" for f in law.findings[:FINDINGS]) or "None."),
         _backtest(law),

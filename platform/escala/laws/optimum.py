@@ -26,23 +26,29 @@ class Optimum:
     tokens: float
     loss_nats: float
     multiplier: float
-    residual: float  # first-order condition, relative: alpha a N^-alpha / (beta b D^-beta) - 1
+    residual: (
+        float  # first-order condition, relative: alpha a N^-alpha / (beta b D^-beta) - 1, of the joined terms
+    )
 
 
 @dataclass(frozen=True)
 class TwoTerms(Generic[Value]):
-    """A law of N and D, its other inputs held: loss = constant + a N^-alpha + b D^-beta, in nats per token."""
+    """A law of N and D, its other inputs held, in nats per token:
+    loss = constant + ((a N^-alpha)^(1/gamma) + (b D^-beta)^(1/gamma))^gamma.
+    """
 
     constant: Value
     a: Value
     alpha: Value
     b: Value
     beta: Value
+    gamma: Value | float = 1.0
 
 
 def best_split(law: TwoTerms[float], compute_flops: float, kappa: float, multiplier: float) -> Optimum:
     """Minimise the loss over N and D at C = kappa N D. Raises LawError where the optimum lies at a boundary."""
-    a, alpha, b, beta = law.a, law.alpha, law.b, law.beta
+    power = 1.0 / law.gamma  # the least sum of the powers is the least loss
+    a, alpha, b, beta = law.a**power, law.alpha * power, law.b**power, law.beta * power
     if min(a, b, alpha, beta) <= 0.0:
         raise LawError(
             "The law has no interior optimum: the term of N or of D is zero.",
@@ -53,7 +59,7 @@ def best_split(law: TwoTerms[float], compute_flops: float, kappa: float, multipl
     size, tokens = math.exp(log_n), math.exp(math.log(budget) - log_n)
     by_n, by_d = a * size**-alpha, b * tokens**-beta
     residual = alpha * by_n / (beta * by_d) - 1.0
-    return Optimum(size, tokens, law.constant + by_n + by_d, multiplier, residual)
+    return Optimum(size, tokens, law.constant + (by_n + by_d) ** law.gamma, multiplier, residual)
 
 
 def check_budget(compute_flops: float, kappa: float) -> None:

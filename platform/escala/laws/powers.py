@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from escala.laws.form import Form
 
 Floats = NDArray[np.float64]
+SMALLEST = 1e-9  # of a coefficient in a power mean, whose slope is not finite at 0
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,38 @@ def term_powers(form: Form, theta_BP: Floats, features: Features) -> tuple[list[
     return powers, logs
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Terms in a power mean, M = (sum of t^(1/gamma))^gamma with t = c x^-e, and what its derivatives are made of."""
+
+    mean_BN: Floats
+    share_KBN: Floats  # of each term in the sum of powers; dM/dlog t = M share
+    entropy_BN: Floats  # of the shares; dM/dgamma = M entropy
+    log_share_KBN: Floats
+    slope_KBN: Floats  # dM/dt
+
+
+def join(theta_BP: Floats, powers: list[Floats]) -> Joined:
+    """The power mean of a form's terms; its gamma is the last parameter."""
+    gamma_B1 = theta_BP[:, -1:]
+    coefficient_KB1 = theta_BP[:, 1 : 1 + len(powers)].T[:, :, None]
+    log_KBN = np.log(np.maximum(coefficient_KB1, SMALLEST)) + np.log(np.stack(powers))
+    top_BN = log_KBN.max(axis=0)
+    log_share_KBN = (log_KBN - top_BN) / gamma_B1
+    log_sum_BN = np.log(np.exp(log_share_KBN).sum(axis=0))
+    log_share_KBN -= log_sum_BN
+    share_KBN = np.exp(log_share_KBN)
+    mean_BN = np.exp(top_BN + gamma_B1 * log_sum_BN)
+    entropy_BN = -(share_KBN * log_share_KBN).sum(axis=0)
+    slope_KBN = mean_BN * share_KBN * np.exp(-log_KBN)
+    return Joined(mean_BN, share_KBN, entropy_BN, log_share_KBN, slope_KBN)
+
+
 def losses(form: Form, theta_BP: Floats, features: Features) -> Floats:
     """The law's loss in nats per token: (B, P) parameters at N points -> (B, N)."""
     powers, _ = term_powers(form, theta_BP, features)
+    if form.join is not None:
+        return theta_BP[:, :1] + join(theta_BP, powers).mean_BN
     loss_BN = np.repeat(theta_BP[:, :1], features.main_KN.shape[1], axis=1)
     for i, power_BN in enumerate(powers):
         loss_BN += theta_BP[:, 1 + i, None] * power_BN
@@ -103,6 +133,10 @@ def loss_and_jacobian(form: Form, theta_BP: Floats, features: Features) -> tuple
     powers, logs = term_powers(form, theta_BP, features)
     jacobian_BPN = np.empty((*theta_BP.shape, features.main_KN.shape[1]))
     jacobian_BPN[:, 0] = 1.0
+    joined = None if form.join is None else join(theta_BP, powers)
+    if joined is not None:
+        powers = [power * slope for power, slope in zip(powers, joined.slope_KBN, strict=True)]
+        jacobian_BPN[:, -1] = joined.mean_BN * joined.entropy_BN
     loss_BN = np.repeat(theta_BP[:, :1], features.main_KN.shape[1], axis=1)
     for i, term in enumerate(form.terms):
         part_BN = theta_BP[:, 1 + i, None] * powers[i]
@@ -111,4 +145,6 @@ def loss_and_jacobian(form: Form, theta_BP: Floats, features: Features) -> tuple
         jacobian_BPN[:, 1 + k + i] = -part_BN * logs[i]
         if term.mix and features.mix_N is not None:
             jacobian_BPN[:, -1] = -part_BN * theta_BP[:, 1 + k + i, None] * features.mix_N
+    if joined is not None:
+        loss_BN = theta_BP[:, :1] + joined.mean_BN
     return loss_BN, jacobian_BPN

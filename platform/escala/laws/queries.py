@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from escala.laws.drift import Calibration
     from escala.laws.files import PointsFile
+    from escala.laws.powers import Floats
+    from escala.laws.priors import Priors
     from escala.laws.registry import LawVersion, Registry
     from escala.laws.report import BacktestLine, TrackRecord
 
@@ -98,6 +100,7 @@ def fit_file(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    priors: Priors | None = None,
     report: Report | None = None,
 ) -> Fitted:
     """Fit a law to the table in `file` (CSV, or JSON: a list of records) or in several files, and store it as the
@@ -105,7 +108,7 @@ def fit_file(
 
     Args:
         rename: {column of the file: column of a law's points}, e.g. {"params": "n_active"}.
-        form, group, size, bootstrap, seed: see `fit_law`.
+        form, group, size, bootstrap, seed, priors: see `fit_law`.
         report: told what is being done.
 
     Raises NotFoundError, LawError, ClusterError.
@@ -122,6 +125,7 @@ def fit_file(
         size=size,
         bootstrap=bootstrap,
         seed=seed,
+        priors=priors,
         report=report,
     )
 
@@ -135,6 +139,7 @@ def preview_file(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    priors: Priors | None = None,
     report: Report | None = None,
 ) -> Preview:
     """The law of `fit_file`, and how the file was understood; stores nothing and asks no tracker.
@@ -142,7 +147,16 @@ def preview_file(
     Raises NotFoundError, LawError.
     """
     read, group = _read(file, rename or {}, group)
-    law = _fitted(read.points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    law = _fitted(
+        read.points,
+        report,
+        form=form,
+        group=group,
+        size=size,
+        bootstrap=bootstrap,
+        seed=seed,
+        priors=priors,
+    )
     return Preview(law, {**read.understood, **_understood(law, read.points)})
 
 
@@ -155,11 +169,21 @@ def preview_points(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    priors: Priors | None = None,
     report: Report | None = None,
     audited: Sequence[AuditedPoint] = (),
 ) -> Preview:
     """The law of `fit_points`; stores nothing. Args and errors as there."""
-    law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    law = _fitted(
+        points,
+        report,
+        form=form,
+        group=group,
+        size=size,
+        bootstrap=bootstrap,
+        seed=seed,
+        priors=priors,
+    )
     law = _with_audit(law, audited)
     columns = [str(name) for name in points.columns]
     understood = {"sources": list(sources), "columns": columns, "rows": len(points)}
@@ -177,23 +201,35 @@ def fit_points(
     size: str = "n_active",
     bootstrap: int = 1000,
     seed: int = 0,
+    priors: Priors | None = None,
     report: Report | None = None,
     configuration: Mapping[str, Any] | None = None,
     audited: Sequence[AuditedPoint] = (),
+    stated: Sequence[str] = (),
 ) -> Fitted:
     """Fit a law to `points` and store it as the next version of `name`.
 
     Args:
         sources: where the points came from, in words.
-        form, group, size, bootstrap, seed: see `fit_law`.
+        form, group, size, bootstrap, seed, priors: see `fit_law`.
         report: told what is being done.
         configuration: what all points' runs have in common, nested; a drift alarm compares a run with it.
         audited: where the recipe of the points' runs was audited; kept, and among the law's findings.
+        stated: the dotted keys of it that the space of the sweep states, so that no recipe decides them.
 
     Raises LawError, ClusterError.
     """
     parse(name)  # a bad name is an error before the fit
-    law = _fitted(points, report, form=form, group=group, size=size, bootstrap=bootstrap, seed=seed)
+    law = _fitted(
+        points,
+        report,
+        form=form,
+        group=group,
+        size=size,
+        bootstrap=bootstrap,
+        seed=seed,
+        priors=priors,
+    )
     law = _with_audit(law, audited)
     if report is not None:
         report("storing the law in the tracker")
@@ -206,6 +242,7 @@ def fit_points(
         sources=sources,
         configuration=configuration,
         audited=audited,
+        stated=stated,
     )
     return Fitted(registry.load(f"{name}@{version}"), registry.champion(name))
 
@@ -324,13 +361,25 @@ def compare_laws(settings: Settings, first: str, second: str) -> LawComparison:
     a, b = law(settings, first), law(settings, second)
     off = []
     for points in (a.law.points, b.law.points):
-        needed = {*a.law.inputs, *b.law.inputs}
-        if not needed <= set(points.columns):
+        first_N, second_N = (_curve(each.law, points) for each in (a, b))
+        if first_N is None or second_N is None:
             return LawComparison(a, b, None, None)
-        columns = {name: points[name].to_numpy(np.float64) for name in needed}
-        off.append(np.abs(b.law.curve(columns) / a.law.curve(columns) - 1))
+        off.append(np.abs(second_N / first_N - 1))
     both = np.concatenate(off)
     return LawComparison(a, b, float(np.median(both)), float(both.max()))
+
+
+def _curve(law: Law, points: pd.DataFrame) -> Floats | None:
+    """The law's loss at points of another law, inputs that follow from theirs included; None where one is missing."""
+    import numpy as np
+
+    columns = {str(name): points[name].to_numpy() for name in points.columns}
+    for each in law.form.derived:
+        if each.input.name not in columns and set(each.sources) <= set(columns):
+            columns[each.input.name] = each.compute(columns)
+    if not set(law.inputs) <= set(columns):
+        return None
+    return law.curve({name: columns[name].astype(np.float64) for name in law.inputs})
 
 
 def promote_law(settings: Settings, reference: str, force: bool = False) -> Stored:

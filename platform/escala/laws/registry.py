@@ -84,6 +84,7 @@ class Registry:
         sources: Sequence[str] = (),
         configuration: Mapping[str, Any] | None = None,
         audited: Sequence[AuditedPoint] = (),
+        stated: Sequence[str] = (),
     ) -> int:
         """Store a law as the next version of `name`; see the module for what that holds.
 
@@ -94,12 +95,13 @@ class Registry:
                 the measured runs are read from the points' column run_id.
             configuration: what all measured runs have in common, nested; None: not known.
             audited: where the recipe was audited.
+            stated: the dotted keys of it that a sweep's space states.
 
         Raises LawError for a bad name, ClusterError where the tracker does not answer.
         """
         if parse(name).version is not None:
             raise LawError(f"'{name}' states a version.", "The registry counts them; give the name alone.")
-        provenance = _provenance(law, by, sources, configuration)
+        provenance = _provenance(law, by, sources, configuration, stated)
         provenance |= {"audit": plain(audited)} if audited else {}
         with self._client() as client, tempfile.TemporaryDirectory(prefix="escala-law-") as directory:
             _ensure_model(client, name)
@@ -274,7 +276,11 @@ def _name(client: Any, run_id: str, law: Law, reference: str, provenance: dict[s
 
 
 def _provenance(
-    law: Law, by: str, sources: Sequence[str], configuration: Mapping[str, Any] | None
+    law: Law,
+    by: str,
+    sources: Sequence[str],
+    configuration: Mapping[str, Any] | None,
+    stated: Sequence[str] = (),
 ) -> dict[str, Any]:
     points = law.points
     code = code_fingerprint()
@@ -295,6 +301,7 @@ def _provenance(
         "git_dirty": code.git_dirty,
         "law_fingerprint": fingerprint(json.loads(law.to_json())),
         "configuration": None if configuration is None else dict(configuration),
+        "stated": list(stated),
         **data,
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from escala.contract.errors import LawError
 from escala.laws.form import Form
-from escala.laws.powers import Features, Floats, term_powers
+from escala.laws.powers import SMALLEST, Features, Floats, Joined, join, term_powers
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Problem:
     log_coefficient_P: np.ndarray
     prior_mean_P: Floats  # of the optimised parameter (log where marked)
     prior_weight_P: Floats  # Huber units per squared deviation; 0 without a prior
+    prior_sd_P: Floats | float = 0.0  # as stated
 
 
 @dataclass
@@ -86,7 +87,12 @@ def local_model(problem: Problem, theta_BP: Floats, weight_BN: Floats, delta: fl
     form, k, log_space = problem.form, len(problem.form.terms), problem.objective.space == "log"
     size_B, size_P = theta_BP.shape
     powers, logs = term_powers(form, theta_BP, problem.features)
-    loss_BN = theta_BP[:, :1] + sum(theta_BP[:, 1 + i, None] * power for i, power in enumerate(powers))
+    joined = None if form.join is None else join(theta_BP, powers)
+    if joined is None:
+        loss_BN = theta_BP[:, :1] + sum(theta_BP[:, 1 + i, None] * power for i, power in enumerate(powers))
+    else:
+        loss_BN = theta_BP[:, :1] + joined.mean_BN
+        powers = [power * slope for power, slope in zip(powers, joined.slope_KBN, strict=True)]
     np.maximum(
         loss_BN, 1e-6 * problem.loss_N.min(), out=loss_BN
     )  # all coefficients 0: a step that is refused
@@ -103,8 +109,12 @@ def local_model(problem: Problem, theta_BP: Floats, weight_BN: Floats, delta: fl
         np.multiply(slopes_BPN[:, 1 + i], -logs[i], out=slopes_BPN[:, 1 + k + i])
         if term.mix and problem.features.mix_N is not None:
             slopes_BPN[:, -1] = slopes_BPN[:, 1 + i] * theta_BP[:, 1 + k + i, None] * -problem.features.mix_N
+    if joined is not None:
+        slopes_BPN[:, -1] = joined.mean_BN * joined.entropy_BN * inverse_BN
     bare_BP = np.einsum("bn,bpn->bp", weighted_BN, slopes_BPN)
     second_BPP = _second_order(problem, theta_BP, weighted_BN, slopes_BPN, logs, bare_BP)
+    if joined is not None:
+        second_BPP += _join_curvature(theta_BP, weighted_BN * inverse_BN, joined, logs)
     scale_BP = np.ones_like(theta_BP)
     scale_BP[:, 1 + k : 1 + 2 * k] = theta_BP[:, 1 : 1 + k]
     if form.mixed:
@@ -150,6 +160,34 @@ def _second_order(
             cross_B = np.einsum("bn,bn->b", mixed_BN, log_BN) - bare_BP[:, -1] / alpha_B
             out_BPP[:, e, -1] = out_BPP[:, -1, e] = -coefficient_B * cross_B
             out_BPP[:, -1, -1] = -coefficient_B * alpha_B * (mixed_BN @ mix_N)
+    return out_BPP
+
+
+def _join_curvature(theta_BP: Floats, pulled_BN: Floats, joined: Joined, logs: list[Floats]) -> Floats:
+    """What a power mean M adds to `_second_order`, (B, P, P). With shares s, entropy H and t the terms:
+
+    d2M/dlog t_i dlog t_j = M (s_i [i = j] + (1/gamma - 1)(s_i [i = j] - s_i s_j)), of which the first part is a sum's;
+    d2M/dlog t_i dgamma = M s_i (H - (log s_i + H)/gamma), d2M/dgamma2 = M (H^2 + sum s (log s + H)^2 / gamma).
+    """
+    k, gamma_B1 = len(logs), theta_BP[:, -1:]
+    pulled_BN = pulled_BN * joined.mean_BN
+    share_KBN, entropy_BN = joined.share_KBN, joined.entropy_BN
+    above_KBN = joined.log_share_KBN + entropy_BN
+    per_coefficient_BK = 1.0 / np.maximum(theta_BP[:, 1 : 1 + k], SMALLEST)
+    ones_BN = np.ones_like(pulled_BN)
+    rows = [(1 + i, i, ones_BN, per_coefficient_BK[:, i]) for i in range(k)]
+    rows += [(1 + k + i, i, -np.broadcast_to(logs[i], pulled_BN.shape), ones_BN[:, 0]) for i in range(k)]
+    out_BPP = np.zeros((*theta_BP.shape, theta_BP.shape[1]))
+    out_BPP[:, -1, -1] = np.einsum(
+        "bn,bn->b", pulled_BN, entropy_BN**2 + (share_KBN * above_KBN**2).sum(axis=0) / gamma_B1
+    )
+    for p, i, slope_BN, unit_B in rows:
+        left_BN = pulled_BN * share_KBN[i] * slope_BN
+        by_gamma_B = np.einsum("bn,bn->b", left_BN, entropy_BN - above_KBN[i] / gamma_B1) * unit_B
+        out_BPP[:, p, -1] = out_BPP[:, -1, p] = by_gamma_B
+        for r, j, other_BN, other_unit_B in rows:
+            spread_BN = ((i == j) - share_KBN[j]) * (1.0 / gamma_B1 - 1.0)
+            out_BPP[:, p, r] = np.einsum("bn,bn->b", left_BN, spread_BN * other_BN) * unit_B * other_unit_B
     return out_BPP
 
 

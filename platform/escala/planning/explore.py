@@ -302,7 +302,7 @@ def _fit(settings: Settings, state: Exploration, current: Round) -> Round:
     if len(found.points):
         obtained = [_compared(before.law, row) for row in _rows(found.points)]
         points = pd.concat([before.law.points, found.points], ignore_index=True).drop_duplicates("trial")
-        asked = {k: before.law.settings[k] for k in ("bootstrap", "group", "seed")}
+        asked = {k: before.law.settings[k] for k in ("bootstrap", "group", "seed", "priors")}
         configuration = before.provenance.get("configuration")
         sources = [before.reference, f"sweep {current.job_id}"]
         stored = laws.fit_points(
@@ -313,6 +313,7 @@ def _fit(settings: Settings, state: Exploration, current: Round) -> Round:
             form=before.law.form_name,
             size=before.law.size,
             configuration=configuration,
+            stated=before.provenance.get("stated") or (),
             **asked,
         )
         fitted = stored.stored.reference

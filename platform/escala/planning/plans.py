@@ -29,6 +29,13 @@ RECIPE_DECIDES = {  # what follows from N and D by recipe, and so is not taken f
     "training": ("steps", "train_tokens", "batch_sequences", "micro_batch_sequences", "seed"),
     "optimizer": ("learning_rate",),
 }
+NEVER_KEPT = {  # N and D decide these alone, and each run has its own seed
+    "model.n_layers",
+    "model.d_model",
+    "training.steps",
+    "training.train_tokens",
+    "training.seed",
+}
 CHI_SPAN = (1e5, 1e11)  # parameters of the shapes whose attention gives chi
 FRONT_POINTS, FRONT_DECADES = 9, 2.0
 
@@ -245,19 +252,21 @@ def largest_model(
 
 
 def base_of(stored: Stored) -> dict[str, Any]:
-    """The configuration that the law's runs share, less what the recipe decides: what a run that is to be compared
-    with them has. Empty for a law of a table that says nothing of its runs.
+    """The configuration that the law's runs share, less what the recipe decided: what a run that is to be compared
+    with them has. What the space of their sweep states no recipe decided, so it is kept. Empty for a law of a table
+    that says nothing of its runs.
     """
-    return _comparable(stored.provenance.get("configuration") or {}, "")
+    kept = set(stored.provenance.get("stated") or ()) - NEVER_KEPT
+    return _comparable(stored.provenance.get("configuration") or {}, "", "", kept)
 
 
-def _comparable(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _comparable(section: Mapping[str, Any], name: str, path: str, kept: set[str]) -> dict[str, Any]:
     base = dict[str, Any]()
     for key, value in section.items():
         if isinstance(value, Mapping):
-            inner = _comparable(value, key)
+            inner = _comparable(value, key, f"{path}{key}.", kept)
             base |= {key: inner} if inner else {}
-        elif key in RECIPE_DECIDES.get(name, ()):
+        elif key in RECIPE_DECIDES.get(name, ()) and f"{path}{key}" not in kept:
             continue
         elif value is not None or name == "moe":  # of experts None says something: nothing is dropped
             base[key] = value

@@ -137,13 +137,20 @@ def _terms(law: Law, theta_BP: Floats) -> Terms:
     form, zero_B = law.form, np.zeros(len(theta_BP))
     named = dict(zip(form.names, theta_BP.T, strict=True))
     out = {"L_inf": named["L_inf"], "c": zero_B, "zeta": zero_B, "rho": zero_B}
+    out["gamma"] = zero_B + 1.0
     inputs = (form.size_term, form.token_term, form.term_of("context_tokens"))
     for (coefficient, exponent), term in zip(
         (("a", "alpha"), ("b", "beta"), ("c", "zeta")), inputs, strict=True
     ):
         if term is not None:
             out |= {coefficient: named[term.coefficient], exponent: named[term.exponent]}
-    return out if form.mix is None else {**out, "rho": named[form.mix.parameter]}
+    if form.mix is not None:
+        out["rho"] = named[form.mix.parameter]
+    if form.join is not None:  # the powers' sum is least where the loss is
+        gamma = out["gamma"] = named[form.join.parameter]
+        out |= {name: out[name] ** (1.0 / gamma) for name in ("a", "b")}
+        out |= {name: out[name] / gamma for name in ("alpha", "beta")}
+    return out
 
 
 def _solve(q: SplitProblem, law: Terms) -> Splits:
@@ -186,7 +193,8 @@ def _conditions(
     if q.target_nats is None:
         log_d_B, inference_B = _tokens_of_budget(q, log_n_B, np.log1p(excess_B))
     else:
-        log_d_B = _tokens_of_gap(q, law, q.target_nats - law["L_inf"] - by_n_B - by_t_B)
+        above_B = np.maximum(q.target_nats - law["L_inf"], 0.0) ** (1.0 / law["gamma"])
+        log_d_B = _tokens_of_gap(q, law, above_B - by_n_B - by_t_B)
         inference_B = 2.0 * q.inference_tokens / (q.kappa * (1.0 + excess_B)) * np.exp(-log_d_B)
     tokens_B = np.exp(log_d_B)
     log_eff_B = np.log(effective_tokens(tokens_B, q.unique_tokens))
@@ -231,7 +239,8 @@ def _tokens_of_gap(q: SplitProblem, law: Terms, gap_B: Floats) -> Floats:
 def _floor(q: SplitProblem, law: Terms) -> Floats:
     by_n_B = law["a"] * q.max_params ** -law["alpha"]
     by_d_B = law["b"] * (q.unique_tokens * (1.0 + REPEAT_SCALE)) ** -law["beta"]
-    return law["L_inf"] + law["c"] * q.context[1] ** -law["zeta"] + by_n_B + by_d_B
+    by_t_B = law["c"] * q.context[1] ** -law["zeta"]
+    return law["L_inf"] + (by_t_B + by_n_B + by_d_B) ** law["gamma"]
 
 
 def _rising_root(f: Callable[[Floats], Floats], low_B: Floats, high_B: Floats) -> Floats:

@@ -198,7 +198,7 @@ def fit_sweeps(settings: Settings, names: Sequence[str], law: str, **asked: Any)
 
     points, sources, shared, audited = _put_together(settings, names)
     asked |= {"sources": sources, "configuration": shared, "audited": audited}
-    asked["group"] = asked.get("group") or _group(points)
+    asked |= {"stated": _stated(settings, names), "group": asked.get("group") or _group(points)}
     return queries.fit_points(settings, points, law, **asked)
 
 
@@ -216,6 +216,18 @@ def _group(points: pd.DataFrame) -> str | None:
     D.8).
     """
     return "trunk" if "trunk" in points else None
+
+
+def _stated(settings: Settings, names: Sequence[str]) -> list[str]:
+    """The dotted keys that the bases of all these sweeps' spaces state."""
+    from escala.contract.attempt import flatten
+
+    with open_store(settings) as store:
+        jobs = [
+            (store.list(limit=1, workload=SWEEP.name, name=name) or [store.get(name)])[0] for name in names
+        ]
+    said = [set(flatten(job.config.get("base") or {})) for job in jobs]
+    return sorted(set.intersection(*said)) if said else []
 
 
 def _put_together(

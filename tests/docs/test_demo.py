@@ -30,8 +30,8 @@ def demo(story: str) -> str:
 @pytest.mark.docs(minutes=6)
 def test_the_demo_goes_from_a_sweep_to_a_law_to_a_run(home: Path) -> None:
     said = demo("law")
-    assert "sizes     15 runs" in said
-    assert "points    15" in said
+    assert "sizes     14 runs" in said
+    assert "points    14" in said
     assert "demo@1   loss = L_inf + a N^-alpha + b D^-beta" in said
     predicted = re.search(
         r"predicted +([\d.]+) nats per token +\(90 % predictive interval ([\d.]+) to ([\d.]+)\)", said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from escala.sweeps.demo_space import LEAST_TOKENS, NAME, PLANNED, SIZES, Speed, demo_space, learning_rate
+from escala.sweeps.demo_space import LEAST_TOKENS, NAME, PLANNED, SIZES, Speed, demo_space
 from escala.sweeps.design import plan
 from escala.sweeps.space import load_space
 
@@ -16,13 +16,13 @@ def test_the_space_is_what_the_numbers_say() -> None:
     found = demo_space(QUIET, 6, 3, BASE)
     assert found == demo_space(QUIET, 6, 3, BASE)
     trials = plan(load_space(NAME, found.overrides)[1])
-    assert len(trials) == found.trials == 15
+    assert len(trials) == found.trials == 14
     assert sum(t.compute_flops for t in trials) == pytest.approx(found.compute_flops, rel=0.01)
     assert trials[0].compute_flops == pytest.approx(found.largest_flops, rel=0.01)
     assert {t.config["training"]["seed"] for t in trials} == {3}
     assert len({t.n_active for t in trials}) == len(SIZES)
     assert PLANNED > 4
-    assert min(t.train_tokens / t.n_active for t in trials) > 7
+    assert min(t.train_tokens / t.n_active for t in trials) > 10
 
 
 def test_a_faster_machine_or_more_minutes_make_it_larger() -> None:
@@ -39,8 +39,3 @@ def test_a_busy_machine_gets_the_least_and_is_told_so() -> None:
     assert min(t.train_tokens for t in plan(load_space(NAME, found.overrides)[1])) == pytest.approx(
         LEAST_TOKENS, rel=0.01
     )
-
-
-def test_the_learning_rate_falls_with_the_size() -> None:
-    assert learning_rate(2e4) == pytest.approx(0.025)
-    assert learning_rate(4e5) < learning_rate(1e5) < learning_rate(2e4)

@@ -27,9 +27,7 @@ from escala.schema import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
-    SyntheticCorpus,
 )
-from workloads.data import synthetic
 
 STANDARD_LIBRARY = "python"
 PYTHON_SOURCE_VERSIONS = {
@@ -97,8 +95,6 @@ def _source(corpus: Corpus) -> Iterator[Named]:
         return _files(corpus)
     if isinstance(corpus, JsonlCorpus):
         return _jsonl(corpus)
-    if isinstance(corpus, SyntheticCorpus):
-        return _synthetic(corpus)
     return _hugging_face(corpus)
 
 
@@ -243,12 +239,6 @@ def _text_of(name: str, line: bytes, key: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{name} has no text under the key {key!r}.", "Set data.corpora[].text_key.")
     return text
-
-
-def _synthetic(corpus: SyntheticCorpus) -> Iterator[Named]:
-    count = -(-corpus.characters // synthetic.DOCUMENT_LETTERS)
-    for number, text in enumerate(synthetic.documents(count), start=1):
-        yield f"document {number} of the synthetic text", text
 
 
 def _hugging_face(corpus: HuggingFaceCorpus) -> Iterator[Named]:

@@ -58,8 +58,8 @@ def run(minutes: float, seed: int) -> None:
     began, escala = time.monotonic(), open_home()
     space = _sizes(escala, minutes, seed)
     law, budget = _sweep_and_fit(escala, space)
-    rate = _plan(escala, law, budget)
-    record = _planned_run(escala, space, law, budget, rate)
+    _plan(escala, law, budget)
+    record = _planned_run(escala, space, law, budget)
     _compare(escala, law, record)
     render.raw(f"took            {render.duration(time.monotonic() - began)}")
 
@@ -83,9 +83,9 @@ def _sizes(escala: Escala, minutes: float, seed: int) -> DemoSpace:
             "short to follow one law"
         )
     render.raw(
-        "text      synthetic: an invented language that escala makes, the same everywhere; it says nothing about"
+        "text      Python source of packages at fixed versions, the same on every machine; a law of your text needs"
     )
-    render.raw("          about real text, of which a law needs runs of its own")
+    render.raw("          runs on your text")
     return space
 
 
@@ -107,8 +107,8 @@ def _sweep_and_fit(escala: Escala, space: DemoSpace) -> tuple[str, float]:
     return fitted.law, demo_space.PLANNED * max(float(point["compute_flops"]) for point in points.points)
 
 
-def _plan(escala: Escala, law: str, budget: float) -> float:
-    """Step 4; the learning rate of the planned size. Exits with 1, and says how to go on, where the law refuses."""
+def _plan(escala: Escala, law: str, budget: float) -> None:
+    """Step 4. Exits with 1, and says how to go on, where the law refuses."""
     from escala.planning.limits import Limits
     from escala.sweeps import demo_space
 
@@ -122,10 +122,9 @@ def _plan(escala: Escala, law: str, budget: float) -> float:
         render.raw(f"next            escala laws show {law}; escala demo law --minutes 12")
         raise typer.Exit(1) from None
     render_plans.plan(plan, False)
-    return demo_space.learning_rate(plan.n_total)
 
 
-def _planned_run(escala: Escala, space: DemoSpace, law: str, budget: float, rate: float) -> RunDetailsView:
+def _planned_run(escala: Escala, space: DemoSpace, law: str, budget: float) -> RunDetailsView:
     """Step 5: the forecast is sealed as the run is submitted, before it starts."""
     from escala.sweeps import demo_space
 
@@ -135,13 +134,13 @@ def _planned_run(escala: Escala, space: DemoSpace, law: str, budget: float, rate
             "pretrain",
             overrides=[
                 f"resources.workers={WORKERS}",
-                f"training.optimizer.learning_rate={rate}",
                 "training.checkpoint_every_steps=0",
             ],
             options={"name": LAW},
             report=report,
             compute_flops=budget,
             law=law,
+            seal=True,
             base=escala.space_base(demo_space.NAME, space.overrides),
         )
     follow_job(escala, job.id)

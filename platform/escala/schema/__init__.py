@@ -15,7 +15,6 @@ from escala.schema.data import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
-    SyntheticCorpus,
     TokenizerConfig,
 )
 from escala.schema.finetune import (
@@ -69,7 +68,6 @@ __all__ = [
     "StartConfig",
     "StoredPath",
     "Strict",
-    "SyntheticCorpus",
     "TokenizerConfig",
     "TrainedConfig",
     "TrainingConfig",

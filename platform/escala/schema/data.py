@@ -15,7 +15,7 @@ class TokenizerConfig(Strict):
     """Byte-level BPE trained on the corpus's training split, or a tokenizer.json given."""
 
     path: StoredPath | None = Field(None, description="a tokenizer.json; None: train one")
-    vocab_size: int = Field(4096, ge=257, description="of the one to train")
+    vocab_size: int = Field(4096, ge=258, description="of the one to train")
     train_characters: int = Field(10_000_000, gt=0, description="how much of the corpus the training sees")
 
 
@@ -48,16 +48,6 @@ class PythonSourceCorpus(CorpusSection):
 
     kind: Literal["python_source"] = "python_source"
     packages: list[str] | None = Field(None, description="a subset of the fixed list; None: all of it")
-    weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
-
-
-class SyntheticCorpus(CorpusSection):
-    """A text of an invented language that escala makes: the same on every machine. It says nothing about real text."""
-
-    kind: Literal["synthetic"]
-    characters: int = Field(
-        20_000_000, gt=0, le=10_000_000_000, description="how much of it, to whole documents"
-    )
     weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
 
@@ -100,8 +90,7 @@ class HuggingFaceCorpus(CorpusSection):
 
 
 Corpus = Annotated[
-    PythonSourceCorpus | FilesCorpus | JsonlCorpus | HuggingFaceCorpus | SyntheticCorpus,
-    Field(discriminator="kind"),
+    PythonSourceCorpus | FilesCorpus | JsonlCorpus | HuggingFaceCorpus, Field(discriminator="kind")
 ]
 _CORPORA: TypeAdapter[list[Corpus]] = TypeAdapter(list[Corpus])
 

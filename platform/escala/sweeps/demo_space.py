@@ -1,8 +1,8 @@
 """The sizes of the demo's runs, from what this machine does in a second and how long the demo may take. Pure.
 
-The sweep is a ladder: four sizes N, a factor 1.6 apart, each with lengths D whose compute is at most that of the
-largest run. So the points spread over N and over D, none has fewer than seven tokens a parameter, and the sweep takes
-about as long, on two processes, as the planned run of PLANNED times the largest trial's compute.
+The sweep is a ladder: four sizes N, a factor 1.6 apart, each with lengths D whose compute is about that of the largest
+run at most. So the points spread over N and over D, and the sweep takes about as long, on two processes, as the planned
+run of PLANNED times the largest trial's compute. Batch and learning rate are the recipe's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from escala.sweeps.recipes import shape
 
 NAME = "demo"  # of the space in tune_spaces/
 PLANNED = 4.2  # the planned run's compute, in that of the sweep's largest trial
-SIZES = (12_400, 20_100, 35_000, 54_000)
+SIZES = (13_392, 21_624, 37_024, 56_520)
 LENGTHS: tuple[tuple[float, ...], ...] = (  # of each size, in the shortest's
-    (1, 1.5, 2, 3),
     (1, 1.5, 2, 3, 4),
     (1, 1.5, 2, 3),
-    (1.5, 2),
+    (1, 1.5, 2),
+    (1, 1.5),
 )
-LEAST_TOKENS = (
-    4e5  # at 3e5 the smallest size was 2 % off the law of the others, and larger ones gained nothing
-)
-MOST_TOKENS = 1.2e6  # of the shortest run: more would make the demo no better
+LEAST_TOKENS = 8e5  # below, such models learn in a jump that the law's form does not have
+MOST_TOKENS = 1.6e6  # of the shortest run: more would make the demo no better
+BATCH_SEQUENCES = 10  # with which the speed is measured: about what the recipe chooses
 FIXED_CPU_SECONDS = 150.0  # of two cores: cluster, data, the start of every run, the fit
 SHARED_EFFICIENCY = 0.5  # of two ZeRO-3 workers, in that of two runs side by side
 SWEEP_EFFICIENCY = 0.85  # of the steps in a trial's time; the rest is evaluation
@@ -73,11 +72,9 @@ def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any])
         for n, lengths in zip(SIZES, LENGTHS, strict=True)
         for k in lengths
     ]
-    characters = 1_000_000 * max(4, round(16 * tokens / 1e6))
     return DemoSpace(
         overrides=(
             f"cells={json.dumps([cell for _, cell in costs])}",
-            f"base.data.corpora={json.dumps([{'kind': 'synthetic', 'characters': characters}])}",
             f"seeds=[{seed}]",
             f"base.training.seed={seed}",  # of the planned run, which is no trial
         ),
@@ -89,22 +86,13 @@ def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any])
     )
 
 
-def learning_rate(n_total: float) -> float:
-    """The peak rate for a size on the synthetic text, at a batch of 2,048 tokens; the same at every D."""
-    return float(f"{0.025 * (n_total / 2e4) ** -0.5:.3g}")
-
-
 def shapes(base: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The `model` sections of the smallest and of the largest size, whose speed is to be measured."""
     return [{**base["model"], **shape(n, base["model"], "n_total")} for n in (SIZES[0], SIZES[-1])]
 
 
 def _cell(n: int, tokens: float) -> dict[str, float]:
-    return {
-        "n_total": n,
-        "tokens": float(f"{tokens:.4g}"),
-        "training.optimizer.learning_rate": learning_rate(n),
-    }
+    return {"n_total": n, "tokens": float(f"{tokens:.4g}")}
 
 
 def _flops(n: int, model: Mapping[str, Any]) -> float:

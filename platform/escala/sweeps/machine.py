@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from escala.contract.errors import ClusterError
-from escala.sweeps.demo_space import Speed, shapes
+from escala.sweeps.demo_space import BATCH_SEQUENCES, Speed, shapes
 
 MODULE = "workloads.speed"  # trains; known by name, as the entry points of jobs are
 PROCESSES = 2
@@ -25,7 +25,7 @@ def measure(base: Mapping[str, Any]) -> Speed:
     """
     asked = {
         "models": shapes(base),
-        "batch_sequences": base["training"]["batch_sequences"],
+        "batch_sequences": BATCH_SEQUENCES,
         "seconds": SECONDS,
     }
     command = [sys.executable, "-m", MODULE, json.dumps(asked)]

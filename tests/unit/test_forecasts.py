@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +111,9 @@ def test_a_line_cut_short_by_a_kill_takes_nothing_with_it(stored: Stored, tmp_pa
 
 def _append(home: Path, made: forecasts.Sealed) -> None:
     for _ in range(5):
-        Chain(home).append("forecast", [made])
+        chain = Chain(home)
+        with chain.held():
+            chain.append("forecast", [made])
 
 
 def test_processes_that_seal_at_once_make_one_chain(stored: Stored, tmp_path: Path) -> None:
@@ -124,11 +129,11 @@ def test_processes_that_seal_at_once_make_one_chain(stored: Stored, tmp_path: Pa
     assert problems(entries, Head(20, entries[-1].hash)) == []
 
 
-def attempt(home: Path, config: dict, **record: object) -> Path:
-    files = AttemptFiles(home / "attempt")
+def attempt(home: Path, config: dict, number: int = 1, **record: object) -> Path:
+    files = AttemptFiles(home / f"attempt-{number}")
     files.spool.mkdir(parents=True, exist_ok=True)
     (files.spool / "run_id").write_text("r1")
-    spec = AttemptSpec(job_id="j", attempt=1, name="n", workload="pretrain", entry_point="e", config=config,
+    spec = AttemptSpec(job_id="j", attempt=number, name="n", workload="pretrain", entry_point="e", config=config,
                        directory=str(files.directory), checkpoints="c", data="d", tracking_uri="spool:x",
                        experiment="x")  # fmt: skip
     write_json(files.spec, spec)
@@ -136,6 +141,11 @@ def attempt(home: Path, config: dict, **record: object) -> Path:
             "train_tokens": 40_000_000_000, "tokenizer_fingerprint": "t", "evaluation_fingerprint": "e"}  # fmt: skip
     write_json(files.outcome, Outcome(kind="succeeded", message="", record={**told, **record}))
     return files.directory
+
+
+def verified(home: Path, tracker: str) -> list[str]:
+    chain = Chain(home)
+    return problems(chain.read(), *forecasts.read_heads(tracker, "laws", chain))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +157,7 @@ def test_the_run_of_the_configuration_scores_it_once(stored: Stored, tmp_path: P
     config = {"model": {"d_model": 8}, "seed": 1}
     found = seal(tmp_path, mlflow_at, "laws", [sealed(stored, 0, config), sealed(stored, 0, {"seed": 2})])
     chain = Chain(tmp_path)
-    assert problems(chain.read(), forecasts.read_head(mlflow_at, "laws", chain.read())) == []
+    assert verified(tmp_path, mlflow_at) == []
     again = seal(tmp_path, mlflow_at, "laws", [sealed(stored, 0, config)])
     assert [each.id for each in again] == [found[0].id], "an open forecast is not sealed twice"
     directory = attempt(tmp_path, config)
@@ -158,8 +168,9 @@ def test_the_run_of_the_configuration_scores_it_once(stored: Stored, tmp_path: P
     assert first.error == pytest.approx(2.5 / first.sealed.loss_nats - 1)
     assert second.obtained_nats is None
     entries = chain.read()
-    assert problems(entries, forecasts.read_head(mlflow_at, "laws", entries)) == []
-    assert forecasts.not_kept(entries, forecasts.read_head(mlflow_at, "laws", entries)) == 0
+    assert verified(tmp_path, mlflow_at) == []
+    head, _ = forecasts.read_heads(mlflow_at, "laws", chain)
+    assert forecasts.not_kept(entries, head) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,7 +179,7 @@ def test_the_run_of_the_configuration_scores_it_once(stored: Stored, tmp_path: P
         ({"started_at": 1.0}, None),  # it ran before
         ({"status": "failed", "reason": "no memory"}, "the run failed: no memory"),
         ({"tokenizer_fingerprint": "other"}, "another text"),
-        ({"held_out_loss_nats": None}, "no loss"),
+        ({"held_out_loss_nats": None}, "no held-out loss"),
     ],
 )
 def test_a_run_that_cannot_be_compared_is_no_score(
@@ -224,3 +235,48 @@ def test_coverage_has_an_interval_of_its_own_and_a_factor(stored: Stored) -> Non
 
 def test_the_digest_is_of_the_configuration(stored: Stored) -> None:
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "removed"])
+def test_what_was_taken_back_is_found_and_nothing_more_is_sealed(
+    stored: Stored, tmp_path: Path, mlflow_at: str, damage: str
+) -> None:
+    seal(tmp_path, mlflow_at, "laws", [sealed(stored, i) for i in range(3)])
+    path = tmp_path / "forecasts" / "chain.jsonl"
+    if damage == "cut":
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    elif damage == "emptied":
+        path.write_text("")
+    else:
+        shutil.rmtree(path.parent)
+    assert len(verified(tmp_path, mlflow_at)) == 1
+    with pytest.raises(ClusterError, match="removed"):
+        seal(tmp_path, mlflow_at, "laws", [sealed(stored, 9)])
+    assert len(verified(tmp_path, mlflow_at)) == 1
+
+
+def test_a_client_killed_before_it_queued_finds_its_forecast_again(
+    stored: Stored, tmp_path: Path, mlflow_at: str
+) -> None:
+    config = {"seed": 3}
+    pid = os.fork()
+    if pid == 0:  # seals, and is killed where it would queue
+        seal(tmp_path, mlflow_at, "laws", [sealed(stored, 0, config)])
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (first,) = Chain(tmp_path).forecasts()
+    assert [f.id for f in seal(tmp_path, mlflow_at, "laws", [sealed(stored, 0, config)])] == [first.id]
+    assert len(Chain(tmp_path).forecasts()) == 1
+
+
+def test_steps_that_were_trained_before_the_seal_score_nothing(
+    stored: Stored, tmp_path: Path, mlflow_at: str
+) -> None:
+    config = {"seed": 1}
+    old = tmp_path / "job" / "attempt-1" / "attempt.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    os.utime(old, (1.0, 1.0))
+    seal(tmp_path, mlflow_at, "laws", [sealed(stored, 0, config)])
+    directory = attempt(tmp_path / "job", config, number=2)
+    assert score_run(tmp_path, mlflow_at, "laws", directory) == []

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from escala.laws import Law, fit_law, note
-from escala.laws.report import BacktestLine, ForecastLine, TrackRecord, html
+from escala.laws.report import ForecastLine, TrackRecord, backtest_lines, html
 
 PNGS = {"residuals": b"\x89PNG"}
 EVIL = '<script>alert("1")</script><img src=http://evil.example/x>'
@@ -52,7 +52,6 @@ def law() -> Law:
 def test_the_report_has_everything_and_needs_nothing(law: Law) -> None:
     evil = replace(law, findings=(*law.findings, EVIL, "a finding & its sign <"))
     evidence = TrackRecord(
-        [BacktestLine("compute_flops <= 1e18", 12, 4, 3.5, 0.0123, -0.01, 0.05, 0.75)],
         [
             ForecastLine(f"big {EVIL}", 1.79e9, 4.0, 2.3, 2.2, 2.4, 2.5),
             ForecastLine("open", None, None, 2, None, None),
@@ -71,19 +70,22 @@ def test_the_report_has_everything_and_needs_nothing(law: Law) -> None:
         "small@1",
         law.form.formula,
         *law.parameters,
-        "1.23%",
-        "75%",
         "OUTSIDE",
         "open",
         "1970-01-01",
     ):
         assert said in parsed.text
+    assert len(backtest_lines(law)) == len(law.rolling.cuts) > 1
+    for line in backtest_lines(law):
+        assert line.fitted in parsed.text
     assert "configuration.model.x" in parsed.text
     assert "loss_nats is missing" in parsed.text
 
 
 def test_what_is_not_known_is_a_sentence(law: Law) -> None:
-    made = html(replace(law, replicates_BP=np.empty((0, 0)), findings=()), "a@2", {}, None, PNGS)
+    made = html(
+        replace(law, replicates_BP=np.empty((0, 0)), rolling=None, findings=()), "a@2", {}, None, PNGS
+    )
     for said in ("no intervals", "No backtest:", "No forecast of this law", "No findings."):
         assert said in made
 

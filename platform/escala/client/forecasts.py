@@ -55,14 +55,17 @@ class ForecastMethods(Home):
         """Recompute the chain, and compare it with the head in MLflow. Raises ClusterError where that is away."""
         from escala.laws import forecasts
 
-        entries = forecasts.Chain(self.settings.home).read()
-        head = forecasts.read_head(self.settings.tracker, forecasts.experiment_of(self.settings), entries)
+        chain = forecasts.Chain(self.settings.home)
+        head, others = forecasts.read_heads(
+            self.settings.tracker, forecasts.experiment_of(self.settings), chain
+        )
+        entries = chain.read()
         return ChainView(
             entries=len(entries),
             forecasts=sum(entry.kind == "forecast" for entry in entries),
             head=entries[-1].hash if entries else None,
             kept=0 if head is None else head.number,
-            problems=tuple(forecasts.problems(entries, head)),
+            problems=tuple(forecasts.problems(entries, head, others)),
         )
 
     def plot_forecasts(self, file: str | Path, law: str | None = None) -> Path:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +27,7 @@ from typing import Any
 from escala.contract import lines
 from escala.contract.errors import ClusterError, LawError, NotFoundError
 from escala.contract.fields import build
+from escala.contract.files import write_whole
 from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record
 from escala.laws.drift import FINGERPRINTS, wilson
 from escala.laws.forms import known_inputs
@@ -92,10 +95,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Head:
-    """The last entry, as MLflow keeps it."""
+    """The last entry, as MLflow keeps it; `home`: HOST:PATH of the home whose chain it ends."""
 
     number: int
     hash: str
+    home: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,27 +199,44 @@ class Chain:
     """HOME/forecasts/chain.jsonl."""
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         self._path = home / "forecasts" / "chain.jsonl"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other process reads, adds and tells MLflow meanwhile."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self._path.with_suffix(".lock")):
+            yield
+
+    @property
+    def id(self) -> str:
+        """A name of its own, made with the chain: that of its head in MLflow, which the entries cannot change."""
+        path = self._path.with_name("id")
+        try:
+            return path.read_text().strip()
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, uuid.uuid4().hex.encode())
+            return path.read_text().strip()
 
     def read(self) -> list[Entry]:
         """All entries, in order; a line that a kill cut short is none."""
         return [entry for row in lines.objects(self._path) if (entry := _entry(row)) is not None]
 
     def append(self, kind: str, records: Sequence[Sealed | Score]) -> list[Entry]:
-        """Add entries, on the disk when this returns; one process at a time. Raises OSError."""
+        """Add entries, on the disk when this returns; within `held`. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self._path.with_suffix(".lock")):
-            known = self.read()
-            number, previous = (known[-1].number, known[-1].hash) if known else (0, GENESIS)
-            made = []
-            for record in records:
-                number += 1
-                # As it will be read: JSON has no tuples, and keys are strings.
-                body = json.loads(canonical_json(asdict(record)))
-                made.append(Entry(number, kind, body, previous, link(previous, number, kind, body)))
-                previous = made[-1].hash
-            text = b"".join(canonical_json(asdict(each)).encode() + b"\n" for each in made)
-            lines.append(self._path, text)
+        known = self.read()
+        number, previous = (known[-1].number, known[-1].hash) if known else (0, GENESIS)
+        made = []
+        for record in records:
+            number += 1
+            # As it will be read: JSON has no tuples, and keys are strings.
+            body = json.loads(canonical_json(asdict(record)))
+            made.append(Entry(number, kind, body, previous, link(previous, number, kind, body)))
+            previous = made[-1].hash
+        lines.append(self._path, b"".join(canonical_json(asdict(each)).encode() + b"\n" for each in made))
         return made
 
     def forecasts(self) -> list[Forecast]:
@@ -255,23 +276,24 @@ def _entry(row: Mapping[str, Any]) -> Entry | None:
         return None
 
 
-def problems(entries: Sequence[Entry], head: Head | None) -> list[str]:
+def problems(entries: Sequence[Entry], head: Head | None, others: Sequence[Head] = ()) -> list[str]:
     """What is wrong with a chain, in plain words; empty where nothing is.
 
     Args:
         head: as MLflow keeps it; None: it keeps none.
+        others: heads of other chains of this very home, which were there before this one.
     """
-    previous, out = GENESIS, []
+    previous = GENESIS
     for place, entry in enumerate(entries, 1):
         if entry.number != place:
-            out.append(f"entry {place} has the number {entry.number}: one is missing, or they were reordered")
-        elif entry.previous != previous:
-            out.append(f"entry {place} does not follow entry {place - 1}: one of the two was changed")
-        elif entry.hash != link(previous, entry.number, entry.kind, entry.body):
-            out.append(f"entry {place} was changed after it was sealed")
-        if out:
-            return out
+            return [f"entry {place} has the number {entry.number}: one is missing, or they were reordered"]
+        if entry.previous != previous:
+            return [f"entry {place} does not follow entry {place - 1}: one of the two was changed"]
+        if entry.hash != link(previous, entry.number, entry.kind, entry.body):
+            return [f"entry {place} was changed after it was sealed"]
         previous = entry.hash
+    if others:
+        return [f"MLflow knows another chain of this home, of {others[0].number} entries: it was removed"]
     if head is None:
         return ["MLflow keeps no head of this chain"] if entries else []
     if head.number > len(entries):
@@ -289,26 +311,28 @@ def not_kept(entries: Sequence[Entry], head: Head | None) -> int:
 # The head, in MLflow
 
 
-def push_head(tracker: str, experiment: str, entries: Sequence[Entry]) -> None:
-    """Keep the head of the chain in MLflow. Raises ClusterError where that is away."""
-    last = entries[-1]
-    with _laws_experiment(tracker, experiment) as (client, experiment_id, _):
-        client.set_experiment_tag(
-            experiment_id, _tag(entries), json.dumps(asdict(Head(last.number, last.hash)))
-        )
-
-
-def read_head(tracker: str, experiment: str, entries: Sequence[Entry]) -> Head | None:
-    """The head that MLflow keeps of this chain. Raises ClusterError where that is away."""
+def push_head(tracker: str, experiment: str, chain: Chain) -> None:
+    """Keep the head of the chain in MLflow; within `Chain.held`. Raises ClusterError where that is away."""
+    entries = chain.read()
     if not entries:
-        return None
+        return
+    kept = Head(entries[-1].number, entries[-1].hash, _place(chain))
+    with _laws_experiment(tracker, experiment) as (client, experiment_id, _):
+        client.set_experiment_tag(experiment_id, f"{HEAD_TAG}.{chain.id}", json.dumps(asdict(kept)))
+
+
+def read_heads(tracker: str, experiment: str, chain: Chain) -> tuple[Head | None, list[Head]]:
+    """(the head that MLflow keeps of this chain, those of other chains of this home). Raises ClusterError."""
     with _laws_experiment(tracker, experiment) as (_, _, tags):
-        kept = tags.get(_tag(entries))
-    return None if kept is None else Head(**json.loads(kept))
+        heads = {
+            name: Head(**json.loads(text)) for name, text in tags.items() if name.startswith(f"{HEAD_TAG}.")
+        }
+    own, place = f"{HEAD_TAG}.{chain.id}", _place(chain)
+    return heads.get(own), [head for name, head in heads.items() if name != own and head.home == place]
 
 
-def _tag(entries: Sequence[Entry]) -> str:
-    return f"{HEAD_TAG}.{entries[0].hash[:16]}"
+def _place(chain: Chain) -> str:
+    return f"{socket.gethostname()}:{chain.home}"
 
 
 @contextmanager
@@ -339,15 +363,27 @@ def seal(home: Path, tracker: str, experiment: str, made: Sequence[Sealed]) -> l
     Raises ClusterError where MLflow is away: the forecasts are in the chain then, and nothing may be queued.
     """
     chain = Chain(home)
-    known = {_same(each.sealed): each for each in chain.forecasts() if each.obtained_nats is None}
-    fresh = [each for each in made if _same(each) not in known]
-    added = chain.append("forecast", fresh)
-    try:
-        push_head(tracker, experiment, chain.read())
-    except ClusterError as error:
-        raise ClusterError(
-            f"{error.message}; so nothing is sealed for good, and nothing was queued", error.hint
-        ) from error
+    with chain.held():
+        try:
+            head, others = read_heads(tracker, experiment, chain)
+            wrong = problems(chain.read(), head, others)
+            if (
+                wrong and head is None and not others
+            ):  # nothing was ever kept: a first head that did not arrive
+                wrong = problems(chain.read(), Head(0, GENESIS))
+            if wrong:
+                raise ClusterError(
+                    f"the chain of forecasts is broken: {wrong[0]}",
+                    "`escala forecasts verify`; restore HOME/forecasts from a backup",
+                )
+            known = {_same(each.sealed): each for each in chain.forecasts() if each.obtained_nats is None}
+            fresh = [each for each in made if _same(each) not in known]
+            added = chain.append("forecast", fresh)
+            push_head(tracker, experiment, chain)
+        except ClusterError as error:
+            raise ClusterError(
+                f"{error.message}; so nothing is sealed, and nothing was queued", error.hint
+            ) from error
     now = {
         _same(sealed): Forecast(entry.hash[:ID_CHARACTERS], entry.number, sealed, None)
         for entry, sealed in zip(added, fresh, strict=True)
@@ -422,30 +458,60 @@ def score_run(home: Path, tracker: str, experiment: str, directory: Path) -> lis
     A tracker that is away loses nothing: the score is in the chain, and the next head that is kept covers it.
     """
     chain = Chain(home)
-    entries = chain.read()
-    opened = [each for each in chain.forecasts() if each.obtained_nats is None]
     files = AttemptFiles(directory)
     spec, outcome = read_record(AttemptSpec, files.spec), read_record(Outcome, files.outcome)
-    if not opened or spec is None or outcome is None or not outcome.record:
+    if spec is None or outcome is None or not any(f.obtained_nats is None for f in chain.forecasts()):
         return []
     run_id = (files.spool / "run_id").read_text().strip() if (files.spool / "run_id").exists() else ""
-    digest = digest_of(spec.config)
-    hashes = {entry.number: entry.hash for entry in entries}
-    made = []
-    for each in opened:
-        if each.score is not None and each.score.run_id == run_id:
-            continue
-        found = _score(each, hashes[each.number], outcome.record, run_id, digest)
-        if found is not None:
-            made.append(found)
+    run = _Run(run_id, digest_of(spec.config), _began(directory, spec, outcome), outcome)
+    with chain.held():
+        hashes = {entry.number: entry.hash for entry in chain.read()}
+        opened = [f for f in chain.forecasts() if f.obtained_nats is None]
+        fresh = [f for f in opened if f.score is None or f.score.run_id != run_id]
+        made = [score for each in fresh if (score := _score(each, hashes[each.number], run)) is not None]
+        if made:
+            _add_scores(chain, tracker, experiment, made)
     if made:
-        chain.append("score", made)
         _tell(files, run_id, chain.forecasts(), {score.forecast for score in made})
-        try:
-            push_head(tracker, experiment, chain.read())
-        except ClusterError as error:
-            log.warning("the head of the forecasts' chain is not in MLflow yet: %s", error.message)
     return made
+
+
+def _add_scores(chain: Chain, tracker: str, experiment: str, made: Sequence[Score]) -> None:
+    """Append, and keep the new head, where MLflow answers and the chain is the one that it knows."""
+    try:
+        wrong = problems(chain.read(), *read_heads(tracker, experiment, chain))
+        chain.append("score", made)
+        if wrong:
+            log.warning("the chain of forecasts is broken: %s; `escala forecasts verify`", wrong[0])
+        else:
+            push_head(tracker, experiment, chain)
+    except ClusterError as error:
+        chain.append("score", [each for each in made if each.forecast not in _scored(chain)])
+        log.warning("the head of the forecasts' chain is not in MLflow yet: %s", error.message)
+
+
+def _scored(chain: Chain) -> set[str]:
+    return {build(Score, entry.body).forecast for entry in chain.read() if entry.kind == "score"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that has ended. `began`: when its first step may have been made; Unix seconds."""
+
+    run_id: str
+    configuration: str
+    began: float
+    outcome: Outcome
+
+
+def _began(directory: Path, spec: AttemptSpec, outcome: Outcome) -> float:
+    """Of a job's later attempt the first one's start: it goes on from there; of one that resumes another job 0."""
+    if spec.resume_from:
+        return 0.0
+    first = directory.parent / "attempt-1" / directory.joinpath("attempt.json").name
+    started = [float((outcome.record or {}).get("started_at") or time.time())]
+    started += [first.stat().st_mtime] if spec.attempt > 1 and first.exists() else []
+    return min(started)
 
 
 def _tell(files: AttemptFiles, run_id: str, found: Sequence[Forecast], scored: set[str]) -> None:
@@ -461,26 +527,28 @@ def _tell(files: AttemptFiles, run_id: str, found: Sequence[Forecast], scored: s
         SpoolTracker(files.spool, holds=False).tags(run_id, {"escala.forecast": text})
 
 
-def _score(each: Forecast, entry: str, record: Mapping[str, Any], run_id: str, digest: str) -> Score | None:
+def _score(each: Forecast, entry: str, run: _Run) -> Score | None:
     """The score that a run gives; None where the forecast is not of it."""
-    sealed, started = each.sealed, float(record.get("started_at") or 0.0)
-    if started < sealed.sealed_at:
+    sealed, record = each.sealed, run.outcome.record or {}
+    if run.began < sealed.sealed_at:
         return None
-    score = Score(entry, run_id, None, None, started, time.time())
+    score = Score(entry, run.run_id, None, None, run.began, time.time())
     loss = record.get("held_out_loss_nats")
+    finished = record.get("status") == "succeeded" and loss is not None
     same_text = all(record.get(name) == value for name, value in sealed.text.items())
     if sealed.configuration is None:
-        finished = record.get("status") == "succeeded" and loss is not None and same_text
-        return replace(score, obtained_nats=float(loss)) if finished and _at(sealed.point, record) else None  # type: ignore[arg-type]
-    if sealed.configuration != digest:
+        comparable = finished and same_text and _at(sealed.point, record)
+        return replace(score, obtained_nats=float(record["held_out_loss_nats"])) if comparable else None
+    if sealed.configuration != run.configuration:
         return None
-    if record.get("status") != "succeeded" or loss is None:
-        return replace(score, reason=f"the run {record.get('status')}: {record.get('reason') or 'no loss'}")
+    if not finished:
+        said = record.get("reason") or run.outcome.message or "no held-out loss"
+        return replace(score, reason=f"the run {record.get('status') or run.outcome.kind}: {said}")
     if not same_text:
         return replace(
             score, reason="the run reads another text, or has another tokenizer, than the law's runs"
         )
-    return replace(score, obtained_nats=float(loss))
+    return replace(score, obtained_nats=float(record["held_out_loss_nats"]))
 
 
 def _at(point: Mapping[str, float], record: Mapping[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +26,10 @@ if TYPE_CHECKING:
     from escala.laws.powers import Floats
     from escala.laws.priors import Priors
     from escala.laws.registry import LawVersion, Registry
-    from escala.laws.report import BacktestLine, TrackRecord
+    from escala.laws.report import TrackRecord
 
 FIRST_ROWS = 3  # of a table, that a preview shows
 Files = str | Path | Sequence[str | Path]  # of a table; each may end in ::COLUMN=NUMBER,...
-HELD_OUT = (0.1, 0.2, 0.3)  # shares of the points, the largest by compute, that a report's backtests hold out
 
 
 @dataclass(frozen=True)
@@ -430,36 +428,32 @@ def report_law(settings: Settings, reference: str, file: str | Path) -> Path:
 
 
 def _evidence(settings: Settings, stored: Stored) -> TrackRecord:
-    """What is known of a law besides its fit: backtests, and the runs that it foresaw."""
+    """What is known of a law besides its fit: its backtests, its sealed forecasts, and the runs that it foresaw."""
     from escala.laws.drift import Predictions
+    from escala.laws.forecasts import Chain
     from escala.laws.report import ForecastLine, TrackRecord
 
-    checks = [check for check in Predictions(settings.home).read() if check.law == stored.reference]
-    forecasts = [
-        ForecastLine(c.name, None, c.extrapolation, c.predicted, c.low, c.high, c.obtained) for c in checks
+    sealed = [f for f in Chain(settings.home).forecasts() if f.sealed.law == stored.reference]
+    known = {f.score.run_id for f in sealed if f.score is not None}
+    lines = [
+        ForecastLine(
+            f.sealed.name,
+            f.sealed.sealed_at,
+            f.factor,
+            f.sealed.loss_nats,
+            f.sealed.low_nats,
+            f.sealed.high_nats,
+            f.obtained_nats,
+        )
+        for f in sealed
     ]
-    try:
-        return TrackRecord([_backtest_line(stored.law, share) for share in HELD_OUT], forecasts)
-    except LawError as error:  # no compute in the points, or too few of them: an answer, too
-        return TrackRecord((), forecasts, error.message)
-
-
-def _backtest_line(law: Law, share: float) -> BacktestLine:
-    from escala.laws.report import BacktestLine
-
-    found = law.backtest(share)
-    baseline = min(found.last_known_error, found.log_linear_error)
-    covered = None if math.isnan(found.covered) else found.covered
-    return BacktestLine(
-        f"all but the largest {share:.0%} by compute",
-        found.train_points,
-        found.test_points,
-        found.largest_factor,
-        found.error,
-        found.bias,
-        baseline,
-        covered,
-    )
+    checks = [check for check in Predictions(settings.home).read() if check.law == stored.reference]
+    lines += [
+        ForecastLine(c.name, None, c.extrapolation, c.predicted, c.low, c.high, c.obtained)
+        for c in checks
+        if c.run_id not in known
+    ]
+    return TrackRecord(lines)
 
 
 def law_experiment(settings: Settings) -> str:

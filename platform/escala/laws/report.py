@@ -20,7 +20,9 @@ from escala.laws.law import Law
 REFUSED_ROWS = 50  # of which a reader sees each
 LISTED = 12  # ids of a list in the provenance
 DPI = 110
-NO_BACKTEST = "`escala laws report NAME@VERSION` makes one."
+NO_BACKTEST = (
+    "the law has no intervals, too few points for a refit to the smaller ones, or is of an escala before 0.3."
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class BacktestLine:
     test_points: int
     beyond: float  # how far the farthest larger run lies beyond the fitted ones, as a factor
     error: float
-    bias: float | None
-    baseline_error: float | None
+    bias: float | None  # of the prediction: its mean signed error
     covered: float | None
 
 
@@ -52,11 +53,9 @@ class ForecastLine:
 
 @dataclass(frozen=True)
 class TrackRecord:
-    """What is known of a law besides the fit. `no_backtest`: why there is none, in words, after "No backtest: "."""
+    """What is known of a law besides its own fit and backtests."""
 
-    backtests: Sequence[BacktestLine] = ()
     forecasts: Sequence[ForecastLine] = ()
-    no_backtest: str = NO_BACKTEST
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def html(
     Args:
         reference: name@version.
         provenance: of `Stored.provenance`.
-        evidence: backtests and forecasts; None: none is known.
+        evidence: forecasts; None: none is known.
         pngs: the plots by name, where they are drawn already; None: they are drawn.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -135,8 +134,8 @@ def report(
         ranges=[(name, _number(low), _number(high)) for name, (low, high) in law.ranges.items()],
         refused=[(str(row), reason) for row, reason in law.refusals],
         findings=law.findings,
-        backtests=[_backtest(line) for line in evidence.backtests],
-        no_backtest=evidence.no_backtest,
+        backtests=[_backtest(line) for line in backtest_lines(law)],
+        no_backtest=NO_BACKTEST,
         forecasts=[_forecast(line) for line in evidence.forecasts],
         coverage=_coverage(evidence.forecasts),
         plots=[Plot(name.replace("_", " "), base64.b64encode(png).decode()) for name, png in pngs.items()],
@@ -160,6 +159,23 @@ def _parameters(law: Law) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def backtest_lines(law: Law) -> list[BacktestLine]:
+    """The law's rolling backtests, a line a refit."""
+    cuts = () if law.rolling is None else law.rolling.cuts
+    return [
+        BacktestLine(
+            f"{cut.by} <= {_number(cut.largest)}",
+            cut.train_points,
+            len(cut.rows),
+            max(cut.factors),
+            sum(map(abs, cut.errors)) / len(cut.rows),
+            -sum(cut.errors) / len(cut.rows),
+            sum(cut.inside) / len(cut.rows),
+        )
+        for cut in cuts
+    ]
+
+
 def _backtest(line: BacktestLine) -> tuple[str, ...]:
     return (
         line.fitted,
@@ -168,7 +184,6 @@ def _backtest(line: BacktestLine) -> tuple[str, ...]:
         f"{line.beyond:.3g}x",
         _percent(line.error),
         _signed(line.bias),
-        _percent(line.baseline_error),
         "no interval" if line.covered is None else f"{line.covered:.0%}",
     )
 

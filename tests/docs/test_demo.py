@@ -32,7 +32,8 @@ def test_the_demo_goes_from_a_sweep_to_a_law_to_a_run(home: Path) -> None:
     said = demo("law")
     assert "sizes     14 runs" in said
     assert "points    14" in said
-    assert "demo@1   loss = L_inf + a N^-alpha + b D^-beta" in said
+    assert "demo@1   loss = L_inf + " in said
+    assert "prior alpha" in said
     predicted = re.search(
         r"predicted +([\d.]+) nats per token +\(90 % predictive interval ([\d.]+) to ([\d.]+)\)", said
     )

@@ -102,7 +102,7 @@ def _sweep_and_fit(escala: Escala, space: DemoSpace) -> tuple[str, float]:
 
     render.step("3. the law")
     with progress.working("fitting the law"):
-        fitted = escala.fit_sweeps([sweep.id], LAW)
+        fitted = escala.fit_sweeps([sweep.id], LAW, form=demo_space.FORM, priors=demo_space.PRIORS)
     render_laws.fitted(fitted, False)
     return fitted.law, demo_space.PLANNED * max(float(point["compute_flops"]) for point in points.points)
 

@@ -51,6 +51,8 @@ ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and error
     "escala.planning.explore.explore",
     "escala.planning.submission.JobRequest",
     "escala.planning.submission.submit",
+    "escala.planning.submission.submit_run",
+    "escala.planning.pool_table.explore_pool",
     "escala.planning.bench.write_cluster",
     "escala.laws.queries.fit_file",
     "escala.sweeps.launch.plan_sweep",

@@ -227,8 +227,8 @@ def test_coverage_has_an_interval_of_its_own_and_a_factor(stored: Stored) -> Non
     found = [one(1.0, 0.0), one(1.0, 0.05), one(3.0, 0.2), one(8.0, 0.0)]
     total = coverage("all", found)
     assert (total.scored, total.inside) == (4, 3)
-    assert total.low == pytest.approx(0.3006, abs=1e-3)
-    assert total.high == pytest.approx(0.9544, abs=1e-3)
+    assert total.coverage_low == pytest.approx(0.3006, abs=1e-3)
+    assert total.coverage_high == pytest.approx(0.9544, abs=1e-3)
     assert [(c.label, c.inside, c.scored) for c in by_factor(found)] == [
         ("inside the data", 2, 2), ("2 to 4 times", 0, 1), ("beyond 4 times", 1, 1)]  # fmt: skip
 

@@ -15,9 +15,9 @@ from escala.contract.errors import LawError
 
 if TYPE_CHECKING:
     from escala.client import Escala
-    from escala.sweeps.demo_space import DemoSpace
     from escala.views.laws import PredictionView
     from escala.views.run_records import RunDetailsView
+    from escala.views.sweeps import DemoSpaceView
 
 LAW = "demo"
 WORKERS = 2
@@ -64,18 +64,18 @@ def run(minutes: float, seed: int) -> None:
     render.raw(f"took            {render.duration(time.monotonic() - began)}")
 
 
-def _sizes(escala: Escala, minutes: float, seed: int) -> DemoSpace:
+def _sizes(escala: Escala, minutes: float, seed: int) -> DemoSpaceView:
     """Step 1."""
     render.step("1. this machine, measured for a few seconds")
     with progress.working("training two small models in two processes at once"):
-        speed, space = escala.demo_space(minutes, seed)
+        space = escala.demo_space(minutes, seed)
     render.raw(
-        f"speed     {speed.small / 1e9:.1f} to {speed.large / 1e9:.1f} GFLOP/s in each of two processes, "
-        f"which had {speed.share:.0%} of a core each"
+        f"speed     {space.small_flops_per_second / 1e9:.1f} to {space.large_flops_per_second / 1e9:.1f} GFLOP/s "
+        f"in each of two processes, which had {space.core_share:.0%} of a core each"
     )
     render.raw(
         f"sizes     {space.trials} runs, {render.number(space.compute_flops)} FLOPs, the largest "
-        f"{render.number(space.largest_flops)}; about {render.duration(space.seconds)} in all"
+        f"{render.number(space.largest_flops)}; about {render.duration(space.wall_seconds)} in all"
     )
     if not space.fits:
         render.warning(
@@ -89,7 +89,7 @@ def _sizes(escala: Escala, minutes: float, seed: int) -> DemoSpace:
     return space
 
 
-def _sweep_and_fit(escala: Escala, space: DemoSpace) -> tuple[str, float]:
+def _sweep_and_fit(escala: Escala, space: DemoSpaceView) -> tuple[str, float]:
     """Steps 2 and 3; the law, and the planned run's budget in FLOPs."""
     from escala.sweeps import demo_space
 
@@ -124,7 +124,7 @@ def _plan(escala: Escala, law: str, budget: float) -> None:
     render_plans.plan(plan, False)
 
 
-def _planned_run(escala: Escala, space: DemoSpace, law: str, budget: float) -> RunDetailsView:
+def _planned_run(escala: Escala, space: DemoSpaceView, law: str, budget: float) -> RunDetailsView:
     """Step 5: the forecast is sealed as the run is submitted, before it starts."""
     from escala.sweeps import demo_space
 

@@ -57,8 +57,9 @@ def _row(each: ForecastView) -> tuple[str, ...]:
 
 def _fared(each: CoverageView) -> None:
     raw(
-        f"{each.label:18} {each.inside} of {each.scored} within 90 % (the truth: {each.low or 0:.0%} to "
-        f"{each.high or 0:.0%}), median error {each.median_error or 0:.2%}, median width {each.median_width or 0:.2%}"
+        f"{each.label:18} {each.inside} of {each.scored} within 90 % (the truth: {each.coverage_low or 0:.0%} to "
+        f"{each.coverage_high or 0:.0%}), median error {each.median_error or 0:.2%}, "
+        f"median width {each.median_width or 0:.2%}"
     )
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from escala.client.home import Home
 from escala.report import Report, silent
 from escala.views.jobs import JobView
-from escala.views.sweeps import SweepPlanView, SweepPointsView
-
-if TYPE_CHECKING:
-    from escala.sweeps.demo_space import DemoSpace, Speed
+from escala.views.sweeps import DemoSpaceView, SweepPlanView, SweepPointsView
 
 
 class SweepMethods(Home):
@@ -60,10 +57,10 @@ class SweepMethods(Home):
 
         return launch.space_base(space, overrides)
 
-    def demo_space(self, minutes: float, seed: int) -> tuple[Speed, DemoSpace]:
+    def demo_space(self, minutes: float, seed: int) -> DemoSpaceView:
         """What this machine does now, measured for seconds, and the demo's sweep that fits. Raises ClusterError."""
         from escala.sweeps import demo_space, machine
 
         base = self.space_base(demo_space.NAME)
         speed = machine.measure(base)
-        return speed, demo_space.demo_space(speed, minutes, seed, base)
+        return DemoSpaceView.of_space(speed, demo_space.demo_space(speed, minutes, seed, base))

@@ -57,7 +57,7 @@ def _predicted(axes: Axes, scored: Sequence[Forecast]) -> None:
 def _coverage(axes: Axes, scored: Sequence[Forecast]) -> None:
     parts = [coverage("all", scored), *by_factor(scored)]
     for place, part in enumerate(parts):
-        share, low, high = part.inside / part.scored, part.low or 0.0, part.high or 0.0
+        share, low, high = part.inside / part.scored, part.coverage_low or 0.0, part.coverage_high or 0.0
         axes.errorbar([place], [share], yerr=[[share - low], [high - share]], fmt="o", color="tab:blue")
         axes.annotate(
             f"{part.inside} of {part.scored}", (place, share), xytext=(6, 4), textcoords="offset points"

@@ -141,13 +141,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Scored forecasts together. `low`, `high`: 95 % Wilson interval of the true coverage."""
+    """Scored forecasts together. `coverage_low`, `coverage_high`: 95 % Wilson interval of the true coverage."""
 
     label: str
     scored: int
     inside: int
-    low: float | None
-    high: float | None
+    coverage_low: float | None
+    coverage_high: float | None
     median_error: float | None  # relative, absolute value
     median_width: float | None
 

@@ -47,7 +47,9 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
             f"this machine trained no step in {LIMIT_SECONDS:.0f} seconds", "try again when it is less busy"
         ) from error
     if process.returncode:
-        raise ClusterError(f"the measurement of this machine failed: {err.strip()[-300:]}", "escala doctor")
+        raise ClusterError(
+            f"the measurement of this machine failed: {err.strip()[-300:]}", "escala status; then try again"
+        )
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 

@@ -60,13 +60,13 @@ class ForecastView(View):
 
 
 class CoverageView(View):
-    """Scored forecasts together. `low`, `high`: 95 % Wilson interval of the true coverage."""
+    """Scored forecasts together. `coverage_low`, `coverage_high`: 95 % Wilson interval of the true coverage."""
 
     label: str
     scored: int
     inside: int
-    low: float | None
-    high: float | None
+    coverage_low: float | None
+    coverage_high: float | None
     median_error: float | None
     median_width: float | None
 

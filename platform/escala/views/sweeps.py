@@ -9,6 +9,7 @@ from escala.views.base import View
 if TYPE_CHECKING:
     import pandas as pd
 
+    from escala.sweeps.demo_space import DemoSpace, Speed
     from escala.sweeps.points import SweepPoints
 
 
@@ -41,6 +42,35 @@ class SweepPlanView(View):
     wall_seconds: float | None  # None: that is not known either
     speed_source: str  # of wall_seconds, in words
     optimised: bool  # an optimiser chooses: `trials` are the middle of its space, so many times
+
+
+class DemoSpaceView(View):
+    """What this machine does now, in each of two processes, and the demo's sweep that fits the minutes."""
+
+    small_flops_per_second: float  # of the smallest size
+    large_flops_per_second: float
+    core_share: float  # that each process had
+    overrides: tuple[str, ...]  # of the space `demo`
+    trials: int
+    compute_flops: float
+    largest_flops: float  # of one trial
+    wall_seconds: float  # of the whole demo, estimated
+    fits: bool
+
+    @classmethod
+    def of_space(cls, speed: Speed, space: DemoSpace) -> DemoSpaceView:
+        """Of both."""
+        return cls(
+            small_flops_per_second=speed.small,
+            large_flops_per_second=speed.large,
+            core_share=speed.share,
+            overrides=space.overrides,
+            trials=space.trials,
+            compute_flops=space.compute_flops,
+            largest_flops=space.largest_flops,
+            wall_seconds=space.seconds,
+            fits=space.fits,
+        )
 
 
 class MeasureView(View):

@@ -54,7 +54,7 @@ def test_a_law_of_0_1_in_a_home_is_read(law: Law, tmp_path: Path) -> None:
     stored = cache.get("old", 1)
     assert stored is not None
     assert stored.provenance == {"format": FORMAT, "by": "somebody", "configuration": NESTED}
-    assert json.loads((tmp_path / "laws" / "old" / "1.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "laws" / "old" / "1.json").read_text())["version"] == VERSION
     base = base_of(stored)
     assert base["data"] == NESTED["data"]
     assert "optimizer" not in base["training"]

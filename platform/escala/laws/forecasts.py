@@ -83,7 +83,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Link:
     """A link of the chain. `hash`: of the entry before, the number, the kind and the body."""
 
     number: int  # from 1
@@ -220,11 +220,11 @@ class Chain:
             write_whole(path, uuid.uuid4().hex.encode())
             return path.read_text().strip()
 
-    def read(self) -> list[Entry]:
+    def read(self) -> list[Link]:
         """All entries, in order; a line that a kill cut short is none."""
         return [entry for row in lines.objects(self._path) if (entry := _entry(row)) is not None]
 
-    def append(self, kind: str, records: Sequence[Sealed | Score]) -> list[Entry]:
+    def append(self, kind: str, records: Sequence[Sealed | Score]) -> list[Link]:
         """Add entries, on the disk when this returns; within `held`. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         known = self.read()
@@ -234,7 +234,7 @@ class Chain:
             number += 1
             # As it will be read: JSON has no tuples, and keys are strings.
             body = json.loads(canonical_json(asdict(record)))
-            made.append(Entry(number, kind, body, previous, link(previous, number, kind, body)))
+            made.append(Link(number, kind, body, previous, link(previous, number, kind, body)))
             previous = made[-1].hash
         lines.append(self._path, b"".join(canonical_json(asdict(each)).encode() + b"\n" for each in made))
         return made
@@ -269,14 +269,14 @@ def link(previous: str, number: int, kind: str, body: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{previous}\n{content}".encode()).hexdigest()
 
 
-def _entry(row: Mapping[str, Any]) -> Entry | None:
+def _entry(row: Mapping[str, Any]) -> Link | None:
     try:
-        return build(Entry, row)
+        return build(Link, row)
     except ValueError:
         return None
 
 
-def problems(entries: Sequence[Entry], head: Head | None, others: Sequence[Head] = ()) -> list[str]:
+def problems(entries: Sequence[Link], head: Head | None, others: Sequence[Head] = ()) -> list[str]:
     """What is wrong with a chain, in plain words; empty where nothing is.
 
     Args:
@@ -303,7 +303,7 @@ def problems(entries: Sequence[Entry], head: Head | None, others: Sequence[Head]
     return []
 
 
-def not_kept(entries: Sequence[Entry], head: Head | None) -> int:
+def not_kept(entries: Sequence[Link], head: Head | None) -> int:
     """How many entries are newer than the head in MLflow: scores that were written while it was away."""
     return len(entries) - (0 if head is None else head.number)
 

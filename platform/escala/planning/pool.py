@@ -144,7 +144,7 @@ def plan(
     end is taken.
     """
     best, least = list[int](), math.inf
-    start = _State.of(pool, theta_P, chosen)
+    start = _Pool.of(pool, theta_P, chosen)
     for price in prices:
         rows, error = _greedy(start, budget, price * float(pool.cost_K.max()), count)
         if error < least * (1 - 1e-9):
@@ -154,10 +154,10 @@ def plan(
 
 def expected_error(pool: Pool, theta_P: Floats, chosen: Sequence[int]) -> float:
     """Root of the expected mean squared relative error at the targets after a fit to the chosen rows."""
-    return math.sqrt(_State.of(pool, theta_P, chosen).error())
+    return math.sqrt(_Pool.of(pool, theta_P, chosen).error())
 
 
-def _greedy(start: _State, budget: float, price: float, count: int | None) -> tuple[list[int], float]:
+def _greedy(start: _Pool, budget: float, price: float, count: int | None) -> tuple[list[int], float]:
     state, rows, left, error = start, list[int](), budget, start.error()
     cost_K = start.pool.cost_K
     while count is None or len(rows) < count:
@@ -184,7 +184,7 @@ def _reserve(cost: Floats, missing: int) -> float:
 
 
 @dataclass(frozen=True)
-class _State:
+class _Pool:
     """Sums over the chosen rows S, of the Jacobian J of the log loss and the covariance V of departures and noise:
     J_S'J_S, J_S'V_SS J_S (P, P), J_S'V (P, K + T).
     """
@@ -198,7 +198,7 @@ class _State:
     bought: int = 0
 
     @classmethod
-    def of(cls, pool: Pool, theta_P: Floats, chosen: Sequence[int]) -> _State:
+    def of(cls, pool: Pool, theta_P: Floats, chosen: Sequence[int]) -> _Pool:
         jacobian = _jacobian(pool.form, theta_P, pool.features)[1]
         size_P, none = len(theta_P), np.zeros((len(theta_P), len(theta_P)))
         state = cls(pool, jacobian, none, none, np.zeros((size_P, jacobian.shape[1])), pool.cost_K > 0)
@@ -206,7 +206,7 @@ class _State:
             state = state.add(k)
         return state
 
-    def add(self, k: int) -> _State:
+    def add(self, k: int) -> _Pool:
         """With row k. A row is bought once."""
         j_P = self.jacobian[:, k]
         cross = np.outer(j_P, self.reach[:, k])

@@ -112,7 +112,7 @@ def _seal(settings: Settings, law: str | None, job: spec.JobSpec, report: Report
 
     if law is None:
         raise SpecError("--seal seals what a law says, and no law is given", "add --law NAME")
-    if job.workload != "pretrain":
+    if not job.kind.chooses_model or job.kind.objective is None or not job.kind.objective.fits_laws:
         raise SpecError(f"a law says nothing of a {job.workload} run", "leave --seal out")
     name = job.options.name or job.workload
     return seal_runs(settings, queries.law(settings, law), [(name, job.plain())], report)[0]

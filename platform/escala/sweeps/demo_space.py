@@ -40,7 +40,7 @@ SWEEP_EFFICIENCY = 0.85  # of the steps in a trial's time; the rest is evaluatio
 
 
 @dataclass(frozen=True)
-class Speed:
+class MachineSpeed:
     """FLOP/s of one process while both train: of the smallest and of the largest size. `share`: of a core that each
     has, for what is no training.
     """
@@ -62,7 +62,7 @@ class DemoSpace:
     fits: bool  # into the minutes that were asked for
 
 
-def demo_space(speed: Speed, minutes: float, seed: int, base: Mapping[str, Any]) -> DemoSpace:
+def demo_space(speed: MachineSpeed, minutes: float, seed: int, base: Mapping[str, Any]) -> DemoSpace:
     """The demo's sweep on a machine of that speed.
 
     Args:
@@ -107,7 +107,7 @@ def _flops(n: int, model: Mapping[str, Any]) -> float:
     return flops_per_token(config, config.max_context_tokens).total
 
 
-def _seconds(speed: Speed, base: Mapping[str, Any]) -> float:
+def _seconds(speed: MachineSpeed, base: Mapping[str, Any]) -> float:
     """Of the sweep on two processes and of the planned run, per token of the shortest run."""
     sizes: Sequence[int] = [parameter_counts(ModelConfig(**model)).n_total for model in shapes(base)]
     costs = [
@@ -118,7 +118,7 @@ def _seconds(speed: Speed, base: Mapping[str, Any]) -> float:
     return sweep + run
 
 
-def _between(speed: Speed, n: float, sizes: Sequence[int]) -> float:
+def _between(speed: MachineSpeed, n: float, sizes: Sequence[int]) -> float:
     """The speed at a size between the two measured ones: linear in N."""
     part = (n - sizes[0]) / (sizes[1] - sizes[0])
     return speed.small + min(max(part, 0.0), 1.0) * (speed.large - speed.small)

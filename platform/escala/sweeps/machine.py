@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from escala.contract.errors import ClusterError
-from escala.sweeps.demo_space import BATCH_SEQUENCES, Speed, shapes
+from escala.sweeps.demo_space import BATCH_SEQUENCES, MachineSpeed, shapes
 
 MODULE = "workloads.speed"  # trains; known by name, as the entry points of jobs are
 PROCESSES = 2
@@ -18,7 +18,7 @@ SECONDS = 2.0  # of each shape
 LIMIT_SECONDS = 300.0
 
 
-def measure(base: Mapping[str, Any]) -> Speed:
+def measure(base: Mapping[str, Any]) -> MachineSpeed:
     """The mean speed of PROCESSES that train the smallest and the largest size side by side.
 
     Raises ClusterError where one fails.
@@ -54,7 +54,7 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def _mean(answers: Sequence[Mapping[str, Any]]) -> Speed:
+def _mean(answers: Sequence[Mapping[str, Any]]) -> MachineSpeed:
     count = len(answers)
     small, large = (sum(each["flops_per_second"][i] for each in answers) / count for i in (0, 1))
-    return Speed(small, large, sum(each["share"] for each in answers) / count)
+    return MachineSpeed(small, large, sum(each["share"] for each in answers) / count)

@@ -9,7 +9,7 @@ from escala.views.base import View
 if TYPE_CHECKING:
     import pandas as pd
 
-    from escala.sweeps.demo_space import DemoSpace, Speed
+    from escala.sweeps.demo_space import DemoSpace, MachineSpeed
     from escala.sweeps.points import SweepPoints
 
 
@@ -58,7 +58,7 @@ class DemoSpaceView(View):
     fits: bool
 
     @classmethod
-    def of_space(cls, speed: Speed, space: DemoSpace) -> DemoSpaceView:
+    def of_space(cls, speed: MachineSpeed, space: DemoSpace) -> DemoSpaceView:
         """Of both."""
         return cls(
             small_flops_per_second=speed.small,

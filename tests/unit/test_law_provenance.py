@@ -11,6 +11,7 @@ import pytest
 
 from escala.contract.errors import LawError
 from escala.laws import Law, fit_law
+from escala.laws.law import VERSION
 from escala.laws.provenance import FORMAT, in_common, upgraded
 from escala.laws.reference import Cache, Stored
 from escala.planning.plans import base_of

@@ -10,6 +10,7 @@ import argparse
 import inspect
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import torch
 
 from escala import Escala
 from escala.managed import ray_command, ray_directory, ray_environment, ray_nodes_alive
-from escala.processes import Processes
+from escala.processes import Command, Processes
 from escala.schema import ModelConfig
 from escala.settings import Settings
 from escala.views.rollouts import DeploymentView
@@ -77,25 +78,36 @@ def autoscaling(gcs_address: str) -> dict[str, Any]:
     }
 
 
+def head_with_an_autoscaler(own: Settings) -> Command:
+    """`ray start --head`: the head that escala starts has no autoscaler."""
+    (client,) = free_ports(1)
+    config = own.home / "autoscaling.json"
+    config.write_text(json.dumps(autoscaling(own.gcs_address)))
+    arguments = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+        "--node-ip-address", "127.0.0.1", "--port", str(own.ray_port),
+        "--dashboard-host", "127.0.0.1", "--dashboard-port", str(own.ray_dashboard_port),
+        "--num-cpus", str(own.num_cpus), "--temp-dir", str(ray_directory(own)),
+        "--ray-client-server-port", str(client), "--dashboard-agent-listen-port", "0",
+        "--min-worker-port", "0", "--max-worker-port", "0",
+        "--disable-usage-stats", "--log-color", "false", "--autoscaling-config", str(config),
+    ]  # fmt: skip
+    head = ray_command(own)
+    return replace(head, arguments=arguments, environment={**head.environment, **AUTOSCALER})
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[None]:
     """A head with an autoscaler, which this process is told of as of an existing one."""
     ray, dashboard, rollouts = free_ports(3)
     own = Settings(home=tmp_path, ray_port=ray, ray_dashboard_port=dashboard, num_cpus=1)
-    config = tmp_path / "autoscaling.json"
-    config.write_text(json.dumps(autoscaling(own.gcs_address)))
-    head = ray_command(own)
-    command = replace(
-        head,
-        arguments=[*head.arguments, "--autoscaling-config", str(config)],
-        environment={**head.environment, **AUTOSCALER},
-    )
+    command = head_with_an_autoscaler(own)
     processes = Processes(tmp_path)
     processes.make_directories()
     with pytest.MonkeyPatch.context() as patch:
         try:  # it is started again where it ends: Ray gives up after 30 s, which a busy machine may take
             wait_for(
-                lambda: (processes.alive("ray") or processes.launch(command)) and head.ready(),
+                lambda: (processes.alive("ray") or processes.launch(command)) and command.ready(),
                 120,
                 "the head",
             )

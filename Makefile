@@ -28,7 +28,7 @@ setup: .setup-done  # .venv with all that development needs, and PostgreSQL: 90 
 	@sh .ci/install-postgres
 	@touch $@
 
-demo: setup  # from a sweep to a law to a sealed forecast and its run: 7 minutes
+demo: setup  # from a sweep to a law to a sealed forecast and its run: 6 minutes
 	$(BIN)/escala demo
 
 test: setup  # all tests but the long ones: 12 minutes

@@ -111,6 +111,22 @@ def test_a_plan_runs_the_costliest_first_and_nothing_twice():
     assert {t.config["training"]["seed"] for t in found} == {0, 1, 2}
 
 
+def test_points_have_seeds_of_their_own_that_other_points_do_not_change():
+    vary = {"n_total": [5e4, 1e5], "tokens": [2e4, 4e4]}
+    own = {"own_seeds": True, "repeats": {"points": 1, "seeds": [1]}}
+    found = design.plan(space(vary=vary, **own))
+    seeds = [t.config["training"]["seed"] for t in found]
+    assert len(set(seeds)) == len(found) == 5
+    fewer = design.plan(space(vary=vary, within={"tokens": {"high": 3e4}}, **own))
+    assert {t.config["training"]["seed"] for t in fewer} < set(seeds)
+    other = design.plan(space(vary=vary, seeds=[7], own_seeds=True))
+    assert not {t.config["training"]["seed"] for t in other} & set(seeds)
+    trunks = design.plan(space(**BRANCHED, own_seeds=True))
+    assert len({(t.n_total, t.config["training"]["seed"]) for t in trunks}) == 2  # branches share their trunk's
+    with pytest.raises(SpecError, match="own_seeds"):
+        space(aim="search", design="optuna", points=3, vary=vary, own_seeds=True)
+
+
 def test_bounds_leave_points_out_and_an_empty_plan_is_an_error():
     vary = {"n_total": [5e4, 2e5], "tokens": [2e4, 4e5]}
     whole = design.plan(space(vary=vary))

@@ -1,8 +1,7 @@
 """The sizes of the demo's runs, from what this machine does in a second and how long the demo may take. Pure.
 
-The sweep is a ladder: four sizes N, a factor 1.6 apart, each with lengths D whose compute is about that of the largest
-run at most. So the points spread over N and over D, and the sweep takes about as long, on two processes, as the planned
-run of PLANNED times the largest trial's compute. Batch and learning rate are the recipe's.
+The sweep is a ladder: four sizes N, a factor 1.6 apart, each with lengths D up to about the same compute. So the points
+spread over N and over D. Batch and learning rate are the recipe's.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from escala.schema.flops import flops_per_token, parameter_counts
 from escala.sweeps.recipes import shape
 
 NAME = "demo"  # of the space in tune_spaces/
-PLANNED = 4.2  # the planned run's compute, in that of the sweep's largest trial
+PLANNED = 4.1  # the planned run's compute, in that of the sweep's largest trial
 SIZES = (13_392, 21_624, 37_024, 56_520)
 LENGTHS: tuple[tuple[float, ...], ...] = (  # of each size, in the shortest's
     (1, 1.5, 2, 3, 4),
     (1, 1.5, 2, 3),
     (1, 1.5, 2),
-    (1, 1.5),
+    (1, 1.25),
 )
 LEAST_TOKENS = 8e5  # below, such models learn in a jump that the law's form does not have
 MOST_TOKENS = 1.6e6  # of the shortest run: more would make the demo no better
@@ -34,9 +33,8 @@ FORM = "interaction"  # form nd was 3 to 5 % above the losses of runs five times
 # a token is 1.6 bytes here. Its standard deviation, of the logarithm, is wide: that was another text.
 PRIORS = {**LITERATURE, "L_inf": (-0.5, 0.5)}
 BATCH_SEQUENCES = 10  # with which the speed is measured: about what the recipe chooses
-FIXED_CPU_SECONDS = 150.0  # of two cores: cluster, data, the start of every run, the fit
-SHARED_EFFICIENCY = 0.5  # of two ZeRO-3 workers, in that of two runs side by side
-SWEEP_EFFICIENCY = 0.85  # of the steps in a trial's time; the rest is evaluation
+FIXED_CPU_SECONDS = 230.0  # of two cores: cluster, data, the start and the evaluation of every run, the fit
+ALONE = 1.2  # the planned run's speed in that of the largest size, which was measured with both cores at work
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,13 @@ def _flops(n: int, model: Mapping[str, Any]) -> float:
 
 
 def _seconds(speed: MachineSpeed, base: Mapping[str, Any]) -> float:
-    """Of the sweep on two processes and of the planned run, per token of the shortest run."""
+    """Of the sweep on two processes and of the planned run on one, per token of the shortest run."""
     sizes: Sequence[int] = [parameter_counts(ModelConfig(**model)).n_total for model in shapes(base)]
     costs = [
         (_flops(n, base["model"]) * k, n) for n, lengths in zip(SIZES, LENGTHS, strict=True) for k in lengths
     ]
-    sweep = sum(flops / _between(speed, n, sizes) for flops, n in costs) / 2 / SWEEP_EFFICIENCY
-    run = PLANNED * max(flops for flops, _ in costs) / speed.large / 2 / SHARED_EFFICIENCY
+    sweep = sum(flops / _between(speed, n, sizes) for flops, n in costs) / 2
+    run = PLANNED * max(flops for flops, _ in costs) / (ALONE * speed.large)
     return sweep + run
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +22,7 @@ from escala.sweeps.recipes import AXES, by_recipe
 from escala.sweeps.space import Range, Space, Value
 
 SEED = "training.seed"
+OWN_SEEDS = 1_000_000
 TRIAL_DEFAULTS = {"training": {"checkpoint_every_steps": 0}}  # a trial that is lost starts again: it is short
 ONE_WORKER_DEFAULTS = {"training": {"zero_stage": 0}}  # nothing to share
 
@@ -78,12 +81,12 @@ def plan(space: Space) -> list[Trial]:
         )
     if space.branch is not None:
         kept = _with_shared_rule(space, kept)
-    trials = [with_seed(t, seed) for t in kept for seed in space.seeds]
+    trials = [with_seed(t, seed_of(space, t, seed)) for t in kept for seed in space.seeds]
     if space.repeats:
         cheapest = kept[: space.repeats.points]
-        trials += [with_seed(t, seed) for t in cheapest for seed in space.repeats.seeds]
+        trials += [with_seed(t, seed_of(space, t, seed)) for t in cheapest for seed in space.repeats.seeds]
     if space.audit:
-        trials += audit_trials(space, kept[-1], space.seeds[0])
+        trials += audit_trials(space, kept[-1], seed_of(space, kept[-1], space.seeds[0]))
     unique = {repr(sorted(flatten(t.config).items())): t for t in reversed(trials)}
     if space.branch is None:
         return sorted(unique.values(), key=lambda t: -t.compute_flops)
@@ -288,6 +291,16 @@ def make_trial(space: Space, values: Mapping[str, Value], shared: Mapping[str, A
 def middle(space: Space) -> Trial:
     """The trial in the middle of every axis."""
     return make_trial(space, {key: at(axis, 0.5) for key, axis in space.vary.items()})
+
+
+def seed_of(space: Space, trial: Trial, seed: int) -> int:
+    """`seed`, or where the space's points have seeds of their own, the one that it and the point's values make. Branches
+    of a trunk share theirs.
+    """
+    if not space.own_seeds:
+        return seed
+    values = {key: value for key, value in trial.values.items() if space.branch is None or key != "tokens"}
+    return zlib.crc32(json.dumps([seed, values], sort_keys=True).encode()) % OWN_SEEDS
 
 
 def with_seed(trial: Trial, seed: int) -> Trial:

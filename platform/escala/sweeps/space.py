@@ -113,6 +113,10 @@ class Space(Strict):
     points: int | None = Field(None, gt=0, description="of sobol, random and optuna")
     design_seed: int = Field(0, ge=0, description="of sobol, random and optuna")
     seeds: list[Seed] = Field([0], min_length=1, description="every point is trained with each")
+    own_seeds: bool = Field(
+        False,
+        description="each point makes seeds of its own from these and its values: points that share one err together",
+    )
     repeats: Repeats | None = None
     audit: Audit | None = Field(None, description="of the recipe's learning rate, beside the points")
     branch: Literal["tokens"] | None = Field(
@@ -188,8 +192,10 @@ class Space(Strict):
             names = set(self.vary).union(*self.cells)
             if "compute_flops" not in names or not names & set(SPLITS):
                 raise ValueError(f"an isoflop design varies compute_flops and one of {', '.join(SPLITS)}")
-        if self.design == "optuna" and (self.cells != [{}] or self.repeats or self.within):
-            raise ValueError("optuna chooses its own points: no cells, within or repeats")
+        if self.design == "optuna" and (
+            self.cells != [{}] or self.repeats or self.within or self.own_seeds
+        ):
+            raise ValueError("optuna chooses its own points: no cells, within, repeats or own_seeds")
 
     def _check_workload(self) -> None:
         workload = get_workload(self.workload)

@@ -121,8 +121,8 @@ def test_points_have_seeds_of_their_own_that_other_points_do_not_change():
     assert {t.config["training"]["seed"] for t in fewer} < set(seeds)
     other = design.plan(space(vary=vary, seeds=[7], own_seeds=True))
     assert not {t.config["training"]["seed"] for t in other} & set(seeds)
-    trunks = design.plan(space(**BRANCHED, own_seeds=True))
-    assert len({(t.n_total, t.config["training"]["seed"]) for t in trunks}) == 2  # branches share their trunk's
+    branches = design.plan(space(**BRANCHED, own_seeds=True))  # they share their trunk's
+    assert len({(t.n_total, t.config["training"]["seed"]) for t in branches}) == 2
     with pytest.raises(SpecError, match="own_seeds"):
         space(aim="search", design="optuna", points=3, vary=vary, own_seeds=True)
 

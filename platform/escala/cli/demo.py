@@ -52,8 +52,8 @@ def demo(
 
 
 def run(minutes: float, seed: int) -> None:
-    """Measure the machine, sweep tiny models, fit a law, plan a run of four times the largest trial's compute, train it,
-    and compare. Exits with 1 where a run fails, or the law refuses to plan.
+    """Measure the machine, sweep tiny models, fit a law, plan a run of four times the largest trial's compute, train
+    it, and compare. Exits with 1 where a run fails, or the law refuses to plan.
     """
     began, escala = time.monotonic(), open_home()
     space = _sizes(escala, minutes, seed)

@@ -294,8 +294,8 @@ def middle(space: Space) -> Trial:
 
 
 def seed_of(space: Space, trial: Trial, seed: int) -> int:
-    """`seed`, or where the space's points have seeds of their own, the one that it and the point's values make. Branches
-    of a trunk share theirs.
+    """`seed`, or where points have seeds of their own, the one that it and the point's values make. Branches of a trunk
+    share theirs.
     """
     if not space.own_seeds:
         return seed

@@ -192,9 +192,7 @@ class Space(Strict):
             names = set(self.vary).union(*self.cells)
             if "compute_flops" not in names or not names & set(SPLITS):
                 raise ValueError(f"an isoflop design varies compute_flops and one of {', '.join(SPLITS)}")
-        if self.design == "optuna" and (
-            self.cells != [{}] or self.repeats or self.within or self.own_seeds
-        ):
+        if self.design == "optuna" and (self.cells != [{}] or self.repeats or self.within or self.own_seeds):
             raise ValueError("optuna chooses its own points: no cells, within, repeats or own_seeds")
 
     def _check_workload(self) -> None:

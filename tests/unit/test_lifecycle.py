@@ -14,7 +14,16 @@ import pytest
 from escala.contract import handshake
 from escala.contract.attempt import request_stop
 from escala.contract.errors import DataError, SpecError
-from escala.contract.records import AttemptFiles, AttemptSpec, JobFiles, Outcome, read_record, write_json
+from escala.contract.records import (
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    JobFiles,
+    Outcome,
+    Progress,
+    read_record,
+    write_json,
+)
 from escala.schema import BenchConfig
 from escala.schema.workloads import WORKLOADS, get_workload, register, submittable
 from escala.spec import load_job, resolve
@@ -224,6 +233,18 @@ def test_a_superseded_attempt_writes_its_outcome_and_leaves_its_run_alone(tmp_pa
         attempt.open(BenchConfig.model_validate)
     assert (attempt.exit_code, outcome(spec).kind) == (11, "superseded")
     assert not list(read_events(AttemptFiles(spec.directory).spool))
+
+
+def test_what_fails_because_it_is_stopped_before_its_first_step_is_no_failure(tmp_path: Path) -> None:
+    """The control plane kills its processes then; the driver may live to see its workers die."""
+    spec = attempt_spec(tmp_path, "bench", {})
+    files = AttemptFiles(spec.directory)
+    write_json(files.control, Control("user"))
+    attempt = in_attempt(spec, RuntimeError("the workers died"))
+    assert (attempt.exit_code, outcome(spec).kind) == (0, "user")
+    assert told(spec)["status"] is None  # the control plane closes its run
+    write_json(files.progress, Progress(1, 9, 64, 1e3, 1.0, None, None, None, 0.0))
+    assert in_attempt(spec, RuntimeError("a slip")).outcome.kind == "internal"
 
 
 def test_a_configuration_that_is_none_fails_before_a_run_is_opened(tmp_path: Path) -> None:

@@ -24,7 +24,17 @@ from escala.contract import failures, handshake
 from escala.contract.attempt import check_fence, finish, flatten, read_attempt
 from escala.contract.errors import EscalaError, SpecError
 from escala.contract.failures import UNEXPLAINED, Classify
-from escala.contract.records import STOP_REASONS, AttemptFiles, AttemptSpec, Outcome, RunRecord, to_plain
+from escala.contract.records import (
+    STOP_REASONS,
+    AttemptFiles,
+    AttemptSpec,
+    Control,
+    Outcome,
+    Progress,
+    RunRecord,
+    read_record,
+    to_plain,
+)
 from escala.contract.redaction import hide_in, print_exception
 from escala.tracking.base import Tracker
 from escala.tracking.lineage import code_fingerprint, fingerprint
@@ -134,12 +144,26 @@ class LiveAttempt:
         failure = self.classify(error)
         if failure.kind in UNEXPLAINED:
             print_exception(error)
+            if stop := self._stopped_at_its_start():
+                self.outcome = Outcome(stop, "stopped before its first step")
+                finish(self.spec, self.outcome)  # its tracker run is the control plane's to close
+                return
         self.outcome, self.exit_code = Outcome(failure.kind, failure.message, failure.hint), failure.exit_code
         if failure.kind == "superseded":
             # In this attempt's own directory; its tracker run is the control plane's now.
             finish(self.spec, self.outcome)
         else:
             self._conclude(self.outcome)
+
+    def _stopped_at_its_start(self) -> str | None:
+        """The reason for which the attempt was asked to stop before its first step: its processes are killed then, and
+        this one may live to see the others' deaths.
+        """
+        control, progress = (
+            read_record(Control, self.files.control),
+            read_record(Progress, self.files.progress),
+        )
+        return control.stop if control and not (progress and progress.train_tokens) else None
 
     def _conclude(self, outcome: Outcome) -> None:
         """Record, tracker, outcome: in this order, the outcome last."""

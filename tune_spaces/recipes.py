@@ -29,9 +29,7 @@ MIN_STEPS = 100  # below that, a batch is too large for its tokens, whatever the
 MOST = {"compute_flops": 1e32, "n_total": 1e14, "n_active": 1e14, "tokens": 1e16, "tokens_per_parameter": 1e9}
 TABLE = Path(__file__).with_name("learning_rate.csv")
 STEADY = ("wsd", "constant")  # schedules that stay at the peak rate; the rule's table was made under cosine
-STEADY_RATE = (
-    0.71  # of cosine's best rate: geometric mean of 0.65 to 0.81 at the five (N, D) of learning_rate_wide.csv
-)
+STEADY_RATE = 0.71  # of cosine's best rate: the geometric mean over learning_rate_wide.csv
 
 
 def sections(

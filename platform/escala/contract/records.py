@@ -191,6 +191,11 @@ class Progress:
     updated_at: float  # Unix seconds
     remaining_seconds: float | None = None  # to the end, where that does not follow from the steps
 
+    @property
+    def trained(self) -> bool:
+        """Whether the attempt has made a step; of a sweep, any of the trials that it started."""
+        return self.train_tokens > 0
+
 
 @dataclass(frozen=True)
 class Control:

@@ -152,7 +152,7 @@ class Reconciler:
                 self._gone(job, attempt, progress, "the Ray head was restarted and has lost the job's driver")
             case "ended":
                 self._gone(job, attempt, progress, "the job's driver ended without an outcome")
-            case _ if job.state == "stopping" and not _has_trained(progress):
+            case _ if job.state == "stopping" and not (progress and progress.trained):
                 self._end_at_once(job, attempt, files, progress)
             case status:
                 self._at_work(job, attempts, progress, working=status == "running")
@@ -366,11 +366,6 @@ class Reconciler:
 def _storable(text: str, characters: int) -> str:
     """What a database takes of a text: no bytes of a file name that were no UTF-8, no NUL, no more than so much."""
     return text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")[:characters]
-
-
-def _has_trained(progress: Progress | None) -> bool:
-    """Whether the attempt has made a step; of a sweep, any of the trials that it started."""
-    return progress is not None and progress.train_tokens > 0
 
 
 def _overrun_seconds(

@@ -159,11 +159,9 @@ class LiveAttempt:
         """The reason for which the attempt was asked to stop before its first step: its processes are killed then, and
         this one may live to see the others' deaths.
         """
-        control, progress = (
-            read_record(Control, self.files.control),
-            read_record(Progress, self.files.progress),
-        )
-        return control.stop if control and not (progress and progress.train_tokens) else None
+        control = read_record(Control, self.files.control)
+        progress = read_record(Progress, self.files.progress)
+        return control.stop if control and not (progress and progress.trained) else None
 
     def _conclude(self, outcome: Outcome) -> None:
         """Record, tracker, outcome: in this order, the outcome last."""

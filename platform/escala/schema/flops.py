@@ -56,7 +56,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     of experts one token passes through k, the shared ones and the whole router (docs/theory B.6).
     """
     norms = 2 * config.d_model + (2 * config.head_size if config.qk_norm else 0)
-    rest = config.n_layers * norms + config.d_model
+    rest = config.n_layers * (norms + config.attention.parameters(config)) + config.d_model
     chosen = None if config.moe is None else config.moe.chosen
     blocks, active = (round(_matrix_parameters(config, e)) + rest for e in (None, chosen))
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
@@ -75,6 +75,12 @@ def flops_per_token(config: ModelConfig, context_tokens: int) -> FlopsPerToken:
     attention = config.attention.flops(config, context_tokens)
     matmul, logits, attention = (TRAINING_PER_FORWARD * term for term in (matmul, logits, attention))
     return FlopsPerToken(matmul, logits, attention, total=sum((matmul, logits, attention)))
+
+
+def chi(config: ModelConfig, context_tokens: int) -> float:
+    """What a token costs at a context of `context_tokens`, relative to one without attention (docs/theory D.2)."""
+    flops = flops_per_token(config, context_tokens)
+    return flops.total / (flops.matmul + flops.logits)
 
 
 def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:

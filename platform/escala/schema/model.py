@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticKnownError
 
-from escala.schema.attention import KINDS, AttentionSection
+from escala.schema.attention import KINDS, AttentionSection, FeaturesConfig
 from escala.schema.base import Strict
 from escala.schema.moe import MoEConfig
 
@@ -34,7 +35,14 @@ class ModelConfig(Strict):
     attention: AttentionSection = Field(
         KINDS.read({}), description="a kind's name, or a section of kind and its options"
     )
-    window_tokens: int | None = Field(None, gt=0, description="keys a query sees, itself included; None: all")
+    window_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="keys a query sees exactly, itself included; None: 256 where the attention has a window, else all",
+    )
+    features: FeaturesConfig | None = Field(
+        None, description="of attention by features; None: positive, 256 where the attention has them"
+    )
     moe: MoEConfig | None = Field(None, description="experts in place of feed-forward layers; None: dense")
 
     @model_validator(mode="before")
@@ -56,7 +64,16 @@ class ModelConfig(Strict):
             data["head_dim"] = d_model // n_heads
         if data.get("d_ff") is None:
             data["d_ff"] = -(-8 * d_model // 3 // 32) * 32
-        return data
+        try:
+            attention = KINDS.read(data.get("attention", {}))
+        except (ValidationError, PydanticKnownError):
+            return data  # likewise
+        if data.get("window_tokens") is not None:
+            attention = attention.with_window()
+        for name, default in (("window_tokens", attention.window_tokens), ("features", attention.features)):
+            if data.get(name) is None:
+                data[name] = default
+        return {**data, "attention": attention}
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from escala.schema.attention.kind import KINDS, AttentionKind, AttentionSection, ModelShape
+from escala.schema.attention.kind import (
+    KINDS,
+    AttentionKind,
+    AttentionSection,
+    FeaturesConfig,
+    ModelShape,
+)
 from escala.schema.kinds import import_kinds
 
-__all__ = ["KINDS", "AttentionKind", "AttentionSection", "ModelShape"]
+__all__ = ["KINDS", "AttentionKind", "AttentionSection", "FeaturesConfig", "ModelShape"]
 
 import_kinds(__name__, __path__)

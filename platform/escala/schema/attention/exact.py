@@ -1,4 +1,4 @@
-"""Exact causal attention, of all keys or of a window of the last ones (`model.window_tokens`)."""
+"""Exact causal attention, of all keys, and what the other kinds share with it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from escala.schema.attention.kind import KINDS, AttentionKind, ModelShape
 
 @KINDS.add
 class ExactAttention(AttentionKind):
-    """softmax(q k^T / sqrt(d_h)) v. Its one option, `window_tokens`, stands in the model's own section."""
+    """softmax(q k^T / sqrt(d_h)) v. With `model.window_tokens`, as imported models have it, it is `window`."""
 
     kind: Literal["exact"] = "exact"
 
-    def check(self, model: ModelShape) -> None:
-        """Any window is good."""
+    def with_window(self) -> AttentionKind:
+        """The kind `window`."""
+        return KINDS["window"](kind="window")
 
     def flops(self, model: ModelShape, context_tokens: int) -> float:
-        """Per layer, head and key 2 d_h for the score and 2 d_h for the value: 2 L H d_h T. A window saturates it."""
-        keys = mean_keys(context_tokens, model.window_tokens)
-        return 4.0 * model.n_layers * model.n_heads * model.head_size * keys
+        """Per layer, head and key 2 d_h for the score and 2 d_h for the value: 2 L H d_h T."""
+        return 4.0 * model.n_layers * model.n_heads * model.head_size * mean_keys(context_tokens)
 
     def saved_elements(self, model: ModelShape) -> int:
         """Rotated queries and keys, values, the output: scores are made again (flash-attn, SDPA)."""
-        return 2 * model.n_heads * model.head_size + 2 * model.kv_heads * model.head_size
+        return kept_for_backward(model)
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """Keys and values; those that a window has left behind are kept until the sequence ends."""
-        return 2 * model.n_layers * model.kv_heads * model.head_size * tokens
+        """Keys and values."""
+        return self.block_elements(model, tokens)
+
+    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+        """Keys and values."""
+        return keys_and_values(model, block_tokens)
 
     def unexportable(self, model: ModelShape) -> str | None:
-        """Nothing; `escala.schema.architectures` knows which class has a place for a window."""
+        """Nothing."""
         return None
 
 
@@ -41,3 +45,13 @@ def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
     """
     window = min(context_tokens, window_tokens or context_tokens)
     return window - window * window / (2 * context_tokens)
+
+
+def kept_for_backward(model: ModelShape) -> int:
+    """Per token and layer: rotated queries and keys, values, the output."""
+    return 2 * model.n_heads * model.head_size + 2 * model.kv_heads * model.head_size
+
+
+def keys_and_values(model: ModelShape, tokens: int) -> int:
+    """Elements of all layers."""
+    return 2 * model.n_layers * model.kv_heads * model.head_size * tokens

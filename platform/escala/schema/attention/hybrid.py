@@ -1,0 +1,92 @@
+"""Exact attention near by, features far away, one normaliser (docs/theory A.7)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from escala.schema.attention.exact import kept_for_backward, keys_and_values, mean_keys
+from escala.schema.attention.features import (
+    feature_flops,
+    features_of,
+    saved_by_features,
+    state_of_features,
+)
+from escala.schema.attention.kind import KINDS, AttentionKind, FeaturesConfig, ModelShape
+from escala.schema.attention.window import WINDOW_TOKENS
+
+
+class BlockAttention(AttentionKind):
+    """Exact attention over a block of S = window_tokens / 2 tokens and the one before; beyond them a far part."""
+
+    window_tokens: ClassVar[int | None] = WINDOW_TOKENS
+    has_far_part: ClassVar[bool] = True
+
+    def check(self, model: ModelShape) -> None:
+        """Raise ValueError for a window that is no two blocks."""
+        super().check(model)
+        if window_of(model) % 2:
+            raise ValueError(f"window_tokens {model.window_tokens} is odd: attention {self.kind} halves it")
+
+    def local_flops(self, model: ModelShape, context_tokens: int) -> float:
+        """Of the exact part of one layer."""
+        return 4.0 * model.n_heads * model.head_size * mean_local_keys(context_tokens, window_of(model))
+
+    def block_tokens(self, model: ModelShape) -> int | None:
+        """S."""
+        return window_of(model) // 2
+
+    def far_share(self, model: ModelShape, context_tokens: int) -> float:
+        """The share of queries that have a far part, which is that of the keys that are in one."""
+        return max(0.0, 1 - window_of(model) / context_tokens)
+
+
+@KINDS.add
+class HybridAttention(BlockAttention):
+    """The far part by features (`model.features`), q and k at unit norm there: linear in T, with a constant state."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    features: ClassVar[FeaturesConfig | None] = FeaturesConfig()
+
+    def parameters(self, model: ModelShape) -> int:
+        """A gain a head, a temperature a key/value head, and learned rows."""
+        learned = features_of(model).parameters(model.kv_heads, model.head_size)
+        return model.n_heads + model.kv_heads + learned
+
+    def flops(self, model: ModelShape, context_tokens: int) -> float:
+        """The exact part, and beyond the first two blocks phi and the state."""
+        far = self.far_share(model, context_tokens) * sum(feature_flops(model))
+        return model.n_layers * (self.local_flops(model, context_tokens) + far)
+
+    def saved_elements(self, model: ModelShape) -> int:
+        """The exact part's, and the far part's."""
+        local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
+        return local + saved_by_features(model, window_of(model) // 2)
+
+    def state_elements(self, model: ModelShape, tokens: int) -> int:
+        """Keys and values of the window, and the state: constant."""
+        near = keys_and_values(model, min(tokens, window_of(model)))
+        return near + model.n_layers * state_of_features(model)
+
+    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+        """Keys and values, and the state before the block."""
+        return keys_and_values(model, block_tokens) + model.n_layers * state_of_features(model)
+
+    def live_tokens(self, model: ModelShape) -> int | None:
+        """Two blocks before the token's own: the first of them joins the own one's state."""
+        return window_of(model) + window_of(model) // 2
+
+
+def window_of(model: ModelShape) -> int:
+    """`model.window_tokens`, never None in a checked model that has one."""
+    return model.window_tokens or WINDOW_TOKENS
+
+
+def mean_local_keys(context_tokens: int, window_tokens: int) -> float:
+    """Keys of its block and the one before that a query meets on average: T/2 up to two blocks, then 3/2 S - S^2/T.
+
+    The continuous form, as `mean_keys`; within a block that is not whole it counts the mean, too.
+    """
+    if context_tokens <= window_tokens:
+        return mean_keys(context_tokens)
+    block = window_tokens / 2
+    return 1.5 * block - block * block / context_tokens

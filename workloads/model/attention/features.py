@@ -64,7 +64,8 @@ def random_rows(heads: int, rows: int, head_size: int, seed: int, device: torch.
         generator = torch.Generator().manual_seed(seed)
         blocks = -(-rows // head_size)
         draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-        directions, _ = torch.linalg.qr(draw((heads, blocks, head_size, head_size)))
+        directions, upper = torch.linalg.qr(draw((heads, blocks, head_size, head_size)))
+        directions *= upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else QR favours some directions
         norms = torch.linalg.vector_norm(draw((heads, blocks, head_size, head_size)), dim=-1, keepdim=True)
         drawn: Tensor = (directions * norms).flatten(1, 2)
         picked: Tensor = drawn[:, :rows]
@@ -82,7 +83,8 @@ class _AtMostOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grad * ((x < 1) | (grad > 0))
+        found: Tensor = grad * ((x < 1) | (grad > 0))
+        return found
 
 
 _at_most_one: Callable[[Tensor], Tensor] = _AtMostOne.apply

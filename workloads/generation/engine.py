@@ -76,7 +76,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
         item = self._network.like.element_size()
-        block_bytes = config.attention.state_elements(config, block_tokens) * item
+        block_bytes = config.attention.block_bytes(config, block_tokens, item)
         if cache_tokens is None:
             whole = max_running * -(-config.max_context_tokens // block_tokens)
             blocks = min(whole, CACHE_BYTES // block_bytes)

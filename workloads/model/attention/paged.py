@@ -14,7 +14,7 @@ each, R = Q * E, K positions of a block, S head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -135,8 +135,8 @@ class Pairs:
 
     def to(self, device: torch.device) -> Pairs:
         """The same on `device`."""
-        found = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **found)
+        tensors = (self.view_tile, self.extra_block, self.extra_tile, self.slot, self.home, self.filled)
+        return Pairs(self.low, self.span, self.places, *(x.to(device) for x in tensors))
 
     def parts(self, q_TGRS: Tensor, *kept: Tensor) -> list[tuple[Tensor, ...]]:
         """(queries, what is `kept` of blocks) of the pairs in place and of the copied ones, (pairs * G, ...) each."""
@@ -176,7 +176,7 @@ class TilePlan:
 def pair_up(
     tables: Sequence[Sequence[int]], first_T: Tensor, last_T: Tensor, in_place: bool, least_places: int
 ) -> Pairs:
-    """The pairs of tiles with their blocks [first_T, last_T], by `tables`; on the CPU. At least one tile has a block."""
+    """The pairs of tiles with their blocks [first_T, last_T], of `tables`, on the CPU. One tile at least has one."""
     counts_T = last_T - first_T + 1
     tiles, places = len(tables), max(int(counts_T.max()), least_places)
     shift_T = torch.arange(tiles) * places - counts_T.cumsum(0) + counts_T
@@ -214,9 +214,7 @@ def _choose_view(block: Tensor, tile: Tensor, in_place: bool) -> tuple[int, int,
     return low, span, view_tile, row, extra
 
 
-def _attend(
-    q_TQGES: Tensor, cache: PagedCache, layer: int, plan: TilePlan
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(q_TQGES: Tensor, cache: PagedCache, layer: int, plan: TilePlan) -> tuple[Tensor, Tensor, Tensor]:
     """(output_TQGES, scores and weights (T, G, Q, E, L * K)), in fp32."""
     tiles, queries, heads, each, size = q_TQGES.shape
     places, block_tokens = plan.bias.shape[-2:]

@@ -117,6 +117,8 @@ def make_attention(config: ModelConfig) -> AttentionModule:
     return attention
 
 
-def decode_state(layers: Sequence[AttentionModule], blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
+def decode_state(
+    layers: Sequence[AttentionModule], blocks: int, block_tokens: int, like: Tensor
+) -> DecodeState:
     """`AttentionModule.decode_state` of the kind of all `layers`."""
     return type(layers[0]).decode_state(layers, blocks, block_tokens, like)

@@ -78,8 +78,8 @@ def model_of(changes: dict[str, Any]) -> Transformer:
     model = Transformer(config_of(changes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if not any(kept in name for kept in ("norm", "embedding", "temperature")):
-                weight.mul_(1.5)
+            if "norm" not in name and "embedding" not in name:
+                weight.mul_(0.8 if "temperature" in name else 1.5)
     return model
 
 

@@ -18,7 +18,7 @@ class PagedEngineConfig(EngineKind):
     cache_tokens: int | None = Field(
         None,
         gt=0,
-        description="that the KV cache holds; None: max_running contexts, or what of them attention needs, or 1 GiB",
+        description="that the KV cache holds; None: max_running contexts, of each what attention needs, or 1 GiB",
     )
     block_tokens: int | None = Field(
         None, gt=0, description="of a cache block; None: as the model's attention needs it, or 32"

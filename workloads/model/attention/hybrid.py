@@ -47,10 +47,10 @@ class NearAndFar(AttentionModule):
 
     def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Band) -> Tensor:
         """See AttentionModule."""
-        batch, context = q_BTHS.shape[:2]
+        batch = len(q_BTHS)
         q_NETS, k_NTS, v_NTS = split_heads(q_BTHS, k_BTGS, v_BTGS)
         near_NETS, lse_NET = local_attention(q_NETS, k_NTS, v_NTS, prepared)
-        if self.is_far_bypassed or context <= 2 * self.block_tokens:
+        if self.is_far_bypassed:
             unused = (
                 sum(weight.sum() for weight in self.parameters()) * 0
             )  # a gradient of 0, not none: ZeRO waits
@@ -76,10 +76,14 @@ def one_normaliser(
 ) -> Tensor:
     """(e^lse near + e^w numerator) / (e^lse + e^w denominator), by the logarithm of the whole normaliser."""
     log_weight_NE1 = log_weight_NE.unsqueeze(-1)
-    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(~is_far_NT[:, None], float("-inf"))
+    none_N1T, nothing = ~is_far_NT[:, None], float("-inf")
+    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(none_N1T, nothing)
     total = torch.logaddexp(lse_NET, log_far)
     near = near_NETS * (lse_NET - total).exp().unsqueeze(-1)
-    return torch.addcmul(near, numerator_NETS, (log_weight_NE1 - total).exp().unsqueeze(-1))
+    far = (
+        (log_weight_NE1 - total).masked_fill(none_N1T, nothing).exp()
+    )  # without a far part it could overflow
+    return torch.addcmul(near, numerator_NETS, far.unsqueeze(-1))
 
 
 class Hybrid(NearAndFar):

@@ -39,9 +39,8 @@ class Nystrom(NearAndFar):
         context, documents_BT = packed.context_tokens, packed.documents_BT
         heads = len(y_NTS) if documents_BT is None else len(y_NTS) // len(documents_BT)
         landmarks, sums, last = [], [], []
-        found = [
-            torch.zeros_like(x_NETS[..., :1]).expand(*x_NETS.shape[:3], v_NTS.shape[-1] + 1)[:, :, : 2 * size]
-        ]
+        nothing = x_NETS[:, :, : 2 * size, :1] * 0  # its gradient is 0, not none: ZeRO-3 waits for one
+        found = [nothing.expand(*nothing.shape[:3], v_NTS.shape[-1] + 1)]
         for start in range(2 * size, context, size):
             past = slice(start - 2 * size, start - size)
             joins_NC = None

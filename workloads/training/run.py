@@ -80,8 +80,9 @@ def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfi
     spec = attempt.spec
     attempt.reads(prepared.fingerprints)
     found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
-    for address in filter(None, (spec.checkpoints, spec.trunk)):
-        keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
+    if prepared.tokenizer is not None:
+        for address in filter(None, (spec.checkpoints, spec.trunk)):
+            keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
     attempt.checkpoint = found.address if found else None
     _, run_id = attempt.run
     return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)

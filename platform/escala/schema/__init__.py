@@ -15,6 +15,8 @@ from escala.schema.data import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
+    RecallCorpus,
+    TextCorpus,
     TokenizerConfig,
 )
 from escala.schema.finetune import (
@@ -61,6 +63,7 @@ __all__ = [
     "PpoConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
+    "RecallCorpus",
     "ResourcesConfig",
     "RewardTrainingConfig",
     "SftConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "StartConfig",
     "StoredPath",
     "Strict",
+    "TextCorpus",
     "TokenizerConfig",
     "TrainedConfig",
     "TrainingConfig",

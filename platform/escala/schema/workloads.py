@@ -164,7 +164,13 @@ def _rollout_service(config: Plain) -> dict[str, float]:
 
 
 HELD_OUT_LOSS = Measure(
-    "loss_nats", "held-out loss", "nats per token", _held_out_loss, fits_laws=True, while_training=True
+    "loss_nats",
+    "held-out loss",
+    "nats per token",
+    _held_out_loss,
+    fits_laws=True,
+    while_training=True,
+    columns=("ideal_loss_nats",),  # of a corpus whose L(T) is known
 )
 REWARD = Measure("reward", "reward", "", _reward, higher_is_better=True, columns=("reward", "kl_nats"))
 _DIALOGUES: dict[str, Content] = {"data.train": "dialogues", "data.held_out": "dialogues"}

@@ -59,7 +59,13 @@ def cost(found: CostView, json: bool) -> None:
         f"memory          {number(memory.total / GB)} GB a device of {number(limit / GB)}: {listed}"
         + ("" if found.fits else "  DOES NOT FIT")
     )
-    raw(f"KV cache        {number(found.kv_cache_bytes_per_token / 1e3)} kB a token in generation")
+    raw(f"attention       {found.attention}, chi {number(found.chi)} at {number(found.contexts[0].context_tokens)} tokens")
+    grows = found.kv_cache_bytes_per_token
+    raw(
+        f"KV cache        {number(grows / 1e3)} kB a token in generation"
+        if grows
+        else f"KV cache        {number(found.contexts[-1].state / 1e6)} MB a sequence in generation, however long it is"
+    )
     raw(f"communication   {number(moved.sent_bytes / GB)} GB a device and step, {moved.messages} messages")
     raw(
         f"time            {duration(found.wall_seconds)} at {number(found.step_seconds)} s a step "
@@ -72,6 +78,14 @@ def cost(found: CostView, json: bool) -> None:
     raw(f"cluster         {cluster.devices} devices: {cluster.about}")
     for note in found.notes:
         raw(f"note            {note}")
+    raw("\nmemory of one sequence, in GB")
+    columns = ("context", "chi", "activations", "checkpointed", "logits", "generation's state")
+    names = ("activations", "checkpointed", "logits", "state")
+    rows = [
+        (number(c.context_tokens), number(c.chi), *(number(getattr(c, name) / GB) for name in names))
+        for c in found.contexts
+    ]
+    table(columns, rows)
 
 
 def precision(text: str) -> Precision:

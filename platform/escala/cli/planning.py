@@ -114,6 +114,13 @@ def plan(
         Path | None,
         typer.Option(help="Also the plans of smaller budgets: a table, and a plot into this PNG."),
     ] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also the plan of this kind of attention at the same budget; may be repeated: a table. "
+            "KIND, or KIND,window_tokens=512,features.count=128."
+        ),
+    ] = None,
     seal: Annotated[
         bool, typer.Option("--seal", help="Seal what the law says of the planned run. [always with --submit]")
     ] = False,
@@ -132,6 +139,8 @@ def plan(
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
+        if attention:
+            raise LawError("--attention compares plans of one budget.", "Give a budget, not --target-loss.")
         target = escala.plan_target(law, target_loss, options)
         render_plans.target(target, json)
         best: PlanView = target
@@ -152,6 +161,9 @@ def plan(
             with progress.working("planning smaller budgets", quiet=json):
                 smaller = escala.plan_front(law, limits, options, front)
             best = best.model_copy(update={"front": tuple(smaller), "front_plot": str(front)})
+        if attention:
+            kinds = escala.plan_kinds(law, limits, attention, options)
+            best = best.model_copy(update={"kinds": tuple(kinds)})
         render_plans.plan(best, json)
     if seal and not submit:
         with progress.reporting("sealing", json) as report:

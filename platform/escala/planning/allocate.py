@@ -59,8 +59,9 @@ def front(
     """Plans at each compute budget, from the least: the Pareto front of loss against FLOPs (with a speed,
     against dollars and kWh). Other limits are held; one that binds ends the front: its plans repeat.
     """
-    held = {"kappa": kappa, "chi": chi, "speed": speed, "context_tokens": context_tokens, "memory": memory}
-    answer = partial(allocate, law, **held)
+    answer = partial(
+        allocate, law, kappa=kappa, chi=chi, speed=speed, context_tokens=context_tokens, memory=memory
+    )
     return [answer(replace(limits, compute_flops=flops)) for flops in sorted(budgets)]
 
 
@@ -84,7 +85,9 @@ def to_target(
             "The least compute to a loss is an answer, so it takes no budget.",
             "Leave out compute_flops, usd, hours and kwh, and compare them with the answer.",
         )
-    question = replace(split.ask(law, limits, kappa, chi, speed, context_tokens, memory), target_nats=loss_nats)
+    question = replace(
+        split.ask(law, limits, kappa, chi, speed, context_tokens, memory), target_nats=loss_nats
+    )
     best, replicates = split.solve(law, question)
     if not math.isfinite(best.flops_B[0]):
         raise LawError(
@@ -126,8 +129,8 @@ def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Sp
         n_active_high=n_high,
         tokens_low=d_low,
         tokens_high=d_high,
-        context_low=t_low,
-        context_high=t_high,
+        context_tokens_low=t_low,
+        context_tokens_high=t_high,
         compute_flops=training,
         inference_flops=inference,
         effective_tokens=effective,

@@ -22,8 +22,7 @@ class Curve:
     def through(cls, x: Sequence[float], y: Sequence[float]) -> Curve:
         """Through positive (x, y), x rising; slopes at the knots by second-order differences."""
         log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
-        order = 2 if len(log_x) > 2 else 1
-        slopes = np.gradient(log_y, log_x, edge_order=order)
+        slopes = np.gradient(log_y, log_x, edge_order=2 if len(log_x) > 2 else 1)
         return cls(*(tuple(values.tolist()) for values in (log_x, log_y, slopes)))
 
     def at(self, log_x_B: Floats) -> tuple[Floats, Floats]:

@@ -26,8 +26,8 @@ class Plan:
     n_active_high: float | None
     tokens_low: float | None
     tokens_high: float | None
-    context_low: float | None  # of T, where it was chosen
-    context_high: float | None
+    context_tokens_low: float | None  # of T, where it was chosen
+    context_tokens_high: float | None
     compute_flops: float  # training
     inference_flops: float
     effective_tokens: float  # D'

@@ -9,9 +9,9 @@ Source: docs/theory D.2-D.6. With C = kappa N D chi(N, T), chi = 1 + scale g(T) 
 where g = dlnD'/dlnD, m = 1 + dlnchi/dlnN + 2 N D_inference / C and w = dlnchi/dlnT. v is 0 but where memory bounds N
 and a longer T makes that bound lower: then it is what that costs. In (log N, log T) the loss along the budget is convex
 where attention costs in proportion to T: log chi and -log(budget - inference) are, and -log D' is convex and decreasing
-in log D. So both conditions rise, and a bracketed root finds the only optimum, whichever limits bind. Where g saturates,
-or memory bounds N by T, the least loss at each T of a grid brackets it. The same conditions hold for the least compute
-that reaches a target loss; only D(N, T) differs. Letter: B replicates.
+in log D. So both conditions rise, and a bracketed root finds the only optimum, whichever limits bind. Where g
+saturates, or memory bounds N by T, the least loss at each T of a grid brackets it. The same conditions hold for the
+least compute that reaches a target loss; only D(N, T) differs. Letter: B replicates.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def ask(
     if context_tokens is None and not in_law and chi.scale > 0:
         raise LawError("chi depends on the context T, and this law does not.", "Give context_tokens.")
     is_free = in_law and context_tokens is None
-    context, longest = _contexts(law, limits, memory) if is_free else ((context_tokens or 1.0,) * 2, "")
+    context, longest = contexts(law, limits, memory) if is_free else ((context_tokens or 1.0,) * 2, "")
     return SplitProblem(
         limits=limits,
         kappa=kappa,
@@ -134,20 +134,15 @@ def ask(
     )
 
 
-def _contexts(law: Law, limits: Limits, memory: Curve | None) -> tuple[tuple[float, float], str]:
-    """The bounds of a T that is chosen, and what the upper one is called. Raises LawError where memory leaves none."""
+def contexts(law: Law, limits: Limits, memory: Curve | None) -> tuple[tuple[float, float], str]:
+    """The bounds of a T that is chosen, and what the upper one is called."""
     low, high = law.ranges["context_tokens"]
     longest = "longest_measured_context"
     if limits.max_context_tokens:
         low, high = min(low, limits.max_context_tokens), limits.max_context_tokens
         longest = "max_context_tokens"
     if memory is not None and math.exp(memory.log_x[-1]) < high * (1 - BINDS):
-        high, longest = math.exp(memory.log_x[-1]), MEMORY
-        if high < low:
-            raise LawError(
-                f"No model trains at {low:g} tokens of context, the law's shortest, in a device's memory.",
-                "Raise --max-memory-gb, or name a --cluster with more.",
-            )
+        high, longest = max(low, math.exp(memory.log_x[-1])), MEMORY
     return (low, high), longest
 
 
@@ -240,7 +235,9 @@ def _best_context(q: SplitProblem, law: Terms) -> Floats:
         octaves = (high_B[0] - low_B[0]) / math.log(2.0) if len(low_B) else 0.0
         grid_K = np.linspace(0.0, 1.0, 2 + math.ceil(GRID * octaves))[:, None] * (high_B - low_B) + low_B
         grid_K[-1] = high_B
-        aims_KB = np.array([np.nan_to_num(at(log_t_B).aim, nan=math.inf, posinf=math.inf) for log_t_B in grid_K])
+        aims_KB = np.array(
+            [np.nan_to_num(at(log_t_B).aim, nan=math.inf, posinf=math.inf) for log_t_B in grid_K]
+        )
         best_B, each_B = aims_KB.argmin(axis=0), np.arange(len(low_B))
         low_B = grid_K[np.maximum(best_B - 1, 0), each_B]
         high_B = grid_K[np.minimum(best_B + 1, len(grid_K) - 1), each_B]

@@ -121,7 +121,7 @@ def plan(best: PlanView, json: bool) -> None:
     if best.front is not None:
         _front(best.front, best.front_plot)
     if best.kinds is not None:
-        _kinds(best.kinds)
+        _kinds(best, best.kinds)
 
 
 def target(found: TargetView, json: bool) -> None:
@@ -201,8 +201,8 @@ def _residuals(best: PlanView) -> str:
     return ", ".join(f"{name} {residual:.1e}" for name, residual in best.residuals.items())
 
 
-def _kinds(plans: Sequence[PlanView]) -> None:
-    """Plans of the same budget with other kinds of attention, and what is assumed of each."""
+def _kinds(best: PlanView, plans: Sequence[PlanView]) -> None:
+    """Plans of the same budget with other kinds of attention, and what is assumed of each beside what `best` says."""
     raw("")
     columns = ("attention", "T", "N", "tokens", "loss", "90 % from", "to", "chi", "GB training", "GB state")
     rows = [
@@ -219,8 +219,9 @@ def _kinds(plans: Sequence[PlanView]) -> None:
     table(columns, rows)
     for p in plans:
         raw(f"{p.attention}: binding {', '.join(p.binding)}; residuals {_residuals(p) or 'none'}")
-        for text in (*p.assumed, *p.advice):
-            raw(f"  {text}")
+        for text in p.assumed:
+            if text not in best.assumed:
+                raw(f"  {text}")
 
 
 def proposals(found: ProposalsView, json: bool) -> None:

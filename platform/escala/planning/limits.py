@@ -13,6 +13,7 @@ from escala.planning.curve import Curve
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")
 MEMORY = "device memory"  # how a plan names it where it binds
+FLAT = 0.1  # dln(chi - 1)/dlnT below which more T costs next to nothing
 NEEDED = {"usd": "usd_per_hour", "kwh": "watts"}  # of the speed, for a budget
 
 
@@ -56,6 +57,11 @@ class Chi:
                 f"chi = 1 + {self.scale} T N^-{self.exponent} is no cost of attention.",
                 "Give scale >= 0 and an exponent from 0 to 1 (1/3 where depth and width grow together).",
             )
+
+    @property
+    def saturates(self) -> bool:
+        """Whether attention's cost stops growing with T."""
+        return self.growth is not None and self.growth.slopes[-1] < FLAT
 
     def excess(self, log_n: Floats, log_t: Floats) -> Floats:
         """chi - 1."""

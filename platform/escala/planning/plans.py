@@ -180,7 +180,8 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
         assumed.append(f"the law does not say which attention its runs had: taken as {own}")
     if (other := shapes.described(model)) != own:
         assumed.append(
-            f"the loss was measured with attention {own}; that {other} has the same is not measured"
+            f"the loss was measured with attention {own}: that {other} has the same is an assumption"
+            + shapes.reach(model)
         )
     wanted = options.cluster is not None or limits.usd or limits.hours or limits.kwh or options.max_memory_gb
     cluster = load_cluster(options.cluster or settings.cluster) if wanted else None
@@ -226,7 +227,8 @@ def _cost_in_words(kappa: float, chi: Chi, attention: str) -> str:
     if not chi.scale:
         return f"C = {kappa:g} N D"
     factor = f"{chi.scale:.3g} {'T' if chi.growth is None else 'g(T)'} N^-{chi.exponent:.3g}"
-    return f"C = {kappa:g} N D (1 + {factor}), attention {attention}"
+    words = f"C = {kappa:g} N D (1 + {factor}), attention {attention}"
+    return words + (", whose cost saturates in T: limits alone bound T" if chi.saturates else "")
 
 
 def _bounds_memory(options: PlanOptions) -> bool:

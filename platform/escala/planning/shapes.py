@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from escala import spec
 from escala.contract.errors import LawError, SpecError
+from escala.laws.powers import Floats
 from escala.planning import cost
 from escala.planning.curve import Curve
 from escala.planning.limits import Chi
@@ -40,6 +42,12 @@ def with_attention(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
     stated = ModelConfig(**{key: model[key] for key in OF_ATTENTION if key in model}).attention.kind
     kept = {key: value for key, value in model.items() if name == stated or key not in OF_ATTENTION}
     section = {"model": kept if name == stated else {**kept, "attention": {"kind": name}}}
+    for option in options:
+        if re.split(r"[.=]", option)[0] not in OF_ATTENTION:
+            raise SpecError(
+                f"{option!r} of --attention {kind} is no option of attention",
+                "hybrid,window_tokens=512,features.count=128, or nystrom,attention.landmarks=8",
+            )
     found = spec.written((), [f"model.{option}" for option in options], section)["model"]
     spec.validate(
         ModelConfig, {key: found[key] for key in OF_ATTENTION if key in found}, "--attention", "model."
@@ -50,6 +58,14 @@ def with_attention(model: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def described(model: Mapping[str, Any]) -> str:
     """Its kind of attention, in words."""
     return ModelConfig(**{key: model[key] for key in OF_ATTENTION if key in model}).attention_words
+
+
+def reach(model: Mapping[str, Any]) -> str:
+    """How far a token sees, in words, where its kind bounds that; else empty (docs/theory A.11)."""
+    checked = ModelConfig(**{key: model[key] for key in OF_ATTENTION if key in model})
+    if checked.window_tokens is None or checked.attention.has_far_part:
+        return ""
+    return f"; a token of it reaches back layers x {checked.window_tokens - 1} tokens at most"
 
 
 def chi_of(model: Mapping[str, Any], sizes: tuple[float, float], context: float) -> Chi:
@@ -104,15 +120,12 @@ def largest_models(
     """The largest N_total whose training fits in `limit_bytes` of a device at each context: ZeRO-3 over all devices,
     one sequence at a time, activations checkpointed. None where no model does.
     """
-    shapes = _built(model, SIZES, "n_total", max_context_tokens=max(contexts))
-    configs = [_training(each, cluster, precision, max(contexts)) for each in shapes]
-    log_n = [math.log(parameter_counts(each.model).n_total) for each in configs]
-    found = list[float | None]()
-    for tokens in contexts:
-        needed = np.maximum.accumulate([_memory(each, cluster, tokens) for each in configs])
-        fits = needed[0] <= limit_bytes
-        found.append(math.exp(np.interp(math.log(limit_bytes), np.log(needed), log_n)) if fits else None)
-    return found
+    log_n_K, log_bytes_TK = _memory(model, cluster, precision, contexts)
+    limit = math.log(limit_bytes)
+    return [
+        math.exp(np.interp(limit, log_bytes_K, log_n_K)) if log_bytes_K[0] <= limit else None
+        for log_bytes_K in log_bytes_TK
+    ]
 
 
 def memory_curve(
@@ -147,12 +160,10 @@ def no_model(limit_bytes: float, tokens: float) -> LawError:
 
 def memory_of(
     model: Mapping[str, Any], cluster: Cluster, precision: Precision, n_total: float, context: float
-) -> float | None:
-    """Bytes of a device in training as `largest_models` has it; None where the recipe has no shape of that N."""
-    tokens = round(context)
-    for each in _built(model, [n_total], "n_total", max_context_tokens=tokens):
-        return _memory(_training(each, cluster, precision, tokens), cluster, tokens)
-    return None
+) -> float:
+    """Bytes of a device in training, as `largest_models` has it."""
+    log_n_K, log_bytes_TK = _memory(model, cluster, precision, [round(context)])
+    return math.exp(np.interp(math.log(n_total), log_n_K, log_bytes_TK[0]))
 
 
 def state_of(model: Mapping[str, Any], precision: Precision, n_total: float, context: float) -> float | None:
@@ -162,21 +173,31 @@ def state_of(model: Mapping[str, Any], precision: Precision, n_total: float, con
     return None
 
 
-def _training(model: ModelConfig, cluster: Cluster, precision: Precision, tokens: int) -> PretrainConfig:
+def _memory(
+    model: Mapping[str, Any], cluster: Cluster, precision: Precision, contexts: Sequence[int]
+) -> tuple[Floats, Floats]:
+    """log N_total (K,) of the recipe's shapes, and the log of their bytes on a device at each context (T, K)."""
     training = {
         "zero_stage": 3,
         "activation_checkpointing": True,
         "precision": precision,
         "batch_sequences": cluster.devices,
         "micro_batch_sequences": 1,
-        "context_tokens": tokens,
     }
-    data = {"tokenizer": {"vocab_size": min(4096, model.vocab_size)}}
-    return PretrainConfig.model_validate(
-        {"model": model, "data": data, "training": training, "resources": {"workers": cluster.devices}}
-    )
-
-
-def _memory(config: PretrainConfig, cluster: Cluster, tokens: int) -> float:
-    training = config.training.model_copy(update={"context_tokens": tokens})
-    return cost.memory_bytes(config.model_copy(update={"training": training}), cluster.device).total
+    log_n, log_bytes = list[float](), list[list[float]]()
+    for each in _built(model, SIZES, "n_total", max_context_tokens=max(contexts)):
+        data = {"tokenizer": {"vocab_size": min(4096, each.vocab_size)}}
+        written = {
+            "model": each,
+            "data": data,
+            "training": training,
+            "resources": {"workers": cluster.devices},
+        }
+        config = PretrainConfig.model_validate(written)
+        log_n.append(math.log(parameter_counts(each).n_total))
+        at = [config.training.model_copy(update={"context_tokens": t}) for t in contexts]
+        of_t = [
+            cost.memory_bytes(config.model_copy(update={"training": t}), cluster.device).total for t in at
+        ]
+        log_bytes.append(np.log(of_t).tolist())
+    return np.array(log_n), np.maximum.accumulate(np.array(log_bytes).T, axis=1)

@@ -16,7 +16,7 @@ from escala.cli.laws import Name, Refresh
 from escala.contract.errors import LawError
 
 if TYPE_CHECKING:
-    from escala.views.plans import PlanView
+    from escala.views.plans import PlanView, ProposalView
 
 ClusterName = Annotated[
     str | None,
@@ -167,11 +167,11 @@ def plan(
         render_plans.plan(best, json)
     if seal and not submit:
         with progress.reporting("sealing", json) as report:
-            made = escala.seal_plan(best.law, best.n_active, best.n_total, best.tokens, report=report)
+            made = escala.seal_plan(*_run(best.law, best), report=report, context_tokens=best.context_tokens)
         render_forecasts.sealed(made)
     if submit:
         with progress.reporting("submitting", json) as report:
-            job = escala.submit_run(best.law, best.n_active, best.n_total, best.tokens, report=report)
+            job = escala.submit_run(*_run(best.law, best), report=report, context_tokens=best.context_tokens)
         render.submitted(job, json)
 
 
@@ -256,7 +256,7 @@ def propose(
     if submit:
         with progress.reporting("submitting", json) as report:
             started = [
-                escala.submit_run(found.law, p.n_active, p.n_total, p.tokens, report=report)
+                escala.submit_run(*_run(found.law, p), report=report, context_tokens=p.context_tokens)
                 for p in found.proposals
             ]
         for job in started:
@@ -340,6 +340,11 @@ def explore(
             if not json:
                 render_plans.round_(last)
     render_plans.exploration(last, json)
+
+
+def _run(law: str, point: PlanView | ProposalView) -> tuple[str, float, float, float]:
+    """What a planned run is asked by: law, N active, N total, D."""
+    return law, point.n_active, point.n_total, point.tokens
 
 
 def _check_pool(

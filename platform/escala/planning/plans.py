@@ -12,9 +12,11 @@ from escala import spec
 from escala.contract.errors import LawError, SpecError
 from escala.hardware import load_cluster
 from escala.laws import queries as laws
+from escala.laws.files import ATTENTION
 from escala.laws.reference import Stored
 from escala.planning import cost, shapes, split
 from escala.planning.allocate import allocate, front, to_target
+from escala.planning.law_runs import base_of, context_of, has_context, measured_contexts
 from escala.planning.limits import MEMORY, Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
 from escala.schema.hardware import Cluster, Precision
@@ -23,18 +25,6 @@ from escala.settings import Settings
 if TYPE_CHECKING:
     from escala.planning.propose import Proposal
 
-RECIPE_DECIDES = {  # what follows from N and D by recipe, and so is not taken from a law's runs
-    "model": ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "head_dim"),
-    "training": ("steps", "train_tokens", "batch_sequences", "micro_batch_sequences", "seed"),
-    "optimizer": ("learning_rate",),
-}
-NEVER_KEPT = {  # N and D decide these alone, and each run has its own seed
-    "model.n_layers",
-    "model.d_model",
-    "training.steps",
-    "training.train_tokens",
-    "training.seed",
-}
 CHI_SPAN = (1e5, 1e11)  # parameters of the shapes whose attention gives chi
 FRONT_POINTS, FRONT_DECADES = 9, 2.0
 
@@ -147,7 +137,7 @@ def plan_kinds(
     neither law nor question has a context, so that attention costs nothing.
     """
     stored = laws.law(settings, reference, options.refresh)
-    if options.context_tokens is None and _context(stored) is None and not _has_context(stored):
+    if options.context_tokens is None and context_of(stored) is None and not has_context(stored):
         raise LawError(
             f"{stored.reference} knows no context T, so kinds of attention cost the same.",
             "Say the context: --context-tokens 2048.",
@@ -169,7 +159,7 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
 
     Raises LawError, NotFoundError, SpecError.
     """
-    context, in_law = options.context_tokens or _context(stored), _has_context(stored)
+    context, in_law = options.context_tokens or context_of(stored), has_context(stored)
     model = base_of(stored).get("model", {})
     own = shapes.described(model)
     if options.attention is not None:
@@ -177,7 +167,15 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
     chi = Chi() if context is None and not in_law else _chi(stored, model, context)
     assumed = [_cost_in_words(options.kappa, chi, shapes.described(model))]
     if chi.scale and not base_of(stored):
-        assumed.append(f"the law does not say which attention its runs had: taken as {own}")
+        said = stored.provenance.get(ATTENTION)
+        of_table = (
+            "does not say which attention its runs had"
+            if said is None
+            else f"is of runs with attention {said}"
+        )
+        assumed.append(
+            f"the law {of_table}, and has no configuration: costs are of {own}, unless --attention says more"
+        )
     if (other := shapes.described(model)) != own:
         assumed.append(
             f"the loss was measured with attention {own}: that {other} has the same is an assumption"
@@ -195,19 +193,6 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
         budget, how = _within_memory(stored, cluster, budget, model, options)
         assumed.append(how)
     return Asked(stored, cluster, budget, tuple(assumed), model, options)
-
-
-def _context(stored: Stored) -> float | None:
-    """The context of the law's runs, where they all have one."""
-    configuration = stored.provenance.get("configuration") or {}
-    tokens = configuration.get("training", {}).get("context_tokens")
-    tokens = configuration.get("model", {}).get("max_context_tokens") if tokens is None else tokens
-    return None if tokens is None else float(tokens)
-
-
-def _has_context(stored: Stored) -> bool:
-    """Whether T is an input of the law."""
-    return "context_tokens" in stored.law.form.columns
 
 
 def chi_of(stored: Stored, context: float | None = None) -> Chi:
@@ -243,7 +228,7 @@ def _within_memory(
     LawError where no model trains.
     """
     limit = options.max_memory_gb * 1e9 if options.max_memory_gb else cluster.device.memory_bytes.value
-    free = _has_context(stored) and budget.context_tokens is None
+    free = has_context(stored) and budget.context_tokens is None
     tokens = int(budget.context_tokens or 2048)
     length = "T" if free else tokens
     words = f"memory: ZeRO-3 on {cluster.devices} devices, a sequence of {length} tokens, checkpointing"
@@ -283,33 +268,16 @@ def cluster_speed(cluster: Cluster, precision: Precision) -> tuple[Speed, str]:
     return Speed(flops, rates.usd(cluster.devices, 3600.0), joules), words
 
 
-def base_of(stored: Stored) -> dict[str, Any]:
-    """The configuration that the law's runs share, less what the recipe decided: what a run that is to be compared
-    with them has. What the space of their sweep states no recipe decided, so it is kept. Empty for a law of a table
-    that says nothing of its runs.
-    """
-    kept = set(stored.provenance.get("stated") or ()) - NEVER_KEPT
-    return _comparable(stored.provenance.get("configuration") or {}, "", "", kept)
-
-
-def _comparable(section: Mapping[str, Any], name: str, path: str, kept: set[str]) -> dict[str, Any]:
-    base = dict[str, Any]()
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            inner = _comparable(value, key, f"{path}{key}.", kept)
-            base |= {key: inner} if inner else {}
-        elif key in RECIPE_DECIDES.get(name, ()) and f"{path}{key}" not in kept:
-            continue
-        elif value is not None or name == "moe":  # of experts None says something: nothing is dropped
-            base[key] = value
-    return base
-
-
 def config_for(
-    stored: Stored, n_active: float, n_total: float, tokens: float, overrides: Sequence[str] = ()
+    stored: Stored,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    overrides: Sequence[str] = (),
+    context_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
-    from both N. Raises SpecError for a law that knows none.
+    """The configuration of a run of N and D (and T, where the law has it: `context_tokens`), like the law's runs; of
+    mixtures of experts the number of experts follows from both N. Raises SpecError for a law that knows none.
     """
     from escala.sweeps.recipes import by_recipe, experts
 
@@ -319,13 +287,26 @@ def config_for(
             f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
             "escala submit pretrain SPEC.yaml --compute-flops C --law NAME",
         )
-    written = spec.written((), overrides, base)
     axes = {"n_total": n_total, "tokens": tokens}
+    if context_tokens is not None and has_context(stored):
+        axes["context_tokens"] = context = float(round(context_tokens))
+        base = _without_context(base, context)
+    written = spec.written((), overrides, base)
     model = written.get("model", {})
     if model.get("moe"):
-        axes = {"n_active": n_active, "tokens": tokens}
+        axes["n_active"] = n_active
+        del axes["n_total"]
         written = spec.merge({"model": {"moe": {"experts": experts(n_active, n_total, model)}}}, written)
     return spec.merge(by_recipe(written, axes), written)
+
+
+def _without_context(base: dict[str, Any], context: float) -> dict[str, Any]:
+    """`base` where the context is an axis: it says none, and no model that reads less."""
+    training = {key: value for key, value in base.get("training", {}).items() if key != "context_tokens"}
+    model = dict(base.get("model", {}))
+    if model.get("max_context_tokens", context) < context:
+        del model["max_context_tokens"]
+    return {**base, "model": model, "training": training}
 
 
 def propose_runs(
@@ -358,8 +339,7 @@ def propose_runs(
         aimed, plan = asked.budget, asked.answer().plan
     else:
         aimed, plan = target, None
-    contexts = (_context(stored),) if "context_tokens" in stored.law.form.columns else ()
-    columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
+    columns = candidates(stored.law, max_flops, context_tokens=measured_contexts(stored))
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
     price = partial(

@@ -61,7 +61,7 @@ def described(model: Mapping[str, Any]) -> str:
 
 
 def reach(model: Mapping[str, Any]) -> str:
-    """How far a token sees, in words, where its kind bounds that; else empty (docs/theory A.11)."""
+    """How far a token sees, in words, where its kind bounds that; else empty (docs/theory A.6)."""
     checked = ModelConfig(**{key: model[key] for key in OF_ATTENTION if key in model})
     if checked.window_tokens is None or checked.attention.has_far_part:
         return ""

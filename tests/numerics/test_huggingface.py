@@ -262,7 +262,7 @@ def test_what_a_configuration_leaves_out_is_its_classs(model_type: str, given: d
     window = getattr(theirs, "sliding_window", None)
     if not getattr(theirs, "use_sliding_window", True):
         window = None
-    assert ours.model_dump(exclude={"moe", "attention", "qk_norm"}) == {
+    assert ours.model_dump(exclude={"moe", "attention", "features", "qk_norm"}) == {
         "vocab_size": theirs.vocab_size,
         "n_layers": theirs.num_hidden_layers,
         "d_model": theirs.hidden_size,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
 from workloads.generation.linear import MIN_ROWS, PackedLinear
-from workloads.model.attention.registry import DecodeState, make_core
+from workloads.model.attention.registry import DecodeState
 from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
@@ -94,7 +94,7 @@ class Network:
 
     def decode_state(self, blocks: int, block_tokens: int) -> DecodeState:
         """An empty one, of the kind of the model's attention."""
-        return make_core(self.config).decode_state(blocks, block_tokens, self.like)
+        return self.model.layers[0].attention.core.decode_state(blocks, block_tokens, self.like)
 
     def forward(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> Tensor:
         """Write the keys and values of all pieces, and return the final hidden state_PD of the last token of each.

@@ -21,6 +21,7 @@ from escala.contract.files import replacing
 from escala.contract.records import write_json
 from escala.schema import ModelConfig
 from escala.schema.architectures import architecture_for, their_names
+from escala.schema.attention.exact import ExactAttention
 from escala.schema.pretrained import model_config_of, to_hugging_face
 from workloads.model.transformer import Transformer
 
@@ -155,7 +156,9 @@ def _gguf_tensors(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterat
 
     # Our configuration, since transformers leaves out Qwen3's head size; without the window, which no weight depends
     # on: a GGUF file calls Mistral llama, and as a Mistral transformers refuses it.
-    settings = to_hugging_face(config.model_copy(update={"window_tokens": None}))
+    settings = to_hugging_face(
+        config.model_copy(update={"attention": ExactAttention(), "window_tokens": None})
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,

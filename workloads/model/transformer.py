@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from escala.schema import ModelConfig
-from workloads.model.attention.registry import make_core
+from workloads.model.attention import make_attention
 from workloads.model.layers import Embedding, FeedForward, Linear, RMSNorm
 from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.rope import RotaryTable, rotate
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         super().__init__()
         d_model, size = config.d_model, config.head_size
         self.heads, self.kv_heads, self.size = config.n_heads, config.kv_heads, size
-        self._core = make_core(config)
+        self.core = make_attention(config)
         self.query = Linear(d_model, self.heads * size)
         self.key = Linear(d_model, self.kv_heads * size)
         self.value = Linear(d_model, self.kv_heads * size)
@@ -45,13 +45,13 @@ class Attention(nn.Module):
         at_N: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D), or to (N, D) of the positions `at_N`; `rotation` from RotaryTable, `prepared`
-        from AttentionCore.
+        from AttentionModule.
         """
         q_BTHS = self.query_norm(self.query(x_BTD).unflatten(-1, (self.heads, self.size)))
         k_BTGS = self.key_norm(self.key(x_BTD).unflatten(-1, (self.kv_heads, self.size)))
         v_BTGS = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.size))
         q_BTHS, k_BTGS = rotate(q_BTHS, *rotation), rotate(k_BTGS, *rotation)
-        out_BTHS = self._core.attend(q_BTHS, k_BTGS, v_BTGS, prepared)
+        out_BTHS = self.core(q_BTHS, k_BTGS, v_BTGS, prepared=prepared)
         output: Tensor = self.output(_pick(out_BTHS.flatten(-2), at_N))
         return output
 
@@ -113,7 +113,6 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.unembedding = None if config.tie_embeddings else Embedding(config.vocab_size, config.d_model)
         self._rotary = RotaryTable(config.head_size, config.rope_base)
-        self._core = make_core(config)
 
     def forward(
         self,
@@ -145,7 +144,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         context = tokens_BT.shape[1]
         rotation = self._rotary(context if positions_BT is None else positions_BT, like=x_BTD)
-        prepared = self._core.prepare(context, documents_BT, x_BTD.device)
+        prepared = self.layers[0].attention.core.prepare(context, documents_BT, x_BTD.device)
         recompute = self.activation_checkpointing and is_grad_enabled()
         at_N = None if at_BT is None else at_BT.flatten().nonzero().squeeze(-1)
         for number, block in enumerate(self.blocks, 1):

@@ -1,5 +1,5 @@
-"""Exact causal attention (docs/theory A.1, A.3, A.6): flash-attn where installed and fit, else torch's SDPA; in
-generation over a paged cache (see `paged`).
+"""Exact causal attention (docs/theory A.1, A.3): flash-attn where installed and fit, else torch's SDPA; in generation
+over a paged cache (see `paged`).
 
 Dimensions: B batch, T context, H query heads, G key/value heads, S head size.
 """
@@ -17,36 +17,28 @@ from torch import Tensor
 
 from escala.schema import ModelConfig
 from workloads.model.attention.paged import PagedCache
+from workloads.model.attention.registry import AttentionModule
 
 
-class ExactCore:
-    """softmax(q k^T / sqrt(S)) v over all keys, or over a window of the last ones."""
+class Exact(AttentionModule):
+    """softmax(q k^T / sqrt(S)) v over all keys."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._config, self._window = config, config.window_tokens
+        super().__init__()
+        self._config = config
 
-    def prepare(
-        self, context_tokens: int, documents_BT: Tensor | None, device: torch.device
-    ) -> Tensor | None:
-        """The mask: True where a query (row) sees a key (column), shape (T, T) or (B, 1, T, T); None: plain causal."""
-        window = self._window if self._window is not None and self._window < context_tokens else None
-        if documents_BT is None and window is None:
+    def prepare(self, context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Any:
+        """The mask: True where a query (row) sees a key (column), shape (B, 1, T, T); None: plain causal."""
+        if documents_BT is None:
             return None
         position = torch.arange(context_tokens, device=device)
-        distance = position[:, None] - position[None, :]
-        seen = distance >= 0
-        if window is not None:
-            seen = seen & (distance < window)
-        if documents_BT is None:
-            return seen
+        seen = position[:, None] >= position[None, :]
         return seen & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
 
-    def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Tensor | None) -> Tensor:
-        """Output_BTHS. flash-attn takes the window that the mask expresses as a number instead."""
-        if _flash_fits(q_BTHS) and (prepared is None or prepared.ndim == 2):
-            window = (-1, -1) if self._window is None else (self._window - 1, 0)
-            out: Tensor = _flash().flash_attn_func(q_BTHS, k_BTGS, v_BTGS, causal=True, window_size=window)
-            return out
+    def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Any) -> Tensor:
+        """See AttentionModule."""
+        if prepared is None and flash_fits(q_BTHS):
+            return flash_attention(q_BTHS, k_BTGS, v_BTGS)
         q_BHTS, k_BGTS, v_BGTS = (x.transpose(1, 2) for x in (q_BTHS, k_BTGS, v_BTGS))
         each = q_BTHS.shape[2] // k_BTGS.shape[2]
         if each > 1 and not _takes_grouped_heads(q_BTHS, prepared):
@@ -65,11 +57,26 @@ class ExactCore:
         """A cache of keys and values."""
         config = self._config
         return PagedCache(
-            config.n_layers, blocks, config.kv_heads, block_tokens, config.head_size, like, self._window
+            config.n_layers,
+            blocks,
+            config.kv_heads,
+            block_tokens,
+            config.head_size,
+            like,
+            config.window_tokens,
         )
 
 
-make_core = ExactCore
+make_attention = Exact
+
+
+def flash_attention(
+    q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, window_tokens: int | None = None
+) -> Tensor:
+    """Causal output_BTHS by flash-attn, where `flash_fits`; over the last `window_tokens` keys, or all."""
+    window = (-1, -1) if window_tokens is None else (window_tokens - 1, 0)
+    out: Tensor = _flash().flash_attn_func(q_BTHS, k_BTGS, v_BTGS, causal=True, window_size=window)
+    return out
 
 
 @functools.cache
@@ -88,7 +95,7 @@ def _takes_grouped_heads(q_BTHS: Tensor, mask: Tensor | None) -> bool:
     return mask is None and q_BTHS.dtype in (torch.float16, torch.bfloat16)
 
 
-def _flash_fits(q_BTHS: Tensor) -> bool:
+def flash_fits(q_BTHS: Tensor) -> bool:
     """flash-attn 2 takes fp16 and bf16, head sizes up to 256 in eights, on compute capability 8 and later."""
     if not q_BTHS.is_cuda or q_BTHS.dtype not in (torch.float16, torch.bfloat16):
         return False

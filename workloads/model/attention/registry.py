@@ -9,33 +9,50 @@ queries of a tile, E query heads of each key/value head.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from escala.schema import ModelConfig
 
 
-class AttentionCore(Protocol):
-    """What attention computes between projections and output, in every layer of one model. It has no parameters."""
+class AttentionModule(nn.Module, ABC):
+    """What attention computes between projections and output in one layer, with the kind's own parameters."""
 
-    def prepare(self, context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Any:
-        """What all layers of one forward pass share (a mask), given to each `attend`.
+    def forward(
+        self,
+        q_BTHS: Tensor,
+        k_BTGS: Tensor,
+        v_BTGS: Tensor,
+        documents_BT: Tensor | None = None,
+        prepared: Any = None,
+    ) -> Tensor:
+        """Causal output_BTHS.
 
         Args:
-            documents_BT: a number for each token; no token sees one with another number. None: all see each other.
+            q_BTHS, k_BTGS: rotated already.
+            documents_BT: a number for each token; no token sees one with another number. A document's tokens are
+                adjacent. None: all are of one.
+            prepared: what `prepare` made of `documents_BT`, which then is not read; None: it is made here.
         """
-        ...
+        if prepared is None:
+            prepared = self.prepare(q_BTHS.shape[1], documents_BT, q_BTHS.device)
+        return self.attend(q_BTHS, k_BTGS, v_BTGS, prepared)
 
+    @abstractmethod
+    def prepare(self, context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Any:
+        """What all layers of one forward pass share (a mask); None where there is nothing."""
+
+    @abstractmethod
     def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Any) -> Tensor:
-        """Causal output_BTHS."""
-        ...
+        """See `forward`."""
 
+    @abstractmethod
     def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
         """Nothing yet, for `blocks` blocks of all layers, in the dtype and on the device of `like`."""
-        ...
 
 
 class DecodeState(Protocol):
@@ -75,8 +92,8 @@ class DecodeState(Protocol):
         ...
 
 
-def make_core(config: ModelConfig) -> AttentionCore:
-    """What computes the attention of a model: `make_core` of its kind's module."""
+def make_attention(config: ModelConfig) -> AttentionModule:
+    """What computes the attention of one layer: `make_attention` of its kind's module."""
     module = importlib.import_module(f"workloads.model.attention.{config.attention.kind}")
-    core: AttentionCore = module.make_core(config)
-    return core
+    attention: AttentionModule = module.make_attention(config)
+    return attention

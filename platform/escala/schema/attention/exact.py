@@ -19,7 +19,13 @@ class ExactAttention(AttentionKind):
 
     def flops(self, model: ModelShape, context_tokens: int) -> float:
         """Per layer, head and key 2 d_h for the score and 2 d_h for the value: 2 L H d_h T."""
-        return 4.0 * model.n_layers * model.n_heads * model.head_size * mean_keys(context_tokens)
+        return (
+            4.0
+            * model.n_layers
+            * model.n_heads
+            * model.head_size
+            * mean_keys(context_tokens, model.window_tokens)
+        )
 
     def saved_elements(self, model: ModelShape) -> int:
         """Rotated queries and keys, values, the output: scores are made again (flash-attn, SDPA)."""

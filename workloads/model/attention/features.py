@@ -1,0 +1,217 @@
+"""Linear attention by features (docs/theory A.4, A.10): phi(q)^T sum phi(k) [v, 1]^T.
+
+Positive and trigonometric features: Choromanski et al. 2021 (Performers), sections 2.3 and 2.4; learned ones: Zhang et
+al. 2024 (Hedgehog).
+
+Dimensions: B batch, T context, H query heads, G key/value heads, E = H / G, N = B * G, S head size, R rows of the
+projection, M width of phi; `...` any leading ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from escala.schema import ModelConfig
+from escala.schema.attention.features import CHUNK_TOKENS, features_of
+from workloads.model.attention.layout import Packing, accumulated, join_heads, packing, split_heads
+from workloads.model.attention.prefix import prefix_sums
+from workloads.model.attention.registry import AttentionModule, DecodeState
+
+
+def feature_map(x_BTHS: Tensor, kind: str, projection_HRS: Tensor) -> Tensor:
+    """phi_BTHM of x as it is: E phi(x).phi(y) = e^(x.y) for `positive` (M = R) and `trigonometric` (M = 2 R) with
+    Gaussian rows; for `learned` (M = 2 R) [softmax(W x), softmax(-W x)].
+
+    Args:
+        projection_HRS: H heads' rows, or one head's for all.
+
+    Relative variance of the positive map's product: e^z (1 - e^-z) / M with z = |x + y|^2 (docs/theory A.4). Raises
+    ValueError for an unknown kind.
+    """
+    projected_BTHR = torch.einsum("bths,hrs->bthr", x_BTHS, projection_HRS.expand(x_BTHS.shape[2], -1, -1))
+    return phi(projected_BTHR, x_BTHS, kind)
+
+
+def phi(projected: Tensor, x: Tensor, kind: str, shift: Tensor | float = 0.0) -> Tensor:
+    """(..., M) of x (..., S) and its products with the rows (..., R); `shift` is taken off the positive map's
+    exponents.
+    """
+    if kind == "learned":
+        return torch.cat((projected.softmax(-1), (-projected).softmax(-1)), -1)
+    half_square: Tensor = torch.linalg.vecdot(x, x).unsqueeze(-1) / 2
+    root = math.sqrt(projected.shape[-1])
+    if kind == "positive":
+        return (projected - (half_square + shift)).exp().div(root)
+    if kind == "trigonometric":
+        return torch.cat((projected.cos(), projected.sin()), -1).mul(half_square.exp() / root)
+    raise ValueError(f"no features of kind {kind!r}: positive, trigonometric or learned")
+
+
+@functools.lru_cache(16)
+def random_rows(heads: int, rows: int, head_size: int, seed: int, device: torch.device) -> Tensor:
+    """(heads, rows, head_size) in fp64: orthogonal blocks of Gaussian rows (Choromanski et al. 2021, section 2.4).
+
+    Not a buffer: it follows from the configuration, and `model.to(bfloat16)` would round it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        blocks = -(-rows // head_size)
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        directions, upper = torch.linalg.qr(draw((heads, blocks, head_size, head_size)))
+        directions *= upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else QR favours some directions
+        norms = torch.linalg.vector_norm(draw((heads, blocks, head_size, head_size)), dim=-1, keepdim=True)
+        drawn: Tensor = (directions * norms).flatten(1, 2)
+        picked: Tensor = drawn[:, :rows]
+        return picked.to(device)
+
+
+class _AtMostOne(torch.autograd.Function):
+    """min(x, 1), whose gradient at the bound passes where it leads back inside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(max=1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        found: Tensor = grad * ((x < 1) | (grad > 0))
+        return found
+
+
+_at_most_one: Callable[[Tensor], Tensor] = _AtMostOne.apply
+
+
+class UnitScale(nn.Module):
+    """Queries and keys at unit norm times a learned temperature of each key/value head, at most 1 and 1 at the start:
+    e^(x.y) then lies between 1/e and e, where features and landmarks can follow it (docs/theory A.4).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.temperature_G = nn.Parameter(torch.ones(config.kv_heads))
+
+    def forward(self, q_NETS: Tensor, k_NTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_NETS, y_NTS, temperature_N), in fp32 (fp64 for fp64)."""
+        kind = accumulated(q_NETS.dtype)
+        batch = len(k_NTS) // len(self.temperature_G)
+        temperature_G = _at_most_one(self.temperature_G.to(kind))
+        temperature_N = temperature_G.repeat(batch)
+        x_NETS = F.normalize(q_NETS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1, 1)
+        y_NTS = F.normalize(k_NTS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1)
+        return x_NETS, y_NTS, temperature_N
+
+
+class FeatureSums(nn.Module):
+    """Numerators and denominators of a kernel by features, over all blocks that lie `lag` or more before a query's
+    own; with `lag` 1 the earlier tokens of its own block, too.
+    """
+
+    def __init__(self, config: ModelConfig, block_tokens: int, lag: int) -> None:
+        super().__init__()
+        self.features, self.block_tokens, self.lag = features_of(config), block_tokens, lag
+        self._shape = (config.kv_heads, self.features.rows, config.head_size)
+        self.projection_GRS: nn.Parameter | None = None
+        if self.features.kind == "learned":
+            self.projection_GRS = nn.Parameter(torch.empty(self._shape))
+            nn.init.normal_(self.projection_GRS)
+
+    def rows(self, like: Tensor) -> Tensor:
+        """The projection, (G, R, S), in the dtype and on the device of `like`."""
+        if self.projection_GRS is not None:
+            return self.projection_GRS.to(like.dtype)
+        return random_rows(*self._shape, self.features.seed, like.device).to(like.dtype)
+
+    def shift_G(self, rows_GRS: Tensor) -> Tensor | None:
+        """What keeps the positive map's exponents at most 0: the largest |w_r|, a constant; None for other maps."""
+        if self.features.kind != "positive":
+            return None
+        longest: Tensor = torch.linalg.vector_norm(rows_GRS, dim=-1).amax(-1)
+        return longest
+
+    def forward(
+        self, x_NETS: Tensor, y_NTS: Tensor, v_NTS: Tensor, temperature_N: Tensor, packed: Packing
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(numerator_NETS, denominator_NET, log_scale_N): what was summed is e^-log_scale of the kernel; None: 0.
+
+        A query without far keys has a denominator of 1 and a numerator of 0.
+        """
+        rows_GRS = self.rows(x_NETS)
+        batch = len(y_NTS) // len(rows_GRS)
+        shift_G = self.shift_G(rows_GRS)
+        shift_N = None if shift_G is None else shift_G.repeat(batch)
+        sums = prefix_sums(
+            x_NETS,
+            y_NTS,
+            v_NTS,
+            rows_GRS.repeat(batch, 1, 1),
+            functools.partial(_phi_of_rows, kind=self.features.kind, shift_N=shift_N),
+            packed,
+            self.block_tokens,
+            self.lag,
+        )
+        count_BT = far_keys(packed, self.block_tokens) if self.lag > 1 else packed.seen_before_BT + 1
+        count_NT = packed.of_heads(count_BT.expand(batch, -1), len(rows_GRS))
+        numerator, denominator = sums[..., :-1], sums[..., -1]
+        if self.features.kind == "trigonometric":
+            denominator = at_least(denominator, count_NT, temperature_N)
+        denominator = denominator.masked_fill(count_NT[:, None] == 0, 1.0)
+        return numerator, denominator, None if shift_N is None else 2 * shift_N
+
+
+def far_keys(packed: Packing, block_tokens: int) -> Tensor:
+    """Keys of its document that lie two or more blocks before a query's own, (B, T) or (1, T)."""
+    position = torch.arange(packed.context_tokens, device=packed.device)
+    first = position - packed.seen_before_BT
+    border = (position // block_tokens - 1) * block_tokens
+    return (border - first).clamp(min=0)
+
+
+def at_least(denominator_NET: Tensor, count_NT: Tensor, temperature_N: Tensor) -> Tensor:
+    """The denominator, not below what the kernel's own is at least: e^-temperature^2 a key. An estimate that may be 0
+    or negative is no normaliser.
+    """
+    least_NT = count_NT * (-temperature_N.detach().square()).exp()[:, None]
+    return torch.maximum(denominator_NET, least_NT[:, None])
+
+
+def _phi_of_rows(x_NKS: Tensor, rows_NRS: Tensor, kind: str, shift_N: Tensor | None) -> Tensor:
+    """phi_NKM."""
+    shift: Tensor | float = 0.0 if shift_N is None else shift_N.view(-1, 1, 1)
+    return phi(torch.bmm(x_NKS, rows_NRS.transpose(1, 2)), x_NKS, kind, shift)
+
+
+class LinearAttention(AttentionModule):
+    """Attention by features alone, in chunks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.unit = UnitScale(config)
+        self.sums = FeatureSums(config, CHUNK_TOKENS, lag=1)
+
+    def prepare(self, context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Packing:
+        """The documents' borders."""
+        return packing(context_tokens, documents_BT, device)
+
+    def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Packing) -> Tensor:
+        """See AttentionModule."""
+        q_NETS, k_NTS, v_NTS = split_heads(q_BTHS, k_BTGS, v_BTGS)
+        x_NETS, y_NTS, temperature_N = self.unit(q_NETS, k_NTS)
+        numerator, denominator, _ = self.sums(x_NETS, y_NTS, v_NTS, temperature_N, prepared)
+        return join_heads(numerator / denominator.unsqueeze(-1), len(q_BTHS), q_BTHS.dtype)
+
+    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
+        """A constant state of each sequence."""
+        raise NotImplementedError
+
+
+make_attention = LinearAttention

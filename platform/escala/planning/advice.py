@@ -41,7 +41,9 @@ def advise(law: Law, q: SplitProblem, plan: Plan) -> Iterator[str]:
     elif q.context_is_free and not q.chi.scale:
         yield "chi is constant (Chi.scale is 0), so a longer context costs nothing here and T is at its bound."
     elif (
-        q.context_is_free and plan.context_tokens == q.context[1] and q.chi.slope(np.log(q.context))[1] < FLAT
+        q.context_is_free
+        and plan.context_tokens == q.context[1]
+        and q.chi.at(np.zeros(1), np.log(q.context[1:]))[1][0] < FLAT
     ):
         yield (
             f"What attention costs hardly grows with T here, so T is bounded by {q.longest} alone; a context beyond "

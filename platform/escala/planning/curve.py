@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,9 +26,13 @@ class Curve:
         slopes = np.gradient(log_y, log_x, edge_order=2 if len(log_x) > 2 else 1)
         return cls(*(tuple(values.tolist()) for values in (log_x, log_y, slopes)))
 
+    @cached_property
+    def _knots(self) -> tuple[Floats, Floats, Floats]:
+        return np.array(self.log_x), np.array(self.log_y), np.array(self.slopes)
+
     def at(self, log_x_B: Floats) -> tuple[Floats, Floats]:
         """(log y, its slope), (B,) each."""
-        x_K, y_K, slope_K = (np.array(values) for values in (self.log_x, self.log_y, self.slopes))
+        x_K, y_K, slope_K = self._knots
         inside_B = np.clip(log_x_B, x_K[0], x_K[-1])
         k = np.clip(np.searchsorted(x_K, inside_B, side="right") - 1, 0, len(x_K) - 2)
         step, rise = x_K[k + 1] - x_K[k], y_K[k + 1] - y_K[k]

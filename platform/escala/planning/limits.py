@@ -65,12 +65,14 @@ class Chi:
 
     def excess(self, log_n: Floats, log_t: Floats) -> Floats:
         """chi - 1."""
-        log_g = log_t if self.growth is None else self.growth.at(log_t)[0]
-        return self.scale * np.exp(log_g - self.exponent * log_n)
+        return self.at(log_n, log_t)[0]
 
-    def slope(self, log_t: Floats) -> Floats:
-        """dln(chi - 1)/dlnT: 1 where attention costs in proportion to T, 0 where more T costs nothing."""
-        return np.ones_like(log_t) if self.growth is None else np.maximum(self.growth.at(log_t)[1], 0.0)
+    def at(self, log_n: Floats, log_t: Floats) -> tuple[Floats, Floats]:
+        """(chi - 1, dln(chi - 1)/dlnT): the slope is 1 where attention costs in proportion to T, 0 where more T costs
+        nothing.
+        """
+        log_g, slope = (log_t, np.ones_like(log_t)) if self.growth is None else self.growth.at(log_t)
+        return self.scale * np.exp(log_g - self.exponent * log_n), np.maximum(slope, 0.0)
 
 
 @dataclass(frozen=True)

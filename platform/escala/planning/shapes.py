@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ CONTEXTS = np.unique(np.round(np.geomspace(1, 2**24, 24 * 8 + 1))).astype(
     int
 )  # 8 an octave: knots of chi over T
 PROPORTIONAL = 1e-6  # a kind whose cost is so near to one in proportion to T has no curve of its own
-SIZES = np.geomspace(1e5, 1e12, 29)  # N_total whose memory is counted; between them it is interpolated
+SIZES = np.geomspace(1e5, 1e12, 15)  # N_total whose memory is counted; between them it is interpolated
 FITS_PER_OCTAVE = 4  # contexts at which the largest model is looked for
 
 
@@ -99,13 +101,19 @@ def _growth(model: ModelConfig, tokens: int) -> Curve | None:
     return None if np.ptp(np.subtract(found.log_y, found.log_x)) < PROPORTIONAL else found
 
 
+@lru_cache(maxsize=8)
+def _sizes(model: str) -> tuple[ModelConfig, ...]:
+    """The recipe's models of SIZES, of a `model` as JSON: the same for the bounds of a plan and for what it says."""
+    return tuple(_built(json.loads(model), SIZES, "n_total"))
+
+
 def _built(
-    model: Mapping[str, Any], sizes: Sequence[float] | np.ndarray, count: str, **keys: Any
+    model: Mapping[str, Any], sizes: Sequence[float] | np.ndarray, count: str
 ) -> Iterator[ModelConfig]:
     """The recipe's models near `sizes`; where there is none, the others tell enough."""
     for n in sizes:
         try:
-            yield ModelConfig(**{**model, **recipes.shape(float(n), model, count), **keys})
+            yield ModelConfig(**{**model, **recipes.shape(float(n), model, count)})
         except SpecError:
             continue
 
@@ -185,7 +193,8 @@ def _memory(
         "micro_batch_sequences": 1,
     }
     log_n, log_bytes = list[float](), list[list[float]]()
-    for each in _built(model, SIZES, "n_total", max_context_tokens=max(contexts)):
+    longest = {"max_context_tokens": max(contexts)}
+    for each in (shape.model_copy(update=longest) for shape in _sizes(json.dumps(model, sort_keys=True))):
         data = {"tokenizer": {"vocab_size": min(4096, each.vocab_size)}}
         written = {
             "model": each,

@@ -35,7 +35,8 @@ LOG_N_BRACKET = (-100.0, 200.0)  # wider than any law in any unit; float64 holds
 TOLERANCE = 1e-12  # of a condition, or (at a corner, which has no root) of log N and log T
 STEPS = 60  # halvings of the bracket to TOLERANCE, and some
 BINDS = 1e-9  # relative: closer to its bound than this, a limit binds
-GRID = 8  # contexts per octave of those that bracket the best one; chi of a window changes within an octave
+GRID = 4  # contexts per octave of those that bracket the best one; chi of a window changes within an octave
+AT_ONCE = 8192  # pairs of a replicate and a context; more leave the processor's cache
 STEEP = 1e3  # conditions are logs of a ratio; beyond e^1000 only the sign counts
 
 Terms = dict[str, Floats]  # the law's parameters by name, (B,) each; 0 for what its form lacks
@@ -228,25 +229,35 @@ def _best_context(q: SplitProblem, law: Terms) -> Floats:
     if not q.context_is_free:
         return low_B
 
-    def at(log_t_B: Floats) -> Conditions:
-        return _conditions(q, law, _best_size(q, law, log_t_B), log_t_B)
-
     if q.chi.growth is not None or q.memory is not None:
-        octaves = (high_B[0] - low_B[0]) / math.log(2.0) if len(low_B) else 0.0
-        grid_K = np.linspace(0.0, 1.0, 2 + math.ceil(GRID * octaves))[:, None] * (high_B - low_B) + low_B
-        grid_K[-1] = high_B
-        aims_KB = np.array(
-            [np.nan_to_num(at(log_t_B).aim, nan=math.inf, posinf=math.inf) for log_t_B in grid_K]
-        )
-        best_B, each_B = aims_KB.argmin(axis=0), np.arange(len(low_B))
-        low_B = grid_K[np.maximum(best_B - 1, 0), each_B]
-        high_B = grid_K[np.minimum(best_B + 1, len(grid_K) - 1), each_B]
-    return _rising_root(lambda log_t_B: at(log_t_B).by_t, low_B, high_B)
+        low_B, high_B = _bracket(q, law, low_B, high_B)
+    return _rising_root(lambda log_t_B: _best(q, law, log_t_B).by_t, low_B, high_B)
+
+
+def _best(q: SplitProblem, law: Terms, log_t_B: Floats) -> Conditions:
+    """At the best N of each T."""
+    return _conditions(q, law, _best_size(q, law, log_t_B), log_t_B)
+
+
+def _bracket(q: SplitProblem, law: Terms, low_B: Floats, high_B: Floats) -> tuple[Floats, Floats]:
+    """The neighbours of the best of a grid of contexts, in logs."""
+    if not len(low_B):
+        return low_B, high_B
+    points = 2 + math.ceil(GRID * (high_B[0] - low_B[0]) / math.log(2.0))
+    grid_K = np.linspace(low_B[0], high_B[0], points)
+    rows, aims_KB = max(1, AT_ONCE // len(low_B)), np.empty((points, len(low_B)))
+    for first in range(0, points, rows):
+        part_K = grid_K[first : first + rows]
+        tiled = {name: np.tile(values_B, len(part_K)) for name, values_B in law.items()}
+        found_B = _best(q, tiled, np.repeat(part_K, len(low_B))).aim
+        aims_KB[first : first + rows] = found_B.reshape(len(part_K), -1)
+    best_B = np.nan_to_num(aims_KB, nan=math.inf, posinf=math.inf).argmin(axis=0)
+    return grid_K[np.maximum(best_B - 1, 0)], grid_K[np.minimum(best_B + 1, points - 1)]
 
 
 def _conditions(q: SplitProblem, law: Terms, log_n_B: Floats, log_t_B: Floats) -> Conditions:
     """D that the budget leaves, or that the target takes, and the first-order conditions of N and T."""
-    excess_B = q.chi.excess(log_n_B, log_t_B)
+    excess_B, growth_B = q.chi.at(log_n_B, log_t_B)
     attention_B = excess_B / (1.0 + excess_B)  # dlnchi/dlnN is -exponent times this
     log_most_B, relief_B = q.most_params(log_t_B)
     log_n_eff_B, free_B = _effective_size(q, law, log_n_B, log_most_B)
@@ -266,7 +277,7 @@ def _conditions(q: SplitProblem, law: Terms, log_n_B: Floats, log_t_B: Floats) -
     log_by_d_B = np.log(law["beta"] * law["b"]) - law["beta"] * log_eff_B + log_g_B
     slope_B = 1.0 - q.chi.exponent * attention_B + inference_B
     n_B = log_by_d_B + np.log(slope_B) - np.log(share_B * law["alpha"] * by_n_B)
-    cost_B = log_by_d_B + np.log(attention_B * q.chi.slope(log_t_B))
+    cost_B = log_by_d_B + np.log(attention_B * growth_B)
     if q.memory is not None:
         capped_B = np.where(log_n_B >= log_most_B - BINDS, np.maximum(-np.expm1(n_B), 0.0), 0.0) * share_B
         lost_B = capped_B + np.where(free_B, 0.0, law["rho"])  # of N's gain, where its bound is lower

@@ -62,7 +62,7 @@ class ContextCost:
 
     context_tokens: int
     chi: float  # of a token's cost, relative to one without attention
-    activations: float  # of all blocks in a training step
+    activations: float  # of all blocks in a training step, and what one works on in its backward pass
     checkpointed: float  # of a block's input each, and of the one block that is computed again
     logits: float  # with their log-probabilities and gradient, in either case
     state: float  # in generation: keys and values, or what the kind keeps in their place
@@ -201,8 +201,8 @@ def _bucket_bytes(stage: int, width: int, ranks: int) -> int:
 
 
 def activation_bytes(config: TrainedConfig, tokens: int, checkpointing: bool) -> tuple[float, float, float]:
-    """Of `tokens` tokens: what all blocks keep for the backward pass, what one block works on there, the logits (in
-    fp32, with log-probabilities and gradient). Attention's part is its kind's (docs/theory D.7).
+    """Of `tokens` tokens: what all blocks keep for the backward pass, what one block's gradients take there, the logits
+    (in fp32, with log-probabilities and gradient). Attention's part is its kind's (docs/theory D.7).
     """
     saved, width = saved_elements_per_token(config.model, checkpointing), _width(config)
     exchanged = exchanged_elements_per_token(config.model) if shared_experts(config)[0] else 0.0
@@ -213,13 +213,13 @@ def activation_bytes(config: TrainedConfig, tokens: int, checkpointing: bool) ->
 
 def context_cost(config: TrainedConfig, context_tokens: int) -> ContextCost:
     """What a sequence of that many tokens takes, whether or not the run has such."""
-    plain, _, logits = activation_bytes(config, context_tokens, False)
-    kept, working, _ = activation_bytes(config, context_tokens, True)
+    *plain, logits = activation_bytes(config, context_tokens, False)
+    inputs, working, _ = activation_bytes(config, context_tokens, True)
     return ContextCost(
         context_tokens=context_tokens,
         chi=chi(config.model, context_tokens),
-        activations=plain,
-        checkpointed=kept + working,
+        activations=sum(plain),
+        checkpointed=inputs + 2 * working,  # its activations again, and their gradients
         logits=logits,
         state=state_bytes(config.model, context_tokens, _width(config)),
     )

@@ -342,9 +342,8 @@ def propose_runs(
     columns = candidates(stored.law, max_flops, context_tokens=measured_contexts(stored))
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
-    price = partial(
-        _price, unit=unit, rate=_rate(unit, options.cluster or settings.cluster, options.precision)
-    )
+    rate = _rate(unit, options.cluster or settings.cluster, options.precision)
+    price = partial(_price, rate=rate, chi=chi_of(stored) if has_context(stored) else Chi())
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
     return Proposed(stored, found, METHOD, plan)
 
@@ -397,8 +396,14 @@ def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str
     return {name: column[kept] for name, column in columns.items()}
 
 
-def _price(columns: Mapping[str, Any], unit: str, rate: float) -> Any:
-    return columns["compute_flops"] * rate
+def _price(columns: Mapping[str, Any], rate: float, chi: Chi) -> Any:
+    """`rate` per FLOP of 6 N D; of runs that differ in T, attention's part too."""
+    flops = columns["compute_flops"]
+    if chi.scale:
+        import numpy as np
+
+        flops = flops * (1.0 + chi.excess(np.log(columns["n_active"]), np.log(columns["context_tokens"])))
+    return flops * rate
 
 
 def _rate(unit: str, cluster: str, precision: Precision) -> float:

@@ -159,7 +159,10 @@ def _load(settings: Settings, asked: JobRequest) -> spec.JobSpec:
 
         plan_options = PlanOptions(context_tokens=_context(written))
         limits = Limits(compute_flops=compute_flops)
-        axes["n_total"] = plan_law(settings, law, limits, plan_options).plan.n_total
+        plan = plan_law(settings, law, limits, plan_options).plan
+        axes["n_total"] = plan.n_total
+        if plan_options.context_tokens is None and plan.context_tokens is not None:
+            axes["context_tokens"] = round(plan.context_tokens)
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 

@@ -121,10 +121,10 @@ class ModelConfig(Strict):
 
     @property
     def attention_words(self) -> str:
-        """The kind of attention with all that its cost and its loss depend on, e.g. `hybrid (window 256, 256 positive
-        features)`: the same text, the same attention.
+        """The kind of attention, its window and features, and its options that are not the default, e.g. `hybrid
+        (window 256, 256 positive features)`: runs with the same words belong to one law.
         """
-        options = {key: value for key, value in self.attention.model_dump().items() if key != "kind"}
+        options = self.attention.model_dump(exclude_defaults=True, exclude={"kind"})
         said = [] if self.window_tokens is None else [f"window {self.window_tokens}"]
         if self.features is not None:
             said.append(f"{self.features.count} {self.features.kind} features")

@@ -39,7 +39,7 @@ class ContextCostView(View):
 
     context_tokens: int
     chi: float  # of a token's cost, relative to one without attention
-    activations: float  # of all blocks in a training step
+    activations: float  # of all blocks in a training step, and what one works on in its backward pass
     checkpointed: float  # the same with activation checkpointing
     logits: float  # with their log-probabilities and gradient, in either case
     state: float  # in generation: keys and values, or what the kind keeps in their place

@@ -28,6 +28,7 @@ from escala.laws.intervals import inflation, quantile_pair
 from escala.laws.optimum import TwoTerms, best_split
 from escala.planning.allocate import allocate, to_target
 from escala.planning.cost import communication, kv_cache_bytes_per_token, memory_bytes
+from escala.planning.curve import Curve
 from escala.planning.limits import Chi, Limits
 from escala.planning.plan import Plan
 from escala.planning.plans import cluster_speed
@@ -276,6 +277,16 @@ def test_optima() -> None:
             f"{_short(plan.n_active, 4)} | {_short(plan.tokens, 4)} | {plan.chi:.3f} | {plan.loss_nats:.4f}"
         )
         says("laws.md", f"| {t:,} | {found} |")
+    ranges = {**law().ranges, "context_tokens": (128.0, 32_768.0)}
+    theta = {**law().parameters, "c": 5.0, "zeta": 0.5}
+    with_t = replace(law(), form_name="ndt", parameters=theta, ranges=ranges, replicates_BP=np.empty((0, 7)))
+    knots = np.geomspace(128, 32_768, 65)
+    window = Curve.through(knots.tolist(), np.where(knots < 1024, knots, 2048 - 1024**2 / knots).tolist())
+    for name, growth in (("exact", None), ("window", window)):
+        plan = allocate(with_t, Limits(compute_flops=1e21), chi=Chi(0.05, 1 / 3, growth))
+        row = [f"{plan.context_tokens:,.0f}", _short(plan.n_active, 4), _short(plan.tokens, 4)]
+        row += [f"{plan.chi:.3f}", f"{plan.loss_nats:.4f}", ", ".join(f"`{each}`" for each in plan.binding)]
+        says("laws.md", f"| {name} | {' | '.join(row)} |")
 
 
 def test_repeats_demand_and_the_energy_of_a_target() -> None:

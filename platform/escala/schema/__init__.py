@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from escala.schema.base import StoredPath, Strict
 from escala.schema.bench import BenchConfig
+from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.data import (
     Corpus,
     DataConfig,
@@ -45,8 +46,10 @@ from escala.schema.workloads import WORKLOADS, Workload, get_workload
 __all__ = [
     "WORKLOADS",
     "Annealing",
+    "AutoFeaturesConfig",
     "BalanceConfig",
     "BenchConfig",
+    "ConvertConfig",
     "Corpus",
     "DataConfig",
     "DpoConfig",

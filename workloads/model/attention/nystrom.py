@@ -9,19 +9,23 @@ landmarks of a block, V = S + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from escala.schema import ModelConfig
+from escala.schema.attention.hybrid import window_of
 from escala.schema.attention.nystrom import NystromAttention
 from workloads.model.attention.features import at_least, far_keys
 from workloads.model.attention.hybrid import NearAndFar
-from workloads.model.attention.layout import Packing
+from workloads.model.attention.layout import Packing, accumulated
 from workloads.model.attention.local import Band
-from workloads.model.attention.registry import DecodeState
+from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile
+from workloads.model.attention.paged import Pairs, pair_up
 
 
 class Nystrom(NearAndFar):
@@ -80,9 +84,69 @@ class Nystrom(NearAndFar):
             near, sums = landmarks_NLPS[:, :blocks].flatten(1, 2), sums_NLPV[:, :blocks].flatten(1, 2)
             yield checkpoint(read_landmarks, x_NETS[:, :, queries], near, sums, reads, use_reentrant=False)
 
-    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
+    @classmethod
+    def decode_state(
+        cls, layers: Sequence[Self], blocks: int, block_tokens: int, like: Tensor
+    ) -> NystromState:
         """Keys and values, and the landmarks of each block."""
-        raise NotImplementedError
+        return NystromState(layers, layers[0]._config, blocks, block_tokens, like)
+
+
+class NystromState(NearAndFarState):
+    """Beside each block its landmarks and their sums, made when its last position is written."""
+
+    def __init__(
+        self, layers: Sequence[Nystrom], config: ModelConfig, blocks: int, block_tokens: int, like: Tensor
+    ) -> None:
+        super().__init__(layers, config, window_of(config) // 2, blocks, block_tokens, like)
+        self._layers = layers
+        shape = (len(layers), blocks, config.kv_heads, layers[0].landmarks)
+        make = functools.partial(torch.zeros, dtype=accumulated(like.dtype), device=like.device)
+        self._landmarks, self._sums = make(*shape, config.head_size), make(*shape, config.head_size + 1)
+
+    def plan_borders(self, tables: Sequence[Sequence[int]], spans: Sequence[range]) -> Tensor:
+        """(B,), the blocks that are filled."""
+        size = self.block_tokens
+        found = [
+            table[place]
+            for table, span in zip(tables, spans, strict=True)
+            for place in range(span.start // size, span.stop // size)
+        ]
+        return torch.tensor(found, dtype=torch.int64).to(self.near.keys.device)
+
+    def make_far(self, layer: int, borders: Tensor) -> None:
+        """See NearAndFarState."""
+        if not len(borders):
+            return
+        core = self._layers[layer]
+        k_BGCS, v_BGCS = (x[layer].index_select(0, borders) for x in (self.near.keys, self.near.values))
+        y_GNS = core.unit.scaled(k_BGCS.transpose(0, 1).flatten(1, 2))
+        y_NCS = by_tile(y_GNS, len(borders)).flatten(0, 1)
+        landmarks_NPS, sums_NPV = summary(y_NCS, v_BGCS.flatten(0, 1), core.landmarks, core.ridge)
+        self._landmarks[layer, borders] = torch.unflatten(landmarks_NPS, 0, (len(borders), -1))
+        self._sums[layer, borders] = torch.unflatten(sums_NPV, 0, (len(borders), -1))
+
+    def plan_far(self, tables: Sequence[Sequence[int]], place_T: Tensor, in_place: bool) -> Pairs:
+        """The tiles' far blocks."""
+        last_T = (place_T - 2).clamp(min=-1)
+        pairs = pair_up(tables, torch.zeros_like(last_T), last_T, in_place, 1)
+        return pairs.to(self.near.keys.device)
+
+    def far(
+        self, layer: int, x_GNS: Tensor, plan: NearAndFarPlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See NearAndFarState."""
+        pairs, (heads, tiles) = plan.far, (len(x_GNS), len(plan.count_T))
+        parts = pairs.parts(by_tile(x_GNS, tiles), self._landmarks[layer], self._sums[layer])
+        products = [torch.bmm(torch.bmm(x, y.transpose(1, 2)).exp(), m) for x, y, m in parts]
+        return pairs.sum(products, tiles, heads), self._layers[layer].unit.least_G(), None
+
+    def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
+        """See DecodeState."""
+        _, _, kv_heads, landmarks, values = self._sums.shape
+        copied = 2 * kv_heads * landmarks * values if of_several else 0
+        far = blocks * (queries * heads * (landmarks + values) + copied)
+        return super().tile_numbers(queries, heads, blocks, of_several) + far
 
 
 def summary(

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from escala.schema.attention.exact import kept_for_backward, keys_and_values
+from escala.schema.attention.exact import kept_for_backward, keys_and_values, sum_width
 from escala.schema.attention.hybrid import BlockAttention, window_of
 from escala.schema.attention.kind import KINDS, ModelShape
 from escala.schema.attention.window import WINDOW_TOKENS
@@ -64,9 +64,10 @@ class NystromAttention(BlockAttention):
         near = keys_and_values(model, min(tokens, window_of(model)))
         return near + model.n_layers * blocks * self._summary(model)
 
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the landmarks of the block with their sums."""
-        return keys_and_values(model, block_tokens) + model.n_layers * self._summary(model)
+        summary = model.n_layers * self._summary(model) // 2 * sum_width(width)
+        return keys_and_values(model, block_tokens) * width + summary
 
     def _summary(self, model: ModelShape) -> int:
         """Landmarks and their sums, in fp32, of one block and layer: two elements each of a model in half precision."""

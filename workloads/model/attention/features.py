@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -76,27 +76,12 @@ def random_rows(heads: int, rows: int, head_size: int, seed: int, device: torch.
         return picked.to(device)
 
 
-class _AtMostOne(torch.autograd.Function):
-    """min(x, 1), whose gradient at the bound passes where it leads back inside."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(max=1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        found: Tensor = grad * ((x < 1) | (grad > 0))
-        return found
-
-
-_at_most_one: Callable[[Tensor], Tensor] = _AtMostOne.apply
-
-
 class UnitScale(nn.Module):
     """Queries and keys at unit norm times a learned temperature of each key/value head, at most 1 and 1 at the start:
     e^(x.y) then lies between 1/e and e, where features and landmarks can follow it (docs/theory A.4).
+
+    The bound takes part in no gradient: at 1 a parameter still learns to fall, by the same gradient however ranks and
+    micro-batches cut the batch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -117,7 +102,8 @@ class UnitScale(nn.Module):
         """(x_NETS, y_NTS, temperature_N), in fp32 (fp64 for fp64)."""
         kind = accumulated(q_NETS.dtype)
         batch = len(k_NTS) // len(self.temperature_G)
-        temperature_G = _at_most_one(self.temperature_G.to(kind))
+        free_G = self.temperature_G.to(kind)
+        temperature_G = free_G + (free_G.clamp(max=1.0) - free_G).detach()
         temperature_N = temperature_G.repeat(batch)
         x_NETS = F.normalize(q_NETS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1, 1)
         y_NTS = F.normalize(k_NTS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1)

@@ -48,14 +48,15 @@ class NystromAttention(BlockAttention):
         return model.n_layers * (self.local_flops(model, context_tokens) + share * keys + queries)
 
     def saved_elements(self, model: ModelShape) -> int:
-        """The exact part's; queries and keys at unit norm; a block's landmarks. The rest is made again, block by
-        block.
+        """The exact part's; queries and keys at unit norm, keys and values by blocks; a block's landmarks. The rest is
+        made again, block by block.
         """
         local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
         heads = model.n_heads + model.kv_heads
         sums = model.n_heads * (model.head_size + 2)
         summary = -(-self._summary(model) // (window_of(model) // 2))
-        return local + 2 * heads * model.head_size + sums + 2 * summary
+        blocks = 2 * model.kv_heads * model.head_size
+        return local + 2 * heads * model.head_size + blocks + sums + 2 * summary
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
         """Keys and values of the window; the landmarks of all blocks before it."""

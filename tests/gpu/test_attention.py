@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from escala.schema import ModelConfig
 from tests.gpu.checks import CPU, assert_near_cpu, each_precision, normal, rounded
 from tests.gpu.memory import peak_bytes
-from workloads.model.attention import exact
+from workloads.model.attention import exact, make_attention
 
 pytestmark = pytest.mark.gpu
 KINDS = ("causal", "window", "documents", "window-documents")
@@ -33,7 +33,7 @@ def attention(
         max_context_tokens=context,
         window_tokens=context // 5 if "window" in kind else None,
     )
-    core = exact.make_core(config)
+    core = make_attention(config)
     documents = None
     if "documents" in kind:
         places = torch.arange(context).expand(ROWS, -1)

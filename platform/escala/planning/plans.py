@@ -65,7 +65,7 @@ class PlanOptions:
 
     cluster: a name or file, whose devices' memory then bounds N; None: ESCALA_CLUSTER, where a limit needs one.
     max_memory_gb: of one device, instead of all that it has.
-    attention: the kind that the planned model has (`shapes.with_attention`); None: that of the law's runs.
+    attention: the kind that the planned model has, e.g. `hybrid,window_tokens=512`; None: that of the law's runs.
     """
 
     kappa: float = 6.0
@@ -132,9 +132,13 @@ def plan_kinds(
     kinds: Sequence[str],
     options: PlanOptions = PlanOptions(),
 ) -> list[Planned]:
-    """The plan of each kind of attention (`shapes.with_attention`) under the same limits. The loss is the law's, that
-    of another kind than its own is taken as equal, which `assumed` says. Raises as `plan_law`, and LawError where
-    neither law nor question has a context, so that attention costs nothing.
+    """The plan of each kind of attention under the same limits. The loss is the law's: that of another kind than its
+    own is taken as equal, which `assumed` says.
+
+    Args:
+        kinds: names, each with its options behind it: `hybrid`, `hybrid,window_tokens=512,features.count=128`.
+
+    Raises as `plan_law`, and LawError where neither law nor question has a context, so that attention costs nothing.
     """
     stored = laws.law(settings, reference, options.refresh)
     if options.context_tokens is None and context_of(stored) is None and not has_context(stored):

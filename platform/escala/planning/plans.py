@@ -16,8 +16,14 @@ from escala.laws.files import ATTENTION
 from escala.laws.reference import Stored
 from escala.planning import cost, shapes, split
 from escala.planning.allocate import allocate, front, to_target
-from escala.planning.law_runs import base_of, context_of, has_context, measured_contexts
-from escala.planning.limits import MEMORY, Budget, Chi, Limits, Speed
+from escala.planning.law_runs import (
+    base_of,
+    context_of,
+    document_tokens,
+    has_context,
+    measured_contexts,
+)
+from escala.planning.limits import DOCUMENTS, MEMORY, Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
 from escala.schema.hardware import Cluster, Precision
 from escala.settings import Settings
@@ -191,7 +197,9 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
     if cluster is not None:
         speed, how = cluster_speed(cluster, options.precision)
         assumed.append(how)
-    free = in_law and options.context_tokens is None
+    free, documents = in_law and options.context_tokens is None, document_tokens(stored)
+    if free and documents is not None and (limits.max_context_tokens or 0.0) > documents:
+        limits = replace(limits, max_context_tokens=documents, max_context_reason=DOCUMENTS)
     budget = Budget(limits, options.kappa, chi, speed, None if free else context)
     if cluster is not None and _bounds_memory(options):
         budget, how = _within_memory(stored, cluster, budget, model, options)

@@ -24,6 +24,7 @@ from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
 from workloads.training.experts import expert_group
 from workloads.training.loss import next_token_loss, token_loss
+from workloads.training.recall import ARTIFACT, RecallTable
 from workloads.training.run import main
 from workloads.training.task import Evaluation, StepSize
 
@@ -61,6 +62,8 @@ class Pretraining:
             data, config.context_tokens, training.batch_sequences, training.seed, config.micro_batch_sequences
         )
         self.held_out_NT1 = data.held_out(config.context_tokens, training.evaluation_tokens)
+        recall = config.data.recall
+        self.recall = None if recall is None else RecallTable(recall, self.held_out_NT1)
 
     def build(self) -> Transformer:
         """See Task."""
@@ -82,13 +85,23 @@ class Pretraining:
 
     def evaluate(self, engine: Any) -> Evaluation:
         """Mean loss over all held-out windows: the same tokens at every number of ranks."""
+        recall = self.recall
 
         def sums(indices: list[int]) -> Tensor:
             tokens_BT1 = self.held_out_NT1[indices].to(engine.device)
-            return torch.stack(token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]))
+            logits_BTV, targets_BT = engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
+            plain = torch.stack(token_loss(logits_BTV, targets_BT))
+            if recall is None:
+                return plain
+            return torch.cat([plain.double(), recall.sums(logits_BTV, targets_BT, indices)])
 
-        total, tokens = held_out_sums(engine, len(self.held_out_NT1), self.config.micro_batch_sequences, sums)
+        total, tokens, *groups = held_out_sums(
+            engine, len(self.held_out_NT1), self.config.micro_batch_sequences, sums
+        )
         loss = total / tokens
+        if recall is not None:  # no bits per byte: its tokens are of no text
+            measures, table = recall.measures(groups)
+            return Evaluation({"held_out_loss_nats": loss}, measures, {ARTIFACT: table})
         return Evaluation(
             {
                 "held_out_loss_nats": loss,

@@ -205,6 +205,20 @@ def test_the_far_part_tends_to_exact_attention_as_features_grow() -> None:
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.35)  # sqrt(1024 / 64)
 
 
+def test_scores_far_below_zero_do_not_overflow_where_nothing_is_far() -> None:
+    """The far part's weight is relative to the whole sum, which is e^-200 here."""
+    module, _ = module_of("hybrid")
+    module.to(torch.float32)
+    q, k, v = (each.detach().float()[:, :60] for each in inputs(60))
+    k[:, :, :, 0], q[:, :, :, 0] = -30, 20
+    q.requires_grad_()
+    out = module(q, k, v)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
+
+
 def test_the_far_part_can_be_left_out() -> None:
     module, config = module_of("hybrid")
     assert isinstance(module, NearAndFar)

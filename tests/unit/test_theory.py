@@ -15,12 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import norm
 
 from escala.hardware import load_cluster
-from escala.laws import Law, Objective
+from escala.laws import Law, Objective, fit_law
 from escala.laws.drift import wilson
 from escala.laws.forms import FORMS
 from escala.laws.intervals import inflation, quantile_pair
@@ -33,13 +34,14 @@ from escala.planning.plan import Plan
 from escala.planning.plans import cluster_speed
 from escala.planning.propose import WINSOR_VARIANCE, information, noise_variance, observe
 from escala.planning.split import effective_tokens
-from escala.schema import ModelConfig, PretrainConfig
+from escala.schema import ModelConfig, PretrainConfig, RecallCorpus
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.schema.moe import Annealing
 from workloads.alignment.advantages import gae, grpo, rloo
 from workloads.alignment.kl import ProportionalKL, kl
 from workloads.alignment.losses import bradley_terry, dpo_loss, policy_loss, value_loss
 from workloads.alignment.token_rewards import token_rewards
+from workloads.data.recall import ideal_loss, key_entropy
 from workloads.model import balance, gate
 from workloads.model.rope import RotaryTable, rotate
 from workloads.rewards.judge_models import compare
@@ -156,6 +158,17 @@ def test_units_and_attention() -> None:
     narrow, wide = (m.attention.flops(m, 8192) for m in (window, plain))
     said = f"W = 1,024 cost {narrow:.2e} FLOPs a token forward at T = 8,192, and without a window {wide:.2e}"
     says("attention.md", said.replace("e+0", "e").replace("e+", "e"))
+
+
+def test_the_corpus_with_a_known_term_of_t() -> None:
+    corpus, contexts = RecallCorpus(kind="recall"), [32, 64, 128, 256, 512]
+    points = pd.DataFrame(
+        {"context_tokens": contexts, "loss_nats": [ideal_loss(corpus, t) for t in contexts]}
+    )
+    fitted = fit_law(points, "t", bootstrap=0).parameters
+    floor = key_entropy(corpus) / 2
+    said = f"has ζ = {fitted['zeta']:.3f}, not 1/3, and L_inf = {fitted['L_inf']:.2f}, not {floor:.3f}."
+    says("attention.md", said, f"s = {corpus.exponent}, K = {corpus.keys:,}, V = {corpus.values}")
 
 
 def test_experts() -> None:

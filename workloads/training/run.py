@@ -28,7 +28,7 @@ from escala.contract.records import (
     read_json,
     read_record,
 )
-from escala.schema import TrainedConfig
+from escala.schema import ModelConfig, TrainedConfig
 from escala.schema.workloads import get_workload
 from escala.storage.base import CheckpointStore
 from escala.storage.checkpoints import (
@@ -169,10 +169,14 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: CheckpointStore, resumed_from: Checkpoint | None) -> None:
+def keep_tokenizer(
+    source: Path | None, checkpoints: CheckpointStore, resumed_from: Checkpoint | None
+) -> None:
     """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
-    was written with stay: its manifest has their hashes.
+    was written with stay: its manifest has their hashes. None: the data are token ids.
     """
+    if source is None:
+        return None
     damaged = False
     if resumed_from is not None and resumed_from.store.address == checkpoints.address:
         try:
@@ -200,8 +204,18 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
         if found is None:
             raise CheckpointError(f"there is no good checkpoint in {spec.resume_from} to resume from")
     if found is not None:
-        check_fits(found, config.model.model_dump(mode="json"), tokenizer)
+        check_fits(found, config.model.model_dump(mode="json"), tokenizer, _as_written_now)
     return found
+
+
+def _as_written_now(model: dict[str, Any]) -> dict[str, Any]:
+    """A stored model's configuration, read and written: `exact` with a window is `window` since there is such a kind.
+    One that does not validate stays as it is, and differs.
+    """
+    try:
+        return ModelConfig(**model).model_dump(mode="json")
+    except (TypeError, ValidationError):
+        return model
 
 
 def _of_trunk(address: str, config: TrainedConfig) -> Checkpoint | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from escala.schema.base import StoredPath, Strict
 from escala.schema.bench import BenchConfig
+from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.data import (
     Corpus,
     DataConfig,
@@ -15,6 +16,8 @@ from escala.schema.data import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
+    RecallCorpus,
+    TextCorpus,
     TokenizerConfig,
 )
 from escala.schema.finetune import (
@@ -43,8 +46,10 @@ from escala.schema.workloads import WORKLOADS, Workload, get_workload
 __all__ = [
     "WORKLOADS",
     "Annealing",
+    "AutoFeaturesConfig",
     "BalanceConfig",
     "BenchConfig",
+    "ConvertConfig",
     "Corpus",
     "DataConfig",
     "DpoConfig",
@@ -61,6 +66,7 @@ __all__ = [
     "PpoConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
+    "RecallCorpus",
     "ResourcesConfig",
     "RewardTrainingConfig",
     "SftConfig",
@@ -68,6 +74,7 @@ __all__ = [
     "StartConfig",
     "StoredPath",
     "Strict",
+    "TextCorpus",
     "TokenizerConfig",
     "TrainedConfig",
     "TrainingConfig",

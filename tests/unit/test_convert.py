@@ -35,11 +35,27 @@ def test_the_model_is_the_starts_with_another_attention() -> None:
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        {"attention": "nystrom"},
+        {"attention": {"kind": "nystrom", "landmarks": 8}},
+        {"attention": "exact", "window_tokens": 64},  # as an import says it: a window
+        {"attention": "features", "features": {"kind": "learned", "count": 16}},
+    ],
+)
+@pytest.mark.parametrize("mode", ["json", "python"])
+def test_what_was_resolved_is_read_again_as_it_is(written: dict[str, Any], mode: str) -> None:
+    config = ConvertConfig(start=START, model=SMALL, **written)
+    assert ConvertConfig(**config.model_dump(mode=mode)) == config
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"attention": "exact"}, "exact already"),
         ({"attention": "window", "features": {"count": 8}}, "has no features"),
         ({"data": {"tokenizer": {"vocab_size": 300}}}, "start's own tokenizer"),
+        ({"model": {**SMALL, "attention": "features"}}, "only an exact model"),
         ({"model": {**SMALL, "moe": {"experts": 4, "chosen": 2}}}, "dense"),
     ],
 )

@@ -106,7 +106,10 @@ def _by_context(
             growth = 1.0 if side == "decode" else _work(model, context) / _work(model, last)
             if seconds[last] * growth > config.max_call_seconds:
                 limit = f"max_call_seconds {config.max_call_seconds:g}"
-                return seconds, f"at T {context} a call would take {seconds[last] * growth:.0f} s, above {limit}"
+                return (
+                    seconds,
+                    f"at T {context} a call would take {seconds[last] * growth:.0f} s, above {limit}",
+                )
         try:
             seconds[context] = _best_seconds(prepare(context), config.seconds, _clock(config)) / calls
         except NotImplementedError:
@@ -159,7 +162,9 @@ def _forward(
     return forward
 
 
-def _train(model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _train(
+    model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
     call = _attention(model, context, device, dtype)
     grad_BTHS = torch.randn(1, context, model.n_heads, model.head_size).to(device, dtype)
     return lambda: torch.autograd.backward(call(), grad_BTHS)
@@ -171,9 +176,7 @@ def _attention(
     core = make_attention(model).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     shape = (1, context, model.n_heads, model.head_size)
-    q, k, v = (
-        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3)
-    )
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     prepared = core.prepare(context, None, device)
 
     def call() -> torch.Tensor:
@@ -189,7 +192,9 @@ def _tokens_of_a_block(model: ModelConfig) -> int:
     return model.attention.block_tokens(model) or BLOCK_TOKENS
 
 
-def _decode(model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _decode(
+    model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], object]:
     """A function that decodes as many tokens as a block has, from position `context` on: so what is due at a block's
     border counts once. The state is empty: what it holds changes no time.
     """

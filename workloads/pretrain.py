@@ -16,9 +16,11 @@ from torch import Tensor
 
 from escala.contract.records import AttemptSpec
 from escala.schema import PretrainConfig
+from escala.schema.pretrain import MASS_IN_WINDOW, WINDOW_OF_MASS
 from workloads.data.batches import Batch, Batches
 from workloads.data.prepared import PreparedData, check
 from workloads.data.shards import prepare as prepare_tokens
+from workloads.model.attention.mass import measured_mass
 from workloads.model.transformer import Transformer
 from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
@@ -81,20 +83,28 @@ class Pretraining:
         return next_token_loss(engine, batch["tokens_BT1"])
 
     def evaluate(self, engine: Any) -> Evaluation:
-        """Mean loss over all held-out windows: the same tokens at every number of ranks."""
+        """Mean loss over all held-out windows, the same tokens at every number of ranks; with
+        `measure_attention_window`, the share of attention mass in it, over the same tokens.
+        """
+        window = self.config.measure_attention_window
 
-        def sums(indices: list[int]) -> Tensor:
+        def loss(indices: list[int]) -> Tensor:
             tokens_BT1 = self.held_out_NT1[indices].to(engine.device)
             return torch.stack(token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]))
 
-        total, tokens = held_out_sums(engine, len(self.held_out_NT1), self.config.micro_batch_sequences, sums)
-        loss = total / tokens
-        return Evaluation(
-            {
-                "held_out_loss_nats": loss,
-                "held_out_bits_per_byte": bits_per_byte(loss, self.data.held_out_bytes_per_token),
-            }
-        )
+        def with_mass(indices: list[int]) -> Tensor:
+            with measured_mass(engine.module, window or 1) as mass:
+                return torch.cat((loss(indices).double(), mass.to(engine.device)))
+
+        sums = with_mass if window else loss
+        examples, batch = len(self.held_out_NT1), self.config.micro_batch_sequences
+        total, tokens, *mass = held_out_sums(engine, examples, batch, sums)
+        nats = total / tokens
+        per_byte = bits_per_byte(nats, self.data.held_out_bytes_per_token)
+        record = {"held_out_loss_nats": nats, "held_out_bits_per_byte": per_byte}
+        if not window:
+            return Evaluation(record)
+        return Evaluation(record, {MASS_IN_WINDOW: mass[0] / mass[1], WINDOW_OF_MASS: float(window)})
 
 
 ENTRY = Entry(prepare, supervised(make_task))

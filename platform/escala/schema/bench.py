@@ -35,7 +35,9 @@ class BenchConfig(Strict):
 class AttentionBenchConfig(Strict):
     """The `bench_attention` workload: one layer of attention of each kind, one sequence, one worker."""
 
-    kinds: list[str] = Field(sorted(KINDS), min_length=1, description="of attention; without exact nothing overtakes it")
+    kinds: list[str] = Field(
+        sorted(KINDS), min_length=1, description="of attention; without exact nothing overtakes it"
+    )
     contexts: list[int] = Field(
         [1 << power for power in range(8, 17)], min_length=1, description="T of the sequences, in tokens"
     )

@@ -84,10 +84,10 @@ class _NearbyKeys(torch.autograd.Function):
         kind = accumulated(q.dtype)
         out, lse = torch.empty_like(q, dtype=kind), q.new_empty(q.shape[:3], dtype=kind)
         for queries, keys in band.steps():
-            scores = _scores(q, k, queries, keys)
-            scores.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), float("-inf"))
-            top = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
+            weights = scores(q, k, queries, keys)
+            weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), float("-inf"))
+            top = weights.amax(-1, keepdim=True)
+            weights.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             values = torch.bmm(weights.flatten(1, 2), v[:, keys].to(kind))
             torch.div(values.view(*total.shape[:3], -1), total, out=out[:, :, queries])
@@ -106,7 +106,7 @@ class _NearbyKeys(torch.autograd.Function):
         delta = torch.linalg.vecdot(grad_out, out).sub_(grad_lse).unsqueeze(-1)
         for queries, keys in band.steps():
             grad = grad_out[:, :, queries].flatten(1, 2)
-            weights = _scores(q, k, queries, keys).sub_(lse[:, :, queries, None]).exp_()
+            weights = scores(q, k, queries, keys).sub_(lse[:, :, queries, None]).exp_()
             weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), 0.0)
             weights = weights.flatten(1, 2)
             grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad)
@@ -123,8 +123,8 @@ def _rows(band: Band, k: Tensor) -> int:
     return len(k) if documents is None else len(documents)
 
 
-def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice) -> Tensor:
-    """(N, E, C, K)."""
+def scores(q: Tensor, k: Tensor, queries: slice, keys: slice) -> Tensor:
+    """(N, E, C, K): q k^T / sqrt(S) of a step, in fp32 (fp64 for fp64)."""
     kind = accumulated(q.dtype)
     rows = q[:, :, queries]
     scaled = rows.to(kind).flatten(1, 2) * q.shape[-1] ** -0.5

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from escala.schema.attention.kind import KINDS
+from escala.contract.errors import SpecError
+from escala.schema.attention.kind import KINDS, AttentionKind
 from escala.schema.attention.speed import AttentionSpeed
 from escala.schema.attention.window import WINDOW_TOKENS
 
@@ -42,13 +42,18 @@ class AttentionChoice:
 
     kind: str
     reason: str
-    window_tokens: int | None
+    window_tokens: int | None = None
+
+    @property
+    def section(self) -> AttentionKind:
+        """The kind without options."""
+        return KINDS.read(self.kind)
 
 
 def choose(
     context_tokens: int,
     window_tokens: int | None,
-    speeds: Mapping[str, AttentionSpeed],
+    table: AttentionSpeed | None,
     precision: str,
     pilot: Pilot | None = None,
     device: str = "this device",
@@ -59,36 +64,50 @@ def choose(
     The candidate is `window` where a pilot says that ENOUGH_MASS lies inside it; else, and without a pilot, `hybrid`.
 
     Args:
-        window_tokens: as the model states it; None: the pilot's, else the one that was measured.
-        speeds: of the device, by precision.
+        window_tokens: as the model states it; None: the pilot's, else that of the table.
+        table: of the device, in the precision.
+        device: for people.
 
-    Raises ValueError with what is missing: a pilot of another window, a table of the precision.
+    Raises SpecError for a pilot of another window, and where the table that decides is missing.
     """
-    exact, table = str(KINDS.default), speeds.get(precision)
-    if pilot is not None and window_tokens not in (None, pilot.window_tokens):
-        raise ValueError(
-            f"the pilot {pilot.run} measured a window of {pilot.window_tokens} tokens, and "
-            f"model.window_tokens is {window_tokens}"
-        )
-    window = window_tokens or (pilot and pilot.window_tokens) or (table and table.window_tokens)
-    if context_tokens <= (window or WINDOW_TOKENS):
-        reason = f"T {context_tokens} is not above the window of {window or WINDOW_TOKENS} tokens"
-        return AttentionChoice(exact, f"{reason}: all kinds with a window are exact there", None)
-    if table is None or window is None:
-        raise ValueError(f"{device} has no table of attention in {precision}")
+    exact = str(KINDS.default)
+    window = _window(window_tokens, table, pilot)
+    if context_tokens <= window:
+        reason = f"T {context_tokens} is not above the window of {window} tokens"
+        return AttentionChoice(exact, f"{reason}: kinds with a window are exact there")
     kind, why = _candidate(pilot)
-    if kind not in table.kinds:
-        raise ValueError(f"the table of attention of {device} in {precision} has no {kind}")
-    speed = table.kinds[kind]
-    measured = f"{precision}, window {table.window_tokens}, {table.source}"
-    if speed.train_overtakes is None:
-        most = max(speed.train, default=0)
-        reason = f"{kind} does not overtake it in training up to T {most} ({measured}); {why}"
-        return AttentionChoice(exact, reason, None)
-    at = f"the T {speed.train_overtakes} at which {kind} overtakes it in training ({measured}); {why}"
-    if context_tokens < speed.train_overtakes:
-        return AttentionChoice(exact, f"T {context_tokens} is below {at}", None)
-    return AttentionChoice(kind, f"T {context_tokens} is not below {at.replace('overtakes it', 'overtakes exact')}", window)
+    if table is None or kind not in table.kinds:
+        raise SpecError(
+            f"attention {AUTO} needs to know at which T {kind} overtakes {exact} in {precision}, and {device} has no "
+            "such table",
+            f"escala bench attention --precision {precision} --to FILE.yaml, and ESCALA_CLUSTER=FILE.yaml; or state "
+            "model.attention",
+        )
+    at, measured = (
+        table.kinds[kind].train_overtakes,
+        f"{precision}, window {table.window_tokens}, {table.source}",
+    )
+    if at is None:
+        most = max(table.kinds[kind].train, default=0)
+        return AttentionChoice(
+            exact, f"up to T {most} {kind} does not overtake {exact} in training ({measured}); {why}"
+        )
+    crossover = f"the T {at} from which on {kind} overtakes {exact} in training ({measured}); {why}"
+    if context_tokens < at:
+        return AttentionChoice(exact, f"T {context_tokens} is below {crossover}")
+    return AttentionChoice(kind, f"T {context_tokens} is not below {crossover}", window)
+
+
+def _window(stated: int | None, table: AttentionSpeed | None, pilot: Pilot | None) -> int:
+    if pilot is not None:
+        if stated not in (None, pilot.window_tokens):
+            raise SpecError(
+                f"the pilot {pilot.run} has measured a window of {pilot.window_tokens} tokens, and "
+                f"model.window_tokens is {stated}",
+                f"set model.window_tokens={pilot.window_tokens}, or name a pilot that measured {stated}",
+            )
+        return pilot.window_tokens
+    return stated or (WINDOW_TOKENS if table is None else table.window_tokens)
 
 
 def _candidate(pilot: Pilot | None) -> tuple[str, str]:

@@ -25,7 +25,9 @@ class KindSpeed(Strict):
     train: Seconds = Field(default_factory=dict, description="by T: forward and backward")
     decode: Seconds = Field(default_factory=dict, description="by T: one more token after T tokens")
     train_overtakes: int | None = Field(
-        None, gt=0, description="T from which on train is faster than exact's; None: at no T that was measured"
+        None,
+        gt=0,
+        description="T from which on train is faster than exact's; None: at no T that was measured",
     )
     decode_overtakes: int | None = Field(None, gt=0, description="the same of decode")
     left_out: list[str] = Field(default_factory=list, description="what was not measured, and why")
@@ -65,11 +67,11 @@ def overtakes(seconds: Seconds, exact: Seconds) -> int | None:
     where the ratio crosses 1, linear between two contexts in the logarithms; None where the largest is not faster.
     """
     contexts = sorted(seconds.keys() & exact.keys())
-    ratios = {t: math.log(seconds[t] / exact[t]) for t in contexts}
+    ratios: dict[int, float] = {t: math.log(seconds[t] / exact[t]) for t in contexts}
     if not contexts or ratios[contexts[-1]] >= 0:
         return None
     for low, high in reversed(list(pairwise(contexts))):
         if ratios[low] >= 0:
             share = ratios[low] / (ratios[low] - ratios[high])
-            return math.ceil(low * (high / low) ** share)
+            return math.ceil(low * math.pow(high / low, share))
     return contexts[0]

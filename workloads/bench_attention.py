@@ -112,8 +112,6 @@ def _by_context(
                 )
         try:
             seconds[context] = _best_seconds(prepare(context), config.seconds, _clock(config)) / calls
-        except NotImplementedError:
-            return seconds, "generation does not compute this kind"
         except torch.OutOfMemoryError:
             return seconds, f"at T {context} the device's memory is too small"
         finally:
@@ -202,8 +200,8 @@ def _decode(
     whole = model.model_copy(update={"n_layers": DECODE_LAYERS, "max_context_tokens": context + block})
     network = Network(Transformer(whole).to(device, dtype))
     places = -(-(context + block) // block)
-    live = model.attention.live_tokens(model)
-    blocks = places if live is None else min(places, -(-live // block) + 1)
+    live = model.attention.live_blocks(model, block)
+    blocks = places if live is None else min(places, live + 1)
     table = [0] * (places - blocks) + list(range(blocks))  # what is no longer needed is not read
     with torch.inference_mode():
         state = network.decode_state(blocks, block)

@@ -26,6 +26,7 @@ from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
 from workloads.training.experts import expert_group
 from workloads.training.loss import next_token_loss, token_loss
+from workloads.training.recall import ARTIFACT, RecallTable
 from workloads.training.run import main
 from workloads.training.task import Evaluation, StepSize
 
@@ -63,6 +64,8 @@ class Pretraining:
             data, config.context_tokens, training.batch_sequences, training.seed, config.micro_batch_sequences
         )
         self.held_out_NT1 = data.held_out(config.context_tokens, training.evaluation_tokens)
+        recall = config.data.recall
+        self.recall = None if recall is None else RecallTable(recall, self.held_out_NT1)
 
     def build(self) -> Transformer:
         """See Task."""
@@ -86,25 +89,27 @@ class Pretraining:
         """Mean loss over all held-out windows, the same tokens at every number of ranks; with
         `measure_attention_window`, the share of attention mass in it, over the same tokens.
         """
-        window = self.config.measure_attention_window
+        recall, window = self.recall, self.config.measure_attention_window
 
-        def loss(indices: list[int]) -> Tensor:
+        def sums(indices: list[int]) -> Tensor:
             tokens_BT1 = self.held_out_NT1[indices].to(engine.device)
-            return torch.stack(token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]))
+            with measured_mass(engine.module, window) as mass_2:
+                logits_BTV, targets_BT = engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
+            found = [torch.stack(token_loss(logits_BTV, targets_BT)).double(), mass_2.to(engine.device)]
+            if recall is not None:
+                found.append(recall.sums(logits_BTV, targets_BT, indices))
+            return torch.cat(found)
 
-        def with_mass(indices: list[int]) -> Tensor:
-            with measured_mass(engine.module, window or 1) as mass:
-                return torch.cat((loss(indices).double(), mass.to(engine.device)))
-
-        sums = with_mass if window else loss
-        examples, batch = len(self.held_out_NT1), self.config.micro_batch_sequences
-        total, tokens, *mass = held_out_sums(engine, examples, batch, sums)
-        nats = total / tokens
-        per_byte = bits_per_byte(nats, self.data.held_out_bytes_per_token)
-        record = {"held_out_loss_nats": nats, "held_out_bits_per_byte": per_byte}
-        if not window:
-            return Evaluation(record)
-        return Evaluation(record, {MASS_IN_WINDOW: mass[0] / mass[1], WINDOW_OF_MASS: float(window)})
+        total, tokens, mass, queries, *groups = held_out_sums(
+            engine, len(self.held_out_NT1), self.config.micro_batch_sequences, sums
+        )
+        loss = total / tokens
+        measures = {} if window is None else {MASS_IN_WINDOW: mass / queries, WINDOW_OF_MASS: float(window)}
+        if recall is not None:  # no bits per byte: its tokens are of no text
+            recalled, table = recall.measures(groups)
+            return Evaluation({"held_out_loss_nats": loss}, {**measures, **recalled}, {ARTIFACT: table})
+        per_byte = bits_per_byte(loss, self.data.held_out_bytes_per_token)
+        return Evaluation({"held_out_loss_nats": loss, "held_out_bits_per_byte": per_byte}, measures)
 
 
 ENTRY = Entry(prepare, supervised(make_task))

@@ -25,7 +25,8 @@ from escala.schema.pretrained import to_hugging_face
 from tests.kind_files import kind_of_two_files
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
-from workloads.model.attention.registry import make_core
+from workloads.model.attention import make_attention
+from workloads.model.attention.registry import decode_state
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Transformer
 
@@ -38,24 +39,52 @@ SMALL = {
     "d_ff": 32,
     "max_context_tokens": CONTEXT,
 }
+LEARNED = {"kind": "learned", "count": 24}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "exact": [{"n_kv_heads": 2}, {"window_tokens": 7, "qk_norm": True}]
+    "exact": [{"n_kv_heads": 2}],
+    "window": [{"window_tokens": 7, "qk_norm": True}],
+    "features": [
+        {"n_kv_heads": 2, "features": LEARNED},
+        {"n_kv_heads": 1, "features": {"kind": "trigonometric", "count": 512}},
+    ],
+    "hybrid": [
+        {"window_tokens": 16},
+        {"window_tokens": 16, "n_kv_heads": 2, "features": LEARNED},
+        {"window_tokens": 16, "n_kv_heads": 1, "features": {"kind": "trigonometric", "count": 512}},
+    ],
+    "nystrom": [
+        {"window_tokens": 16, "n_kv_heads": 2, "attention": {"kind": "nystrom", "landmarks": 4}},
+        {"window_tokens": 16, "n_kv_heads": 1, "attention": {"kind": "nystrom", "landmarks": 8}},
+    ],
 }
-CASES = [(kind, changes) for kind in KINDS for changes in [{}, *VARIANTS.get(kind, [])]]
-each_kind = pytest.mark.parametrize(
-    ("kind", "changes"), CASES, ids=[f"{k}-{'-'.join(c) or 'default'}" for k, c in CASES]
-)
+CASES = [(kind, {"attention": kind, **c}) for kind in KINDS for c in [{}, *VARIANTS.get(kind, [])]]
 
 
-def model_of(kind: str, changes: dict[str, Any]) -> Transformer:
+def _name(kind: str, changes: dict[str, Any]) -> str:
+    said = [n if n != "features" else c["kind"] for n, c in changes.items() if n != "attention"]
+    return f"{kind}-{'-'.join(said) or 'default'}"
+
+
+each_kind = pytest.mark.parametrize(("kind", "changes"), CASES, ids=[_name(*case) for case in CASES])
+
+
+def config_of(changes: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **changes})
+
+
+def model_of(changes: dict[str, Any]) -> Transformer:
     """Large weights, so that a wrong detail shows."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**SMALL, **changes}, attention=kind))
+    model = Transformer(config_of(changes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name and "embedding" not in name:
-                weight.mul_(1.5)
+                weight.mul_(0.8 if "temperature" in name else 1.5)
     return model
+
+
+def block_of(config: ModelConfig) -> int:
+    return config.attention.block_tokens(config) or 8
 
 
 def tokens_of(count: int = CONTEXT, rows: int = 2) -> torch.Tensor:
@@ -64,35 +93,39 @@ def tokens_of(count: int = CONTEXT, rows: int = 2) -> torch.Tensor:
 
 @each_kind
 def test_decoding_step_by_step_is_the_whole_forward_pass(kind: str, changes: dict[str, Any]) -> None:
-    """The core alone: tiles of a block for the first half, then one position after another."""
-    model = model_of(kind, changes)
-    config, core, block = model.config, make_core(model.config), 8
+    """The module alone, of the second layer: tiles of a block for the first half, then one position after another."""
+    model = model_of(changes)
+    config, cores = model.config, [block.attention.core for block in model.layers]
+    core, block = cores[1], block_of(config)
     torch.manual_seed(2)
     shapes = [(1, CONTEXT, heads, config.head_size) for heads in (config.n_heads, *[config.kv_heads] * 2)]
     q, k, v = (torch.randn(shape) for shape in shapes)
     rotation = RotaryTable(config.head_size, config.rope_base)(CONTEXT, like=q)
     q, k = rotate(q, *rotation), rotate(k, *rotation)
     whole = core.attend(q, k, v, core.prepare(CONTEXT, None, q.device))[0]
-    state = core.decode_state(CONTEXT // block + 1, block, q)
-    table = list(range(CONTEXT // block, 0, -1))  # in no order
+    state = decode_state(cores, CONTEXT // block + 2, block, q)
+    table = list(range(CONTEXT // block + 1, 0, -1))  # in no order
     grouped = q[0].unflatten(1, (config.kv_heads, -1))
-    found = []
-    half = CONTEXT // 2
+    live, found, half = config.attention.live_blocks(config, block), [], CONTEXT // 2
     for start, end in [(0, half), *((t, t + 1) for t in range(half, CONTEXT))]:
         at = torch.arange(start, end)
-        state.write(0, torch.tensor(table)[at // block], at % block, k[0, start:end], v[0, start:end])
+        borders = state.plan_borders([table], [range(start, end)])
+        places = torch.tensor(table)[at // block], at % block
+        state.write(1, *places, k[0, start:end], v[0, start:end], borders)
         queries = min(block, end - start)
         positions = at.view(-1, queries)
         plan = state.plan([table] * len(positions), positions)
-        found.append(state.attend(grouped[at].unflatten(0, (-1, queries)), 0, plan).flatten(0, 1))
+        found.append(state.attend(grouped[at].unflatten(0, (-1, queries)), 1, plan).flatten(0, 1))
+        if live is not None:
+            table[: max(0, end // block - live + 1)] = [-1] * max(0, end // block - live + 1)
     torch.testing.assert_close(torch.cat(found).flatten(1), whole.flatten(1), atol=2e-5, rtol=1e-4)
 
 
 @each_kind
 def test_the_engine_draws_what_the_forward_pass_says(kind: str, changes: dict[str, Any]) -> None:
-    model = model_of(kind, changes)
+    model = model_of(changes)
     prompts = [row.tolist()[:n] for row, n in zip(tokens_of(30), (3, 30), strict=True)]
-    engine = Engine(copy.deepcopy(model), None, block_tokens=8)
+    engine = Engine(copy.deepcopy(model), None, block_tokens=block_of(model.config))
     for prompt, response in zip(
         prompts, engine.generate(prompts, SamplingParams(max_tokens=12, temperature=0)), strict=True
     ):
@@ -106,7 +139,7 @@ def test_the_engine_draws_what_the_forward_pass_says(kind: str, changes: dict[st
 
 @each_kind
 def test_no_token_sees_a_later_one_or_another_document(kind: str, changes: dict[str, Any]) -> None:
-    model, tokens = model_of(kind, changes), tokens_of()
+    model, tokens = model_of(changes), tokens_of()
     documents = (torch.arange(CONTEXT) // 20).expand(2, -1)
     with torch.no_grad():
         plain, packed = model(tokens), model(tokens, documents_BT=documents)
@@ -122,11 +155,14 @@ def test_no_token_sees_a_later_one_or_another_document(kind: str, changes: dict[
 
 @each_kind
 def test_gradients_are_finite_and_reach_every_weight(kind: str, changes: dict[str, Any]) -> None:
-    model = model_of(kind, changes)
+    """In a context with a far part, where the kind has one."""
+    model, near = model_of(changes), 0
+    if model.config.attention.has_far_part:
+        near = model.config.window_tokens or 0
     for recompute in (False, True):
         model.zero_grad()
         model.activation_checkpointing = recompute
-        model(tokens_of()).square().mean().backward()
+        model(tokens_of(near + CONTEXT)).square().mean().backward()
         for name, weight in model.named_parameters():
             assert weight.grad is not None, name
             assert weight.grad.isfinite().all(), name
@@ -138,10 +174,10 @@ def test_what_it_says_that_it_costs(kind: str, changes: dict[str, Any]) -> None:
     """The products that a plain implementation makes are the stated ones, or these and the half of T^2 (and what is
     beyond a window) that a causal kernel may skip.
     """
-    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    config = config_of(changes)
     stated = [config.attention.flops(config, t) for t in (1, CONTEXT, 2 * CONTEXT)]
     assert 0 < stated[0] < stated[1] <= stated[2]
-    core = make_core(config)
+    core = make_attention(config)
     q, k, v = (torch.randn(1, CONTEXT, n, config.head_size) for n in (config.n_heads, *[config.kv_heads] * 2))
     prepared = core.prepare(CONTEXT, None, q.device)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -151,14 +187,14 @@ def test_what_it_says_that_it_costs(kind: str, changes: dict[str, Any]) -> None:
     assert stated[1] <= counted <= max(2 * stated[1], 2 * whole.attention.flops(whole, CONTEXT))
     assert flops_per_token(config, CONTEXT).attention == 3 * stated[1]
     counts = parameter_counts(config).n_total
-    assert sum(w.numel() for w in model_of(kind, changes).parameters()) == counts
+    assert sum(w.numel() for w in model_of(changes).parameters()) == counts
     assert config.attention.state_elements(config, 8) >= config.attention.state_elements(config, 1) > 0
     assert saved_elements_per_token(config, False).blocks > config.attention.saved_elements(config) > 0
 
 
 @each_kind
 def test_it_is_exported_or_refused_with_a_reason(kind: str, changes: dict[str, Any]) -> None:
-    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    config = config_of(changes)
     reason = config.attention.unexportable(config)
     if reason is None:
         to_hugging_face(config)
@@ -170,9 +206,11 @@ def test_it_is_exported_or_refused_with_a_reason(kind: str, changes: dict[str, A
 
 @each_kind
 def test_a_configuration_is_read_as_it_was_written(kind: str, changes: dict[str, Any]) -> None:
-    config = ModelConfig(**{**SMALL, **changes}, attention=kind)
+    config = config_of(changes)
     plain = config.model_dump(mode="json")
-    assert ModelConfig(**plain) == config == ModelConfig(**{**plain, "attention": {"kind": kind}})
+    assert (
+        ModelConfig(**plain) == config == ModelConfig(**{**plain, "attention": config.attention.model_dump()})
+    )
     assert hash(config) == hash(ModelConfig(**plain))
 
 
@@ -181,7 +219,9 @@ def test_what_was_written_before_there_were_kinds_is_what_is_written_now() -> No
 
 
 def test_an_unknown_kind_and_an_unknown_option_are_refused_by_name() -> None:
-    with pytest.raises(ValidationError, match="expected tags: 'exact'"):
+    with pytest.raises(
+        ValidationError, match="expected tags: 'exact', 'features', 'window', 'hybrid', 'nystrom'"
+    ):
         ModelConfig(attention="sparse")
     with pytest.raises(ValidationError) as caught:
         ModelConfig(attention={"kind": "exact", "radius": 3})
@@ -207,13 +247,20 @@ SCHEMA = """
 
         def state_elements(self, model, tokens):
             return model.n_layers * (model.kv_heads * model.head_size + 1)
+
+        def block_bytes(self, model, block_tokens, width):
+            return self.state_elements(model, block_tokens) * width
 """
 IMPLEMENTATION = """
     import torch
 
 
-    class MeanCore:
+    from workloads.model.attention.registry import AttentionModule
+
+
+    class MeanCore(AttentionModule):
         def __init__(self, config):
+            super().__init__()
             self.groups = config.n_heads // config.kv_heads
 
         def prepare(self, context_tokens, documents_BT, device):
@@ -222,11 +269,12 @@ IMPLEMENTATION = """
         def attend(self, q_BTHS, k_BTGS, v_BTGS, prepared):
             return (v_BTGS.cumsum(1) / prepared).repeat_interleave(self.groups, 2)
 
-        def decode_state(self, blocks, block_tokens, like):
+        @classmethod
+        def decode_state(cls, layers, blocks, block_tokens, like):
             raise NotImplementedError
 
 
-    make_core = MeanCore
+    make_attention = MeanCore
 """
 
 

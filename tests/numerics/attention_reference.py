@@ -12,14 +12,15 @@ from torch import Tensor
 
 from escala.schema import ModelConfig
 from workloads.model.attention.features import LinearAttention, feature_map
-from workloads.model.attention.hybrid import Hybrid
+from workloads.model.attention.hybrid import Hybrid, NearAndFar
+from workloads.model.attention.nystrom import Nystrom
 from workloads.model.attention.registry import AttentionModule
 
 
 def dense(
     module: AttentionModule, config: ModelConfig, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None
 ) -> Tensor:
-    """out_BTHS of `exact`, `window`, `features` and `hybrid`, a row, a head and a matrix at a time."""
+    """out_BTHS of every kind, a row, a head and a matrix at a time."""
     rows = []
     for row in range(len(q)):
         heads = []
@@ -48,15 +49,23 @@ def kernel(
         return sharp
     if kind == "window":
         return sharp * (position[:, None] - position < (config.window_tokens or 0))
-    assert isinstance(module, LinearAttention | Hybrid)
+    assert isinstance(module, LinearAttention | NearAndFar)
     temperature = module.unit.temperature_G[group]
     x, y = (temperature * each / each.norm(dim=-1, keepdim=True) for each in (q, k))
-    rows = module.sums.rows(q)[group][None]
-    kind_of_map = module.sums.features.kind
-    phi_x, phi_y = (feature_map(each[None, :, None], kind_of_map, rows)[0, :, 0] for each in (x, y))
-    smooth = phi_x @ phi_y.T * seen
+    # Nystrom with all of a block's tokens its landmarks and no ridge is its kernel.
+    smooth = seen * ((x @ y.T).exp() if isinstance(module, Nystrom) else _by_features(module, x, y, group))
     if kind == "features":
         return smooth
+    assert isinstance(module, NearAndFar)
     block = position // ((config.window_tokens or 0) // 2)
     near = block[:, None] - block < 2
     return torch.where(near, sharp, module.gain_H[head].exp() * smooth)
+
+
+def _by_features(module: AttentionModule, x: Tensor, y: Tensor, group: int) -> Tensor:
+    """phi(x) . phi(y), (T, T)."""
+    assert isinstance(module, LinearAttention | Hybrid)
+    rows = module.sums.rows(x)[group][None]
+    kind_of_map = module.sums.features.kind
+    phi_x, phi_y = (feature_map(each[None, :, None], kind_of_map, rows)[0, :, 0] for each in (x, y))
+    return phi_x @ phi_y.T

@@ -51,10 +51,29 @@ GREEDY = SamplingParams(max_tokens=14, temperature=0)
 SERVERS = {
     "all at once": {},
     "one at a time": {"max_running": 1},
-    "preempted": {"cache_tokens": 80, "max_running": 4},
+    "preempted": {"cache_tokens": 56, "max_running": 4},
     "pieces of prompts": {"prefill_tokens": 8, "max_running": 3},
     "large blocks": {"block_tokens": 32},
 }
+
+KINDS = [
+    {"attention": "features", "n_kv_heads": 2, "features": {"kind": "learned", "count": 24}},
+    {"attention": "features", "n_kv_heads": 1},
+    {"attention": "hybrid", "window_tokens": 16, "n_kv_heads": 2},
+    {
+        "attention": "hybrid",
+        "window_tokens": 16,
+        "n_kv_heads": 1,
+        "features": {"kind": "trigonometric", "count": 64},
+    },
+    {"attention": {"kind": "nystrom", "landmarks": 4}, "window_tokens": 16, "n_kv_heads": 2},
+]
+
+
+def servers_of(model: Transformer) -> dict[str, dict[str, int]]:
+    """Those that the kind of attention allows."""
+    fixed = model.config.attention.block_tokens(model.config)
+    return {n: each for n, each in SERVERS.items() if fixed is None or "block_tokens" not in each}
 
 
 def model_of(dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
@@ -120,13 +139,14 @@ def hugging_face(model: Transformer) -> nn.Module:
         {"qk_norm": True, "n_kv_heads": 1, "head_dim": 32},
         {"window_tokens": 11},
         {"tie_embeddings": True},
+        *KINDS,
     ],
 )
 def test_greedy_tokens_are_those_of_the_plain_forward_pass(changes: dict) -> None:
     model, prompts = model_of(**changes), prompts_of()
     expected = [recomputed(model, p, GREEDY.max_tokens) for p in prompts]
     assert len({tuple(e) for e in expected}) == len(expected)
-    for name, options in SERVERS.items():
+    for name, options in servers_of(model).items():
         engine = engine_of(model, **options)
         found = engine.generate(prompts, GREEDY)
         assert [list(c.token_ids) for c in found] == expected, name
@@ -178,7 +198,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"window_tokens": 19, "n_heads": 2}])
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"window_tokens": 19, "n_heads": 2}, *KINDS])
 def test_same_seed_same_bits_whatever_else_runs(
     dtype: torch.dtype, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.numerics.ranks import run_ranks
+from tests.numerics.zero_scenarios import KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -62,3 +63,20 @@ def test_bf16_stays_near_fp32(results: dict[int, dict[str, Any]], stage: int) ->
 def test_resume_at_another_world_size_and_stage(results: dict[int, dict[str, Any]], source: int) -> None:
     expected = results[2][f"resume-{source}-fp32"]["straight"][3:]
     assert results[1][f"elsewhere-{source}"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Rank 0's results of two."""
+    results: dict[str, Any] = run_ranks("zero_scenarios:kinds", 2, tmp_path_factory.mktemp("kinds"))[0]
+    return results
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_attention_follows_plain_pytorch_and_resumes(
+    kinds: dict[str, Any], kind: str, stage: int
+) -> None:
+    run = kinds[f"{kind}-{stage}"]
+    assert run["straight"] == pytest.approx(kinds[f"{kind}-plain"], rel=1e-5)
+    assert run["resumed"] == run["straight"][3:]

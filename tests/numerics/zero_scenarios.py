@@ -36,13 +36,14 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, 20, (BATCH, CONTEXT + 1), generator=generator)
 
 
-def model() -> Transformer:
+def model(config: ModelConfig = MODEL) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(MODEL)
+    return Transformer(config)
 
 
-def engine_for(config: TrainingConfig, micro_steps: int = 2) -> Any:
-    return zero.make_engine(model(), config, BATCH // micro_steps // dist.get_world_size(), micro_steps)
+def engine_for(config: TrainingConfig, micro_steps: int = 2, architecture: ModelConfig = MODEL) -> Any:
+    micro_batch = BATCH // micro_steps // dist.get_world_size()
+    return zero.make_engine(model(architecture), config, micro_batch, micro_steps)
 
 
 def run(engine: Any, config: TrainingConfig, steps: range, micro_steps: int = 2) -> list[float]:
@@ -60,9 +61,9 @@ def run(engine: Any, config: TrainingConfig, steps: range, micro_steps: int = 2)
     return losses
 
 
-def plain(steps: range) -> list[float]:
+def plain(steps: range, architecture: ModelConfig = MODEL) -> list[float]:
     """The same in plain PyTorch: one process, one batch, clip_grad_norm_, unfused AdamW."""
-    network = model()
+    network = model(architecture)
     optimizer = torch.optim.AdamW(zero.parameter_groups(network, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     losses = []
     for step in steps:
@@ -78,19 +79,21 @@ def plain(steps: range) -> list[float]:
     return losses
 
 
-def resumed(stage: int, precision: str, directory: Path) -> dict[str, list[float]]:
+def resumed(
+    stage: int, precision: str, directory: Path, architecture: ModelConfig = MODEL
+) -> dict[str, list[float]]:
     """Six steps in one go, and three, a checkpoint, and three more in a new engine."""
     config = training(stage, precision)
-    straight = engine_for(config)
+    straight = engine_for(config, architecture=architecture)
     first = run(straight, config, range(3))
-    manifest = {"config": {"model": MODEL.model_dump()}, "fingerprints": {"tokenizer": "none"}}
+    manifest = {"config": {"model": architecture.model_dump()}, "fingerprints": {"tokenizer": "none"}}
     checkpoint.save(straight, open_checkpoints(directory), 3, manifest, keep=2)
     rest = run(straight, config, range(3, 6))
     found, refused = latest(open_checkpoints(directory))
     assert found is not None
     assert not refused
     torch.manual_seed(1)  # other weights: the checkpoint must bring all of them
-    second = zero.make_engine(Transformer(MODEL), config, BATCH // 2 // dist.get_world_size(), 2)
+    second = zero.make_engine(Transformer(architecture), config, BATCH // 2 // dist.get_world_size(), 2)
     checkpoint.load(second, found)
     return {"straight": first + rest, "resumed": run(second, config, range(3, 6))}
 
@@ -123,4 +126,29 @@ def scenario(directory: Path) -> dict[str, Any]:
     if ranks == 1:
         for source, target in ((3, 0), (1, 3), (0, 2)):
             results[f"elsewhere-{source}"] = elsewhere(target, "fp32", directory / f"2-{source}-fp32")
+    return results
+
+
+LEARNED = {"kind": "learned", "count": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "window": {"attention": "window", "window_tokens": 5},
+    "features": {"attention": "features"},
+    "features, learned": {"attention": "features", "features": LEARNED},
+    "nystrom": {"attention": {"kind": "nystrom", "landmarks": 2}, "window_tokens": 8},
+    "hybrid": {"attention": "hybrid", "window_tokens": 8},
+    "hybrid, learned": {"attention": "hybrid", "window_tokens": 8, "features": LEARNED},
+    "hybrid, nothing far": {"attention": "hybrid", "features": LEARNED},
+    "nystrom, nothing far": {"attention": "nystrom"},
+}
+
+
+def kinds(directory: Path) -> dict[str, Any]:
+    """Every kind of attention: plain PyTorch, and two ranks at every stage, with a checkpoint on the way."""
+    results: dict[str, Any] = {}
+    for name, changes in KINDS.items():
+        architecture = ModelConfig(**{**MODEL.model_dump(), "attention": "exact", **changes})
+        results[f"{name}-plain"] = plain(range(6), architecture)
+        for stage in (0, 1, 2, 3):
+            where = directory / f"{name}-{stage}"
+            results[f"{name}-{stage}"] = resumed(stage, "fp32", where, architecture)
     return results

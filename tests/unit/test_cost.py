@@ -179,6 +179,55 @@ def test_shared_experts_are_held_once(stage: int, precision: str, alone: float, 
     assert one[0] == one[1]
 
 
+def of_kind(kind: str, **training: Any) -> PretrainConfig:
+    model = {"n_layers": 12, "d_model": 640, "n_heads": 10, "vocab_size": 4096, "attention": kind}
+    return PretrainConfig.model_validate({**config(**training).model_dump(), "model": model})
+
+
+def test_long_contexts_cost_what_their_kind_of_attention_does() -> None:
+    exact, hybrid = (cost(of_kind(kind, precision="bf16"), cluster()) for kind in ("exact", "hybrid"))
+    assert [c.context_tokens for c in exact.contexts] == [256, 32_768, 131_072, 1_048_576]
+    own, *_, longest = exact.contexts
+    n = parameter_counts(of_kind("exact").model).n_total
+    assert (exact.attention, exact.chi) == ("exact", own.chi)
+    assert longest.chi == pytest.approx(1 + 12 * 640 * 2**20 / n, rel=0.01)  # L H d_h T/N (docs/theory D.2)
+    assert longest.state == 2 * 12 * 640 * 2 * 2**20  # keys and values of all layers in bf16
+    assert longest.logits == 3 * 4096 * 4 * 2**20
+    assert exact.kv_cache_bytes_per_token == 2 * 12 * 640 * 2
+    for found in (exact, hybrid):  # a training step's memory is linear in T, whatever the kind
+        rates = [
+            (c.activations / c.context_tokens, c.checkpointed / c.context_tokens) for c in found.contexts
+        ]
+        assert rates == [pytest.approx(rates[0])] * 4
+        assert rates[0][1] < rates[0][0] / 4
+    far = hybrid.contexts[-1]
+    assert far.chi == pytest.approx(hybrid.contexts[1].chi, rel=0.01)
+    assert far.chi < longest.chi / 50
+    assert {c.state for c in hybrid.contexts} == {far.state}
+    assert hybrid.kv_cache_bytes_per_token == 0
+    own_alone = 12 * (10 + 10)  # a gain and a temperature a head and layer: all that ZeRO's gathers have more
+    assert hybrid.n_total - exact.n_total == own_alone
+    assert hybrid.communication.sent_bytes - exact.communication.sent_bytes == pytest.approx(
+        4 * 2 * own_alone / 2
+    )
+
+
+def test_a_step_s_activations_are_those_of_its_context() -> None:
+    asked = of_kind("hybrid", precision="bf16", micro_batch_sequences=1)
+    own = cost(asked, cluster()).contexts[0]
+    assert memory_bytes(asked, cluster().device).activations == own.activations + own.logits
+    again = of_kind("hybrid", precision="bf16", micro_batch_sequences=1, activation_checkpointing=True)
+    own = cost(again, cluster()).contexts[0]
+    assert memory_bytes(again, cluster().device).activations == own.checkpointed + own.logits
+
+
+def test_landmarks_grow_and_a_window_does_not() -> None:
+    nystrom, window = (cost(of_kind(kind), cluster()) for kind in ("nystrom", "window"))
+    assert nystrom.kv_cache_bytes_per_token == 12 * 2 * 10 * 16 * (2 * 64 + 1) * 4 / 128  # 16 a block of 128
+    assert window.kv_cache_bytes_per_token == 0
+    assert window.contexts[-1].state == 2 * 12 * 640 * 4 * 256
+
+
 def test_time_is_compute_and_what_is_not_hidden() -> None:
     found = cost(config(), cluster())
     flops = found.compute_flops / found.steps / 2
@@ -288,6 +337,10 @@ def test_cost_from_the_command_line() -> None:
     shown = ask("--cluster", "h100-8", "--set", "model.n_layers=48", "--set", "model.d_model=8192")
     assert "DOES NOT FIT" in shown
     assert "not measured here" in shown
+    hybrid = ask("--cluster", "h100-8", "--set", "model.attention=hybrid")
+    assert "attention       hybrid, chi 1." in hybrid
+    assert "MB a sequence in generation, however long it is" in hybrid
+    assert "1,048,576" in hybrid
     answer = json.loads(ask("--cluster", "h100-8", "--compute-flops", "1e18", "--json"))
     assert answer["compute_flops"] == pytest.approx(1e18, rel=0.01)
     assert answer["cost_usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)

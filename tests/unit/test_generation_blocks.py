@@ -63,11 +63,11 @@ def test_pool_counts_owners_and_finds_what_it_has(steps: list[tuple[int, int]]) 
                 assert block not in held
                 held.append(block)
                 contents[block] = b""
-                if not pool.known([key]):
+                if not pool.known([key])[1]:
                     pool.publish(block, key)
                     contents[block] = key
         elif action == 1:
-            for block in pool.known([key]):
+            for block in pool.known([key])[1]:
                 assert contents[block] == key
                 held.append(pool.share(block))
         elif held:
@@ -89,7 +89,7 @@ def test_low_numbers_first_and_proven_contents_last() -> None:
     pool.release(pool.share(first))  # shared once, then nobody's
     pool.release(first)
     assert [pool.take(), pool.take(), pool.take()] == [1, 2, 0]
-    assert pool.known([b"prompt"]) == []
+    assert pool.known([b"prompt"]) == (0, [])
 
 
 @settings(max_examples=60, deadline=None)

@@ -59,9 +59,9 @@ def make(directory: Path, step: int, **changes: Any) -> Path:
     return path
 
 
-def chosen(own: Path, other: Path | None = None) -> Any:
+def chosen(own: Path, other: Path | None = None, model: ModelConfig = MODEL) -> Any:
     spec: Any = SimpleNamespace(checkpoints=str(own), trunk=None, resume_from=other and str(other))
-    config: Any = SimpleNamespace(model=MODEL)
+    config: Any = SimpleNamespace(model=model)
     return choose_checkpoint(spec, config, "aaa")
 
 
@@ -69,6 +69,17 @@ def test_nothing_yet_starts_at_step_0(tmp_path: Path) -> None:
     assert chosen(tmp_path) is None
     (tmp_path / (checkpoint_name(1) + PARTIAL)).mkdir()
     assert chosen(tmp_path) is None
+
+
+def test_exact_attention_with_a_window_goes_on_as_window(tmp_path: Path) -> None:
+    """So it was written before there was a kind of that name."""
+    plain = {**MODEL.model_dump(mode="json"), "window_tokens": 8}
+    del plain["features"]
+    assert plain["attention"] == "exact"
+    make(tmp_path, 3, config={"model": plain})
+    assert chosen(tmp_path, model=ModelConfig(**plain)).step == 3
+    with pytest.raises(CheckpointError, match="attention: window there, hybrid here"):
+        chosen(tmp_path, model=ModelConfig(**{**plain, "attention": "hybrid"}))
 
 
 @pytest.mark.parametrize(

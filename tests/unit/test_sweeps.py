@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from escala import spec
-from escala.contract.errors import NotFoundError, SpecError
+from escala.contract.errors import LawError, NotFoundError, SpecError
 from escala.contract.records import (
     AttemptSpec,
     Control,
@@ -24,6 +24,7 @@ from escala.contract.records import (
     write_json,
 )
 from escala.laws import fit_law
+from escala.laws.registry import _provenance
 from escala.settings import Settings
 from escala.sweeps import design, launch, plan, trials
 from escala.sweeps.launch import plan_sweep
@@ -371,6 +372,22 @@ def test_a_point_of_a_mixture_has_its_capacity_factor(tmp_path: Path):
     points = read_points(tmp_path, "j").points
     assert sorted(points["capacity_factor"]) == [0.5, 1.5]
     assert (points["n_total"] > 2 * points["n_active"]).all()
+
+
+def test_a_point_has_its_kind_of_attention_and_two_kinds_are_no_law(tmp_path: Path):
+    JobFiles(tmp_path, "j").directory.mkdir(parents=True)
+    asked = space(vary={"model.attention": ["exact", "hybrid"], "tokens": [20_000 * n for n in range(1, 9)]})
+    made = [PlannedTrial(i, str(i), trial) for i, trial in enumerate(design.plan(asked))]
+    trials.write_planned(tmp_path, "j", made)
+    for one in made:
+        end(tmp_path, one, "succeeded", 2 + 3e2 * one.trial.train_tokens**-0.5)
+    found = read_points(tmp_path, "j")
+    assert set(found.points["attention"]) == {"exact", "hybrid (window 256, 256 positive features)"}
+    assert "attention" not in found.configuration["model"]
+    with pytest.raises(LawError, match="2 kinds of attention"):
+        fit_law(found.points, "c", bootstrap=0)
+    law = fit_law(found.points[found.points["attention"] == "exact"], "c", bootstrap=0)
+    assert _provenance(law, "me", [], None)["attention"] == "exact"
 
 
 def test_seeds_give_the_noise_and_a_law_keeps_the_refused(tmp_path: Path):

@@ -15,30 +15,33 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import norm
 
 from escala.hardware import load_cluster
-from escala.laws import Law, Objective
+from escala.laws import Law, Objective, fit_law
 from escala.laws.drift import wilson
 from escala.laws.forms import FORMS
 from escala.laws.intervals import inflation, quantile_pair
 from escala.laws.optimum import TwoTerms, best_split
 from escala.planning.allocate import allocate, to_target
 from escala.planning.cost import communication, kv_cache_bytes_per_token, memory_bytes
+from escala.planning.curve import Curve
 from escala.planning.limits import Chi, Limits
 from escala.planning.plan import Plan
 from escala.planning.plans import cluster_speed
 from escala.planning.propose import WINSOR_VARIANCE, information, noise_variance, observe
 from escala.planning.split import effective_tokens
-from escala.schema import ModelConfig, PretrainConfig
+from escala.schema import ModelConfig, PretrainConfig, RecallCorpus
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.schema.moe import Annealing
 from workloads.alignment.advantages import gae, grpo, rloo
 from workloads.alignment.kl import ProportionalKL, kl
 from workloads.alignment.losses import bradley_terry, dpo_loss, policy_loss, value_loss
 from workloads.alignment.token_rewards import token_rewards
+from workloads.data.recall import ideal_loss, key_entropy
 from workloads.model import balance, gate
 from workloads.model.rope import RotaryTable, rotate
 from workloads.rewards.judge_models import compare
@@ -157,6 +160,17 @@ def test_units_and_attention() -> None:
     says("attention.md", said.replace("e+0", "e").replace("e+", "e"))
 
 
+def test_the_corpus_with_a_known_term_of_t() -> None:
+    corpus, contexts = RecallCorpus(kind="recall"), [32, 64, 128, 256, 512]
+    points = pd.DataFrame(
+        {"context_tokens": contexts, "loss_nats": [ideal_loss(corpus, t) for t in contexts]}
+    )
+    fitted = fit_law(points, "t", bootstrap=0).parameters
+    floor = key_entropy(corpus) / 2
+    said = f"has ζ = {fitted['zeta']:.3f}, not 1/3, and L_inf = {fitted['L_inf']:.2f}, not {floor:.3f}."
+    says("attention.md", said, f"s = {corpus.exponent}, K = {corpus.keys:,}, V = {corpus.values}")
+
+
 def test_experts() -> None:
     two, one = (gate.top_k(torch.tensor([[2.0, 1.0, 0.0, -1.0]]), k).weights_NK[0].tolist() for k in (2, 1))
     says("experts.md", f"weights {two[0]:.3f} and {two[1]:.3f}. k = 1: weight {one[0]:.3f}")
@@ -263,6 +277,16 @@ def test_optima() -> None:
             f"{_short(plan.n_active, 4)} | {_short(plan.tokens, 4)} | {plan.chi:.3f} | {plan.loss_nats:.4f}"
         )
         says("laws.md", f"| {t:,} | {found} |")
+    ranges = {**law().ranges, "context_tokens": (128.0, 32_768.0)}
+    theta = {**law().parameters, "c": 5.0, "zeta": 0.5}
+    with_t = replace(law(), form_name="ndt", parameters=theta, ranges=ranges, replicates_BP=np.empty((0, 7)))
+    knots = np.geomspace(128, 32_768, 65)
+    window = Curve.through(knots.tolist(), np.where(knots < 1024, knots, 2048 - 1024**2 / knots).tolist())
+    for name, growth in (("exact", None), ("window", window)):
+        plan = allocate(with_t, Limits(compute_flops=1e21), chi=Chi(0.05, 1 / 3, growth))
+        row = [f"{plan.context_tokens:,.0f}", _short(plan.n_active, 4), _short(plan.tokens, 4)]
+        row += [f"{plan.chi:.3f}", f"{plan.loss_nats:.4f}", ", ".join(f"`{each}`" for each in plan.binding)]
+        says("laws.md", f"| {name} | {' | '.join(row)} |")
 
 
 def test_repeats_demand_and_the_energy_of_a_target() -> None:

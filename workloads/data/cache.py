@@ -36,7 +36,7 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """One side of a corpus. `documents` are separated by end-of-text, which `tokens` includes."""
+    """One side of a corpus. Documents of text are separated by end-of-text, which `tokens` includes."""
 
     tokens: int
     documents: int
@@ -56,21 +56,24 @@ class Manifest:
 
 
 class TokenWriter:
-    """Appends documents to train.bin and held_out.bin of a directory. `close` returns the manifest."""
+    """Appends documents to train.bin and held_out.bin of a directory, each followed by the token `end_of_text` where
+    there is one. `close` returns the manifest.
+    """
 
-    def __init__(self, directory: Path, vocab_size: int, end_of_text: int) -> None:
+    def __init__(self, directory: Path, vocab_size: int, end_of_text: int | None) -> None:
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self._directory, self._end = directory, end_of_text
+        self._directory = directory
+        self._end = np.array([] if end_of_text is None else [end_of_text], dtype=np.uint32)
         self._files = [(directory / f"{split}.bin").open("wb") for split in SPLITS]
         self._hashes = [hashlib.sha256() for _ in SPLITS]
         self._counts = np.zeros((len(SPLITS), 3), dtype=np.int64)
 
     def add(self, ids: npt.NDArray[np.uint32], digest: bytes, text_bytes: int, held_out: bool) -> None:
-        """Append one document and the end-of-text token."""
+        """Append one document, and the end-of-text token."""
         side = int(held_out)
-        self._files[side].write(np.append(ids, self._end).astype(self.dtype).tobytes())
+        self._files[side].write(np.concatenate([ids, self._end]).astype(self.dtype).tobytes())
         self._hashes[side].update(digest)
-        self._counts[side] += (len(ids) + 1, 1, text_bytes)
+        self._counts[side] += (len(ids) + len(self._end), 1, text_bytes)
 
     def close(self, corpus_fingerprint: str, tokenizer_fingerprint: str) -> Manifest:
         """Close the files and describe them; the manifest is written last."""

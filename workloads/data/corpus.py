@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 
 from escala.contract.errors import DataError
 from escala.schema import (
-    Corpus,
     DataConfig,
     FilesCorpus,
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
+    TextCorpus,
 )
 
 STANDARD_LIBRARY = "python"
@@ -56,7 +56,7 @@ class Document:
     held_out: bool
 
 
-def read_documents(corpus: Corpus, config: DataConfig) -> Iterator[Document]:
+def read_documents(corpus: TextCorpus, config: DataConfig) -> Iterator[Document]:
     """The documents of one corpus.
 
     Empty texts and exact repetitions are left out. Reading stops after `config.max_characters` of each
@@ -87,7 +87,7 @@ def unit_interval(eight_bytes: bytes) -> float:
     return int.from_bytes(eight_bytes, "big") / 2**64
 
 
-def _source(corpus: Corpus) -> Iterator[Named]:
+def _source(corpus: TextCorpus) -> Iterator[Named]:
     """(name, text) of each raw document."""
     if isinstance(corpus, PythonSourceCorpus):
         return _python_source(corpus)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from escala.contract.errors import DataError
+from escala.contract.records import write_json
 from escala.contract.sealed import read_json_object
 from escala.schema import PretrainConfig
 from escala.tracking.lineage import fingerprint
@@ -24,9 +27,9 @@ class PreparedData:
     path: Path
     corpora: tuple[TokenDirectory, ...]
     weights: tuple[float, ...]
-    tokenizer_path: Path
+    tokenizer_path: Path | None  # None: token ids stand for no text
     vocab_size: int  # the largest token id + 1
-    end_of_text: int
+    end_of_text: int | None
     corpus_fingerprint: str  # of the documents, in order, and the weights
     tokenizer_fingerprint: str
     evaluation_fingerprint: str  # of the held-out documents and the tokenizer (docs/theory D.1)
@@ -45,8 +48,9 @@ class PreparedData:
                 "Delete that file; the next run writes it again.",
             ) from error
         root = path.parent.parent
-        tokenizer_path = root / data["tokenizer"]
-        check_directory(tokenizer_path.parent)
+        tokenizer_path = None if data["tokenizer"] is None else root / data["tokenizer"]
+        if tokenizer_path is not None:
+            check_directory(tokenizer_path.parent)
         return cls(
             path=path,
             corpora=tuple(TokenDirectory(root / name) for name in data["corpora"]),
@@ -79,7 +83,7 @@ class PreparedData:
 
     @property
     def held_out_bytes_per_token(self) -> float:
-        """UTF-8 bytes of held-out text per token: nats per token / (ln 2 x this) are bits per byte."""
+        """UTF-8 bytes of held-out text per token: nats per token / (ln 2 x this) are bits per byte. 0: no text."""
         return self._sum("held_out", "text_bytes") / max(1, self.held_out_tokens)
 
     def windows(self, context_tokens: int) -> list[int]:
@@ -106,6 +110,14 @@ class PreparedData:
                 "Raise data.held_out_fraction, give more text, or shorten training.context_tokens.",
             )
         return torch.from_numpy(np.stack(parts))
+
+
+def write_record(root: Path, record: Mapping[str, Any]) -> Path:
+    """Write the JSON that `PreparedData.open` reads, with paths relative to `root`, and return its path."""
+    path = root / "prepared" / f"{fingerprint(record)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return path
 
 
 def window_at(tokens: TokenFile, index: int, context_tokens: int) -> np.ndarray:

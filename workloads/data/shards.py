@@ -21,12 +21,12 @@ from pathlib import Path
 import tokenizers
 
 from escala.contract.errors import DataError
-from escala.contract.records import write_json
-from escala.schema import Corpus, DataConfig
+from escala.schema import DataConfig, TextCorpus
 from escala.tracking.lineage import fingerprint
 from workloads.data.cache import TokenDirectory, TokenWriter, check_directory, is_stored, new_directory
 from workloads.data.corpus import Document, read_documents
-from workloads.data.prepared import PreparedData, check
+from workloads.data.prepared import PreparedData, check, write_record
+from workloads.data.recall_shards import prepare_recall
 from workloads.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer, wrap
 
 __all__ = ["PreparedData", "check", "prepare"]
@@ -57,11 +57,13 @@ def prepare(
     Raises:
         DataError: a corpus is empty, unreadable or too short; a tokenizer is none; a store is damaged.
     """
-    scans = [_scan(corpus, number, config) for number, corpus in enumerate(config.corpora)]
+    if config.recall is not None:
+        return prepare_recall(config.recall, root, report)
+    scans = [_scan(corpus, number, config) for number, corpus in enumerate(config.texts)]
     tokenizer_path, tokenizer = _tokenizer(config, scans, root, report)
     directories = [
         _tokenise(corpus, scan, config, tokenizer, root, report)
-        for corpus, scan in zip(config.corpora, scans, strict=True)
+        for corpus, scan in zip(config.texts, scans, strict=True)
     ]
     prepared = PreparedData.open(_describe(config, directories, tokenizer, tokenizer_path, root))
     prepared.held_out(context_tokens, context_tokens)
@@ -78,7 +80,7 @@ def prepare(
     return prepared
 
 
-def _scan(corpus: Corpus, number: int, config: DataConfig) -> Scan:
+def _scan(corpus: TextCorpus, number: int, config: DataConfig) -> Scan:
     """Read a corpus without tokenising it."""
     identity = hashlib.sha256()
     order, characters = array("Q"), array("Q")
@@ -148,7 +150,7 @@ def _sample(config: DataConfig, scans: list[Scan]) -> Iterator[str]:
         if left <= 0:
             break
     left = config.tokenizer.train_characters
-    for corpus in config.corpora:
+    for corpus in config.texts:
         for document in read_documents(corpus, config):
             if not document.held_out and _sample_order(document) <= threshold and left > 0:
                 yield document.text[:left]
@@ -156,7 +158,7 @@ def _sample(config: DataConfig, scans: list[Scan]) -> Iterator[str]:
 
 
 def _tokenise(
-    corpus: Corpus,
+    corpus: TextCorpus,
     scan: Scan,
     config: DataConfig,
     tokenizer: TextTokenizer,
@@ -190,8 +192,8 @@ def _describe(
     tokenizer_path: Path,
     root: Path,
 ) -> Path:
-    """Write the JSON that PreparedData.open reads, with paths relative to `root`, and return its path."""
-    weights = [corpus.weight for corpus in config.corpora]
+    """Describe the store's parts to `PreparedData.open`; returns that record's path."""
+    weights = [corpus.weight for corpus in config.texts]
     held_out = [directory.manifest.held_out.documents_sha256 for directory in directories]
     record = {
         "corpora": [directory.path.relative_to(root).as_posix() for directory in directories],
@@ -203,7 +205,4 @@ def _describe(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "evaluation_fingerprint": fingerprint([held_out, tokenizer.fingerprint]),
     }
-    path = root / "prepared" / f"{fingerprint(record)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
-    return path
+    return write_record(root, record)

@@ -1,21 +1,19 @@
-"""Who owns which block of the KV cache: reference counts, and full prompt blocks shared by content. No tensor here.
+"""Who owns which block of the cache: reference counts, and full prompt blocks shared by content. No tensor here.
 
-A block holds the keys and values of `block_tokens` positions of every layer. Its key is a hash over all tokens up to
+A block holds what attention keeps of `block_tokens` positions in every layer. Its key is a hash over all tokens up to
 its end, so equal keys mean equal contents (Kwon et al. 2023, section 4.3). Nobody's blocks keep their contents until
 they are needed for something else. The lowest number goes first: that keeps the used part of the cache compact, which
-attention reads as one view. Those that were ever shared go last, the longest idle first; so a prompt that nobody
-shared while it ran is soon overwritten.
+attention reads as one view. Then go, the longest idle first, prompt blocks that a running sequence left behind, and
+last those that were ever shared; so a prompt that nobody shared while it ran is soon overwritten.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import itertools
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
 
 Key = bytes
 
@@ -47,6 +45,7 @@ class BlockPool:
         self._was_shared = [False] * self.total
         self._idle = list(range(self.total))  # a heap; a block that was taken by its key is skipped when met
         self._in_heap = [True] * self.total
+        self._passed: OrderedDict[int, None] = OrderedDict()  # nobody's, of running sequences; oldest first
         self._proven: OrderedDict[int, None] = OrderedDict()  # nobody's, but shared before; oldest first
 
     @property
@@ -76,9 +75,10 @@ class BlockPool:
         while self._idle:
             block = heapq.heappop(self._idle)
             self._in_heap[block] = False
-            if self._owners[block] == 0 and block not in self._proven:
+            if self._owners[block] == 0 and block not in self._proven and block not in self._passed:
                 return block
-        return self._proven.popitem(last=False)[0] if self._proven else None
+        queue = self._passed or self._proven
+        return queue.popitem(last=False)[0] if queue else None
 
     def publish(self, block: int, key: Key) -> None:
         """Make an owned block findable. Where another one has the same contents, that one stays the known one."""
@@ -86,21 +86,32 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
-    def known(self, keys: Sequence[Key]) -> list[int]:
-        """The blocks with the contents of the first keys, up to the first that is not there."""
-        blocks = itertools.takewhile(lambda block: block is not None, map(self._block_of.get, keys))
-        return cast(list[int], list(blocks))
+    def known(self, keys: Sequence[Key], live: int | None = None) -> tuple[int, list[int]]:
+        """(count, blocks): the longest prefix of `keys` whose last `live` blocks are there (None: all), and these."""
+        blocks = [self._block_of.get(key) for key in keys]
+        run, best = 0, 0  # of blocks that are there, up to and with this one
+        for count, block in enumerate(blocks, 1):
+            run = 0 if block is None else run + 1
+            if run >= (count if live is None else min(live, count)):
+                best = count
+        first = 0 if live is None else max(0, best - live)
+        return best, [block for block in blocks[first:best] if block is not None]
 
     def share(self, block: int) -> int:
         """Take part in a block that `known` found; returns it."""
         self._proven.pop(block, None)
+        self._passed.pop(block, None)
         self._owned += self._owners[block] == 0
         self._owners[block] += 1
         self._was_shared[block] = True
         return block
 
-    def release(self, block: int) -> None:
-        """One owner less. A block without owners keeps its contents until `take` gives it away."""
+    def release(self, block: int, is_passed: bool = False) -> None:
+        """One owner less. A block without owners keeps its contents until `take` gives it away.
+
+        Args:
+            is_passed: its owner goes on without it.
+        """
         if self._owners[block] == 0:
             raise RuntimeError(f"block {block} has no owner to release it")
         self._owners[block] -= 1
@@ -109,6 +120,8 @@ class BlockPool:
         self._owned -= 1
         if self._was_shared[block]:
             self._proven[block] = None
+        elif is_passed and self._key_of[block] is not None:
+            self._passed[block] = None
         elif not self._in_heap[block]:
             heapq.heappush(self._idle, block)
             self._in_heap[block] = True

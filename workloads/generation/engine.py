@@ -37,7 +37,7 @@ from workloads.generation.scheduler import Scheduler, Sequence, Work
 from workloads.generation.text import TextStream
 from workloads.model.transformer import Transformer
 
-CACHE_BYTES = 1 << 30
+CACHE_BYTES, BLOCK_TOKENS = 1 << 30, 32
 Drawn = tuple[int, float]
 """A token and its log-probability."""
 log = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ class Engine:
         tokenizer: None: no text, no end of text, no stop strings.
         max_running: requests in a batch.
         cache_tokens: positions that the cache holds, in whole blocks. None: `max_running` whole contexts, or what
-            fits into CACHE_BYTES.
-        block_tokens: positions of a block.
+            attention needs of them, or what fits into CACHE_BYTES.
+        block_tokens: positions of a block. None: those of the model's attention, or BLOCK_TOKENS.
         prefill_tokens: of prompts in one step, in whole blocks: more is faster, and delays running requests longer.
         threads: torch's CPU threads, set for this process. None: left alone.
 
-    Raises SpecError where the cache cannot hold a block.
+    Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         *,
         max_running: int = 32,
         cache_tokens: int | None = None,
-        block_tokens: int = 32,
+        block_tokens: int | None = None,
         prefill_tokens: int = 256,
         threads: int | None = 1,
     ) -> None:
@@ -75,10 +75,15 @@ class Engine:
         self._network, config = Network(model), model.config
         self._tokenizer = tokenizer
         self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
-        item = self._network.like.element_size()
-        block_bytes = config.attention.state_elements(config, block_tokens) * item
+        attention, item = config.attention, self._network.like.element_size()
+        block_tokens = block_tokens or attention.block_tokens(config) or BLOCK_TOKENS
+        block_bytes = attention.block_bytes(config, block_tokens, item)
+        live = attention.live_blocks(config, block_tokens)
         if cache_tokens is None:
-            whole = max_running * -(-config.max_context_tokens // block_tokens)
+            each = -(-config.max_context_tokens // block_tokens)
+            whole = max_running * each
+            if live is not None:  # and one piece of a prompt
+                whole = min(whole, max_running * live + prefill_tokens // block_tokens)
             blocks = min(whole, CACHE_BYTES // block_bytes)
         else:
             blocks = cache_tokens // block_tokens
@@ -88,7 +93,7 @@ class Engine:
                 f"{block_bytes} bytes each, cannot run.",
                 "Raise max_running and cache_tokens, or lower block_tokens.",
             )
-        self._scheduler = Scheduler(blocks, block_tokens, max_running, prefill_tokens)
+        self._scheduler = Scheduler(blocks, block_tokens, max_running, prefill_tokens, live)
         self.cache = self._network.decode_state(blocks, block_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Output] = []
@@ -279,9 +284,7 @@ class Engine:
         """What is wrong and how to fix it; the cheap checks first, so that a long prompt is not read in vain."""
         params, prompt = request.params, request.prompt_token_ids
         total = len(prompt) + params.max_tokens
-        room = (
-            self._scheduler.pool.total * self._scheduler.block_tokens + 1
-        )  # the last token's keys go nowhere
+        room = self._scheduler.room + 1  # the last token's keys go nowhere
         if request.id in {*self._sequences, *(output.request_id for output in self._cancelled)}:
             yield "its id is in use", "Give every unfinished request an id of its own."
         if not prompt:

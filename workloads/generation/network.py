@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
 from workloads.generation.linear import MIN_ROWS, PackedLinear
-from workloads.model.attention.registry import DecodeState
+from workloads.model.attention.registry import DecodeState, decode_state
 from workloads.model.layers import FeedForward
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
@@ -33,7 +33,7 @@ class TokenSpan:
     Args:
         tokens: their ids.
         start: the position of the first.
-        table: the request's blocks, up to the last position at least.
+        table: the request's blocks, up to the last position at least; those that are not read may be any number.
     """
 
     tokens: Sequence[int]
@@ -94,7 +94,8 @@ class Network:
 
     def decode_state(self, blocks: int, block_tokens: int) -> DecodeState:
         """An empty one, of the kind of the model's attention."""
-        return self.model.layers[0].attention.core.decode_state(blocks, block_tokens, self.like)
+        cores = [block.attention.core for block in self.model.layers]
+        return decode_state(cores, blocks, block_tokens, self.like)
 
     def forward(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> Tensor:
         """Write the keys and values of all pieces, and return the final hidden state_PD of the last token of each.
@@ -111,6 +112,7 @@ class Network:
         ]
         # One tensor: a copy to a GPU each would take longer than the rest.
         tokens, positions, blocks, offsets = torch.tensor(read).t().contiguous().to(device)
+        borders = cache.plan_borders([p.table for p in pieces], [_span(p) for p in pieces])
         groups = self._groups(pieces, cache, tiled)
         rows = len(tokens)
         spare = max(0, MIN_ROWS - rows)
@@ -118,7 +120,7 @@ class Network:
         rotation = self._rotary(positions, like=x_ND)
         for layer, block in enumerate(self._blocks):
             q_NHS, k_NGS, v_NGS = block.project(x_ND, rows, rotation)
-            cache.write(layer, blocks, offsets, k_NGS, v_NGS)
+            cache.write(layer, blocks, offsets, k_NGS, v_NGS, borders)
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
             x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)

@@ -3,7 +3,11 @@
 1. Every running request whose prompt is computed gets its next token. Where a block is wanted and none is free, the
    request admitted last gives up its blocks, goes to the front of the queue and is computed again later.
 2. Prompts are read in pieces of whole blocks, `prefill_tokens` a step over all, those already begun first.
-3. Then the queue is admitted in order, as long as there is a place, and blocks for the whole of the next one.
+3. Then the queue is admitted in order, as long as there is a place, and blocks for the whole of the next one; where
+   attention needs the last `live` blocks of a sequence alone, for those.
+
+What a sequence no longer needs is released while it runs: its table keeps the place, as RELEASED. A prompt that is
+read meanwhile takes what is free, a block at least, or waits; only the request admitted last reads one.
 
 So that a token's keys and values are the same to the last bit whatever the batch, each position is always computed
 in the same way, recomputed or not: a prompt's in tiles of a block, a response's one by one. Blocks are shared only
@@ -12,12 +16,16 @@ where they lie in prompts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
 from workloads.generation.blocks import BlockPool, Key, prompt_keys
 from workloads.generation.protocol import Request
 from workloads.generation.text import TextStream
+
+RELEASED = -1
+"""In a table: the block that was here is no longer the sequence's."""
 
 
 @dataclass(eq=False)
@@ -28,6 +36,7 @@ class Sequence:
         tokens: prompt and response.
         computed: how many positions have their keys and values in `table`'s blocks.
         keys: of the prompt's full blocks.
+        released: how many of `table`'s first blocks are.
     """
 
     request: Request
@@ -36,6 +45,7 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     table: list[int] = field(default_factory=list)
+    released: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -60,15 +70,23 @@ class Work:
 class Scheduler:
     """The queue, the running requests and their blocks."""
 
-    def __init__(self, blocks: int, block_tokens: int, max_running: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, blocks: int, block_tokens: int, max_running: int, prefill_tokens: int, live: int | None = None
+    ) -> None:
         self.pool = BlockPool(blocks)
-        self.block_tokens = block_tokens
+        self.block_tokens, self.live = block_tokens, live
         self.max_running = max_running
         self.prefill_tokens = max(prefill_tokens // block_tokens, 1) * block_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
         self.preemptions = 0
         self.cached_tokens = 0
+
+    @property
+    def room(self) -> float:
+        """Positions that one request may have: of a cache that holds all that is needed at once, any number."""
+        total = self.pool.total
+        return math.inf if self.live is not None and total >= self.live else total * self.block_tokens
 
     def add(self, request: Request, text: TextStream | None) -> Sequence:
         """Queue a request."""
@@ -88,17 +106,15 @@ class Scheduler:
     def plan(self, admit: bool) -> tuple[list[Work], list[Work]]:
         """(pieces of prompts, response tokens) to compute now; the caller does so before it plans again."""
         rows = self._rows()
-        budget, tiles = self.prefill_tokens, []
+        budget, tiles = self.prefill_tokens, list[Work]()
         for sequence in self.running:
             if sequence.computed < sequence.prompt_length and budget > 0:
-                tiles.append(self._piece(sequence, budget))
-                budget -= tiles[-1].end - tiles[-1].start
+                budget = self._read(sequence, budget, tiles)
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self.waiting[0]
             if not (admit or sequence.generated) or not self._admit(sequence):
                 break
-            tiles.append(self._piece(sequence, budget))
-            budget -= tiles[-1].end - tiles[-1].start
+            budget = self._read(sequence, budget, tiles)
         for work in (*tiles, *rows):
             work.sequence.computed = work.end
         return tiles, rows
@@ -108,10 +124,26 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.computed < sequence.prompt_length or sequence not in self.running:
                 continue
-            end = min(len(sequence.tokens), sequence.computed + self.prefill_tokens)
+            self._trim(sequence)
+            end = min(len(sequence.tokens), sequence.computed + self.prefill_tokens, self._room(sequence))
+            end = max(end, sequence.computed + 1)
             if self._grow(sequence, end):
                 rows.append(Work(sequence, sequence.computed, end))
         return rows
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Release the blocks that its next token does not need."""
+        if self.live is None:
+            return
+        gone = sequence.computed // self.block_tokens + 1 - self.live
+        for index in range(sequence.released, gone):
+            self.pool.release(sequence.table[index], is_passed=True)
+            sequence.table[index] = RELEASED
+        sequence.released = max(sequence.released, gone)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Up to which position there are blocks."""
+        return (len(sequence.table) + self.pool.free) * self.block_tokens
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Blocks for positions up to `end`, taken from those admitted later if need be; False: it had to go itself."""
@@ -128,22 +160,31 @@ class Scheduler:
                 return False
         return True
 
-    def _piece(self, sequence: Sequence, budget: int) -> Work:
-        """The next piece of a prompt, ending on a block's border or with the prompt; its full blocks are published.
+    def _read(self, sequence: Sequence, budget: int, tiles: list[Work]) -> int:
+        """Add the next piece of a prompt, ending on a block's border or with the prompt; its full blocks are published.
+        Returns the budget that is left: nothing where there is no block for a piece.
 
         They may be shared at once: within a step every layer writes its keys before any query reads them.
         """
+        self._trim(sequence)
         start, size = sequence.computed, self.block_tokens
-        end = min(sequence.prompt_length, start + max(budget // size, 1) * size)
+        end = min(sequence.prompt_length, start + max(budget // size, 1) * size, self._room(sequence))
+        if end <= start:
+            return 0
+        self._grow(sequence, end)
         for index in range(start // size, min(end // size, len(sequence.keys))):
             self.pool.publish(sequence.table[index], sequence.keys[index])
-        return Work(sequence, start, end)
+        tiles.append(Work(sequence, start, end))
+        return budget - (end - start)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give it the blocks of all its tokens, shared ones first, if that leaves one for each running request."""
+        """Give it the blocks that it needs at once, shared ones first, if that leaves one for each running request."""
         sharable = (sequence.prompt_length - 1) // self.block_tokens  # the last token's state is wanted
-        shared = self.pool.known(sequence.keys[:sharable])
-        wanted = -(-len(sequence.tokens) // self.block_tokens) - len(shared)
+        live = None if self.live is None else self.live - 1  # beside its next token's
+        count, shared = self.pool.known(sequence.keys[:sharable], live)
+        wanted = -(-len(sequence.tokens) // self.block_tokens) - count
+        if self.live is not None:
+            wanted = min(wanted, self.live - len(shared))
         idle = sum(self.pool.owners(block) == 0 for block in shared)
         if self.running and self.pool.free < wanted + idle + len(self.running):
             return False
@@ -151,13 +192,15 @@ class Scheduler:
             raise RuntimeError("blocks are owned by nobody who runs: the pool's accounts are wrong")
         self.waiting.popleft()
         self.running.append(sequence)
-        sequence.table = [self.pool.share(block) for block in shared]
-        sequence.computed = len(shared) * self.block_tokens
+        sequence.released = count - len(shared)
+        sequence.table = [RELEASED] * sequence.released + [self.pool.share(block) for block in shared]
+        sequence.computed = count * self.block_tokens
         self.cached_tokens += sequence.computed
-        self._grow(sequence, len(sequence.tokens))
+        if self.live is None:
+            self._grow(sequence, len(sequence.tokens))
         return True
 
     def _release(self, sequence: Sequence) -> None:
-        for block in sequence.table:
+        for block in sequence.table[sequence.released :]:
             self.pool.release(block)
-        sequence.table, sequence.computed = [], 0
+        sequence.table, sequence.computed, sequence.released = [], 0, 0

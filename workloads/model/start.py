@@ -1,6 +1,7 @@
 """The model that fine-tuning, generation and export start from: pretrained weights, or a job's checkpoint.
 
-A checkpoint of a LoRA run holds its deltas alone: the model is that run's own start, with them merged.
+A checkpoint of a LoRA run holds its deltas alone: the model is that run's own start, with them merged. One of a
+conversion holds attention's weights: all others are its start's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from escala.contract.checkpoints import MANIFEST, TOKENIZER, step_of
 from escala.contract.errors import CheckpointError
-from escala.schema import WORKLOADS, ModelConfig, TrainedConfig
+from escala.schema import WORKLOADS, ModelConfig, StartConfig, TrainedConfig
 from escala.storage.checkpoints import (
     Checkpoint,
     checkpoint_at,
@@ -25,6 +26,7 @@ from escala.storage.checkpoints import (
 )
 from workloads.data.chat import ChatTokenizer
 from workloads.data.chat_loading import load_chat_tokenizer
+from workloads.model.conversion import converted
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
@@ -98,11 +100,17 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
-    """The transformer of a checkpoint, its deltas merged; of a reward model, its trunk."""
+    """The transformer of a checkpoint, its deltas merged; of a conversion, with its start's other weights; of a reward
+    model, its trunk.
+    """
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
     is_reward = has_scalar_head(checkpoint)
     if is_reward:
         weights = {n.removeprefix(TRUNK): w for n, w in weights.items() if n.startswith(TRUNK)}
+    if config.trains_attention_alone:
+        model = new_model(config)
+        _assign(model, {**dict(model.state_dict()), **weights}, checkpoint)
+        return model
     if config.adapter is None:
         with torch.device("meta"):
             model = Transformer(headless(config.model) if is_reward else config.model)
@@ -127,18 +135,29 @@ def headless(model: ModelConfig) -> ModelConfig:
 
 
 def new_model(config: TrainedConfig) -> Transformer:
-    """What a run with this configuration starts from, in fp32: its start, or weights drawn from torch's generator."""
+    """What a run with this configuration starts from, in fp32: its start, converted where the run does so, or weights
+    drawn from torch's generator.
+    """
     start = config.starts_from
     if start is None:
         return Transformer(config.model)
+    model = start_of(config, start)
+    return model if config.start_model == config.model else converted(model, config.model)
+
+
+def start_of(config: TrainedConfig, start: StartConfig) -> Transformer:
+    """The model that stands at the run's start, in fp32. Raises CheckpointError where it is another one than when the
+    run was queued.
+    """
     if start.path is None:
         raise CheckpointError(
             f"the job {start.job} to start from was not looked up", "submit it by `escala submit`"
         )
     model = load_model(Path(start.path))
-    if model.config != config.model:
+    if model.config != config.start_model:
         raise CheckpointError(
-            f"{start.path} holds another model than the one that this run was queued with",
+            f"{start.path} holds another model (attention {model.config.attention.kind}) than the one that this run "
+            "was queued with",
             "submit the job again: what stood there has been replaced",
         )
     return model

@@ -23,7 +23,7 @@ class Prepared:
     """What an entry point has made ready for its workers."""
 
     path: str  # for `make_step`
-    tokenizer: Path  # a tokenizer.json, or a directory with one; it is kept beside the checkpoints
+    tokenizer: Path | None  # a tokenizer.json or a directory with one, kept with checkpoints; None: no text
     fingerprints: dict[str, str]  # corpus, tokenizer, evaluation
 
 

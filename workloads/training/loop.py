@@ -73,7 +73,7 @@ class RunLoop(Generic[C]):
         self.status.first_evaluation()
         stop = self._train()
         if stop in (None, "budget"):
-            self._evaluate()
+            self.status.notice(self._evaluate().notices)
         self.status.finished(stop or "succeeded")
 
     def close(self) -> None:

@@ -61,3 +61,18 @@ def next_token_loss(engine: Any, tokens_BT1: Tensor) -> Tensor:
     """The summed loss of all next tokens of `tokens_BT1` (T + 1 token ids a row), in nats."""
     total, _ = token_loss(engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:])
     return total
+
+
+def distillation_loss(logits_NV: Tensor, exact_NV: Tensor, targets_N: Tensor, kl_weight: float) -> Tensor:
+    """Sum over N of -log p(target) + kl_weight KL(exact || model), in nats, fp32 (Hinton et al. 2015, at temperature
+    1). No gradient reaches `exact_NV`.
+    """
+    rows = chunk_rows(logits_NV)
+    parts = zip(*(torch.split(x, rows) for x in (logits_NV, exact_NV, targets_N)), strict=True)
+    total = []
+    for logits, exact, targets in parts:
+        logp_NV = logits.float().log_softmax(-1)
+        exact_logp_NV = exact.detach().float().log_softmax(-1)
+        kl = F.kl_div(logp_NV, exact_logp_NV, reduction="sum", log_target=True)
+        total.append(F.nll_loss(logp_NV, targets, reduction="sum") + kl_weight * kl)
+    return torch.stack(total).sum()

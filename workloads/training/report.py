@@ -24,7 +24,7 @@ class Reporter:
     def __init__(self, spec: AttemptSpec, run_id: str) -> None:
         self._files = AttemptFiles(spec.directory)
         self._tracker = open_tracker(spec.tracking_uri)
-        self._run_id = run_id
+        self._run_id, self._prefix = run_id, spec.metric_prefix
         self._buffer: list[Metric] = []
         self._flushed = self._progressed = 0.0
         self._facts: dict[str, Any] = {}
@@ -34,7 +34,9 @@ class Reporter:
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         """Buffer metrics of one step; those that are None are unknown and not recorded."""
         now = time.time_ns() // 1_000_000
-        self._buffer += [Metric(key, float(v), step, now) for key, v in values.items() if v is not None]
+        self._buffer += [
+            Metric(self._prefix + key, float(v), step, now) for key, v in values.items() if v is not None
+        ]
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 

@@ -28,7 +28,7 @@ from escala.contract.records import (
     read_json,
     read_record,
 )
-from escala.schema import TrainedConfig
+from escala.schema import ModelConfig, TrainedConfig
 from escala.schema.workloads import get_workload
 from escala.storage.base import CheckpointStore
 from escala.storage.checkpoints import (
@@ -80,8 +80,9 @@ def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfi
     spec = attempt.spec
     attempt.reads(prepared.fingerprints)
     found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
-    for address in filter(None, (spec.checkpoints, spec.trunk)):
-        keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
+    if prepared.tokenizer is not None:
+        for address in filter(None, (spec.checkpoints, spec.trunk)):
+            keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
     attempt.checkpoint = found.address if found else None
     _, run_id = attempt.run
     return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)
@@ -200,8 +201,18 @@ def choose_checkpoint(spec: AttemptSpec, config: TrainedConfig, tokenizer: str) 
         if found is None:
             raise CheckpointError(f"there is no good checkpoint in {spec.resume_from} to resume from")
     if found is not None:
-        check_fits(found, config.model.model_dump(mode="json"), tokenizer)
+        check_fits(found, config.model.model_dump(mode="json"), tokenizer, _as_written_now)
     return found
+
+
+def _as_written_now(model: dict[str, Any]) -> dict[str, Any]:
+    """A stored model's configuration, read and written: `exact` with a window is `window` since there is such a kind.
+    One that does not validate stays as it is, and differs.
+    """
+    try:
+        return ModelConfig(**model).model_dump(mode="json")
+    except (TypeError, ValidationError):
+        return model
 
 
 def _of_trunk(address: str, config: TrainedConfig) -> Checkpoint | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,6 +96,14 @@ class RunStatus:
             for path, content in result.texts.items():
                 self.reporter.text(path, content)
         self.tell(**result.record, measures=result.measures)
+
+    def notice(self, notices: Mapping[str, str]) -> None:
+        """What the last evaluation of the run says of it: a line each, and a tag."""
+        if self.reporter is None:
+            return
+        for tag, text in notices.items():
+            print(f"escala: {text}", flush=True)
+            self.reporter.tag(tag, text)
 
     def finished(self, outcome: str) -> None:
         """At the end of a run that did not fail. A collective call."""

@@ -15,11 +15,12 @@ from escala.schema.flops import training_flops_per_token
 from escala.storage.checkpoints import Checkpoint
 from workloads.training import zero
 from workloads.training.experts import Routers
+from workloads.training.far_part import with_far_part
 from workloads.training.gradient import accumulate
 from workloads.training.report import Reporter
 from workloads.training.schedule import learning_rate
 from workloads.training.step import Counters, StepResult
-from workloads.training.task import Evaluation, StepSize, Task, on_device
+from workloads.training.task import TRAIN_LOSS, Evaluation, StepSize, Task, on_device
 from workloads.training.traffic import Traffic
 
 
@@ -71,8 +72,10 @@ class SupervisedStep:
         norm = zero.optimizer_step(self.engine, config.training)
         if not math.isfinite(norm):
             raise diverged(count, "the gradient norm is not finite")
-        self.metrics = {"train_loss_nats": loss, "learning_rate": rate, "gradient_norm": norm}
-        return StepResult(self.size.tokens, self.flops_per_token, loss, self._sent_bytes() - sent_before)
+        name = self.size.loss_name
+        self.metrics = {name: loss, "learning_rate": rate, "gradient_norm": norm}
+        compared = loss if name == TRAIN_LOSS else None
+        return StepResult(self.size.tokens, self.flops_per_token, compared, self._sent_bytes() - sent_before)
 
     def _mean_loss(self, step: int) -> float:
         """The mean loss over the units of the step on all ranks, in nats; its gradient is in the engine."""
@@ -102,8 +105,14 @@ class SupervisedStep:
             reporter.metrics(step, self.metrics)
 
     def evaluate(self) -> Evaluation:
-        """See Step."""
-        return self.task.evaluate(self.engine)
+        """See Step. A model with a far part is evaluated without it, too."""
+        return with_far_part(
+            self.task.evaluate(self.engine),
+            self.engine.module,
+            self.config.model,
+            self.config.context_tokens,
+            lambda: self.task.evaluate(self.engine),
+        )
 
     def close(self) -> None:
         """See Step: nothing runs in the background."""

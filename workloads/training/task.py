@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from workloads.data.batches import Batch
 
+TRAIN_LOSS = "train_loss_nats"
+
 
 @dataclass(frozen=True)
 class StepSize:
@@ -22,6 +24,7 @@ class StepSize:
 
     units: float  # what the summed loss is divided by
     tokens: int  # that the model reads, padding left out
+    loss_name: str = TRAIN_LOSS  # the metric of the mean loss; another name where it is not in nats
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Evaluation:
     record: dict[str, float]
     measures: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)  # artifacts of the run, by path
+    notices: dict[str, str] = field(default_factory=dict)  # by tag: what is said of the run if it ends here
     is_reported: bool = False  # its measures were reported with the step that made them
 
     @property

@@ -16,7 +16,7 @@ from escala.cli.laws import Name, Refresh
 from escala.contract.errors import LawError
 
 if TYPE_CHECKING:
-    from escala.views.plans import PlanView
+    from escala.views.plans import PlanView, ProposalView
 
 ClusterName = Annotated[
     str | None,
@@ -152,6 +152,13 @@ def plan(
         Path | None,
         typer.Option(help="Also the plans of smaller budgets: a table, and a plot into this PNG."),
     ] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also the plan of this kind of attention at the same budget; may be repeated: a table. "
+            "KIND, or KIND,window_tokens=512,features.count=128."
+        ),
+    ] = None,
     seal: Annotated[
         bool, typer.Option("--seal", help="Seal what the law says of the planned run. [always with --submit]")
     ] = False,
@@ -170,6 +177,8 @@ def plan(
     if target_loss is not None:
         if any(v is not None for v in (compute_flops, usd, hours, kwh)):
             raise LawError("--target-loss asks for the budget.", "Leave the budgets out.")
+        if attention:
+            raise LawError("--attention compares plans of one budget.", "Give a budget, not --target-loss.")
         target = escala.plan_target(law, target_loss, options)
         render_plans.target(target, json)
         best: PlanView = target
@@ -190,14 +199,17 @@ def plan(
             with progress.working("planning smaller budgets", quiet=json):
                 smaller = escala.plan_front(law, limits, options, front)
             best = best.model_copy(update={"front": tuple(smaller), "front_plot": str(front)})
+        if attention:
+            kinds = escala.plan_kinds(law, limits, attention, options)
+            best = best.model_copy(update={"kinds": tuple(kinds)})
         render_plans.plan(best, json)
     if seal and not submit:
         with progress.reporting("sealing", json) as report:
-            made = escala.seal_plan(best.law, best.n_active, best.n_total, best.tokens, report=report)
+            made = escala.seal_plan(*_run(best.law, best), report=report, context_tokens=best.context_tokens)
         render_forecasts.sealed(made)
     if submit:
         with progress.reporting("submitting", json) as report:
-            job = escala.submit_run(best.law, best.n_active, best.n_total, best.tokens, report=report)
+            job = escala.submit_run(*_run(best.law, best), report=report, context_tokens=best.context_tokens)
         render.submitted(job, json)
 
 
@@ -282,7 +294,7 @@ def propose(
     if submit:
         with progress.reporting("submitting", json) as report:
             started = [
-                escala.submit_run(found.law, p.n_active, p.n_total, p.tokens, report=report)
+                escala.submit_run(*_run(found.law, p), report=report, context_tokens=p.context_tokens)
                 for p in found.proposals
             ]
         for job in started:
@@ -366,6 +378,11 @@ def explore(
             if not json:
                 render_plans.round_(last)
     render_plans.exploration(last, json)
+
+
+def _run(law: str, point: PlanView | ProposalView) -> tuple[str, float, float, float]:
+    """What a planned run is asked by: law, N active, N total, D."""
+    return law, point.n_active, point.n_total, point.tokens
 
 
 def _check_pool(

@@ -59,7 +59,13 @@ def cost(found: CostView, json: bool) -> None:
         f"memory          {number(memory.total / GB)} GB a device of {number(limit / GB)}: {listed}"
         + ("" if found.fits else "  DOES NOT FIT")
     )
-    raw(f"KV cache        {number(found.kv_cache_bytes_per_token / 1e3)} kB a token in generation")
+    grows, own = found.kv_cache_bytes_per_token, found.contexts[0]
+    raw(f"attention       {found.attention}, chi {number(own.chi)} at {number(own.context_tokens)} tokens")
+    raw(
+        f"KV cache        {number(grows / 1e3)} kB a token in generation"
+        if grows
+        else f"KV cache        {number(found.contexts[-1].state / 1e6)} MB a sequence in generation, however long it is"
+    )
     raw(f"communication   {number(moved.sent_bytes / GB)} GB a device and step, {moved.messages} messages")
     raw(
         f"time            {duration(found.wall_seconds)} at {number(found.step_seconds)} s a step "
@@ -72,6 +78,14 @@ def cost(found: CostView, json: bool) -> None:
     raw(f"cluster         {cluster.devices} devices: {cluster.about}")
     for line in found.notes:
         raw(f"note            {line}")
+    raw("\nmemory of one sequence, in GB")
+    columns = ("context", "chi", "activations", "checkpointed", "logits", "generation's state")
+    names = ("activations", "checkpointed", "logits", "state")
+    rows = [
+        (number(c.context_tokens), number(c.chi), *(number(getattr(c, name) / GB) for name in names))
+        for c in found.contexts
+    ]
+    table(columns, rows)
 
 
 def precision(text: str) -> Precision:
@@ -101,9 +115,13 @@ def plan(best: PlanView, json: bool) -> None:
     if known:
         raw(f"spends          {', '.join(known)}")
     raw(f"binding         {', '.join(best.binding)}")
+    if best.residuals:
+        raw(f"residuals       {_residuals(best)}")
     _caveats(best)
     if best.front is not None:
         _front(best.front, best.front_plot)
+    if best.kinds is not None:
+        _kinds(best, best.kinds)
 
 
 def target(found: TargetView, json: bool) -> None:
@@ -130,7 +148,10 @@ def _split(best: PlanView) -> None:
         raw(f"N total         {number(best.n_total)}")
     raw(f"tokens          {number(best.tokens)}  ({number(best.tokens_per_parameter)} per active parameter)")
     if best.context_tokens is not None:
-        raw(f"context         {number(best.context_tokens)} tokens")
+        ends = interval(best.context_tokens_low, best.context_tokens_high, "90 % interval")
+        chosen = "" if best.context_tokens_low is None else f"  ({ends})"
+        raw(f"context         {number(best.context_tokens)} tokens{chosen}")
+        raw(f"attention       {best.attention}, chi {number(best.chi)}{_memory(best)}")
     raw(f"loss            {number(best.loss_nats)} nats per token  ({loss})")
 
 
@@ -164,6 +185,43 @@ def _front(plans: Sequence[PlanView], plot: str | None) -> None:
     ]
     table(columns, rows)
     raw(str(plot))
+
+
+def _memory(best: PlanView) -> str:
+    """What is known of it, to go behind something."""
+    known = (
+        ("GB a device in training", best.memory_bytes),
+        ("GB a sequence in generation", best.state_bytes),
+    )
+    return "".join(f", {number(size / GB)} {of}" for of, size in known if size is not None)
+
+
+def _residuals(best: PlanView) -> str:
+    """Relative first-order residuals."""
+    return ", ".join(f"{name} {residual:.1e}" for name, residual in best.residuals.items())
+
+
+def _kinds(best: PlanView, plans: Sequence[PlanView]) -> None:
+    """Plans of the same budget with other kinds of attention, and what is assumed of each beside what `best` says."""
+    raw("")
+    columns = ("attention", "T", "N", "tokens", "loss", "90 % from", "to", "chi", "GB training", "GB state")
+    rows = [
+        (
+            str(p.attention),
+            number(p.context_tokens),
+            number(p.n_active),
+            number(p.tokens),
+            *(number(x) for x in (p.loss_nats, p.low_nats, p.high_nats, p.chi)),
+            *("" if x is None else number(x / GB) for x in (p.memory_bytes, p.state_bytes)),
+        )
+        for p in plans
+    ]
+    table(columns, rows)
+    for p in plans:
+        raw(f"{p.attention}: binding {', '.join(p.binding)}; residuals {_residuals(p) or 'none'}")
+        for text in p.assumed:
+            if text not in best.assumed:
+                raw(f"  {text}")
 
 
 def proposals(found: ProposalsView, json: bool) -> None:

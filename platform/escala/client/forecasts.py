@@ -29,7 +29,13 @@ class ForecastMethods(Home):
         return ForecastView.of_forecast(forecasts.seal_now(self.settings, [made], report)[0])
 
     def seal_plan(
-        self, law: str, n_active: float, n_total: float, tokens: float, report: Report = silent
+        self,
+        law: str,
+        n_active: float,
+        n_total: float,
+        tokens: float,
+        report: Report = silent,
+        context_tokens: float | None = None,
     ) -> ForecastView:
         """Seal what a law says of the run that a plan asks for, configured like the law's runs; nothing is queued.
 
@@ -38,7 +44,7 @@ class ForecastMethods(Home):
         from escala.planning import submission
 
         return ForecastView.of_forecast(
-            submission.seal_plan(self.settings, law, n_active, n_total, tokens, report)
+            submission.seal_plan(self.settings, law, n_active, n_total, tokens, report, context_tokens)
         )
 
     def forecasts(self, law: str | None = None) -> ForecastsView:

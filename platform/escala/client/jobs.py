@@ -85,14 +85,17 @@ class JobMethods(Home):
         tokens: float,
         overrides: Iterable[str] = (),
         report: Report = silent,
+        context_tokens: float | None = None,
     ) -> JobView:
-        """Queue a run of N and D that is configured like the law's runs, its forecast sealed. Errors as
+        """Queue a run of N and D (and T, of a law of it) configured like the law's runs, its forecast sealed. Errors as
         `planning.submission.submit_run`.
         """
         from escala.planning import submission
 
         return JobView.of(
-            submission.submit_run(self.settings, law, n_active, n_total, tokens, overrides, report)
+            submission.submit_run(
+                self.settings, law, n_active, n_total, tokens, overrides, report, context_tokens
+            )
         )
 
     def jobs(self, everything: bool = False, limit: int | None = None) -> list[JobView]:

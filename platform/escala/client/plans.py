@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,15 @@ class PlanMethods(Home):
             from escala.planning.plots import plot_front
 
             plot_front([each.plan for each in found], plot, found[0].law.reference)
+        return [PlanView.of_planned(each) for each in found]
+
+    def plan_kinds(
+        self, reference: str, limits: Limits, kinds: Sequence[str], options: PlanOptions | None = None
+    ) -> list[PlanView]:
+        """The plan of each kind of attention under the same limits. As `planning.plans.plan_kinds`."""
+        from escala.planning import plans
+
+        found = plans.plan_kinds(self.settings, reference, limits, kinds, options or plans.PlanOptions())
         return [PlanView.of_planned(each) for each in found]
 
     def plan_target(self, reference: str, loss_nats: float, options: PlanOptions | None = None) -> TargetView:

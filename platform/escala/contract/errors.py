@@ -128,3 +128,9 @@ class DigestMismatch(EscalaError):
     """Weights that are not those that were published: their digest differs."""
 
     exit_code = 15
+
+
+class ToleranceNotMet(EscalaError):
+    """No model that was tried is as close to another one as was asked for."""
+
+    exit_code = 16

@@ -173,6 +173,7 @@ class AttemptSpec:
     )
     remaining_flops: float | None = None  # the job's budget less its earlier attempts
     remaining_seconds: float | None = None
+    metric_prefix: str = ""  # before the names of its metrics, where several trainings report to one run
     versions: dict[str, str] = field(default_factory=dict)  # handshake: escala, ray, torch, python
 
 

@@ -9,9 +9,11 @@ from escala.contract.errors import NotFoundError, SpecError, StateError
 from escala.contract.records import JobFiles
 from escala.documents import Section
 from escala.jobs.actions import open_store
+from escala.jobs.records import Job
 from escala.jobs.state import FINAL
 from escala.settings import Settings
-from escala.storage.checkpoints import check_readable, open_checkpoints
+from escala.storage.base import CheckpointStore
+from escala.storage.checkpoints import check_readable, list_checkpoints, open_checkpoints
 
 Written = dict[str, Any]
 
@@ -102,4 +104,12 @@ def _checkpoints(settings: Settings, name: str, options: Written) -> tuple[dict[
     checkpoints = open_checkpoints(JobFiles(settings.home, found.id).checkpoints)
     check_readable(checkpoints)
     place = {"job": found.id, "path": checkpoints.address}
-    return place, found.config["model"], options
+    return place, _model(found, checkpoints), options
+
+
+def _model(found: Job, checkpoints: CheckpointStore) -> Any:
+    """What the newest checkpoint holds, since a job may choose its model while it runs; before there is one, what the
+    job was queued with.
+    """
+    stored = list_checkpoints(checkpoints)
+    return stored[-1].part("config.model", dict) if stored else found.config["model"]

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOSS = "loss_nats"
-NAMES = ("run_id", "tokenizer_fingerprint", "evaluation_fingerprint")
+ATTENTION = "attention"  # the column of its kind, as `ModelConfig.attention_words` has it
+NAMES = ("run_id", "tokenizer_fingerprint", "evaluation_fingerprint", ATTENTION)
 RUN_LABELS = ("job_id", "name", "seed")
 REFUSAL = "escala_refusal"  # the column in which a table says why a row is no point; empty: it is one
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}

@@ -26,6 +26,7 @@ import psutil
 from escala.contract.errors import LawError, NotFoundError
 from escala.laws import note
 from escala.laws.audit import AuditedPoint, plain
+from escala.laws.files import ATTENTION
 from escala.laws.law import Law
 from escala.laws.provenance import FORMAT, upgraded
 from escala.laws.reference import Cache, Stored, parse
@@ -286,7 +287,9 @@ def _provenance(
     code = code_fingerprint()
     runs = points["run_id"].dropna().astype(str).unique().tolist() if "run_id" in points else []
     data = {
-        name: str(points[name].iloc[0]) for name in FINGERPRINTS if name in points
+        name: str(points[name].dropna().iloc[0])
+        for name in (*FINGERPRINTS, ATTENTION)
+        if name in points and points[name].notna().any()
     }  # one: fit_law saw to it
     return {
         "format": FORMAT,

@@ -11,7 +11,7 @@ import pandas as pd
 
 from escala.contract.errors import LawError
 from escala.laws import cells
-from escala.laws.files import REFUSAL, quantities
+from escala.laws.files import ATTENTION, REFUSAL, quantities
 from escala.laws.form import Form
 from escala.laws.inputs import SIZES
 from escala.laws.powers import Floats
@@ -179,3 +179,11 @@ def _refuse_mixtures(used: pd.DataFrame) -> None:
                 f"The points have {len(kinds)} different values of {name}: their losses cannot be compared.",
                 "Fit each alone, or evaluate all on the same documents with the same tokenizer.",
             )
+    attention = sorted(set(used[ATTENTION].dropna().astype(str))) if ATTENTION in used else []
+    if len(attention) > 1:
+        raise LawError(
+            f"The points have {len(attention)} kinds of attention ({'; '.join(attention)}): one law has one, "
+            "whose cost its plans count.",
+            "Fit each alone: a sweep with one model.attention, or --points with one kind's rows. "
+            "`escala laws plan LAW --attention KIND` compares kinds.",
+        )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from escala.laws.law import Law
+from escala.planning.limits import FLAT
 from escala.planning.plan import Plan
 from escala.planning.split import SplitProblem, dense_split, gains_from_experts
 
@@ -37,6 +40,15 @@ def advise(law: Law, q: SplitProblem, plan: Plan) -> Iterator[str]:
         yield "The law's term of T is zero: by this law a longer context lowers no loss, so T is the least."
     elif q.context_is_free and not q.chi.scale:
         yield "chi is constant (Chi.scale is 0), so a longer context costs nothing here and T is at its bound."
+    elif (
+        q.context_is_free
+        and plan.context_tokens == q.context[1]
+        and q.chi.at(np.zeros(1), np.log(q.context[1:]))[1][0] < FLAT
+    ):
+        yield (
+            f"What attention costs hardly grows with T here, so T is bounded by {q.longest} alone; a context beyond "
+            "the length of the documents lowers no loss, whatever the law says."
+        )
     if q.inference_tokens and q.target_nats is None and math.isinf(q.total_flops):
         yield "Hours limit training only, so the inference demand changed nothing."
 

@@ -17,7 +17,8 @@ from escala.laws.law import Law
 from escala.laws.powers import Floats
 from escala.planning import split
 from escala.planning.advice import advise
-from escala.planning.limits import Chi, Limits, Speed
+from escala.planning.curve import Curve
+from escala.planning.limits import MEMORY, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
 from escala.planning.split import BINDS, SplitProblem, Splits
 
@@ -30,6 +31,7 @@ def allocate(
     chi: Chi = Chi(),
     speed: Speed | None = None,
     context_tokens: float | None = None,
+    memory: Curve | None = None,
 ) -> Plan:
     """The split that minimises the law's loss under `limits`. T is chosen too where the law has it, unless
     `context_tokens` fixes it.
@@ -39,7 +41,7 @@ def allocate(
     """
     if not limits.has_budget:
         raise LawError("There is no budget to split.", "Give compute_flops, usd, hours or kwh.")
-    question = split.ask(law, limits, kappa, chi, speed, context_tokens)
+    question = split.ask(law, limits, kappa, chi, speed, context_tokens, memory)
     return _plan(law, question, *split.solve(law, question), speed)
 
 
@@ -52,11 +54,14 @@ def front(
     chi: Chi = Chi(),
     speed: Speed | None = None,
     context_tokens: float | None = None,
+    memory: Curve | None = None,
 ) -> list[Plan]:
     """Plans at each compute budget, from the least: the Pareto front of loss against FLOPs (with a speed,
     against dollars and kWh). Other limits are held; one that binds ends the front: its plans repeat.
     """
-    answer = partial(allocate, law, kappa=kappa, chi=chi, speed=speed, context_tokens=context_tokens)
+    answer = partial(
+        allocate, law, kappa=kappa, chi=chi, speed=speed, context_tokens=context_tokens, memory=memory
+    )
     return [answer(replace(limits, compute_flops=flops)) for flops in sorted(budgets)]
 
 
@@ -69,6 +74,7 @@ def to_target(
     chi: Chi = Chi(),
     speed: Speed | None = None,
     context_tokens: float | None = None,
+    memory: Curve | None = None,
 ) -> Target:
     """The least compute (training and inference demand) at which the law's mean is `loss_nats`.
 
@@ -79,7 +85,9 @@ def to_target(
             "The least compute to a loss is an answer, so it takes no budget.",
             "Leave out compute_flops, usd, hours and kwh, and compare them with the answer.",
         )
-    question = replace(split.ask(law, limits, kappa, chi, speed, context_tokens), target_nats=loss_nats)
+    question = replace(
+        split.ask(law, limits, kappa, chi, speed, context_tokens, memory), target_nats=loss_nats
+    )
     best, replicates = split.solve(law, question)
     if not math.isfinite(best.flops_B[0]):
         raise LawError(
@@ -93,11 +101,13 @@ def to_target(
 
 
 def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Speed | None) -> Plan:
-    n, d, t = min(float(best.n_B[0]), q.max_params), float(best.d_B[0]), float(best.t_B[0])
+    n, d, t = float(best.n_B[0]), float(best.d_B[0]), float(best.t_B[0])
     t = next((bound for bound in q.context if math.isclose(bound, t, rel_tol=BINDS)), t)
+    most = _most_params(q, t)
+    n = min(n, most)
     training, inference = float(best.flops_B[0]), 2.0 * n * q.inference_tokens
     n_total, effective = (
-        min(q.experts * n, q.max_params),
+        min(q.experts * n, most),
         float(split.effective_tokens(best.d_B, q.unique_tokens)[0]),
     )
     point = {"n_active": n, "n_total": n_total, "compute_flops": training, law.size: n}
@@ -105,6 +115,7 @@ def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Sp
         point["context_tokens"] = t
     prediction = law.predict(0.9, **point, tokens=effective)
     (n_low, n_high), (d_low, d_high) = _interval(replicates.n_B), _interval(replicates.d_B)
+    t_low, t_high = _interval(replicates.t_B) if q.context_is_free else (None, None)
     spent = speed.spending(training + inference) if speed else {}
     plan = Plan(
         n_active=n,
@@ -118,6 +129,8 @@ def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Sp
         n_active_high=n_high,
         tokens_low=d_low,
         tokens_high=d_high,
+        context_tokens_low=t_low,
+        context_tokens_high=t_high,
         compute_flops=training,
         inference_flops=inference,
         effective_tokens=effective,
@@ -131,9 +144,14 @@ def _plan(law: Law, q: SplitProblem, best: Splits, replicates: Splits, speed: Sp
         extrapolation=law.predict(0.9, **point, tokens=d).extrapolation,
         advice=(),
     )
-    plan = replace(plan, binding=tuple(_binding(law, q, plan, t)))
+    plan = replace(plan, binding=tuple(dict.fromkeys(_binding(law, q, plan, t))))
     plan = replace(plan, residuals=_residuals(q, best, plan, t))
     return replace(plan, advice=tuple(advise(law, q, plan)))
+
+
+def _most_params(q: SplitProblem, t: float) -> float:
+    """The bound on N_total at T; inf where there is none."""
+    return q.max_params if q.memory is None else float(np.exp(q.most_params(np.log([t]))[0][0]))
 
 
 def _interval(values_B: Floats) -> tuple[float | None, float | None]:
@@ -151,22 +169,23 @@ def _binding(law: Law, q: SplitProblem, plan: Plan, t: float) -> Iterator[str]:
         used = plan.compute_flops + (0.0 if name == "hours" else plan.inference_flops)
         if used >= bound * (1 - BINDS):
             yield name
-    if plan.n_total >= q.max_params * (1 - BINDS):
-        yield q.limits.max_params_reason
+    most = _most_params(q, t)
+    if plan.n_total >= most * (1 - BINDS):
+        yield MEMORY if most < q.max_params else q.limits.max_params_reason
     if split.gains_from_experts(law) and plan.n_total >= q.experts * plan.n_active * (1 - BINDS):
         yield "n_total_over_active"
     if plan.tokens > q.unique_tokens * (1 + BINDS):
         yield "data_tokens"
     if q.context_is_free and t == q.context[1]:
-        yield "max_context_tokens" if q.limits.max_context_tokens else "longest_measured_context"
+        yield q.longest
     elif q.context_is_free and t == q.context[0]:
         yield "shortest_measured_context"
 
 
 def _residuals(q: SplitProblem, best: Splits, plan: Plan, t: float) -> dict[str, float]:
     """As in the closed form, gain over cost less 1. A bound or a corner of two limits has none."""
-    capped = q.limits.max_params_reason in plan.binding
-    corner = capped and (plan.n_active >= q.max_params * (1 - BINDS) or "n_total_over_active" in plan.binding)
+    most = _most_params(q, t) * (1 - BINDS)
+    corner = plan.n_active >= most or (plan.n_total >= most and "n_total_over_active" in plan.binding)
     shared = "hours" in plan.binding and len(set(plan.binding) & set(q.budgets)) > 1
     out = {}
     if not corner and not (shared and q.inference_tokens):

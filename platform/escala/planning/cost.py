@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from escala.contract.errors import SpecError
 from escala.schema import ModelConfig, TrainedConfig
 from escala.schema.flops import (
+    chi,
     exchanged_elements_per_token,
     flops_per_token,
     mixture_layers,
@@ -28,6 +29,7 @@ FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments
 MAX_BUCKET = 50_000_000  # elements of a reduce bucket, as workloads/training/zero.py bounds it
 OPTIMIZER_BYTES = 28  # AdamW reads weight, gradient, two moments, and writes three of them, in fp32
+LONG_CONTEXTS = (32_768, 131_072, 1_048_576)  # tokens: those whose memory a cost says beside the run's own
 BUCKET_PASSES = 6  # reads and writes of a gradient on its way into a bucket, flat, scaled
 
 
@@ -53,6 +55,20 @@ class Communication:
 
 
 @dataclass(frozen=True)
+class ContextCost:
+    """What one sequence of `context_tokens` takes with the run's model and kind of attention, in bytes on one device
+    beside the model's states.
+    """
+
+    context_tokens: int
+    chi: float  # of a token's cost, relative to one without attention
+    activations: float  # of all blocks in a training step, and what one works on in its backward pass
+    checkpointed: float  # of a block's input each, and of the one block that is computed again
+    logits: float  # with their log-probabilities and gradient, in either case
+    state: float  # in generation: keys and values, or what the kind keeps in their place
+
+
+@dataclass(frozen=True)
 class Cost:
     """A run's cost. Seconds are of optimiser steps alone, without start-up, evaluations and checkpoints. None: the
     cluster's file does not say what it takes to know.
@@ -62,10 +78,13 @@ class Cost:
     n_active: int
     train_tokens: int
     steps: int
+    attention: str  # the kind
+    chi: float  # attention's part: of a token's cost, relative to one without it
     compute_flops: float  # of the model; recomputation is not counted
     hardware_flops: float  # with it
     memory: Memory
-    kv_cache_bytes_per_token: float  # of generation with this model, one sequence
+    kv_cache_bytes_per_token: float  # by which generation's state of a long sequence grows; 0: it is constant
+    contexts: tuple[ContextCost, ...]  # the run's own, then longer ones
     communication: Communication
     compute_seconds: float  # of one step
     exposed_seconds: float  # of one step: communication that nothing hides
@@ -105,10 +124,17 @@ def cost(config: TrainedConfig, cluster: Cluster) -> Cost:
         n_active=counts.n_active,
         train_tokens=config.train_tokens,
         steps=steps,
+        attention=config.model.attention.kind,
+        chi=chi(config.model, config.context_tokens),
         compute_flops=work * config.train_tokens,
         hardware_flops=hardware,
         memory=memory,
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(config.model, _width(config)),
+        contexts=tuple(
+            context_cost(config, tokens)
+            for tokens in (config.context_tokens, *LONG_CONTEXTS)
+            if tokens >= config.context_tokens
+        ),
         communication=moved,
         compute_seconds=compute,
         exposed_seconds=exposed,
@@ -147,13 +173,10 @@ def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
     optimizer += trained_experts / ranks * own_masters
     optimizer = 0.0 if training.offload == "cpu" else optimizer
     buckets = bucket * _bucket_bytes(stage, width, ranks)
-    saved = saved_elements_per_token(config.model, training.activation_checkpointing)
-    exchanged = exchanged_elements_per_token(config.model) if experts else 0.0
-    kept = 0.0 if training.activation_checkpointing else exchanged * mixture_layers(config.model)
     tokens = config.micro_batch_sequences * config.context_tokens
-    head, working = tokens * saved.head * FP32, tokens * (saved.working + exchanged) * width
+    kept, working, head = activation_bytes(config, tokens, training.activation_checkpointing)
     again = working if training.activation_checkpointing else 0.0
-    activations = tokens * (saved.blocks + kept) * width + again + working + head
+    activations = kept + again + working + head
     runtime = 0.0 if device.runtime_bytes is None else device.runtime_bytes.value
     fixed = weights + gradients + optimizer + runtime
     total = fixed + buckets + activations
@@ -177,9 +200,42 @@ def _bucket_bytes(stage: int, width: int, ranks: int) -> int:
     return own + copies * FP32
 
 
+def activation_bytes(config: TrainedConfig, tokens: int, checkpointing: bool) -> tuple[float, float, float]:
+    """Of `tokens` tokens: what all blocks keep for the backward pass, what one block's gradients take there, the logits
+    (in fp32, with log-probabilities and gradient). Attention's part is its kind's (docs/theory D.7).
+    """
+    saved, width = saved_elements_per_token(config.model, checkpointing), _width(config)
+    exchanged = exchanged_elements_per_token(config.model) if shared_experts(config)[0] else 0.0
+    kept = 0.0 if checkpointing else exchanged * mixture_layers(config.model)
+    blocks, working = tokens * (saved.blocks + kept) * width, tokens * (saved.working + exchanged) * width
+    return blocks, working, tokens * saved.head * FP32
+
+
+def context_cost(config: TrainedConfig, context_tokens: int) -> ContextCost:
+    """What a sequence of that many tokens takes, whether or not the run has such."""
+    *plain, logits = activation_bytes(config, context_tokens, False)
+    inputs, working, _ = activation_bytes(config, context_tokens, True)
+    return ContextCost(
+        context_tokens=context_tokens,
+        chi=chi(config.model, context_tokens),
+        activations=sum(plain),
+        checkpointed=inputs + 2 * working,  # its activations again, and their gradients
+        logits=logits,
+        state=state_bytes(config.model, context_tokens, _width(config)),
+    )
+
+
+def state_bytes(model: ModelConfig, tokens: int, width: int) -> float:
+    """What generation keeps of a sequence of `tokens` tokens in all layers, `width` bytes an element."""
+    return float(model.attention.state_elements(model, tokens) * width)
+
+
 def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:
-    """What attention keeps of a token in all layers, `width` bytes an element."""
-    return float(model.attention.state_elements(model, 1) * width)
+    """What generation keeps of each further token of a long sequence in all layers, `width` bytes an element: keys and
+    values of exact attention, landmarks of nystrom's, nothing where the state is constant.
+    """
+    long = LONG_CONTEXTS[-1]
+    return (state_bytes(model, 2 * long, width) - state_bytes(model, long, width)) / long
 
 
 def communication(config: TrainedConfig) -> Communication:

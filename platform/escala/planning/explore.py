@@ -18,8 +18,9 @@ from escala.contract.errors import LawError, SpecError, StateError
 from escala.contract.records import check_format, read_json, write_json
 from escala.jobs import actions as jobs
 from escala.laws import queries as laws
+from escala.planning.law_runs import base_of
 from escala.planning.limits import Limits
-from escala.planning.plans import PlanOptions, ask, base_of, propose_runs
+from escala.planning.plans import PlanOptions, ask, propose_runs
 from escala.planning.propose import Proposal
 from escala.report import Report, silent
 from escala.settings import Settings
@@ -283,7 +284,10 @@ def _finish(settings: Settings, state: Exploration, current: Round, report: Repo
 def _write_space(settings: Settings, state: Exploration, law: str, proposals: list[dict[str, Any]]) -> Path:
     """The round as a sweep's space: the proposed N and D, configured like the law's runs."""
     base = base_of(laws.law(settings, law))
-    cells = [{"n_total": p["n_total"], "tokens": p["tokens"]} for p in proposals]
+    axes = ["n_total", "tokens"]
+    if "context_tokens" not in base.get("training", {}):  # a law of T
+        axes += ["context_tokens"] if proposals[0].get("context_tokens") else []
+    cells = [{name: p[name] for name in axes} for p in proposals]
     space = {"aim": "law", "design": "grid", "cells": cells, "base": base}
     path = _path(settings, state.name).with_name(f"{state.name}-round.yaml")
     path.write_text(documents.dump(space))

@@ -9,8 +9,11 @@ import numpy as np
 
 from escala.contract.errors import LawError
 from escala.laws.powers import Floats
+from escala.planning.curve import Curve
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")
+MEMORY = "device memory"  # how a plan names it where it binds
+FLAT = 0.1  # dln(chi - 1)/dlnT below which more T costs next to nothing
 NEEDED = {"usd": "usd_per_hour", "kwh": "watts"}  # of the speed, for a budget
 
 
@@ -38,13 +41,15 @@ class Speed:
 
 @dataclass(frozen=True)
 class Chi:
-    """chi(N, T) = 1 + scale T N^-exponent (docs/theory D.2): what attention adds to kappa N D. Scale 0: nothing.
+    """chi(N, T) = 1 + scale g(T) N^-exponent (docs/theory D.2): what attention adds to kappa N D. Scale 0: nothing.
 
-    L H d_h / N = scale N^-exponent: 1/3 where depth and width grow together, 1/2 at a fixed depth.
+    L H d_h / N = scale N^-exponent: 1/3 where depth and width grow together, 1/2 at a fixed depth. `growth` is g, None
+    where it is T, as of exact attention; of a window or a hybrid it saturates.
     """
 
     scale: float = 0.0
     exponent: float = 1 / 3
+    growth: Curve | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0 and 0 <= self.exponent <= 1):
@@ -53,9 +58,21 @@ class Chi:
                 "Give scale >= 0 and an exponent from 0 to 1 (1/3 where depth and width grow together).",
             )
 
+    @property
+    def saturates(self) -> bool:
+        """Whether attention's cost stops growing with T."""
+        return self.growth is not None and self.growth.slopes[-1] < FLAT
+
     def excess(self, log_n: Floats, log_t: Floats) -> Floats:
         """chi - 1."""
-        return self.scale * np.exp(log_t - self.exponent * log_n)
+        return self.at(log_n, log_t)[0]
+
+    def at(self, log_n: Floats, log_t: Floats) -> tuple[Floats, Floats]:
+        """(chi - 1, dln(chi - 1)/dlnT): the slope is 1 where attention costs in proportion to T, 0 where more T costs
+        nothing.
+        """
+        log_g, slope = (log_t, np.ones_like(log_t)) if self.growth is None else self.growth.at(log_t)
+        return self.scale * np.exp(log_g - self.exponent * log_n), np.maximum(slope, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,13 +123,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Budget:
-    """What `allocate` splits: limits, and what a FLOP of a run is. The fields are its arguments beside the law."""
+    """What `allocate` splits: limits, and what a FLOP of a run is. The fields are its arguments beside the law.
+
+    `memory`: the largest N_total whose training fits at T, up to the longest T that trains at all; for a T that is
+    chosen.
+    """
 
     limits: Limits
     kappa: float = 6.0  # FLOPs per active parameter and token, attention apart
     chi: Chi = Chi()
     speed: Speed | None = None
     context_tokens: float | None = None  # None: chosen, where the law has T
+    memory: Curve | None = None
 
 
 def _known(price: float | None, budget: str) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """The best split. Intervals are at 90 %: of the loss PREDICTIVE, of N and D over the replicates whose
+    """The best split. Intervals are at 90 %: of the loss PREDICTIVE, of N, D and T over the replicates whose
     terms of N and D are not zero; None without a bootstrap.
 
     The loss is the law's at D' (`effective_tokens`); `extrapolation` is at the real D. `hours` are the
@@ -26,6 +26,8 @@ class Plan:
     n_active_high: float | None
     tokens_low: float | None
     tokens_high: float | None
+    context_tokens_low: float | None  # of T, where it was chosen
+    context_tokens_high: float | None
     compute_flops: float  # training
     inference_flops: float
     effective_tokens: float  # D'

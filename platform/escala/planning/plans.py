@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +12,12 @@ from escala import spec
 from escala.contract.errors import LawError, SpecError
 from escala.hardware import load_cluster
 from escala.laws import queries as laws
+from escala.laws.files import ATTENTION
 from escala.laws.reference import Stored
-from escala.planning import cost
+from escala.planning import cost, shapes, split
 from escala.planning.allocate import allocate, front, to_target
-from escala.planning.limits import Budget, Chi, Limits, Speed
+from escala.planning.law_runs import base_of, context_of, has_context, measured_contexts
+from escala.planning.limits import MEMORY, Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
 from escala.schema.hardware import Cluster, Precision
 from escala.settings import Settings
@@ -24,30 +25,26 @@ from escala.settings import Settings
 if TYPE_CHECKING:
     from escala.planning.propose import Proposal
 
-RECIPE_DECIDES = {  # what follows from N and D by recipe, and so is not taken from a law's runs
-    "model": ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "head_dim"),
-    "training": ("steps", "train_tokens", "batch_sequences", "micro_batch_sequences", "seed"),
-    "optimizer": ("learning_rate",),
-}
-NEVER_KEPT = {  # N and D decide these alone, and each run has its own seed
-    "model.n_layers",
-    "model.d_model",
-    "training.steps",
-    "training.train_tokens",
-    "training.seed",
-}
 CHI_SPAN = (1e5, 1e11)  # parameters of the shapes whose attention gives chi
 FRONT_POINTS, FRONT_DECADES = 9, 2.0
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan with the law and the cluster that gave it. `assumed`: what the question left open."""
+    """A plan with the law and the cluster that gave it. `assumed`: what the question left open.
+
+    attention: the kind that the plan's model has, in words; None where attention was not counted.
+    memory_bytes: of a device in training; None without a cluster whose memory bounds the plan.
+    state_bytes: what generation keeps of a sequence of the plan's T.
+    """
 
     law: Stored
     plan: Plan
     cluster: Cluster | None
     assumed: tuple[str, ...]
+    attention: str | None
+    memory_bytes: float | None
+    state_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class PlanOptions:
 
     cluster: a name or file, whose devices' memory then bounds N; None: ESCALA_CLUSTER, where a limit needs one.
     max_memory_gb: of one device, instead of all that it has.
+    attention: the kind that the planned model has (`shapes.with_attention`); None: that of the law's runs.
     """
 
     kappa: float = 6.0
@@ -76,16 +74,21 @@ class PlanOptions:
     precision: Precision = "bf16"
     max_memory_gb: float | None = None
     refresh: bool = False
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with its law, its cluster and the budget in full (memory among its limits); `assumed`: in words."""
+    """A question with its law, its cluster and the budget in full (memory among its limits); `assumed`: in words.
+    `model`: what the shapes of its N share, with their kind of attention.
+    """
 
     law: Stored
     cluster: Cluster | None
     budget: Budget
     assumed: tuple[str, ...]
+    model: Mapping[str, Any]
+    options: PlanOptions
 
     def answer(self) -> Planned:
         """The best split of the budget. Raises LawError."""
@@ -93,7 +96,14 @@ class Asked:
 
     def planned(self, plan: Plan) -> Planned:
         """A plan with what it rests on."""
-        return Planned(self.law, plan, self.cluster, self.assumed)
+        context, precision, cluster = plan.context_tokens, self.options.precision, self.cluster
+        memory = state = None
+        if context is not None:
+            state = shapes.state_of(self.model, precision, plan.n_total, context)
+            if cluster is not None and _bounds_memory(self.options):
+                memory = shapes.memory_of(self.model, cluster, precision, plan.n_total, context)
+        words = None if context is None else shapes.described(self.model)
+        return Planned(self.law, plan, cluster, self.assumed, words, memory, state)
 
 
 def plan_law(
@@ -115,6 +125,26 @@ def plan_front(
     return [asked.planned(plan) for plan in found]
 
 
+def plan_kinds(
+    settings: Settings,
+    reference: str,
+    limits: Limits,
+    kinds: Sequence[str],
+    options: PlanOptions = PlanOptions(),
+) -> list[Planned]:
+    """The plan of each kind of attention (`shapes.with_attention`) under the same limits. The loss is the law's, that
+    of another kind than its own is taken as equal, which `assumed` says. Raises as `plan_law`, and LawError where
+    neither law nor question has a context, so that attention costs nothing.
+    """
+    stored = laws.law(settings, reference, options.refresh)
+    if options.context_tokens is None and context_of(stored) is None and not has_context(stored):
+        raise LawError(
+            f"{stored.reference} knows no context T, so kinds of attention cost the same.",
+            "Say the context: --context-tokens 2048.",
+        )
+    return [ask(settings, stored, limits, replace(options, attention=kind)).answer() for kind in kinds]
+
+
 def plan_target(
     settings: Settings, reference: str, loss_nats: float, options: PlanOptions = PlanOptions()
 ) -> tuple[Planned, Target]:
@@ -129,64 +159,90 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
 
     Raises LawError, NotFoundError, SpecError.
     """
-    context = options.context_tokens or _context(stored)
-    in_law = "context_tokens" in stored.law.form.columns
-    chi = Chi() if context is None and not in_law else chi_of(stored, context)
-    assumed = [
-        f"C = {options.kappa:g} N D"
-        + (f" (1 + {chi.scale:.3g} T N^-{chi.exponent:.3g})" if chi.scale else "")
-    ]
+    context, in_law = options.context_tokens or context_of(stored), has_context(stored)
+    model = base_of(stored).get("model", {})
+    own = shapes.described(model)
+    if options.attention is not None:
+        model = shapes.with_attention(model, options.attention)
+    chi = Chi() if context is None and not in_law else _chi(stored, model, context)
+    assumed = [_cost_in_words(options.kappa, chi, shapes.described(model))]
+    if chi.scale and not base_of(stored):
+        said = stored.provenance.get(ATTENTION)
+        of_table = (
+            "does not say which attention its runs had"
+            if said is None
+            else f"is of runs with attention {said}"
+        )
+        assumed.append(
+            f"the law {of_table}, and has no configuration: costs are of {own}, unless --attention says more"
+        )
+    if (other := shapes.described(model)) != own:
+        assumed.append(
+            f"the loss was measured with attention {own}: that {other} has the same is an assumption"
+            + shapes.reach(model)
+        )
     wanted = options.cluster is not None or limits.usd or limits.hours or limits.kwh or options.max_memory_gb
     cluster = load_cluster(options.cluster or settings.cluster) if wanted else None
     speed = None
     if cluster is not None:
         speed, how = cluster_speed(cluster, options.precision)
         assumed.append(how)
-    if cluster is not None and (options.max_memory_gb or options.cluster):
-        most, how = largest_model(stored, cluster, options, context)
-        if limits.max_params is None or most < limits.max_params:
-            limits = replace(limits, max_params=most, max_params_reason="device memory")
-        assumed.append(how)
     free = in_law and options.context_tokens is None
     budget = Budget(limits, options.kappa, chi, speed, None if free else context)
-    return Asked(stored, cluster, budget, tuple(assumed))
-
-
-def _context(stored: Stored) -> float | None:
-    """The context of the law's runs, where they all have one."""
-    configuration = stored.provenance.get("configuration") or {}
-    tokens = configuration.get("training", {}).get("context_tokens")
-    tokens = configuration.get("model", {}).get("max_context_tokens") if tokens is None else tokens
-    return None if tokens is None else float(tokens)
+    if cluster is not None and _bounds_memory(options):
+        budget, how = _within_memory(stored, cluster, budget, model, options)
+        assumed.append(how)
+    return Asked(stored, cluster, budget, tuple(assumed), model, options)
 
 
 def chi_of(stored: Stored, context: float | None = None) -> Chi:
-    """chi(N, T) of the recipe's shapes: attention's share of the FLOPs (docs/theory D.2), by regression over N.
+    """chi(N, T) of the recipe's shapes with the attention of the law's runs (docs/theory D.2).
 
-    It is exact at `context` (None: the longest that the law knows, or 1): a window's cost does not grow with T.
+    Its share over N is exact at `context` (None: the longest that the law knows, or 1).
     """
-    import numpy as np
+    return _chi(stored, base_of(stored).get("model", {}), context)
 
-    from escala.schema import ModelConfig
-    from escala.schema.flops import flops_per_token, parameter_counts
-    from escala.sweeps import recipes
 
-    base = base_of(stored).get("model", {})
-    low, high = stored.law.ranges.get(stored.law.size, CHI_SPAN)
-    tokens = max(1, round(context or stored.law.ranges.get("context_tokens", (1.0, 1.0))[1]))
-    sizes, shares = [], []
-    for n in np.geomspace(low, 100 * high, 9):
-        try:
-            model = ModelConfig(**{**base, **recipes.shape(float(n), base)})
-        except SpecError:  # no shape so near to that N; the others tell enough
-            continue
-        count = parameter_counts(model).n_active
-        sizes.append(math.log(count))
-        shares.append(math.log(flops_per_token(model, tokens).attention / tokens / 6 / count))
-    if len(sizes) < 2:
-        return Chi()
-    slope, intercept = np.polyfit(sizes, shares, 1)
-    return Chi(scale=math.exp(float(intercept)), exponent=min(1.0, max(0.0, -float(slope))))
+def _chi(stored: Stored, model: Mapping[str, Any], context: float | None) -> Chi:
+    longest = stored.law.ranges.get("context_tokens", (1.0, 1.0))[1]
+    return shapes.chi_of(model, stored.law.ranges.get(stored.law.size, CHI_SPAN), context or longest)
+
+
+def _cost_in_words(kappa: float, chi: Chi, attention: str) -> str:
+    if not chi.scale:
+        return f"C = {kappa:g} N D"
+    factor = f"{chi.scale:.3g} {'T' if chi.growth is None else 'g(T)'} N^-{chi.exponent:.3g}"
+    words = f"C = {kappa:g} N D (1 + {factor}), attention {attention}"
+    return words + (", whose cost saturates in T: limits alone bound T" if chi.saturates else "")
+
+
+def _bounds_memory(options: PlanOptions) -> bool:
+    """Whether a device's memory is among the limits."""
+    return bool(options.max_memory_gb or options.cluster)
+
+
+def _within_memory(
+    stored: Stored, cluster: Cluster, budget: Budget, model: Mapping[str, Any], options: PlanOptions
+) -> tuple[Budget, str]:
+    """The budget with a device's memory among its limits: of N, and of T where that is chosen; in words. Raises
+    LawError where no model trains.
+    """
+    limit = options.max_memory_gb * 1e9 if options.max_memory_gb else cluster.device.memory_bytes.value
+    free = has_context(stored) and budget.context_tokens is None
+    tokens = int(budget.context_tokens or 2048)
+    length = "T" if free else tokens
+    words = f"memory: ZeRO-3 on {cluster.devices} devices, a sequence of {length} tokens, checkpointing"
+    if free:
+        contexts, _ = split.contexts(stored.law, budget.limits, None)
+        curve = shapes.memory_curve(model, cluster, options.precision, limit, contexts)
+        return replace(budget, memory=curve), words
+    (most,) = shapes.largest_models(model, cluster, options.precision, limit, [tokens])
+    if most is None:
+        raise shapes.no_model(limit, tokens)
+    limits = budget.limits
+    if limits.max_params is None or most < limits.max_params:
+        limits = replace(limits, max_params=most, max_params_reason=MEMORY)
+    return replace(budget, limits=limits), words
 
 
 def cluster_speed(cluster: Cluster, precision: Precision) -> tuple[Speed, str]:
@@ -212,72 +268,16 @@ def cluster_speed(cluster: Cluster, precision: Precision) -> tuple[Speed, str]:
     return Speed(flops, rates.usd(cluster.devices, 3600.0), joules), words
 
 
-def largest_model(
-    stored: Stored, cluster: Cluster, options: PlanOptions, context: float | None
-) -> tuple[float, str]:
-    """The largest N whose training fits in the memory of a device: ZeRO-3 over all of them, one sequence at a time,
-    activations checkpointed. Raises LawError where no model does.
-    """
-    from escala.schema import PretrainConfig
-    from escala.sweeps import recipes
-
-    base = base_of(stored).get("model", {})
-    tokens = int(context or 2048)
-    training = {
-        "zero_stage": 3,
-        "activation_checkpointing": True,
-        "precision": options.precision,
-        "batch_sequences": cluster.devices,
-        "micro_batch_sequences": 1,
-        "context_tokens": tokens,
-    }
-
-    def needed(n: float) -> float:
-        model = {**base, **recipes.shape(n, base, "n_total"), "max_context_tokens": tokens}
-        data = {"tokenizer": {"vocab_size": min(4096, model.get("vocab_size", 4096))}}
-        config = PretrainConfig.model_validate(
-            {"model": model, "data": data, "training": training, "resources": {"workers": cluster.devices}}
-        )
-        return cost.memory_bytes(config, cluster.device).total
-
-    limit = options.max_memory_gb * 1e9 if options.max_memory_gb else cluster.device.memory_bytes.value
-    low, high = 1e5, 1e12
-    if needed(low) > limit:
-        raise LawError(f"No model trains in {limit / 1e9:g} GB a device.", "Raise --max-memory-gb.")
-    while high / low > 1.02:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if needed(middle) <= limit else (low, middle)
-    words = f"memory: ZeRO-3 on {cluster.devices} devices, a sequence of {tokens} tokens, checkpointing"
-    return low, words
-
-
-def base_of(stored: Stored) -> dict[str, Any]:
-    """The configuration that the law's runs share, less what the recipe decided: what a run that is to be compared
-    with them has. What the space of their sweep states no recipe decided, so it is kept. Empty for a law of a table
-    that says nothing of its runs.
-    """
-    kept = set(stored.provenance.get("stated") or ()) - NEVER_KEPT
-    return _comparable(stored.provenance.get("configuration") or {}, "", "", kept)
-
-
-def _comparable(section: Mapping[str, Any], name: str, path: str, kept: set[str]) -> dict[str, Any]:
-    base = dict[str, Any]()
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            inner = _comparable(value, key, f"{path}{key}.", kept)
-            base |= {key: inner} if inner else {}
-        elif key in RECIPE_DECIDES.get(name, ()) and f"{path}{key}" not in kept:
-            continue
-        elif value is not None or name == "moe":  # of experts None says something: nothing is dropped
-            base[key] = value
-    return base
-
-
 def config_for(
-    stored: Stored, n_active: float, n_total: float, tokens: float, overrides: Sequence[str] = ()
+    stored: Stored,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    overrides: Sequence[str] = (),
+    context_tokens: float | None = None,
 ) -> dict[str, Any]:
-    """The configuration of a run of N and D, like the law's runs; of mixtures of experts the number of experts follows
-    from both N. Raises SpecError for a law that knows none.
+    """The configuration of a run of N and D (and T, where the law has it: `context_tokens`), like the law's runs; of
+    mixtures of experts the number of experts follows from both N. Raises SpecError for a law that knows none.
     """
     from escala.sweeps.recipes import by_recipe, experts
 
@@ -287,13 +287,26 @@ def config_for(
             f"{stored.reference} was fitted to a table: it does not know how its runs were configured",
             "escala submit pretrain SPEC.yaml --compute-flops C --law NAME",
         )
-    written = spec.written((), overrides, base)
     axes = {"n_total": n_total, "tokens": tokens}
+    if context_tokens is not None and has_context(stored):
+        axes["context_tokens"] = context = float(round(context_tokens))
+        base = _without_context(base, context)
+    written = spec.written((), overrides, base)
     model = written.get("model", {})
     if model.get("moe"):
-        axes = {"n_active": n_active, "tokens": tokens}
+        axes["n_active"] = n_active
+        del axes["n_total"]
         written = spec.merge({"model": {"moe": {"experts": experts(n_active, n_total, model)}}}, written)
     return spec.merge(by_recipe(written, axes), written)
+
+
+def _without_context(base: dict[str, Any], context: float) -> dict[str, Any]:
+    """`base` where the context is an axis: it says none, and no model that reads less."""
+    training = {key: value for key, value in base.get("training", {}).items() if key != "context_tokens"}
+    model = dict(base.get("model", {}))
+    if model.get("max_context_tokens", context) < context:
+        del model["max_context_tokens"]
+    return {**base, "model": model, "training": training}
 
 
 def propose_runs(
@@ -326,13 +339,11 @@ def propose_runs(
         aimed, plan = asked.budget, asked.answer().plan
     else:
         aimed, plan = target, None
-    contexts = (_context(stored),) if "context_tokens" in stored.law.form.columns else ()
-    columns = candidates(stored.law, max_flops, context_tokens=[c for c in contexts if c])
+    columns = candidates(stored.law, max_flops, context_tokens=measured_contexts(stored))
     if base := base_of(stored):
         columns = _buildable(columns, base.get("model", {}))
-    price = partial(
-        _price, unit=unit, rate=_rate(unit, options.cluster or settings.cluster, options.precision)
-    )
+    rate = _rate(unit, options.cluster or settings.cluster, options.precision)
+    price = partial(_price, rate=rate, chi=chi_of(stored) if has_context(stored) else Chi())
     found = propose(stored.law, aimed, columns, aim=aim, count=count, width=width, cost=price, unit=unit)
     return Proposed(stored, found, METHOD, plan)
 
@@ -385,8 +396,14 @@ def _buildable(columns: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str
     return {name: column[kept] for name, column in columns.items()}
 
 
-def _price(columns: Mapping[str, Any], unit: str, rate: float) -> Any:
-    return columns["compute_flops"] * rate
+def _price(columns: Mapping[str, Any], rate: float, chi: Chi) -> Any:
+    """`rate` per FLOP of 6 N D; of runs that differ in T, attention's part too."""
+    flops = columns["compute_flops"]
+    if chi.scale:
+        import numpy as np
+
+        flops = flops * (1.0 + chi.excess(np.log(columns["n_active"]), np.log(columns["context_tokens"])))
+    return flops * rate
 
 
 def _rate(unit: str, cluster: str, precision: Precision) -> float:

@@ -77,21 +77,29 @@ def submit_run(
     tokens: float,
     overrides: Iterable[str] = (),
     report: Report = silent,
+    context_tokens: float | None = None,
 ) -> Job:
-    """Queue a run of N and D that is configured like the law's runs, once what the law says of it is sealed.
+    """Queue a run of N and D (and T, of a law of it) configured like the law's runs, once what the law says is sealed.
 
     Raises SpecError for a law that knows no configuration, ClusterError where the forecast cannot be sealed.
     """
-    job = _planned_job(settings, law, n_active, n_total, tokens, overrides)
+    job = _planned_job(settings, law, n_active, n_total, tokens, overrides, context_tokens)
     _seal(settings, law, job, report)
     return start(settings, job, report)
 
 
 def seal_plan(
-    settings: Settings, law: str, n_active: float, n_total: float, tokens: float, report: Report = silent
+    settings: Settings,
+    law: str,
+    n_active: float,
+    n_total: float,
+    tokens: float,
+    report: Report = silent,
+    context_tokens: float | None = None,
 ) -> Forecast:
     """Seal what a law says of the run of N and D that `submit_run` would queue. Raises as that."""
-    return _seal(settings, law, _planned_job(settings, law, n_active, n_total, tokens), report)
+    job = _planned_job(settings, law, n_active, n_total, tokens, context_tokens=context_tokens)
+    return _seal(settings, law, job, report)
 
 
 def _planned_job(
@@ -101,11 +109,13 @@ def _planned_job(
     n_total: float,
     tokens: float,
     overrides: Iterable[str] = (),
+    context_tokens: float | None = None,
 ) -> spec.JobSpec:
     from escala.laws import queries
     from escala.planning.plans import config_for
 
-    config = config_for(queries.law(settings, law), n_active, n_total, tokens, tuple(overrides))
+    stored = queries.law(settings, law)
+    config = config_for(stored, n_active, n_total, tokens, tuple(overrides), context_tokens)
     return spec.load_job("pretrain", base=config, options={"name": law.replace("@", "-")})
 
 
@@ -160,7 +170,10 @@ def _checked(
 
         plan_options = PlanOptions(context_tokens=_context(written))
         limits = Limits(compute_flops=compute_flops)
-        axes["n_total"] = plan_law(settings, law, limits, plan_options).plan.n_total
+        plan = plan_law(settings, law, limits, plan_options).plan
+        axes["n_total"] = plan.n_total
+        if plan_options.context_tokens is None and plan.context_tokens is not None:
+            axes["context_tokens"] = round(plan.context_tokens)
     return spec.load_job(workload, options=options, base=spec.merge(by_recipe(written, axes), written))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from escala.schema.base import StoredPath, Strict
 from escala.schema.bench import AttentionBenchConfig, BenchConfig
+from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.data import (
     Corpus,
     DataConfig,
@@ -15,6 +16,8 @@ from escala.schema.data import (
     HuggingFaceCorpus,
     JsonlCorpus,
     PythonSourceCorpus,
+    RecallCorpus,
+    TextCorpus,
     TokenizerConfig,
 )
 from escala.schema.finetune import (
@@ -44,8 +47,10 @@ __all__ = [
     "WORKLOADS",
     "Annealing",
     "AttentionBenchConfig",
+    "AutoFeaturesConfig",
     "BalanceConfig",
     "BenchConfig",
+    "ConvertConfig",
     "Corpus",
     "DataConfig",
     "DpoConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "PpoConfig",
     "PretrainConfig",
     "PythonSourceCorpus",
+    "RecallCorpus",
     "ResourcesConfig",
     "RewardTrainingConfig",
     "SftConfig",
@@ -69,6 +75,7 @@ __all__ = [
     "StartConfig",
     "StoredPath",
     "Strict",
+    "TextCorpus",
     "TokenizerConfig",
     "TrainedConfig",
     "TrainingConfig",

@@ -72,6 +72,7 @@ LARGEST_OF: dict[str, float] = {
     "points": 1e5,
     "count": 1e5,
     "features": 1e5,
+    "max_count": 1e5,
     "landmarks": 1e5,
     "concurrency": 1e5,
     "timeout_seconds": 1e8,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from escala.schema.base import StoredPath, Strict
 
@@ -89,9 +89,68 @@ class HuggingFaceCorpus(CorpusSection):
     weight: float = Field(1.0, gt=0, description="share of the sequences, relative to the other corpora")
 
 
-Corpus = Annotated[
-    PythonSourceCorpus | FilesCorpus | JsonlCorpus | HuggingFaceCorpus, Field(discriminator="kind")
-]
+class RecallCorpus(CorpusSection):
+    """Documents of pairs (key, value) that are drawn, so that L(T) is known (docs/theory A.11). Keys are independent,
+    p_r proportional to r^-exponent; each document has a random map of its own from keys to values.
+
+    Token ids directly: keys 0 .. keys - 1, then values; no text, no end-of-text.
+    """
+
+    kind: Literal["recall"]
+    keys: int = Field(1024, ge=2, le=65_536, description="K: different keys")
+    values: int = Field(32, ge=2, le=65_536, description="V: different values")
+    exponent: float = Field(
+        1.5, ge=0, le=10, description="s of the keys' frequencies: p_r is proportional to r^-s"
+    )
+    seed: int = Field(0, ge=0, description="of all documents; the held-out ones are drawn from another")
+    documents: int = Field(32_768, gt=0, le=10_000_000, description="for training; a run sees none twice")
+    held_out_documents: int = Field(512, gt=0, le=1_000_000, description="for the held-out loss")
+    document_tokens: int = Field(
+        512,
+        ge=2,
+        le=10_000_000,
+        description="of each document: a multiple of every context length of a sweep",
+    )
+
+    @property
+    def vocab_size(self) -> int:
+        """K + V."""
+        return self.keys + self.values
+
+    def check_context(self, context_tokens: int) -> None:
+        """Raise ValueError unless every window of T tokens is made of whole pairs of one document."""
+        if context_tokens % 2:
+            raise ValueError(
+                f"training.context_tokens {context_tokens} is odd, and a recall corpus has pairs: give an even one"
+            )
+        if self.document_tokens % context_tokens:
+            raise ValueError(
+                f"training.context_tokens {context_tokens} does not divide the recall corpus's document_tokens "
+                f"{self.document_tokens}: windows would cross documents; give a multiple of every context length"
+            )
+
+    def check_length(self, context_tokens: int, sequences: int) -> None:
+        """Raise ValueError where a run of `sequences` windows would see a document twice."""
+        per_document = self.document_tokens // context_tokens
+        windows = self.documents * per_document - 1  # the last one has no next token
+        if sequences > windows:
+            raise ValueError(
+                f"the run reads {sequences} windows of {context_tokens} tokens and the recall corpus has {windows}; "
+                "a document that comes back could be learned by heart, and L(T) would not hold: "
+                f"set data.corpora[0].documents to at least {-(-(sequences + 1) // per_document)}"
+            )
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> RecallCorpus:
+        if self.document_tokens % 2:
+            raise ValueError(
+                f"document_tokens {self.document_tokens} is odd, and a document is made of pairs"
+            )
+        return self
+
+
+TextCorpus = PythonSourceCorpus | FilesCorpus | JsonlCorpus | HuggingFaceCorpus
+Corpus = Annotated[TextCorpus | RecallCorpus, Field(discriminator="kind")]
 _CORPORA: TypeAdapter[list[Corpus]] = TypeAdapter(list[Corpus])
 
 
@@ -108,3 +167,31 @@ class DataConfig(Strict):
     held_out_fraction: float = Field(0.02, gt=0, lt=0.5, description="of documents, by hash of their content")
     max_characters: int | None = Field(None, gt=0, description="stop reading the corpus after so many")
     allow_repeats: bool = Field(True, description="False: refuse a run longer than one epoch of the data")
+
+    @property
+    def texts(self) -> list[TextCorpus]:
+        """The corpora of text."""
+        return [corpus for corpus in self.corpora if not isinstance(corpus, RecallCorpus)]
+
+    @property
+    def recall(self) -> RecallCorpus | None:
+        """The corpus of drawn pairs; None: the corpora are text."""
+        first = self.corpora[0]
+        return first if isinstance(first, RecallCorpus) else None
+
+    @model_validator(mode="after")
+    def _recall_alone(self) -> DataConfig:
+        if not any(isinstance(corpus, RecallCorpus) for corpus in self.corpora):
+            return self
+        if len(self.corpora) > 1:
+            raise ValueError(
+                "a recall corpus is never mixed: its L(T) would not be that of the mixture; name it alone"
+            )
+        fields = type(self).model_fields
+        for name in ("tokenizer", "held_out_fraction", "max_characters", "allow_repeats"):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"data.{name} is of text, and a recall corpus has none: leave it out (its own options are keys, "
+                    "values, exponent, seed, documents, held_out_documents, document_tokens)"
+                )
+        return self

@@ -98,8 +98,21 @@ def lora_parameters(config: ModelConfig, lora: LoraConfig) -> int:
     return config.n_layers * lora.rank * sum(sum(shapes[target]) for target in lora.targets)
 
 
+def attention_parameters(config: ModelConfig) -> int:
+    """Of all layers' attention: projections, norms of heads, and the kind's own."""
+    norms = 2 * config.head_size if config.qk_norm else 0
+    own = norms + config.attention.parameters(config)
+    return _projections(config) + config.n_layers * own
+
+
+def _projections(config: ModelConfig) -> int:
+    return 2 * config.n_layers * config.d_model * (config.n_heads + config.kv_heads) * config.head_size
+
+
 def trained_parameters(config: TrainedConfig) -> int:
-    """Those that an optimiser holds: all, or LoRA's deltas."""
+    """Those that an optimiser holds: all, attention's, or LoRA's deltas."""
+    if config.trains_attention_alone:
+        return attention_parameters(config.model)
     lora = config.adapter
     return parameter_counts(config.model).n_total if lora is None else lora_parameters(config.model, lora)
 
@@ -126,7 +139,7 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     """What a training step spends on a token of its batch, without recomputation.
 
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
-    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter.
+    has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. So does a run that trains attention alone.
     """
     return step_flops_per_token(config, config.epochs)
 
@@ -138,7 +151,7 @@ def step_flops_per_token(config: TrainedConfig, epochs: float, frozen_actor: boo
     Args:
         frozen_actor: only the critic learns.
     """
-    passes = config.forward_passes * _forward(config.model, config)
+    passes = config.forward_passes * _forward(config.start_model, config)
     learning = 0.0 if frozen_actor else _actor_flops(config)
     if config.critic_model is not None:
         critic = flops_per_token(config.critic_model, config.context_tokens)
@@ -155,6 +168,9 @@ def _actor_flops(config: TrainedConfig) -> float:
     full = flops_per_token(config.model, config.context_tokens)
     lora = config.adapter
     total = full.total
+    if config.trains_attention_alone:
+        projections = TRAINING_PER_FORWARD * 2.0 * _projections(config.model)
+        total -= (full.matmul - projections + full.logits) / TRAINING_PER_FORWARD
     if lora is not None:
         total += (
             6.0 * lora_parameters(config.model, lora) - (full.matmul + full.logits) / TRAINING_PER_FORWARD

@@ -119,6 +119,18 @@ class ModelConfig(Strict):
         """SwiGLU width of one expert; 0 for a dense model."""
         return 0 if self.moe is None else self.moe.d_ff or self.ff_size
 
+    @property
+    def attention_words(self) -> str:
+        """The kind of attention, its window and features, and its options that are not the default, e.g. `hybrid
+        (window 256, 256 positive features)`: runs with the same words belong to one law.
+        """
+        options = self.attention.model_dump(exclude_defaults=True, exclude={"kind"})
+        said = [] if self.window_tokens is None else [f"window {self.window_tokens}"]
+        if self.features is not None:
+            said.append(f"{self.features.count} {self.features.kind} features")
+        said += [f"{key} {value}" for key, value in options.items()]
+        return self.attention.kind + (f" ({', '.join(said)})" if said else "")
+
     def has_experts(self, layer: int) -> bool:
         """Whether layer `layer` (0, 1, ...) is a mixture of experts: the last of each `moe.every` is."""
         return self.moe is not None and (layer + 1) % self.moe.every == 0

@@ -131,12 +131,14 @@ class TrainedConfig(Strict):
 
     What planning and the FLOPs of a step depend on is here, so that they ask no configuration for its class:
     `keeps_reference`: a frozen copy of the start stands beside the trained model (with LoRA the model without its
-    deltas serves). `forward_passes`: of the model over each token, beside those of training. `cost_note`: what an
+    deltas serves). `forward_passes`: of the model that it starts from over each token, beside those of training.
+    `trains_attention_alone`: all other weights stay the start's, and no checkpoint holds them. `cost_note`: what an
     estimate of the run's cost leaves out.
     """
 
     keeps_reference: ClassVar[bool] = False
     forward_passes: ClassVar[int] = 0
+    trains_attention_alone: ClassVar[bool] = False
     cost_note: ClassVar[str] = ""
 
     model: ModelConfig = ModelConfig()
@@ -164,6 +166,11 @@ class TrainedConfig(Strict):
     def starts_from(self) -> StartConfig | None:
         """The model that the run starts from; None: weights drawn at random."""
         return None
+
+    @property
+    def start_model(self) -> ModelConfig:
+        """What the start is: the model's own configuration, but where the run converts it."""
+        return self.model
 
     @property
     def adapter(self) -> LoraConfig | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from escala.contract.errors import SpecError
 from escala.schema.base import Strict
 from escala.schema.bench import AttentionBenchConfig, BenchConfig
+from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.finetune import DpoConfig, RewardTrainingConfig, SftConfig
 from escala.schema.judge import JudgeConfig
 from escala.schema.ppo import PpoConfig
@@ -164,7 +165,13 @@ def _rollout_service(config: Plain) -> dict[str, float]:
 
 
 HELD_OUT_LOSS = Measure(
-    "loss_nats", "held-out loss", "nats per token", _held_out_loss, fits_laws=True, while_training=True
+    "loss_nats",
+    "held-out loss",
+    "nats per token",
+    _held_out_loss,
+    fits_laws=True,
+    while_training=True,
+    columns=("ideal_loss_nats",),  # of a corpus whose L(T) is known
 )
 REWARD = Measure("reward", "reward", "", _reward, higher_is_better=True, columns=("reward", "kl_nats"))
 _DIALOGUES: dict[str, Content] = {"data.train": "dialogues", "data.held_out": "dialogues"}
@@ -204,6 +211,19 @@ WORKLOADS: dict[str, Workload] = {
             PretrainConfig,
             objective=HELD_OUT_LOSS,
             chooses_model=True,
+        ),
+        Workload(
+            "convert",
+            "an exact model into another kind of attention, on text",
+            "workloads.convert",
+            ConvertConfig,
+        ),
+        Workload(
+            "auto_features",
+            "how many features a converted model needs",
+            "workloads.auto_features",
+            AutoFeaturesConfig,
+            fixed_tokens=False,  # those of each count that is tried
         ),
         Workload("sft", "a model on the answers of dialogues", "workloads.sft", SftConfig, inputs=_DIALOGUES),
         Workload(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -272,11 +272,19 @@ def verify_tokenizer(checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def check_fits(checkpoint: Checkpoint, model: Mapping[str, Any], tokenizer_fingerprint: str) -> None:
+def check_fits(
+    checkpoint: Checkpoint,
+    model: Mapping[str, Any],
+    tokenizer_fingerprint: str,
+    read: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Raise CheckpointError, naming the keys that differ, unless `checkpoint` is of this model and
     tokenizer. Whether workers share the experts is not the model's: checkpoints have them all.
+
+    Args:
+        read: makes of the manifest's model what it would be written as now.
     """
-    theirs, model = _whole(checkpoint.part("config.model", dict)), _whole(model)
+    theirs, model = _whole(read(checkpoint.part("config.model", dict))), _whole(model)
     differing = sorted(k for k in theirs.keys() | model.keys() if theirs.get(k) != model.get(k))
     if differing:
         pairs = ", ".join(f"{k}: {theirs.get(k)} there, {model.get(k)} here" for k in differing)

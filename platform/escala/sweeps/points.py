@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from escala.contract.records import AttemptFiles, Outcome, TrialFiles, read_record
 from escala.laws.audit import AuditedPoint, AuditedRun, audit
-from escala.laws.files import REFUSAL
+from escala.laws.files import ATTENTION, REFUSAL
 from escala.laws.provenance import in_common
+from escala.schema import ModelConfig
 from escala.schema.workloads import HELD_OUT_LOSS, WORKLOADS, Measure, objective_of
 from escala.sweeps.design import SEED
 from escala.sweeps.trials import PlannedTrial, last_outcome, read_planned
@@ -109,6 +110,7 @@ def _row(planned: PlannedTrial, files: TrialFiles, outcome: Outcome | None) -> d
         "learning_rate": training["optimizer"]["learning_rate"],
         "batch_tokens": training["batch_sequences"] * trial.context_tokens,
         **_experts(trial.config["model"]),
+        ATTENTION: ModelConfig.model_validate(trial.config["model"]).attention_words,
         "audit": trial.audits,
         "trial": planned.fingerprint,
         **_branch(planned, attempts),

@@ -32,6 +32,19 @@ class CommunicationView(View):
     messages: int
 
 
+class ContextCostView(View):
+    """What one sequence of `context_tokens` takes with the run's model, in bytes on one device beside the model's
+    states.
+    """
+
+    context_tokens: int
+    chi: float  # of a token's cost, relative to one without attention
+    activations: float  # of all blocks in a training step, and what one works on in its backward pass
+    checkpointed: float  # the same with activation checkpointing
+    logits: float  # with their log-probabilities and gradient, in either case
+    state: float  # in generation: keys and values, or what the kind keeps in their place
+
+
 class CostView(View):
     """A run's cost on a cluster. Seconds are of optimiser steps alone. None: the cluster's file does not say what it
     takes to know.
@@ -41,10 +54,13 @@ class CostView(View):
     n_active: int
     train_tokens: int
     steps: int
+    attention: str  # the kind
+    chi: float  # attention's part: of a token's cost, relative to one without it
     compute_flops: float  # of the model; recomputation is not counted
     hardware_flops: float  # with it
     memory_bytes: MemoryView
-    kv_cache_bytes_per_token: float  # of generation, one sequence
+    kv_cache_bytes_per_token: float  # by which generation's state of a long sequence grows; 0: it is constant
+    contexts: tuple[ContextCostView, ...]  # the run's own, then longer ones
     communication: CommunicationView
     compute_seconds: float  # of one step
     exposed_seconds: float  # of one step: communication that nothing hides

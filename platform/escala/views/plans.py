@@ -34,18 +34,23 @@ class SplitView(View):
 
 
 class PlanView(LawAnswerView, SplitView):
-    """The best split of a budget. Intervals are at 90 %: of the loss predictive, of N and D over the replicates. Time
-    is of training; money and energy include inference demand, None where the speed cannot tell.
+    """The best split of a budget. Intervals are at 90 %: of the loss predictive, of N, D and T over the replicates.
+    Time is of training; money and energy include inference demand, None where the speed cannot tell.
     """
 
     n_active_low: float | None
     n_active_high: float | None
     tokens_low: float | None
     tokens_high: float | None
+    context_tokens_low: float | None  # of T, where it was chosen
+    context_tokens_high: float | None
     inference_flops: float
     effective_tokens: float  # what repeated tokens are worth
     epochs: float
+    attention: str | None  # the kind that the planned model has; None: attention was not counted
     chi: float
+    memory_bytes: float | None  # of a device in training, where its memory is a limit
+    state_bytes: float | None  # what generation keeps of a sequence of that context
     wall_seconds: float | None
     cost_usd: float | None
     energy_joules: float | None
@@ -54,6 +59,7 @@ class PlanView(LawAnswerView, SplitView):
     advice: tuple[str, ...]
     front: tuple[PlanView, ...] | None = None  # of smaller budgets, where they were asked for
     front_plot: str | None = None  # the PNG that shows them
+    kinds: tuple[PlanView, ...] | None = None  # of other kinds of attention, where they were asked for
 
     @classmethod
     def of_planned(cls, found: Planned) -> PlanView:
@@ -276,6 +282,7 @@ def _plan(found: Planned) -> dict[str, Any]:
     return {
         **fields,
         **about(found.law, extrapolation, found.assumed),
+        **{name: getattr(found, name) for name in ("attention", "memory_bytes", "state_bytes")},
         "tokens_per_parameter": best.tokens_per_parameter,
         "wall_seconds": None if hours is None else hours * SECONDS_PER_HOUR,
         "cost_usd": usd,

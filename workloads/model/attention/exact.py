@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,11 @@ class Exact(AttentionModule):
         )
         return output_BHTS.transpose(1, 2)
 
-    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> PagedCache:
+    @classmethod
+    def decode_state(cls, layers: Sequence[Self], blocks: int, block_tokens: int, like: Tensor) -> PagedCache:
         """A cache of keys and values."""
-        config = self._config
-        return PagedCache(
-            config.n_layers,
-            blocks,
-            config.kv_heads,
-            block_tokens,
-            config.head_size,
-            like,
-            config.window_tokens,
-        )
+        config = layers[0]._config
+        return PagedCache(config, blocks, block_tokens, like, config.window_tokens)
 
 
 make_attention = Exact

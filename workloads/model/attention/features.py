@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,10 @@ from escala.schema import ModelConfig
 from escala.schema.attention.features import CHUNK_TOKENS, features_of
 from workloads.model.attention.layout import Packing, accumulated, join_heads, packing, split_heads
 from workloads.model.attention.prefix import prefix_sums
-from workloads.model.attention.registry import AttentionModule, DecodeState
+from workloads.model.attention.registry import AttentionModule
+from workloads.model.attention.sums import Begun, BlockSums, begun, blocks_of
+
+LEAST_ROWS = 4
 
 
 def feature_map(x_BTHS: Tensor, kind: str, projection_HRS: Tensor) -> Tensor:
@@ -64,44 +68,42 @@ def random_rows(heads: int, rows: int, head_size: int, seed: int, device: torch.
         generator = torch.Generator().manual_seed(seed)
         blocks = -(-rows // head_size)
         draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
-        directions, _ = torch.linalg.qr(draw((heads, blocks, head_size, head_size)))
+        directions, upper = torch.linalg.qr(draw((heads, blocks, head_size, head_size)))
+        directions *= upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # else QR favours some directions
         norms = torch.linalg.vector_norm(draw((heads, blocks, head_size, head_size)), dim=-1, keepdim=True)
         drawn: Tensor = (directions * norms).flatten(1, 2)
         picked: Tensor = drawn[:, :rows]
         return picked.to(device)
 
 
-class _AtMostOne(torch.autograd.Function):
-    """min(x, 1), whose gradient at the bound passes where it leads back inside."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(max=1.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * ((x < 1) | (grad > 0))
-
-
-_at_most_one: Callable[[Tensor], Tensor] = _AtMostOne.apply
-
-
 class UnitScale(nn.Module):
     """Queries and keys at unit norm times a learned temperature of each key/value head, at most 1 and 1 at the start:
     e^(x.y) then lies between 1/e and e, where features and landmarks can follow it (docs/theory A.4).
+
+    The bound takes part in no gradient: at 1 a parameter still learns to fall, by the same gradient however ranks and
+    micro-batches cut the batch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.temperature_G = nn.Parameter(torch.ones(config.kv_heads))
 
+    def scaled(self, x_GNS: Tensor) -> Tensor:
+        """Queries or keys of N positions, in fp32 (fp64 for fp64), without a gradient of the temperature."""
+        kind = accumulated(x_GNS.dtype)
+        temperature_G = self.temperature_G.detach().to(kind).clamp(max=1.0)
+        return F.normalize(x_GNS.to(kind), dim=-1) * temperature_G.view(-1, 1, 1)
+
+    def least_G(self) -> Tensor:
+        """What the kernel of a query and a key is at least: e^-temperature^2."""
+        return (-self.temperature_G.detach().float().clamp(max=1.0).square()).exp()
+
     def forward(self, q_NETS: Tensor, k_NTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x_NETS, y_NTS, temperature_N), in fp32 (fp64 for fp64)."""
         kind = accumulated(q_NETS.dtype)
         batch = len(k_NTS) // len(self.temperature_G)
-        temperature_G = _at_most_one(self.temperature_G.to(kind))
+        free_G = self.temperature_G.to(kind)
+        temperature_G = free_G + (free_G.clamp(max=1.0) - free_G).detach()
         temperature_N = temperature_G.repeat(batch)
         x_NETS = F.normalize(q_NETS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1, 1)
         y_NTS = F.normalize(k_NTS.to(kind), dim=-1) * temperature_N.view(-1, 1, 1)
@@ -134,6 +136,20 @@ class FeatureSums(nn.Module):
             return None
         longest: Tensor = torch.linalg.vector_norm(rows_GRS, dim=-1).amax(-1)
         return longest
+
+    @property
+    def width(self) -> int:
+        """M."""
+        return self.features.count
+
+    def mapped(self, x_GNS: Tensor) -> Tensor:
+        """phi_GNM in generation, the same bits of a row whatever the others: MKL adds up products of fewer than
+        LEAST_ROWS rows in another order.
+        """
+        rows_GRS, tokens = self.rows(x_GNS), x_GNS.shape[1]
+        shift_G = self.shift_G(rows_GRS)
+        x_GNS = F.pad(x_GNS, (0, 0, 0, max(0, LEAST_ROWS - tokens)))
+        return _phi_of_rows(x_GNS, rows_GRS, self.features.kind, shift_G)[:, :tokens]
 
     def forward(
         self, x_NETS: Tensor, y_NTS: Tensor, v_NTS: Tensor, temperature_N: Tensor, packed: Packing
@@ -207,9 +223,97 @@ class LinearAttention(AttentionModule):
         numerator, denominator, _ = self.sums(x_NETS, y_NTS, v_NTS, temperature_N, prepared)
         return join_heads(numerator / denominator.unsqueeze(-1), len(q_BTHS), q_BTHS.dtype)
 
-    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
-        """A constant state of each sequence."""
-        raise NotImplementedError
+    @classmethod
+    def decode_state(
+        cls, layers: Sequence[Self], blocks: int, block_tokens: int, like: Tensor
+    ) -> FeatureState:
+        """A state, and what is known of the keys of a block, constant for a sequence; in blocks of any size."""
+        return FeatureState(layers, layers[0]._config, blocks, block_tokens, like)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Of each tile its block, and which positions of it a query sees, (T, 1, 1, Q, C); keys that it sees, (T, Q)."""
+
+    block_T: Tensor
+    seen: Tensor
+    count_TQ: Tensor
+
+
+class FeatureState:
+    """Of each block phi of its keys, their values, and the state before it."""
+
+    def __init__(
+        self,
+        layers: Sequence[LinearAttention],
+        config: ModelConfig,
+        blocks: int,
+        block_tokens: int,
+        like: Tensor,
+    ) -> None:
+        self._layers, self.block_tokens = layers, block_tokens
+        heads, size, width = config.kv_heads, config.head_size, layers[0].sums.width
+        self._before = BlockSums(len(layers), blocks, heads, width, size, like)
+        shape = (len(layers), blocks, heads, block_tokens)
+        self._phi = torch.zeros((*shape, width), dtype=self._before.sums.dtype, device=like.device)
+        self._values = torch.zeros((*shape, size), dtype=like.dtype, device=like.device)
+
+    def plan_borders(self, tables: Sequence[Sequence[int]], spans: Sequence[range]) -> Begun:
+        """The blocks that begin."""
+        return begun(tables, spans, self.block_tokens, 1, self._phi.device)
+
+    def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
+        """phi of queries, their products with a block's keys, and copies of the state and the block."""
+        _, _, kv_heads, block_tokens, width = self._phi.shape
+        size = self._values.shape[-1]
+        copied = kv_heads * (width * (size + 1) + block_tokens * (width + size))
+        return queries * heads * (width + block_tokens + 2 * size) + copied
+
+    def write(
+        self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor, borders: Begun
+    ) -> None:
+        """phi and values of N positions; then the states of the blocks that begin."""
+        core = self._layers[layer]
+        phi_GNM = core.sums.mapped(core.unit.scaled(k_NGS.transpose(0, 1)))
+        self._phi[layer, blocks, :, offsets] = phi_GNM.transpose(0, 1)
+        self._values[layer, blocks, :, offsets] = v_NGS
+        self._before.begin(
+            layer,
+            borders,
+            lambda: (
+                blocks_of(self._phi[layer], borders.joined),
+                blocks_of(self._values[layer], borders.joined),
+            ),
+        )
+
+    def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Tensor) -> _Tiles:
+        """See DecodeState."""
+        size, device = self.block_tokens, self._phi.device
+        place_T = positions_TQ[:, -1] // size
+        block_T = torch.tensor([t[p] for t, p in zip(tables, place_T.tolist(), strict=True)])
+        key_TC = place_T[:, None] * size + torch.arange(size)
+        seen_TQC = key_TC[:, None] <= positions_TQ[:, :, None]
+        return _Tiles(block_T.to(device), seen_TQC[:, None, None].to(device), (positions_TQ + 1).to(device))
+
+    def attend(self, q_TQGES: Tensor, layer: int, plan: _Tiles) -> Tensor:
+        """The state's sums and those of the block's own keys."""
+        core = self._layers[layer]
+        tiles, queries, heads, each, size = q_TQGES.shape
+        q_GNS = q_TQGES.permute(2, 0, 3, 1, 4).reshape(heads, -1, size)
+        phi_GNM = core.sums.mapped(core.unit.scaled(q_GNS))
+        phi_NRM = torch.unflatten(phi_GNM, 1, (tiles, -1)).transpose(0, 1).flatten(0, 1)
+        sums_NRV = self._before.read(layer, plan.block_T, phi_NRM)
+        keys_NCM, v_NCS = (blocks_of(x[layer], plan.block_T) for x in (self._phi, self._values))
+        weights_NRC = torch.bmm(phi_NRM, keys_NCM.transpose(1, 2))
+        weights_NRC.view(tiles, heads, each, queries, -1).mul_(plan.seen)
+        numerator_NRS = sums_NRV[..., :-1] + torch.bmm(weights_NRC, v_NCS.to(weights_NRC.dtype))
+        denominator_NR = sums_NRV[..., -1] + weights_NRC.sum(-1)
+        denominator = denominator_NR.view(tiles, heads, each, queries)
+        if core.sums.features.kind == "trigonometric":
+            least = core.unit.least_G().view(-1, 1, 1) * plan.count_TQ[:, None, None]
+            denominator = torch.maximum(denominator, least)
+        out_TGEQS = numerator_NRS.view(tiles, heads, each, queries, size) / denominator.unsqueeze(-1)
+        return out_TGEQS.permute(0, 3, 1, 2, 4)
 
 
 make_attention = LinearAttention

@@ -9,16 +9,23 @@ landmarks of a block, V = S + 1.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Self
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from escala.schema import ModelConfig
+from escala.schema.attention.hybrid import window_of
 from escala.schema.attention.nystrom import NystromAttention
 from workloads.model.attention.features import at_least, far_keys
 from workloads.model.attention.hybrid import NearAndFar
+from workloads.model.attention.layout import Packing, accumulated
 from workloads.model.attention.local import Band
-from workloads.model.attention.registry import DecodeState
+from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile
+from workloads.model.attention.paged import Pairs, pair_up
 
 
 class Nystrom(NearAndFar):
@@ -35,49 +42,111 @@ class Nystrom(NearAndFar):
         self, x_NETS: Tensor, y_NTS: Tensor, v_NTS: Tensor, temperature_N: Tensor, band: Band
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See NearAndFar."""
-        packed, size = band.packing, self.block_tokens
-        context, documents_BT = packed.context_tokens, packed.documents_BT
-        heads = len(y_NTS) if documents_BT is None else len(y_NTS) // len(documents_BT)
-        landmarks, sums, last = [], [], []
-        found = [
-            torch.zeros_like(x_NETS[..., :1]).expand(*x_NETS.shape[:3], v_NTS.shape[-1] + 1)[:, :, : 2 * size]
-        ]
-        for start in range(2 * size, context, size):
-            past = slice(start - 2 * size, start - size)
-            joins_NC = None
-            if documents_BT is not None:
-                last_B1 = documents_BT[:, past.stop - 1, None]
-                last.append(last_B1)
-                joins_NC = packed.of_heads(documents_BT[:, past] == last_B1, heads)
-            landmarks_NPS, sums_NPV = summary(
-                y_NTS[:, past], v_NTS[:, past], self.landmarks, self.ridge, joins_NC
-            )
-            landmarks.append(landmarks_NPS)
-            sums.append(sums_NPV)
-            queries = slice(start, min(start + size, context))
-            reads = None
-            if documents_BT is not None:
-                same_BTP = documents_BT[:, queries, None] == torch.cat(last, 1)[:, None]
-                reads = packed.of_heads(same_BTP.repeat_interleave(self.landmarks, 2), heads)
-            found.append(
-                checkpoint(
-                    read_landmarks,
-                    x_NETS[:, :, queries],
-                    torch.cat(landmarks, 1),
-                    torch.cat(sums, 1),
-                    reads,
-                    use_reentrant=False,
-                )
-            )
+        packed, size, heads = band.packing, self.block_tokens, self._config.kv_heads
+        nothing = x_NETS[:, :, : 2 * size, :1] * 0  # its gradient is 0, not none: ZeRO-3 waits for one
+        found = [nothing.expand(*nothing.shape[:3], v_NTS.shape[-1] + 1)]
+        past = -(-packed.context_tokens // size) - 2  # blocks that are far of some query
+        if past > 0:
+            found += self._read(x_NETS, *self._summaries(y_NTS, v_NTS, packed, past), packed, past)
         total = torch.cat(found, 2)
-        count_BT = far_keys(packed, size)
-        count_NT = packed.of_heads(count_BT, heads).expand(len(y_NTS), -1)
+        count_BT = far_keys(packed, size).expand(len(y_NTS) // heads, -1)
+        count_NT = packed.of_heads(count_BT, heads)
         denominator = at_least(total[..., -1], count_NT, temperature_N)
         return total[..., :-1], denominator.masked_fill(count_NT[:, None] == 0, 1.0), None
 
-    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
+    def _summaries(self, y_NTS: Tensor, v_NTS: Tensor, packed: Packing, past: int) -> tuple[Tensor, Tensor]:
+        """(landmarks_NLPS, sums_NLPV) of the first L = `past` blocks; of a block's tokens those count that are of its
+        last one's document, which alone goes on.
+        """
+        size, tokens = self.block_tokens, past * self.block_tokens
+        joins_MC = None
+        if packed.documents_BT is not None:
+            blocks_BLC = torch.unflatten(packed.documents_BT[:, :tokens], 1, (past, size))
+            joins_BLC = blocks_BLC == blocks_BLC[:, :, -1:]
+            joins_MC = packed.of_heads(joins_BLC, self._config.kv_heads).flatten(0, 1)
+        y_MCS, v_MCS = (torch.unflatten(x[:, :tokens], 1, (past, size)).flatten(0, 1) for x in (y_NTS, v_NTS))
+        made = checkpoint(summary, y_MCS, v_MCS, self.landmarks, self.ridge, joins_MC, use_reentrant=False)
+        landmarks_NLPS, sums_NLPV = (torch.unflatten(x, 0, (-1, past)) for x in made)
+        return landmarks_NLPS, sums_NLPV
+
+    def _read(
+        self, x_NETS: Tensor, landmarks_NLPS: Tensor, sums_NLPV: Tensor, packed: Packing, past: int
+    ) -> Iterator[Tensor]:
+        """Of each block that has a far part, the sums over the landmarks of the blocks that are past."""
+        size = self.block_tokens
+        for blocks in range(1, past + 1):
+            queries = slice((blocks + 1) * size, min((blocks + 2) * size, packed.context_tokens))
+            reads = None
+            if packed.documents_BT is not None:
+                last_BL = packed.documents_BT[:, size - 1 : blocks * size : size]
+                same_BCL = packed.documents_BT[:, queries, None] == last_BL[:, None]
+                reads = packed.of_heads(same_BCL.repeat_interleave(self.landmarks, 2), self._config.kv_heads)
+            near, sums = landmarks_NLPS[:, :blocks].flatten(1, 2), sums_NLPV[:, :blocks].flatten(1, 2)
+            yield checkpoint(read_landmarks, x_NETS[:, :, queries], near, sums, reads, use_reentrant=False)
+
+    @classmethod
+    def decode_state(
+        cls, layers: Sequence[Self], blocks: int, block_tokens: int, like: Tensor
+    ) -> NystromState:
         """Keys and values, and the landmarks of each block."""
-        raise NotImplementedError
+        return NystromState(layers, layers[0]._config, blocks, block_tokens, like)
+
+
+class NystromState(NearAndFarState):
+    """Beside each block its landmarks and their sums, made when its last position is written."""
+
+    def __init__(
+        self, layers: Sequence[Nystrom], config: ModelConfig, blocks: int, block_tokens: int, like: Tensor
+    ) -> None:
+        super().__init__(layers, config, window_of(config) // 2, blocks, block_tokens, like)
+        self._layers = layers
+        shape = (len(layers), blocks, config.kv_heads, layers[0].landmarks)
+        make = functools.partial(torch.zeros, dtype=accumulated(like.dtype), device=like.device)
+        self._landmarks, self._sums = make(*shape, config.head_size), make(*shape, config.head_size + 1)
+
+    def plan_borders(self, tables: Sequence[Sequence[int]], spans: Sequence[range]) -> Tensor:
+        """(B,), the blocks that are filled."""
+        size = self.block_tokens
+        found = [
+            table[place]
+            for table, span in zip(tables, spans, strict=True)
+            for place in range(span.start // size, span.stop // size)
+        ]
+        return torch.tensor(found, dtype=torch.int64).to(self.near.keys.device)
+
+    def make_far(self, layer: int, borders: Tensor) -> None:
+        """See NearAndFarState."""
+        if not len(borders):
+            return
+        core = self._layers[layer]
+        k_BGCS, v_BGCS = (x[layer].index_select(0, borders) for x in (self.near.keys, self.near.values))
+        y_GNS = core.unit.scaled(k_BGCS.transpose(0, 1).flatten(1, 2))
+        y_NCS = by_tile(y_GNS, len(borders)).flatten(0, 1)
+        landmarks_NPS, sums_NPV = summary(y_NCS, v_BGCS.flatten(0, 1), core.landmarks, core.ridge)
+        self._landmarks[layer, borders] = torch.unflatten(landmarks_NPS, 0, (len(borders), -1))
+        self._sums[layer, borders] = torch.unflatten(sums_NPV, 0, (len(borders), -1))
+
+    def plan_far(self, tables: Sequence[Sequence[int]], place_T: Tensor, in_place: bool) -> Pairs:
+        """The tiles' far blocks."""
+        last_T = (place_T - 2).clamp(min=-1)
+        pairs = pair_up(tables, torch.zeros_like(last_T), last_T, in_place, 1)
+        return pairs.to(self.near.keys.device)
+
+    def far(
+        self, layer: int, x_GNS: Tensor, plan: NearAndFarPlan
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See NearAndFarState."""
+        pairs, (heads, tiles) = plan.far, (len(x_GNS), len(plan.count_T))
+        parts = pairs.parts(by_tile(x_GNS, tiles), self._landmarks[layer], self._sums[layer])
+        products = [torch.bmm(torch.bmm(x, y.transpose(1, 2)).exp(), m) for x, y, m in parts]
+        return pairs.sum(products, tiles, heads), self._layers[layer].unit.least_G(), None
+
+    def tile_numbers(self, queries: int, heads: int, blocks: int, of_several: bool) -> int:
+        """See DecodeState."""
+        _, _, kv_heads, landmarks, values = self._sums.shape
+        copied = 2 * kv_heads * landmarks * values if of_several else 0
+        far = blocks * (queries * heads * (landmarks + values) + copied)
+        return super().tile_numbers(queries, heads, blocks, of_several) + far
 
 
 def summary(

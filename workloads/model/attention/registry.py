@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,18 +50,34 @@ class AttentionModule(nn.Module, ABC):
     def attend(self, q_BTHS: Tensor, k_BTGS: Tensor, v_BTGS: Tensor, prepared: Any) -> Tensor:
         """See `forward`."""
 
+    @classmethod
     @abstractmethod
-    def decode_state(self, blocks: int, block_tokens: int, like: Tensor) -> DecodeState:
-        """Nothing yet, for `blocks` blocks of all layers, in the dtype and on the device of `like`."""
+    def decode_state(
+        cls, layers: Sequence[Self], blocks: int, block_tokens: int, like: Tensor
+    ) -> DecodeState:
+        """Nothing yet, in `blocks` blocks, for all `layers`, whose parameters it reads whenever it is used; in the
+        dtype and on the device of `like`. Raises SpecError for a block_tokens that the kind cannot have.
+        """
 
 
 class DecodeState(Protocol):
     """What generation keeps of running sequences, in blocks of `block_tokens` positions, and reads for new tokens.
 
-    Within a forward pass every layer writes its new positions before any query of the layer is answered.
+    Within a forward pass every layer writes its new positions before any query of the layer is answered. A sequence's
+    blocks that are behind the kind's `live_blocks` may be gone: their places in its table hold no block's number.
     """
 
     block_tokens: int
+
+    def plan_borders(self, tables: Sequence[Sequence[int]], spans: Sequence[range]) -> Any:
+        """What is to be made where the new positions of one forward pass begin or fill a block, the same for all
+        layers.
+
+        Args:
+            tables: of each sequence, its blocks in the order of positions.
+            spans: its new positions.
+        """
+        ...
 
     def plan(self, tables: Sequence[Sequence[int]], positions_TQ: Tensor) -> Any:
         """How the tiles of one forward pass read the state, the same for all layers.
@@ -83,8 +99,10 @@ class DecodeState(Protocol):
         """
         ...
 
-    def write(self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor) -> None:
-        """Take in N positions, the n-th at offset[n] of block[n]."""
+    def write(
+        self, layer: int, blocks: Tensor, offsets: Tensor, k_NGS: Tensor, v_NGS: Tensor, borders: Any
+    ) -> None:
+        """Take in N positions, the n-th at offset[n] of block[n]; `borders`: what `plan_borders` made."""
         ...
 
     def attend(self, q_TQGES: Tensor, layer: int, plan: Any) -> Tensor:
@@ -97,3 +115,10 @@ def make_attention(config: ModelConfig) -> AttentionModule:
     module = importlib.import_module(f"workloads.model.attention.{config.attention.kind}")
     attention: AttentionModule = module.make_attention(config)
     return attention
+
+
+def decode_state(
+    layers: Sequence[AttentionModule], blocks: int, block_tokens: int, like: Tensor
+) -> DecodeState:
+    """`AttentionModule.decode_state` of the kind of all `layers`."""
+    return type(layers[0]).decode_state(layers, blocks, block_tokens, like)

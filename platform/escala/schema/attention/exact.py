@@ -33,11 +33,11 @@ class ExactAttention(AttentionKind):
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
         """Keys and values."""
-        return self.block_elements(model, tokens)
+        return keys_and_values(model, tokens)
 
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values."""
-        return keys_and_values(model, block_tokens)
+        return keys_and_values(model, block_tokens) * width
 
     def unexportable(self, model: ModelShape) -> str | None:
         """Nothing."""
@@ -56,6 +56,11 @@ def mean_keys(context_tokens: int, window_tokens: int | None = None) -> float:
 def kept_for_backward(model: ModelShape) -> int:
     """Per token and layer: rotated queries and keys, values, the output."""
     return 2 * model.n_heads * model.head_size + 2 * model.kv_heads * model.head_size
+
+
+def sum_width(width: int) -> int:
+    """Bytes of an element that is summed over tokens, in a model of `width` bytes an element: fp32, or fp64."""
+    return max(4, width)
 
 
 def keys_and_values(model: ModelShape, tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from escala.schema.attention.exact import kept_for_backward, mean_keys
+from escala.schema.attention.exact import kept_for_backward, mean_keys, sum_width
 from escala.schema.attention.kind import KINDS, AttentionKind, FeaturesConfig, ModelShape
 
 CHUNK_TOKENS = 128
@@ -38,20 +38,19 @@ class FeaturesAttention(AttentionKind):
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
         """The chunk's keys' phi and values, and the state: constant, two elements each of fp32."""
-        return self.block_elements(model, min(tokens, CHUNK_TOKENS))
-
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
-        """phi of the keys, in fp32, values, and the state before the block."""
         own = 2 * features_of(model).count + model.head_size
-        return model.n_layers * (model.kv_heads * own * block_tokens + state_of_features(model))
+        near = model.kv_heads * own * min(tokens, CHUNK_TOKENS)
+        return model.n_layers * (near + state_of_features(model))
 
-    def block_tokens(self, model: ModelShape) -> int | None:
-        """A chunk."""
-        return CHUNK_TOKENS
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
+        """phi of the keys, values, and the state before the block."""
+        phi, sums = features_of(model).count * sum_width(width), sums_of_features(model) * sum_width(width)
+        own = model.kv_heads * (phi + model.head_size * width)
+        return model.n_layers * (own * block_tokens + sums)
 
-    def live_tokens(self, model: ModelShape) -> int | None:
-        """A chunk before the token's own: its end is where the own one's state is made."""
-        return 2 * CHUNK_TOKENS
+    def live_blocks(self, model: ModelShape, block_tokens: int) -> int | None:
+        """The own one and that before: when the own one begins, its state is made of both."""
+        return 2
 
 
 def features_of(model: ModelShape) -> FeaturesConfig:
@@ -67,8 +66,13 @@ def feature_flops(model: ModelShape) -> tuple[float, float]:
 
 
 def state_of_features(model: ModelShape) -> int:
-    """Elements of one layer's state, sum phi(k) [v, 1]: fp32, so two of a model in half precision."""
-    return 2 * model.kv_heads * features_of(model).count * (model.head_size + 1)
+    """Elements of one layer's state: fp32, so two each of a model in half precision."""
+    return 2 * sums_of_features(model)
+
+
+def sums_of_features(model: ModelShape) -> int:
+    """Numbers of one layer's state, sum phi(k) [v, 1]."""
+    return model.kv_heads * features_of(model).count * (model.head_size + 1)
 
 
 def saved_by_features(model: ModelShape, block_tokens: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from escala.schema.attention.exact import kept_for_backward, keys_and_values, mean_keys
+from escala.schema.attention.exact import kept_for_backward, keys_and_values, mean_keys, sum_width
 from escala.schema.attention.features import (
     feature_flops,
     features_of,
     saved_by_features,
     state_of_features,
+    sums_of_features,
 )
 from escala.schema.attention.kind import KINDS, AttentionKind, FeaturesConfig, ModelShape
 from escala.schema.attention.window import WINDOW_TOKENS
@@ -67,13 +68,14 @@ class HybridAttention(BlockAttention):
         near = keys_and_values(model, min(tokens, window_of(model)))
         return near + model.n_layers * state_of_features(model)
 
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the state before the block."""
-        return keys_and_values(model, block_tokens) + model.n_layers * state_of_features(model)
+        sums = model.n_layers * sums_of_features(model) * sum_width(width)
+        return keys_and_values(model, block_tokens) * width + sums
 
-    def live_tokens(self, model: ModelShape) -> int | None:
-        """Two blocks before the token's own: the first of them joins the own one's state."""
-        return window_of(model) + window_of(model) // 2
+    def live_blocks(self, model: ModelShape, block_tokens: int) -> int | None:
+        """The own one and the two before: when the own one begins, the first joins its state."""
+        return 3
 
 
 def window_of(model: ModelShape) -> int:

@@ -102,15 +102,19 @@ class AttentionKind(KindSection):
         """Elements of all layers that generation keeps of a sequence of `tokens` tokens."""
 
     @abstractmethod
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
-        """Elements of all layers in one block of generation's cache, of `block_tokens` tokens."""
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
+        """Bytes of all layers in one block of generation's cache, of `block_tokens` tokens.
+
+        Args:
+            width: bytes of an element of the model; what is summed over blocks has four at least.
+        """
 
     def block_tokens(self, model: ModelShape) -> int | None:
         """Tokens that a block of generation's cache must have; None: any number."""
         return None
 
-    def live_tokens(self, model: ModelShape) -> int | None:
-        """How many last tokens' blocks generation needs of a sequence, the next token's own included; None: all."""
+    def live_blocks(self, model: ModelShape, block_tokens: int) -> int | None:
+        """How many last blocks generation needs of a sequence, the next token's own included; None: all."""
         return None
 
     def unexportable(self, model: ModelShape) -> str | None:

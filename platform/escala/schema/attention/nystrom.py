@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from escala.schema.attention.exact import kept_for_backward, keys_and_values
+from escala.schema.attention.exact import kept_for_backward, keys_and_values, sum_width
 from escala.schema.attention.hybrid import BlockAttention, window_of
 from escala.schema.attention.kind import KINDS, ModelShape
 from escala.schema.attention.window import WINDOW_TOKENS
@@ -48,14 +48,15 @@ class NystromAttention(BlockAttention):
         return model.n_layers * (self.local_flops(model, context_tokens) + share * keys + queries)
 
     def saved_elements(self, model: ModelShape) -> int:
-        """The exact part's; queries and keys at unit norm; a block's landmarks. The rest is made again, block by
-        block.
+        """The exact part's; queries and keys at unit norm, keys and values by blocks; a block's landmarks. The rest is
+        made again, block by block.
         """
         local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
         heads = model.n_heads + model.kv_heads
         sums = model.n_heads * (model.head_size + 2)
         summary = -(-self._summary(model) // (window_of(model) // 2))
-        return local + 2 * heads * model.head_size + sums + 2 * summary
+        blocks = 2 * model.kv_heads * model.head_size
+        return local + 2 * heads * model.head_size + blocks + sums + 2 * summary
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
         """Keys and values of the window; the landmarks of all blocks before it."""
@@ -63,9 +64,10 @@ class NystromAttention(BlockAttention):
         near = keys_and_values(model, min(tokens, window_of(model)))
         return near + model.n_layers * blocks * self._summary(model)
 
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the landmarks of the block with their sums."""
-        return keys_and_values(model, block_tokens) + model.n_layers * self._summary(model)
+        summary = model.n_layers * self._summary(model) // 2 * sum_width(width)
+        return keys_and_values(model, block_tokens) * width + summary
 
     def _summary(self, model: ModelShape) -> int:
         """Landmarks and their sums, in fp32, of one block and layer: two elements each of a model in half precision."""

@@ -31,13 +31,13 @@ class WindowAttention(AttentionKind):
         """Keys and values of the window."""
         return keys_and_values(model, min(tokens, model.window_tokens or tokens))
 
-    def block_elements(self, model: ModelShape, block_tokens: int) -> int:
+    def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values."""
-        return keys_and_values(model, block_tokens)
+        return keys_and_values(model, block_tokens) * width
 
-    def live_tokens(self, model: ModelShape) -> int | None:
-        """The window."""
-        return model.window_tokens
+    def live_blocks(self, model: ModelShape, block_tokens: int) -> int | None:
+        """The window's, which may begin at the end of a block."""
+        return 1 + -(-((model.window_tokens or WINDOW_TOKENS) - 1) // block_tokens)
 
     def unexportable(self, model: ModelShape) -> str | None:
         """Nothing; `escala.schema.architectures` knows which class has a place for a window."""

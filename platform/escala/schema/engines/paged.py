@@ -16,7 +16,11 @@ class PagedEngineConfig(EngineKind):
     kind: Literal["paged"] = "paged"
     max_running: int = Field(32, gt=0, description="requests in the batch")
     cache_tokens: int | None = Field(
-        None, gt=0, description="that the KV cache holds; None: max_running contexts, or 1 GiB of them"
+        None,
+        gt=0,
+        description="that the KV cache holds; None: max_running contexts, of each what attention needs, or 1 GiB",
     )
-    block_tokens: int = Field(32, gt=0, description="of a cache block")
+    block_tokens: int | None = Field(
+        None, gt=0, description="of a cache block; None: as the model's attention needs it, or 32"
+    )
     prefill_tokens: int = Field(512, gt=0, description="of prompts read in one step")

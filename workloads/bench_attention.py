@@ -83,7 +83,7 @@ def measure_kind(
         "decode": lambda context: _decode(model, context, device, dtype),
     }
     for side, prepare in sides.items():
-        calls = _tokens_of_a_block(model) if side == "decode" else 1
+        calls = _tokens_of_a_block(model) * DECODE_LAYERS if side == "decode" else 1
         found[side], reason = _by_context(prepare, side, model, config, calls)
         if reason:
             found["left_out"].append(f"{side}: {reason}")

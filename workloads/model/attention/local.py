@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from workloads.model.attention.flex import BlockMask, flex_fits, flex_local, flex_mask
 from workloads.model.attention.layout import Packing, accumulated
 
 STEP_TOKENS = (
@@ -47,6 +48,11 @@ class Band:
             return max(0, (query // self.block_tokens - 1) * self.block_tokens)
         return max(0, query - (self.window_tokens or query + 1) + 1)
 
+    @functools.cached_property
+    def flex_mask(self) -> BlockMask:
+        """The band as flex_attention reads it."""
+        return flex_mask(self.packing, self.window_tokens, self.block_tokens)
+
     def unseen(self, queries: slice, keys: slice, heads: int) -> Tensor:
         """True where a query (row) does not see a key (column), (C, K) or (N, 1, C, K)."""
         unseen_CK = _beyond(
@@ -73,7 +79,17 @@ def _beyond(offset: int, queries: int, keys: int, window: int | None, device: to
 
 
 def local_attention(q_NETS: Tensor, k_NTS: Tensor, v_NTS: Tensor, band: Band) -> tuple[Tensor, Tensor]:
-    """(out_NETS, lse_NET) in fp32 (fp64 for fp64): softmax(q k^T / sqrt(S)) v over the band, and log sum e^(q k)."""
+    """(out_NETS, lse_NET) in fp32 (fp64 for fp64): softmax(q k^T / sqrt(S)) v over the band, and log sum e^(q k).
+
+    On CUDA by flex_attention where it fits (see `flex`), else step by step.
+    """
+    if flex_fits(q_NETS):
+        return flex_local(q_NETS, k_NTS, v_NTS, band.flex_mask, _rows(band, k_NTS))
+    return stepwise(q_NETS, k_NTS, v_NTS, band)
+
+
+def stepwise(q_NETS: Tensor, k_NTS: Tensor, v_NTS: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """`local_attention` in steps of a few queries, in torch's own products."""
     found: tuple[Tensor, Tensor] = _local(q_NETS, k_NTS, v_NTS, band)
     return found
 

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ DECODE_LAYERS = 4  # what layers share (which blocks to read) is then as small a
 BLOCK_TOKENS = 32  # of the cache, where a kind takes any: the engine's own
 LEAST_CALLS = 3
 LONG = 10
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call, and in how many equal parts its time is told: of a decoder tokens x layers."""
+
+    work: Callable[[], object]
+    parts: int = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -77,14 +86,13 @@ def measure_kind(
     """The fields of a `KindSpeed`: seconds by context, and what is left out."""
     model = config.layer(kind)
     found: dict[str, Any] = {"left_out": []}
-    sides: dict[str, Callable[[int], Callable[[], object]]] = {
-        "forward": lambda context: _forward(model, context, device, dtype),
-        "train": lambda context: _train(model, context, device, dtype),
-        "decode": lambda context: _decode(model, context, device, dtype),
+    sides: dict[str, Callable[[int], Timed]] = {
+        "forward": lambda context: Timed(_forward(model, context, device, dtype)),
+        "train": lambda context: Timed(_train(model, context, device, dtype)),
+        "decode": lambda context: decoder(model, context, device, dtype),
     }
     for side, prepare in sides.items():
-        calls = _tokens_of_a_block(model) * DECODE_LAYERS if side == "decode" else 1
-        found[side], reason = _by_context(prepare, side, model, config, calls)
+        found[side], reason = _by_context(prepare, side, model, config)
         if reason:
             found["left_out"].append(f"{side}: {reason}")
         print(f"{dtype} {kind} {side}: {found[side]} {reason}", flush=True)
@@ -92,11 +100,10 @@ def measure_kind(
 
 
 def _by_context(
-    prepare: Callable[[int], Callable[[], object]],
+    prepare: Callable[[int], Timed],
     side: str,
     model: ModelConfig,
     config: AttentionBenchConfig,
-    calls: int,
 ) -> tuple[dict[int, float], str]:
     """Seconds by context, ascending, and why the rest is left out (empty: nothing is)."""
     seconds: dict[int, float] = {}
@@ -111,7 +118,8 @@ def _by_context(
                     f"at T {context} a call would take {seconds[last] * growth:.0f} s, above {limit}",
                 )
         try:
-            seconds[context] = _best_seconds(prepare(context), config.seconds, _clock(config)) / calls
+            found = prepare(context)
+            seconds[context] = _best_seconds(found.work, config.seconds, _clock(config)) / found.parts
         except torch.OutOfMemoryError:
             return seconds, f"at T {context} the device's memory is too small"
         finally:
@@ -186,17 +194,11 @@ def _attention(
     return call
 
 
-def _tokens_of_a_block(model: ModelConfig) -> int:
-    return model.attention.block_tokens(model) or BLOCK_TOKENS
-
-
-def _decode(
-    model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[], object]:
-    """A function that decodes as many tokens as a block has, from position `context` on: so what is due at a block's
-    border counts once. The state is empty: what it holds changes no time.
+def decoder(model: ModelConfig, context: int, device: torch.device, dtype: torch.dtype) -> Timed:
+    """From position `context` on, as many tokens as a block has: so what is due at a block's border counts once. The
+    state is empty: what it holds changes no time.
     """
-    block = _tokens_of_a_block(model)
+    block = model.attention.block_tokens(model) or BLOCK_TOKENS
     whole = model.model_copy(update={"n_layers": DECODE_LAYERS, "max_context_tokens": context + block})
     network = Network(Transformer(whole).to(device, dtype))
     places = -(-(context + block) // block)
@@ -211,7 +213,7 @@ def _decode(
         for position in range(context, context + block):
             network.forward([TokenSpan([0], position, table)], state, tiled=False)
 
-    return decode
+    return Timed(decode, block * DECODE_LAYERS)
 
 
 if __name__ == "__main__":

@@ -175,13 +175,17 @@ class PlanMethods(Home):
         return bench.write_cluster(self.settings, name, path)
 
     def bench_attention(self, overrides: Mapping[str, Any] | None = None, report: Report = silent) -> JobView:
-        """Queue the measurement of each kind of attention. Args and errors as `planning.bench_attention`'s."""
+        """Queue the measurement of each kind of attention. `overrides`: fields of AttentionBenchConfig. Raises SpecError,
+        ClusterError.
+        """
         from escala.planning import bench_attention
 
         return JobView.of(bench_attention.bench_attention(self.settings, overrides, report))
 
     def write_attention(self, name: str, path: Path) -> Cluster:
-        """Write into the cluster's file what that job measured. Errors as `planning.bench_attention`'s."""
+        """Write into the cluster's file what that job measured. Errors as `planning.bench_attention.write_attention`
+        has them.
+        """
         from escala.planning import bench_attention
 
         return bench_attention.write_attention(self.settings, name, path)

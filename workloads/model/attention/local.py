@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
-from workloads.model.attention.flex import BlockMask, flex_fits, flex_local, flex_mask
+from workloads.model.attention.flex import flex_fits, flex_local, flex_mask
 from workloads.model.attention.layout import Packing, accumulated
 
 STEP_TOKENS = (

@@ -36,7 +36,7 @@ from workloads.training.failures import NodeWatch, classify
 DECODE_LAYERS = 4  # what layers share (which blocks to read) is then as small a part as in a small model
 BLOCK_TOKENS = 32  # of the cache, where a kind takes any: the engine's own
 LEAST_CALLS = 3
-LONG = 10
+LONG = 30
 
 
 @dataclass(frozen=True)

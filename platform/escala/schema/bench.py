@@ -46,7 +46,9 @@ class AttentionBenchConfig(Strict):
     window_tokens: int = Field(512, gt=0, description="of the kinds that have a window")
     features: int = Field(256, gt=0, description="width of phi, of the kinds that have features")
     precisions: list[Literal["fp32", "bf16"]] = Field(["fp32"], min_length=1, description="each is measured")
-    seconds: float = Field(1.0, gt=0, description="for each figure, or one call where that takes longer")
+    seconds: float = Field(
+        0.3, gt=0, description="for each figure, at least three calls; one where it takes 30 times as long"
+    )
     max_call_seconds: float = Field(
         120.0, gt=0, description="a context whose call would take longer is left out, by the kind's FLOPs"
     )

@@ -81,7 +81,7 @@ def test_the_tests_on_gpus_need_torch_and_pydantic_alone() -> None:
 
 
 def test_repeated_heads_are_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = exact.make_core(ModelConfig(d_model=64, n_heads=4, n_kv_heads=2))
+    core = exact.make_attention(ModelConfig(d_model=64, n_heads=4, n_kv_heads=2))
     found = []
     for grouped in (True, False):
         monkeypatch.setattr(exact, "_takes_grouped_heads", lambda q, mask, grouped=grouped: grouped)

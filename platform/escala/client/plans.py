@@ -175,8 +175,8 @@ class PlanMethods(Home):
         return bench.write_cluster(self.settings, name, path)
 
     def bench_attention(self, overrides: Mapping[str, Any] | None = None, report: Report = silent) -> JobView:
-        """Queue the measurement of each kind of attention. `overrides`: fields of AttentionBenchConfig. Raises SpecError,
-        ClusterError.
+        """Queue the measurement of each kind of attention. `overrides`: fields of AttentionBenchConfig. Raises
+        SpecError, ClusterError.
         """
         from escala.planning import bench_attention
 

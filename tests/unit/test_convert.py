@@ -12,7 +12,13 @@ from escala.contract import handshake
 from escala.contract.errors import SpecError, ToleranceNotMet
 from escala.contract.records import AttemptFiles, AttemptSpec, write_json
 from escala.schema import AutoFeaturesConfig, ConvertConfig, ModelConfig
-from escala.schema.flops import attention_parameters, flops_per_token, training_flops_per_token
+from escala.schema.flops import (
+    attention_parameters,
+    flops_per_token,
+    step_flops_per_token,
+    training_flops_per_token,
+    transfer_flops_per_token,
+)
 from escala.spec import load_job
 from escala.tracking.lineage.lifecycle import LiveAttempt
 from escala.tracking.spool import read_events
@@ -79,7 +85,12 @@ def test_flops_count_the_exact_models_pass_and_no_gradients_of_frozen_weights() 
     frozen = 2 * (3 * 2 * 64 * config.model.ff_size + 512 * 64)
     exact = flops_per_token(ModelConfig(**SMALL), context).total / 3
     assert own == 2 * 2 * 64 * (4 + 2) * 16
-    assert training_flops_per_token(config) == pytest.approx(full.total - frozen + exact)
+    of_loss = full.total - frozen + exact
+    assert step_flops_per_token(config, 1) == pytest.approx(of_loss)
+    forward = flops_per_token(ModelConfig(**SMALL), context)
+    transfer = (forward.total - forward.logits) / 3 + 6 * own + full.attention
+    assert transfer_flops_per_token(config) == pytest.approx(transfer)
+    assert training_flops_per_token(config) == pytest.approx((of_loss + transfer) / 2)
 
 
 def test_counts_double_from_the_first_up_to_the_cap() -> None:

@@ -29,7 +29,6 @@ class ConvertConfig(PretrainConfig):
     keeps_reference: ClassVar[bool] = True
     forward_passes: ClassVar[int] = 1  # the exact model's
     trains_attention_alone: ClassVar[bool] = True
-    cost_note: ClassVar[str] = "steps of the transfer cost less: they pass through attention alone"
 
     start: StartConfig
     attention: AttentionSection = Field(

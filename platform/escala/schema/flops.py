@@ -142,7 +142,19 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
     has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. So does a run that trains attention alone.
     """
-    return step_flops_per_token(config, config.epochs)
+    of_loss = step_flops_per_token(config, config.epochs)
+    share = config.transfer_steps / config.total_steps
+    return (1 - share) * of_loss + share * transfer_flops_per_token(config) if share else of_loss
+
+
+def transfer_flops_per_token(config: TrainedConfig) -> float:
+    """What a step that fits attention's outputs spends on a token: the start's forward pass up to its last layer, and
+    attention alone, forward and backward.
+    """
+    start = flops_per_token(config.start_model, config.context_tokens)
+    own = flops_per_token(config.model, config.context_tokens)
+    passed = (start.total - start.logits) / TRAINING_PER_FORWARD
+    return passed + TRAINING_PER_FORWARD * 2.0 * _projections(config.model) + own.attention
 
 
 def step_flops_per_token(config: TrainedConfig, epochs: float, frozen_actor: bool = False) -> float:

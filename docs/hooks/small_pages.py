@@ -47,6 +47,7 @@ LAWS = (
 ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and errors it names
     "escala.planning.limits.Limits",
     "escala.planning.plans.PlanOptions",
+    "escala.planning.plans.plan_kinds",
     "escala.planning.plans.propose_runs",
     "escala.planning.explore.explore",
     "escala.planning.submission.JobRequest",

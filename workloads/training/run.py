@@ -80,9 +80,8 @@ def worker_inputs(attempt: LiveAttempt, prepared: Prepared, config: TrainedConfi
     spec = attempt.spec
     attempt.reads(prepared.fingerprints)
     found = choose_checkpoint(spec, config, prepared.fingerprints["tokenizer"])
-    if prepared.tokenizer is not None:
-        for address in filter(None, (spec.checkpoints, spec.trunk)):
-            keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
+    for address in filter(None, (spec.checkpoints, spec.trunk)):
+        keep_tokenizer(prepared.tokenizer, open_checkpoints(address), found)
     attempt.checkpoint = found.address if found else None
     _, run_id = attempt.run
     return WorkerInputs(spec, prepared.path, attempt.checkpoint, run_id, prepared.fingerprints)
@@ -170,10 +169,14 @@ def spec_numbers(spec: AttemptSpec) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(source: Path, checkpoints: CheckpointStore, resumed_from: Checkpoint | None) -> None:
+def keep_tokenizer(
+    source: Path | None, checkpoints: CheckpointStore, resumed_from: Checkpoint | None
+) -> None:
     """Copy the tokenizer's files beside the checkpoints, which can then be used alone. Those that the job's checkpoint
-    was written with stay: its manifest has their hashes.
+    was written with stay: its manifest has their hashes. None: the data are token ids.
     """
+    if source is None:
+        return None
     damaged = False
     if resumed_from is not None and resumed_from.store.address == checkpoints.address:
         try:

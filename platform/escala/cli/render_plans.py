@@ -197,8 +197,8 @@ def _memory(best: PlanView) -> str:
 
 
 def _residuals(best: PlanView) -> str:
-    """Relative first-order residuals."""
-    return ", ".join(f"{name} {residual:.1e}" for name, residual in best.residuals.items())
+    """The size of the relative first-order residuals."""
+    return ", ".join(f"{name} {abs(residual):.1e}" for name, residual in best.residuals.items())
 
 
 def _kinds(best: PlanView, plans: Sequence[PlanView]) -> None:

@@ -204,7 +204,8 @@ def activation_bytes(config: TrainedConfig, tokens: int, checkpointing: bool) ->
     """Of `tokens` tokens: what all blocks keep for the backward pass, what one block's gradients take there, the logits
     (in fp32, with log-probabilities and gradient). Attention's part is its kind's (docs/theory D.7).
     """
-    saved, width = saved_elements_per_token(config.model, checkpointing), _width(config)
+    width = _width(config)
+    saved = saved_elements_per_token(config.model, checkpointing, width)
     exchanged = exchanged_elements_per_token(config.model) if shared_experts(config)[0] else 0.0
     kept = 0.0 if checkpointing else exchanged * mixture_layers(config.model)
     blocks, working = tokens * (saved.blocks + kept) * width, tokens * (saved.working + exchanged) * width

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from escala.schema.attention.kind import FP32_BYTES
 from escala.schema.model import ModelConfig
 from escala.schema.training import LoraConfig, TrainedConfig
 
@@ -194,13 +195,15 @@ class SavedElements:
     head: float  # logits, their log-probabilities and their gradient
 
 
-def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
+def saved_elements_per_token(
+    config: ModelConfig, checkpointing: bool, element_bytes: int = FP32_BYTES
+) -> SavedElements:
     """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
     GELU block with dropout): a block its two residual inputs and their norms, what its attention keeps, SwiGLU's gate
     and up, and their product; of a mixture of experts see below.
     """
     d = config.d_model
-    block = 4 * d + config.attention.saved_elements(config) + 3 * config.ff_size
+    block = 4 * d + config.attention.saved_elements(config, element_bytes) + 3 * config.ff_size
     mixtures, mixture = mixture_layers(config), block - 3 * config.ff_size + _saved_by_mixture(config)
     working = max([block] * (mixtures < config.n_layers) + [mixture] * (mixtures > 0))
     head = 3 * config.vocab_size
@@ -236,7 +239,7 @@ def moved_bytes_per_step(config: TrainedConfig) -> float:
     moves 28 bytes a parameter.
     """
     width = 2 if config.training.precision == "bf16" else 4
-    saved = saved_elements_per_token(config.model, False)
+    saved = saved_elements_per_token(config.model, False, width)
     n, ranks = parameter_counts(config.model).n_total, config.resources.workers
     micro_batches = config.training.batch_sequences // config.micro_batch_sequences
     activations = 4 * width * (saved.blocks + saved.head) * config.step_tokens

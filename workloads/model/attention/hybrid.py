@@ -17,7 +17,7 @@ from escala.schema.attention.hybrid import window_of
 from workloads.model.attention.features import FeatureSums, UnitScale, far_keys
 from workloads.model.attention.layout import join_heads, packing, split_heads
 from workloads.model.attention.local import Band, local_attention
-from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile, one_normaliser
+from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile
 from workloads.model.attention.registry import AttentionModule
 from workloads.model.attention.sums import Begun, BlockSums, begun
 
@@ -68,6 +68,22 @@ class NearAndFar(AttentionModule):
         is_far_NT = prepared.packing.of_heads(count_BT.expand(batch, -1) > 0, k_BTGS.shape[2])
         out_NETS = one_normaliser(near_NETS, lse_NET, numerator, denominator, log_weight_NE, is_far_NT)
         return join_heads(out_NETS, batch, q_BTHS.dtype)
+
+
+def one_normaliser(
+    near_NETS: Tensor,
+    lse_NET: Tensor,
+    numerator_NETS: Tensor,
+    denominator_NET: Tensor,
+    log_weight_NE: Tensor,
+    is_far_NT: Tensor,
+) -> Tensor:
+    """(e^lse near + e^w numerator) / (e^lse + e^w denominator), by the logarithm of the whole normaliser."""
+    log_weight_NE1 = log_weight_NE.unsqueeze(-1)
+    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(~is_far_NT[:, None], float("-inf"))
+    total = torch.logaddexp(lse_NET, log_far)
+    near = near_NETS * (lse_NET - total).exp().unsqueeze(-1)
+    return torch.addcmul(near, numerator_NETS, (log_weight_NE1 - total).exp().unsqueeze(-1))
 
 
 class Hybrid(NearAndFar):

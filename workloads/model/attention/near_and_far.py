@@ -30,26 +30,6 @@ class FarModule(Protocol):
     def is_far_bypassed(self) -> bool: ...
 
 
-def one_normaliser(
-    near_NETS: Tensor,
-    lse_NET: Tensor,
-    numerator_NETS: Tensor,
-    denominator_NET: Tensor,
-    log_weight_NE: Tensor,
-    is_far_NT: Tensor,
-) -> Tensor:
-    """(e^lse near + e^w numerator) / (e^lse + e^w denominator), by the logarithm of the whole normaliser."""
-    log_weight_NE1 = log_weight_NE.unsqueeze(-1)
-    none_N1T, nothing = ~is_far_NT[:, None], float("-inf")
-    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(none_N1T, nothing)
-    total = torch.logaddexp(lse_NET, log_far)
-    near = near_NETS * (lse_NET - total).exp().unsqueeze(-1)
-    far = (
-        (log_weight_NE1 - total).masked_fill(none_N1T, nothing).exp()
-    )  # without a far part it could overflow
-    return torch.addcmul(near, numerator_NETS, far.unsqueeze(-1))
-
-
 @dataclass(frozen=True)
 class NearAndFarPlan:
     """How tiles read both parts.
@@ -138,23 +118,40 @@ class NearAndFarState(ABC):
         tiles, queries, heads, each, size = q_TQGES.shape
         q_GNS = q_TQGES.permute(2, 0, 3, 1, 4).reshape(heads, -1, size)
         sums_TGRV, least_G, log_scale_G = self.far(layer, module.unit.scaled(q_GNS), plan)
-        sums_NEQV = sums_TGRV.view(tiles * heads, each, queries, size + 1)
-        denominator_NEQ = sums_NEQV[..., -1]
+        sums_NEQV = sums_TGRV.reshape(tiles * heads, each, queries, size + 1)
         count_N11 = plan.count_T.repeat_interleave(heads).view(-1, 1, 1)
+        denominator_NEQ = sums_NEQV[..., -1]
         if least_G is not None:
             denominator_NEQ = torch.maximum(denominator_NEQ, least_G.repeat(tiles).view(-1, 1, 1) * count_N11)
         log_weight_GE = module.gain_H.to(sums_NEQV.dtype).view(heads, each)
         if log_scale_G is not None:
             log_weight_GE = log_weight_GE + log_scale_G[:, None]
-        out_NEQS = one_normaliser(
+        out_NEQS = _one_normaliser(
             near_TQGES.permute(0, 2, 3, 1, 4).reshape(-1, each, queries, size),
             lse_TGQE.transpose(2, 3).reshape(-1, each, queries),
             sums_NEQV[..., :-1],
-            denominator_NEQ.masked_fill(count_N11 == 0, 1.0),
-            log_weight_GE.repeat(tiles, 1),
-            count_N11[:, :, 0] > 0,
+            denominator_NEQ.masked_fill(count_N11 == 0, 0.0),
+            log_weight_GE.repeat(tiles, 1).unsqueeze(-1),
         )
         return out_NEQS.view(tiles, heads, each, queries, size).permute(0, 3, 1, 2, 4)
+
+
+def _one_normaliser(
+    near_NEQS: Tensor,
+    lse_NEQ: Tensor,
+    numerator_NEQS: Tensor,
+    denominator_NEQ: Tensor,
+    log_weight_NE1: Tensor,
+) -> Tensor:
+    """(e^lse near + e^w numerator) / (e^lse + e^w denominator), the same bits wherever a number stands in a tensor:
+    logaddexp and addcmul compute the last numbers of one by other code.
+    """
+    log_far_NEQ = log_weight_NE1 + denominator_NEQ.log()
+    shift_NEQ = torch.maximum(lse_NEQ, log_far_NEQ)
+    near_weight, far_weight = (lse_NEQ - shift_NEQ).exp(), (log_far_NEQ - shift_NEQ).exp()
+    scale_NEQ = torch.where(denominator_NEQ > 0, log_weight_NE1 - shift_NEQ, 0.0).exp()
+    mixed_NEQS = near_NEQS * near_weight.unsqueeze(-1) + numerator_NEQS * scale_NEQ.unsqueeze(-1)
+    return mixed_NEQS / (near_weight + far_weight).unsqueeze(-1)
 
 
 def by_tile(x_GNS: Tensor, tiles: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Loss against N, D and the context length T, which costs attention. The closed-form optimum is of N and D at a given T;
-a plan chooses T, too (escala.planning.split).
+"""Loss against N, D and the context length T, which costs attention. The closed-form optimum is of N and D at a given
+T; a plan chooses T, too (escala.planning.split).
 """
 
 from escala.laws.form import D_TERM, N_TERM, Form, Term

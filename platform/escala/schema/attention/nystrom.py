@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from escala.schema.attention.exact import kept_for_backward, keys_and_values, sum_width
+from escala.schema.attention.exact import keys_and_values, sum_width
 from escala.schema.attention.hybrid import BlockAttention, window_of
-from escala.schema.attention.kind import KINDS, ModelShape
+from escala.schema.attention.kind import FP32_BYTES, KINDS, ModelShape
 from escala.schema.attention.window import WINDOW_TOKENS
 
 
@@ -47,16 +47,11 @@ class NystromAttention(BlockAttention):
         queries = 2.0 * model.n_heads * landmarks * (2 * size + 1)
         return model.n_layers * (self.local_flops(model, context_tokens) + share * keys + queries)
 
-    def saved_elements(self, model: ModelShape) -> int:
-        """The exact part's; queries and keys at unit norm, keys and values by blocks; a block's landmarks. The rest is
-        made again, block by block.
-        """
-        local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
-        heads = model.n_heads + model.kv_heads
-        sums = model.n_heads * (model.head_size + 2)
-        summary = -(-self._summary(model) // (window_of(model) // 2))
-        blocks = 2 * model.kv_heads * model.head_size
-        return local + 2 * heads * model.head_size + blocks + sums + 2 * summary
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """Both parts; keys and values by blocks, and a block's landmarks. The rest is made again, block by block."""
+        keys, block = model.kv_heads * model.head_size, window_of(model) // 2
+        wide = keys + -(-self._summary(model) // 2 // block)
+        return self.kept_of_both(model, element_bytes) + keys + FP32_BYTES // element_bytes * wide
 
     def state_elements(self, model: ModelShape, tokens: int) -> int:
         """Keys and values of the window; the landmarks of all blocks before it."""

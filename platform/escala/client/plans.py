@@ -175,16 +175,18 @@ class PlanMethods(Home):
         return bench.write_cluster(self.settings, name, path)
 
     def bench_attention(self, overrides: Mapping[str, Any] | None = None, report: Report = silent) -> JobView:
-        """Queue the measurement of each kind of attention. `overrides`: fields of AttentionBenchConfig. Raises
-        SpecError, ClusterError.
+        """Queue the measurement of each kind of attention. Errors as `bench_device`.
+
+        Args:
+            overrides: fields of `escala.schema.AttentionBenchConfig`.
         """
         from escala.planning import bench_attention
 
         return JobView.of(bench_attention.bench_attention(self.settings, overrides, report))
 
     def write_attention(self, name: str, path: Path) -> Cluster:
-        """Write into the cluster's file what that job measured. Errors as `planning.bench_attention.write_attention`
-        has them.
+        """Write into the cluster's file what that job measured, and where each kind overtakes exact. Errors as
+        `planning.bench_attention.write_attention`.
         """
         from escala.planning import bench_attention
 

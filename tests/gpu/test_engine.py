@@ -22,6 +22,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "window": {"window_tokens": 33},
     "experts": {"moe": {"experts": 4, "chosen": 2}},
+    "features": {"attention": "features"},
+    "learned": {"attention": "features", "features": {"kind": "learned", "count": 64}},
+    "hybrid": {"attention": "hybrid", "window_tokens": 32},
+    "nystrom": {"attention": {"kind": "nystrom", "landmarks": 4}, "window_tokens": 32},
 }
 REQUESTS, NEW = 12, 32
 GREEDY = [SamplingParams(max_tokens=NEW, temperature=0)] * REQUESTS

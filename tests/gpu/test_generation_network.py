@@ -19,6 +19,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "window": {"window_tokens": 21, "n_kv_heads": 4},
     "qk-norm": {"qk_norm": True, "tie_embeddings": False},
     "experts": {"moe": {"experts": 4, "chosen": 2, "every": 2, "shared_experts": 1}},
+    "features": {"attention": "features"},
+    "learned": {"attention": "features", "features": {"kind": "learned", "count": 64}},
+    "hybrid": {"attention": "hybrid", "window_tokens": 32},
+    "nystrom": {"attention": {"kind": "nystrom", "landmarks": 4}, "window_tokens": 32},
 }
 LENGTHS, BLOCK = (5, 64, 77), 16
 each_model = pytest.mark.parametrize("name", MODELS)

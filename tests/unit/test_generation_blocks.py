@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from workloads.generation.blocks import BlockPool, prompt_keys
 from workloads.generation.protocol import Request, SamplingParams
-from workloads.generation.scheduler import Scheduler, Sequence
+from workloads.generation.scheduler import RELEASED, Scheduler, Sequence
 
 BLOCK = 4
 
@@ -21,7 +21,8 @@ def request(name: str, prompt: list[int], max_tokens: int = 6) -> Request:
 
 def check(scheduler: Scheduler) -> None:
     """The pool's counts are those of the tables."""
-    counts = Counter(block for s in (*scheduler.running, *scheduler.waiting) for block in s.table)
+    held = [s.table[s.released :] for s in (*scheduler.running, *scheduler.waiting)]
+    counts = Counter(block for blocks in held for block in blocks)
     pool = scheduler.pool
     assert [pool.owners(b) for b in range(pool.total)] == [counts[b] for b in range(pool.total)]
     assert pool.free == pool.total - len(counts)
@@ -34,6 +35,8 @@ def finish_tokens(scheduler: Scheduler, admit: bool = True) -> list[Sequence]:
     for work in (*tiles, *rows):
         sequence = work.sequence
         assert len(sequence.table) * scheduler.block_tokens >= work.end == sequence.computed > work.start
+        needed = 0 if scheduler.live is None else max(0, work.start // BLOCK + 1 - scheduler.live)
+        assert RELEASED not in sequence.table[needed:]
         if work.end == len(sequence.tokens):
             sequence.tokens.append(7)
             if sequence.generated == sequence.request.params.max_tokens:
@@ -102,11 +105,14 @@ def test_low_numbers_first_and_proven_contents_last() -> None:
     st.integers(6, 14),
     st.integers(1, 5),
     st.integers(1, 9),
+    st.one_of(st.none(), st.integers(2, 4)),
 )
 def test_nothing_leaks_and_everyone_finishes(
-    events: list[tuple[int, int, int, int]], blocks: int, max_running: int, prefill: int
+    events: list[tuple[int, int, int, int]], blocks: int, max_running: int, prefill: int, live: int | None
 ) -> None:
-    scheduler, added, gone = Scheduler(blocks, BLOCK, max_running, prefill), [], set()
+    """With `live` in a cache that is hardly larger than what one needs."""
+    blocks = blocks if live is None else live + blocks // 6 - 1
+    scheduler, added, gone = Scheduler(blocks, BLOCK, max_running, prefill, live), [], set()
     for action, length, tokens, group in events:
         if action <= 1:
             prompt = [group] * length  # four families of prompts: many share their first blocks
@@ -166,3 +172,46 @@ def test_prompts_are_read_in_whole_blocks_and_shared_within_a_step() -> None:
     assert twin.table[:2] == long.table[:2]
     assert twin.table[2] != long.table[2]
     assert scheduler.cached_tokens == 8
+
+
+def test_a_prefix_is_known_by_its_live_blocks() -> None:
+    pool, keys = BlockPool(6), [bytes([n]) for n in range(6)]
+    for key in keys[:5]:
+        block = pool.take()
+        pool.publish(block, key)
+        pool.release(block, is_passed=True)
+    assert pool.known(keys) == (5, [0, 1, 2, 3, 4])
+    assert pool.known(keys, 2) == (5, [3, 4])
+    assert [pool.take(), pool.take()] == [5, 0]  # the empty one, then the one that was passed first
+    assert pool.known(keys) == (0, [])
+    assert pool.known(keys, 2) == (5, [3, 4])
+    pool.share(3)
+    assert [pool.take(), pool.take(), pool.take(), pool.take()] == [1, 2, 4, None]
+    assert pool.known(keys, 1) == (4, [3])
+    assert pool.known(keys, 2) == (0, [])
+
+
+def test_a_long_prompt_runs_in_the_blocks_that_are_needed_at_once() -> None:
+    scheduler = Scheduler(3, BLOCK, 2, 4 * BLOCK, live=3)
+    assert scheduler.room == float("inf")
+    long = scheduler.add(request("long", list(range(101)), 9), None)
+    most = 0
+    while scheduler.running or scheduler.waiting:
+        finish_tokens(scheduler)
+        check(scheduler)
+        most = max(most, len(set(long.table[long.released :])))
+    assert (most, scheduler.preemptions, scheduler.pool.free) == (3, 0, 3)
+    assert Scheduler(2, BLOCK, 2, BLOCK, live=3).room == 2 * BLOCK
+
+
+def test_a_released_prefix_is_shared_until_it_is_overwritten() -> None:
+    scheduler = Scheduler(12, BLOCK, 1, 64, live=2)
+    prompt = list(range(22))
+    for name in "ab":
+        scheduler.add(request(name, prompt, 12), None)
+        while scheduler.running or scheduler.waiting:
+            finish_tokens(scheduler)
+    assert scheduler.cached_tokens == 20
+    scheduler.add(request("c", [*prompt[:9], 99, 99, 99, 99], 1), None)
+    finish_tokens(scheduler)
+    assert scheduler.cached_tokens == 28  # of two blocks, the second was there

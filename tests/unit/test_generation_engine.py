@@ -53,6 +53,24 @@ def test_a_request_that_the_cache_cannot_hold_is_refused() -> None:
     assert not engine.has_work
 
 
+def test_blocks_that_attention_cannot_have_are_refused() -> None:
+    """And a constant state needs a few of them, however long the context is."""
+    model = Transformer(
+        ModelConfig(**{**SMALL, "max_context_tokens": 4096}, attention="hybrid", window_tokens=16)
+    )
+    with pytest.raises(SpecError, match=r"blocks of 4 tokens: its own are of 8") as caught:
+        Engine(model, None, block_tokens=4)
+    assert "set it to 8" in caught.value.hint
+    engine = Engine(model, None, cache_tokens=24)
+    assert (engine.stats().total_blocks, engine.cache.block_tokens) == (3, 8)
+    engine.add(Request("a", (1,) * 300, SamplingParams(max_tokens=3)))
+    assert sum(len(o.token_ids) for o in run(engine)["a"]) == 3
+    with pytest.raises(SpecError, match="cache holds 17"):
+        Engine(model, None, cache_tokens=16).add(Request("a", (1,) * 16, SamplingParams(max_tokens=2)))
+    short = Transformer(ModelConfig(**SMALL, attention="hybrid"))
+    assert Engine(short, None, max_running=2).stats().total_blocks == 2
+
+
 def test_the_whole_cache_may_be_one_request_and_ids_are_unique_until_reported() -> None:
     engine = engine_of(cache_tokens=32)
     engine.add(Request("a", (1,) * 20, SamplingParams(max_tokens=13)))

@@ -27,6 +27,7 @@ from workloads.model.attention.registry import AttentionModule
 from workloads.model.attention.sums import Begun, BlockSums, begun, blocks_of
 
 LEAST_ROWS = 4
+LEAST_LENGTH = 1e-12  # as F.normalize
 
 
 def feature_map(x_BTHS: Tensor, kind: str, projection_HRS: Tensor) -> Tensor:
@@ -76,6 +77,16 @@ def random_rows(heads: int, rows: int, head_size: int, seed: int, device: torch.
         return picked.to(device)
 
 
+@functools.lru_cache(16)
+def _random_map(
+    heads: int, rows: int, head_size: int, seed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(random_rows in `dtype`, the length of each head's longest)."""
+    with torch.inference_mode(False):
+        rows_HRS = random_rows(heads, rows, head_size, seed, device).to(dtype)
+        return rows_HRS, torch.linalg.vector_norm(rows_HRS, dim=-1).amax(-1)
+
+
 class UnitScale(nn.Module):
     """Queries and keys at unit norm times a learned temperature of each key/value head, at most 1 and 1 at the start:
     e^(x.y) then lies between 1/e and e, where features and landmarks can follow it (docs/theory A.4).
@@ -89,14 +100,16 @@ class UnitScale(nn.Module):
         self.temperature_G = nn.Parameter(torch.ones(config.kv_heads))
 
     def scaled(self, x_GNS: Tensor) -> Tensor:
-        """Queries or keys of N positions, in fp32 (fp64 for fp64), without a gradient of the temperature."""
+        """Queries or keys of N positions in generation, in fp32 (fp64 for fp64)."""
         kind = accumulated(x_GNS.dtype)
-        temperature_G = self.temperature_G.detach().to(kind).clamp(max=1.0)
-        return F.normalize(x_GNS.to(kind), dim=-1) * temperature_G.view(-1, 1, 1)
+        temperature_G11 = self.temperature_G.to(kind).clamp(max=1.0).view(-1, 1, 1)
+        length = torch.linalg.vector_norm(x_GNS, dim=-1, keepdim=True, dtype=kind).clamp(min=LEAST_LENGTH)
+        scaled: Tensor = x_GNS * (temperature_G11 / length)
+        return scaled
 
     def least_G(self) -> Tensor:
         """What the kernel of a query and a key is at least: e^-temperature^2."""
-        return (-self.temperature_G.detach().float().clamp(max=1.0).square()).exp()
+        return (-self.temperature_G.float().clamp(max=1.0).square()).exp()
 
     def forward(self, q_NETS: Tensor, k_NTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x_NETS, y_NTS, temperature_N), in fp32 (fp64 for fp64)."""
@@ -128,14 +141,13 @@ class FeatureSums(nn.Module):
         """The projection, (G, R, S), in the dtype and on the device of `like`."""
         if self.projection_GRS is not None:
             return self.projection_GRS.to(like.dtype)
-        return random_rows(*self._shape, self.features.seed, like.device).to(like.dtype)
+        return _random_map(*self._shape, self.features.seed, like.device, like.dtype)[0]
 
-    def shift_G(self, rows_GRS: Tensor) -> Tensor | None:
+    def shift_G(self, like: Tensor) -> Tensor | None:
         """What keeps the positive map's exponents at most 0: the largest |w_r|, a constant; None for other maps."""
         if self.features.kind != "positive":
             return None
-        longest: Tensor = torch.linalg.vector_norm(rows_GRS, dim=-1).amax(-1)
-        return longest
+        return _random_map(*self._shape, self.features.seed, like.device, like.dtype)[1]
 
     @property
     def width(self) -> int:

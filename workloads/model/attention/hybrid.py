@@ -80,10 +80,14 @@ def one_normaliser(
 ) -> Tensor:
     """(e^lse near + e^w numerator) / (e^lse + e^w denominator), by the logarithm of the whole normaliser."""
     log_weight_NE1 = log_weight_NE.unsqueeze(-1)
-    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(~is_far_NT[:, None], float("-inf"))
+    none_N1T, nothing = ~is_far_NT[:, None], float("-inf")
+    log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(none_N1T, nothing)
     total = torch.logaddexp(lse_NET, log_far)
     near = near_NETS * (lse_NET - total).exp().unsqueeze(-1)
-    return torch.addcmul(near, numerator_NETS, (log_weight_NE1 - total).exp().unsqueeze(-1))
+    far = (
+        (log_weight_NE1 - total).masked_fill(none_N1T, nothing).exp()
+    )  # without a far part it could overflow
+    return torch.addcmul(near, numerator_NETS, far.unsqueeze(-1))
 
 
 class Hybrid(NearAndFar):
@@ -151,7 +155,7 @@ class HybridState(NearAndFarState):
         core, tiles = self._layers[layer], len(plan.far)
         phi_TGRM = by_tile(core.sums.mapped(x_GNS), tiles)
         sums_NRV = self._before.read(layer, plan.far, phi_TGRM.flatten(0, 1))
-        shift_G = core.sums.shift_G(core.sums.rows(x_GNS))
+        shift_G = core.sums.shift_G(x_GNS)
         is_signed = core.sums.features.kind == "trigonometric"
         return (
             torch.unflatten(sums_NRV, 0, (tiles, -1)),

@@ -35,12 +35,14 @@ class NearAndFarPlan:
     """How tiles read both parts.
 
     Attributes:
-        count_T: keys that are far from each tile.
-        far: of the kind; None: no tile has a far key.
+        count_T1111: keys that are far from each tile.
+        none_T1111: -inf where there are none, else 0; None: each tile has some.
+        far: of the kind; None: no tile has any.
     """
 
     near: TilePlan
-    count_T: Tensor
+    count_T1111: Tensor
+    none_T1111: Tensor | None
     far: Any
 
 
@@ -107,10 +109,16 @@ class NearAndFarState(ABC):
         count_T = (place_T - 1).clamp(min=0) * self.block_tokens
         in_place = device.type == "cpu" and positions_TQ.shape[1] == 1
         far = self.plan_far(tables, place_T, in_place) if bool(count_T.any()) else None
-        return NearAndFarPlan(near, count_T.to(device), far)
+        count_T1111 = count_T.view(-1, 1, 1, 1, 1).to(device)
+        none = None if bool(count_T.all()) else torch.zeros(count_T1111.shape, device=device)
+        if none is not None:
+            none.masked_fill_(count_T1111 == 0, float("-inf"))
+        return NearAndFarPlan(near, count_T1111, none, far)
 
     def attend(self, q_TQGES: Tensor, layer: int, plan: NearAndFarPlan) -> Tensor:
-        """See DecodeState."""
+        """Both parts under one normaliser: near + (far - near) / (1 + e^(lse near - lse far)). No logaddexp, sigmoid or
+        addcmul: they compute the last numbers of a tensor by other code than the first, and with other bits.
+        """
         near_TQGES, lse_TGQE = self.near.attend_with_lse(q_TQGES, layer, plan.near)
         module = self._modules[layer]
         if plan.far is None or module.is_far_bypassed:
@@ -118,40 +126,20 @@ class NearAndFarState(ABC):
         tiles, queries, heads, each, size = q_TQGES.shape
         q_GNS = q_TQGES.permute(2, 0, 3, 1, 4).reshape(heads, -1, size)
         sums_TGRV, least_G, log_scale_G = self.far(layer, module.unit.scaled(q_GNS), plan)
-        sums_NEQV = sums_TGRV.reshape(tiles * heads, each, queries, size + 1)
-        count_N11 = plan.count_T.repeat_interleave(heads).view(-1, 1, 1)
-        denominator_NEQ = sums_NEQV[..., -1]
+        sums_TGEQV = sums_TGRV.reshape(tiles, heads, each, queries, size + 1)
+        sum_TGEQS, count_TGEQ1 = sums_TGEQV[..., :-1], sums_TGEQV[..., -1:]
         if least_G is not None:
-            denominator_NEQ = torch.maximum(denominator_NEQ, least_G.repeat(tiles).view(-1, 1, 1) * count_N11)
-        log_weight_GE = module.gain_H.to(sums_NEQV.dtype).view(heads, each)
+            count_TGEQ1 = torch.maximum(count_TGEQ1, least_G.view(-1, 1, 1, 1) * plan.count_T1111)
+        log_weight = module.gain_H.to(sum_TGEQS.dtype).view(heads, each, 1, 1)
         if log_scale_G is not None:
-            log_weight_GE = log_weight_GE + log_scale_G[:, None]
-        out_NEQS = _one_normaliser(
-            near_TQGES.permute(0, 2, 3, 1, 4).reshape(-1, each, queries, size),
-            lse_TGQE.transpose(2, 3).reshape(-1, each, queries),
-            sums_NEQV[..., :-1],
-            denominator_NEQ.masked_fill(count_N11 == 0, 0.0),
-            log_weight_GE.repeat(tiles, 1).unsqueeze(-1),
-        )
-        return out_NEQS.view(tiles, heads, each, queries, size).permute(0, 3, 1, 2, 4)
-
-
-def _one_normaliser(
-    near_NEQS: Tensor,
-    lse_NEQ: Tensor,
-    numerator_NEQS: Tensor,
-    denominator_NEQ: Tensor,
-    log_weight_NE1: Tensor,
-) -> Tensor:
-    """(e^lse near + e^w numerator) / (e^lse + e^w denominator), the same bits wherever a number stands in a tensor:
-    logaddexp and addcmul compute the last numbers of one by other code.
-    """
-    log_far_NEQ = log_weight_NE1 + denominator_NEQ.log()
-    shift_NEQ = torch.maximum(lse_NEQ, log_far_NEQ)
-    near_weight, far_weight = (lse_NEQ - shift_NEQ).exp(), (log_far_NEQ - shift_NEQ).exp()
-    scale_NEQ = torch.where(denominator_NEQ > 0, log_weight_NE1 - shift_NEQ, 0.0).exp()
-    mixed_NEQS = near_NEQS * near_weight.unsqueeze(-1) + numerator_NEQS * scale_NEQ.unsqueeze(-1)
-    return mixed_NEQS / (near_weight + far_weight).unsqueeze(-1)
+            log_weight = log_weight + log_scale_G.view(-1, 1, 1, 1)
+        if plan.none_T1111 is not None:
+            log_weight = log_weight + plan.none_T1111
+            count_TGEQ1 = torch.where(plan.count_T1111 > 0, count_TGEQ1, 1.0)
+        near_TGEQS = near_TQGES.permute(0, 2, 3, 1, 4)
+        odds_TGEQ1 = (lse_TGQE.transpose(2, 3).unsqueeze(-1) - (log_weight + count_TGEQ1.log())).exp()
+        out_TGEQS = near_TGEQS + (sum_TGEQS / count_TGEQ1 - near_TGEQS) / (odds_TGEQ1 + 1.0)
+        return out_TGEQS.permute(0, 3, 1, 2, 4)
 
 
 def by_tile(x_GNS: Tensor, tiles: int) -> Tensor:

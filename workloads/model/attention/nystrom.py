@@ -136,7 +136,7 @@ class NystromState(NearAndFarState):
         self, layer: int, x_GNS: Tensor, plan: NearAndFarPlan
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See NearAndFarState."""
-        pairs, (heads, tiles) = plan.far, (len(x_GNS), len(plan.count_T))
+        pairs, (heads, tiles) = plan.far, (len(x_GNS), len(plan.count_T1111))
         parts = pairs.parts(by_tile(x_GNS, tiles), self._landmarks[layer], self._sums[layer])
         products = [torch.bmm(torch.bmm(x, y.transpose(1, 2)).exp(), m) for x, y, m in parts]
         return pairs.sum(products, tiles, heads), self._layers[layer].unit.least_G(), None

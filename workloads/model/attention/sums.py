@@ -59,7 +59,7 @@ def begun(
     places = [place for place, *_ in found[empty:]]
     ends = [i for i in range(1, len(places) + 1) if i == len(places) or places[i] != places[i - 1]]
     waves = [slice(a, z) for a, z in zip([0, *ends], ends, strict=False)]
-    blocks = torch.tensor([each[1:] for each in found]).view(-1, 3).to(device)
+    blocks = torch.tensor([each[1:] for each in found], dtype=torch.int64).view(-1, 3).to(device)
     block, before, joined = blocks[empty:].unbind(1)
     return Begun(blocks[:empty, 0], block, before, joined, waves)
 

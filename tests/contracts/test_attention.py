@@ -274,10 +274,10 @@ SCHEMA = """
         def flops(self, model, context_tokens):
             return 2.0 * model.n_layers * model.n_heads * model.head_size
 
-        def saved_elements(self, model):
+        def saved_elements(self, model, element_bytes=4):
             return 2 * model.n_heads * model.head_size
 
-        def state_elements(self, model, tokens):
+        def state_elements(self, model, tokens, element_bytes=4):
             return model.n_layers * (model.kv_heads * model.head_size + 1)
 
         def block_bytes(self, model, block_tokens, width):

@@ -228,7 +228,7 @@ def context_cost(config: TrainedConfig, context_tokens: int) -> ContextCost:
 
 def state_bytes(model: ModelConfig, tokens: int, width: int) -> float:
     """What generation keeps of a sequence of `tokens` tokens in all layers, `width` bytes an element."""
-    return float(model.attention.state_elements(model, tokens) * width)
+    return float(model.attention.state_elements(model, tokens, width) * width)
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:

@@ -31,7 +31,7 @@ class ExactAttention(AttentionKind):
         """Rotated queries and keys, values, the output: scores are made again (flash-attn, SDPA)."""
         return kept_for_backward(model)
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
         """Keys and values."""
         return keys_and_values(model, tokens)
 

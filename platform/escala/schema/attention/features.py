@@ -40,11 +40,11 @@ class FeaturesAttention(AttentionKind):
         wide = 3 * heads * size + kept_of_sums(model) + -(-sums_of_features(model) // CHUNK_TOKENS)
         return heads * size + FP32_BYTES // element_bytes * wide
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """The chunk's keys' phi and values, and the state: constant, two elements each of fp32."""
-        own = 2 * features_of(model).count + model.head_size
-        near = model.kv_heads * own * min(tokens, CHUNK_TOKENS)
-        return model.n_layers * (near + state_of_features(model))
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """The chunk's values, its keys' phi and the state, the last two in fp32: constant."""
+        own = min(tokens, CHUNK_TOKENS) * model.kv_heads
+        wide = own * features_of(model).count + sums_of_features(model)
+        return model.n_layers * (own * model.head_size + FP32_BYTES // element_bytes * wide)
 
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """phi of the keys, values, and the state before the block."""
@@ -67,11 +67,6 @@ def feature_flops(model: ModelShape) -> tuple[float, float]:
     features, heads = features_of(model), model.n_heads + model.kv_heads
     phi = 2.0 * features.rows * model.head_size * heads
     return phi, 2.0 * features.count * (model.head_size + 1) * heads
-
-
-def state_of_features(model: ModelShape) -> int:
-    """Elements of one layer's state: fp32, so two each of a model in half precision."""
-    return 2 * sums_of_features(model)
 
 
 def sums_of_features(model: ModelShape) -> int:

@@ -9,7 +9,6 @@ from escala.schema.attention.features import (
     feature_flops,
     features_of,
     kept_of_sums,
-    state_of_features,
     sums_of_features,
 )
 from escala.schema.attention.kind import FP32_BYTES, KINDS, AttentionKind, FeaturesConfig, ModelShape
@@ -75,10 +74,10 @@ class HybridAttention(BlockAttention):
         state = -(-sums_of_features(model) // (window_of(model) // 2))
         return self.kept_of_both(model, element_bytes) + FP32_BYTES // element_bytes * state
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """Keys and values of the window, and the state: constant."""
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """Keys and values of the window, and the state in fp32: constant."""
         near = keys_and_values(model, min(tokens, window_of(model)))
-        return near + model.n_layers * state_of_features(model)
+        return near + FP32_BYTES // element_bytes * model.n_layers * sums_of_features(model)
 
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the state before the block."""

@@ -101,8 +101,8 @@ class AttentionKind(KindSection):
         """
 
     @abstractmethod
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """Elements of all layers that generation keeps of a sequence of `tokens` tokens."""
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """Elements of `element_bytes` bytes of all layers that generation keeps of a sequence of `tokens` tokens."""
 
     @abstractmethod
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:

@@ -27,7 +27,7 @@ class WindowAttention(AttentionKind):
         """As exact, with the output and a log-sum-exp a head in fp32 besides: scores are made again."""
         return kept_for_backward(model) + kept_of_local(model, element_bytes)
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
         """Keys and values of the window."""
         return keys_and_values(model, min(tokens, model.window_tokens or tokens))
 

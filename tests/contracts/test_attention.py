@@ -251,9 +251,7 @@ def test_what_was_written_before_there_were_kinds_is_what_is_written_now() -> No
 
 
 def test_an_unknown_kind_and_an_unknown_option_are_refused_by_name() -> None:
-    with pytest.raises(
-        ValidationError, match="expected tags: 'exact', 'features', 'window', 'hybrid', 'nystrom'"
-    ):
+    with pytest.raises(ValidationError, match="expected tags: 'exact', "):
         ModelConfig(attention="sparse")
     with pytest.raises(ValidationError) as caught:
         ModelConfig(attention={"kind": "exact", "radius": 3})

@@ -10,7 +10,7 @@ SHARD ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench bench-decoding bench-laws bench-pool fuzz idle hooks clean
+.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench bench-attention bench-decoding bench-laws bench-pool fuzz idle hooks clean
 
 help:  # what can be made, and how long it takes
 	@echo 'make TARGET; all but test-gpu and clean set up first'
@@ -77,11 +77,15 @@ bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/rollouts.py
 	$(BIN)/python benchmarks/moe.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/rlhf.py
 	$(BIN)/python benchmarks/submits.py
 
 bench-decoding: setup  # milliseconds a token by kind of attention and context, beside exact: 2 minutes
 	$(BIN)/python benchmarks/decoding.py
+
+bench-attention: setup  # kinds of attention beside SDPA, and how they grow with T: 10 minutes
+	$(BIN)/python benchmarks/attention.py
 
 bench-pool: setup  # choice from a pool beside usual designs, TABLE=FILE.csv: 1 minute
 	$(BIN)/python benchmarks/pool.py $(TABLE) --plain

@@ -68,7 +68,7 @@ def measure(arguments: dict[str, Any]) -> None:
     runtime = _runtime_bytes(device)  # first: what is freed before it would be taken for it
     meter.choose_matmul_precision("auto", device)
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "workers": torch.distributed.get_world_size(),
         "runtime_bytes": runtime,
         "memory_bytes": _memory_bytes(device),
@@ -269,7 +269,10 @@ def _memory_bytes(device: torch.device) -> int:
     return total // torch.distributed.get_world_size()
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """What it is, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "CPU")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from escala.contract.records import AttemptSpec
 from escala.schema import ConvertConfig, TokenizerConfig
+from escala.schema.flops import step_flops_per_token, transfer_flops_per_token
 from workloads.data.batches import Batch
 from workloads.data.prepared import PreparedData
 from workloads.data.shards import prepare as prepare_tokens
@@ -90,10 +91,11 @@ class Conversion(Pretraining):
 
     def size(self, step: int) -> StepSize:
         """See Task."""
-        tokens = self.config.step_tokens
-        if step < self.config.transfer_steps:
-            return StepSize(tokens, tokens, TRANSFER_LOSS)
-        return StepSize(tokens, tokens)
+        config, tokens = self.config, self.config.step_tokens
+        if step < config.transfer_steps:
+            return StepSize(tokens, tokens, TRANSFER_LOSS, transfer_flops_per_token(config))
+        flops = step_flops_per_token(config, config.epochs)
+        return StepSize(tokens, tokens, flops_per_token=flops)
 
     def micro_batch(self, step: int, micro: int) -> Batch:
         """See Task."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from escala.contract.records import AttemptSpec
 from escala.schema import PretrainConfig
+from escala.schema.pretrain import MASS_IN_WINDOW, WINDOW_OF_MASS
 from workloads.data.batches import Batch, Batches
 from workloads.data.prepared import PreparedData, check
 from workloads.data.shards import prepare as prepare_tokens
+from workloads.model.attention.mass import measured_mass
 from workloads.model.transformer import Transformer
 from workloads.training.entry import Entry, Prepared, WorkerInputs, supervised
 from workloads.training.evaluate import bits_per_byte, held_out_sums
@@ -84,30 +86,30 @@ class Pretraining:
         return next_token_loss(engine, batch["tokens_BT1"])
 
     def evaluate(self, engine: Any) -> Evaluation:
-        """Mean loss over all held-out windows: the same tokens at every number of ranks."""
-        recall = self.recall
+        """Mean loss over all held-out windows, the same tokens at every number of ranks; with
+        `measure_attention_window`, the share of attention mass in it, over the same tokens.
+        """
+        recall, window = self.recall, self.config.measure_attention_window
 
         def sums(indices: list[int]) -> Tensor:
             tokens_BT1 = self.held_out_NT1[indices].to(engine.device)
-            logits_BTV, targets_BT = engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
-            plain = torch.stack(token_loss(logits_BTV, targets_BT))
-            if recall is None:
-                return plain
-            return torch.cat([plain.double(), recall.sums(logits_BTV, targets_BT, indices)])
+            with measured_mass(engine.module, window) as mass_2:
+                logits_BTV, targets_BT = engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
+            found = [torch.stack(token_loss(logits_BTV, targets_BT)).double(), mass_2.to(engine.device)]
+            if recall is not None:
+                found.append(recall.sums(logits_BTV, targets_BT, indices))
+            return torch.cat(found)
 
-        total, tokens, *groups = held_out_sums(
+        total, tokens, mass, queries, *groups = held_out_sums(
             engine, len(self.held_out_NT1), self.config.micro_batch_sequences, sums
         )
         loss = total / tokens
+        measures = {} if window is None else {MASS_IN_WINDOW: mass / queries, WINDOW_OF_MASS: float(window)}
         if recall is not None:  # no bits per byte: its tokens are of no text
-            measures, table = recall.measures(groups)
-            return Evaluation({"held_out_loss_nats": loss}, measures, {ARTIFACT: table})
-        return Evaluation(
-            {
-                "held_out_loss_nats": loss,
-                "held_out_bits_per_byte": bits_per_byte(loss, self.data.held_out_bytes_per_token),
-            }
-        )
+            recalled, table = recall.measures(groups)
+            return Evaluation({"held_out_loss_nats": loss}, {**measures, **recalled}, {ARTIFACT: table})
+        per_byte = bits_per_byte(loss, self.data.held_out_bytes_per_token)
+        return Evaluation({"held_out_loss_nats": loss, "held_out_bits_per_byte": per_byte}, measures)
 
 
 ENTRY = Entry(prepare, supervised(make_task))

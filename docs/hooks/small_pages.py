@@ -55,6 +55,7 @@ ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and error
     "escala.planning.submission.submit_run",
     "escala.planning.pool_table.explore_pool",
     "escala.planning.bench.write_cluster",
+    "escala.planning.bench_attention.write_attention",
     "escala.laws.queries.fit_file",
     "escala.sweeps.launch.plan_sweep",
     "escala.sweeps.launch.sweep",

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,12 +55,17 @@ class JobOptions(Strict):
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A job, checked: what `escala submit` stores and a workload receives."""
+    """A job, checked: what `escala submit` stores and a workload receives.
+
+    Args:
+        chosen: what was left to choose, dotted key -> the choice and its reason.
+    """
 
     workload: str
     entry_point: str
     options: JobOptions
     config: Strict
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> Workload:
@@ -163,6 +168,7 @@ def resolve(spec: JobSpec) -> Resolved:
     return Resolved(
         spec=spec,
         derived={
+            **spec.chosen,
             "training.context_tokens": config.context_tokens,
             "training.steps": config.total_steps,
             "training.micro_batch_sequences": config.micro_batch_sequences,

@@ -10,11 +10,12 @@ import torch
 from escala.planning.cost import kv_cache_bytes_per_token
 from escala.schema import ModelConfig, TrainingConfig
 from escala.schema.flops import flops_per_token
-from tests.gpu.checks import seconds, tokens_of
+from tests.gpu.checks import normal, rounded, seconds, tokens_of
 from tests.gpu.figures import Figures
 from tests.gpu.training import PlainEngine, gradient
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import SamplingParams
+from workloads.model.attention import make_attention
 from workloads.model.transformer import Transformer
 from workloads.training.meter import peak_flops
 
@@ -68,6 +69,29 @@ def test_training(precision: str, device: torch.device, figures: Figures, alone:
     figures.add(f"training, {precision}: FLOP/s", f"{reached / 1e12:.3g} TFLOP/s", f"MFU {share:.1%}")
     if is_hopper(device):
         assert LEAST_MFU <= share <= 1
+
+
+@pytest.mark.parametrize("kind", ["exact", "window", "features", "hybrid"])
+def test_attention(kind: str, device: torch.device, figures: Figures, alone: None) -> None:
+    """Forward and backward of one layer, one sequence in bf16, 16 heads of 64; window 512, 256 features. Not run on a
+    GPU yet, so no floors.
+    """
+    context = 32_768 if device.type == "cuda" else 1024
+
+    def lap(of: str) -> float:
+        window = {"window_tokens": 512} if of in ("window", "hybrid") else {}
+        shape = {"d_model": 1024, "n_heads": 16, "max_context_tokens": context, "attention": of, **window}
+        core = make_attention(ModelConfig.model_validate(shape)).to(device, torch.bfloat16)
+        q, k, v = (rounded(normal(1, context, 16, 64, seed=n), device, torch.bfloat16) for n in range(3))
+        prepared = core.prepare(context, None, device)
+        work = lambda: core(q, k, v, prepared=prepared).sum().backward()  # noqa: E731
+        return seconds(work, device, repeats=8 if device.type == "cuda" else 1)
+
+    found = lap(kind)
+    beside = "" if kind == "exact" else f"{lap('exact') / found:.2f} of exact's speed"
+    figures.add(
+        f"attention {kind}, bf16, T {context:,}: forward and backward", f"{found * 1e3:.3g} ms", beside
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 32])

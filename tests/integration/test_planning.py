@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from escala import Escala, load_law
-from escala.documents import dump
+from escala import Escala, load_law, spec
+from escala.documents import dump, read_yaml
 from escala.hardware import load_cluster
+from escala.jobs.attention import read_pilot
 from escala.planning.limits import Limits
 from escala.settings import Settings
 from escala.views.plans import ExplorationView
@@ -18,6 +19,7 @@ from tests.integration.sweeps import BASE, write
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[2]
 TARGET, MAX_FLOPS = 1e13, 2e11
 
 
@@ -87,3 +89,42 @@ def test_a_device_is_measured_by_a_job_and_keeps_its_prices(cluster: Path, tmp_p
     assert 1e8 < device.memory_bytes_per_second.value < 1e12
     assert device.link_bytes_per_second is not None
     assert 0 < device.training["fp32"].efficiency_at(3) <= 1
+
+
+def test_attention_is_measured_by_a_job_and_decides_with_a_pilot(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "clusters/local.yaml").read_text())
+    quick = {
+        "kinds": ["exact", "window", "hybrid"],
+        "contexts": [64, 128],
+        "window_tokens": 16,
+        "seconds": 0.01,
+    }
+    job = ended(Escala().bench_attention({**quick, "features": 16}).id).job
+    assert job.state == "succeeded", job.message
+    table = Escala().write_attention(job.id, path).device.attention["fp32"]
+    assert load_cluster(path).device.attention["fp32"] == table
+    assert set(table.kinds) == {*quick["kinds"]}
+    for speed in table.kinds.values():
+        assert speed.forward.keys() == speed.train.keys() == speed.decode.keys() == {64, 128}
+        assert speed.left_out == []
+
+    training = {**BASE["training"], "steps": 2, "evaluation_tokens": 1024}
+    base = spec.merge(BASE, {"model": {"max_context_tokens": 128}, "training": training})
+    pilot = Escala().submit("pretrain", overrides=["measure_attention_window=16"], base=base)
+    assert ended(pilot.id).job.state == "succeeded"
+    found = read_pilot(Settings(), pilot.id)
+    assert (found.window_tokens, found.context_tokens) == (16, 128)
+    assert 0.1 < found.mass < 0.6  # nearly uniform yet: 16 / n over 17 to 128 keys is 0.29 on average
+
+    data = read_yaml(path)
+    for kind in ("window", "hybrid"):  # as if both were faster from 64 tokens on, whatever this machine does
+        data["device"]["attention"]["fp32"]["kinds"][kind]["train_overtakes"] = 64
+    path.write_text(dump(data))
+    monkeypatch.setenv("ESCALA_CLUSTER", str(path))
+    asked = ["model.attention=auto", f"attention_pilot={pilot.id}"]
+    run = ended(Escala().submit("pretrain", overrides=asked, base=base).id).job
+    assert (run.config["model"]["attention"], run.config["model"]["window_tokens"]) == ("hybrid", 16)
+    assert f"pilot {pilot.id}" in run.tags["escala.chosen.model.attention"]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from escala.schema import ModelConfig
+from escala.schema.flops import saved_elements_per_token
 from tests.numerics.attention_reference import dense
 from workloads.model.attention import make_attention
 from workloads.model.attention.features import feature_map, random_rows
 from workloads.model.attention.hybrid import NearAndFar
 from workloads.model.attention.registry import AttentionModule
+from workloads.model.transformer import Transformer
 
 SIZE = 8
 KINDS: dict[str, dict[str, Any]] = {
@@ -251,3 +253,32 @@ def test_few_landmarks_err_more_than_many() -> None:
         module, _ = module_of("nystrom", attention={"kind": "nystrom", "landmarks": landmarks, "ridge": 1e-6})
         errors.append(float((module(q, k, v) - wanted).square().mean()))
     assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["exact", "window", "features", "nystrom", "hybrid"])
+def test_what_is_kept_for_the_backward_pass_is_what_memory_plans_say(kind: str, dtype: torch.dtype) -> None:
+    """Storages that one more layer keeps, parameters apart, within 5 %."""
+    context = 1024
+    parts = {"d_model": 128, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64, "max_context_tokens": context}
+    configs = [ModelConfig(**parts, n_layers=layers, attention=kind) for layers in (1, 2)]
+    one, two = (_kept_bytes(config, dtype, context) for config in configs)
+    width = dtype.itemsize
+    stated = saved_elements_per_token(configs[0], False, width).blocks
+    assert (two - one) / width / context == pytest.approx(stated, rel=0.05)
+
+
+def _kept_bytes(config: ModelConfig, dtype: torch.dtype, context: int) -> int:
+    model = Transformer(config).to(dtype)
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.hidden(torch.zeros(1, context, dtype=torch.int64))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -306,6 +306,18 @@ def test_kinds_are_compared_at_one_budget(home: Path) -> None:
         ask("laws", "plan", "recall", "--target-loss", "2", "--attention", "hybrid")
 
 
+def test_no_context_is_longer_than_the_documents(home: Path, stored: Stored) -> None:
+    configuration = stored.provenance["configuration"]
+    data = {**configuration["data"], "corpora": [{"kind": "recall", "document_tokens": 2048}]}
+    law = Stored("short", 1, stored.law, {"configuration": {**configuration, "data": data}})
+    Cache(home / "home", "http://127.0.0.1:9").put(law)
+    limits = Limits(compute_flops=1e17, max_context_tokens=1e6)
+    plan = plan_law(Settings(), "short@1", limits, PlanOptions(attention="hybrid")).plan
+    assert (plan.context_tokens, plan.binding) == (2048.0, ("compute_flops", "document length"))
+    limits = Limits(compute_flops=1e17, max_context_tokens=1024.0)
+    assert plan_law(Settings(), "short@1", limits).plan.binding == ("compute_flops", "max_context_tokens")
+
+
 def test_memory_of_the_cluster_bounds_t(home: Path) -> None:
     options = PlanOptions(cluster="h100-8", max_memory_gb=8.0)
     limits = Limits(compute_flops=1e17, max_context_tokens=1e6)

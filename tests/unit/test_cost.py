@@ -223,7 +223,7 @@ def test_a_step_s_activations_are_those_of_its_context() -> None:
 
 def test_landmarks_grow_and_a_window_does_not() -> None:
     nystrom, window = (cost(of_kind(kind), cluster()) for kind in ("nystrom", "window"))
-    assert nystrom.kv_cache_bytes_per_token == 12 * 2 * 10 * 16 * (2 * 64 + 1) * 4 / 128  # 16 a block of 128
+    assert nystrom.kv_cache_bytes_per_token == 12 * 10 * 16 * (2 * 64 + 1) * 4 / 128  # 16 a block of 128
     assert window.kv_cache_bytes_per_token == 0
     assert window.contexts[-1].state == 2 * 12 * 640 * 4 * 256
 

@@ -135,6 +135,7 @@ def test_the_evaluation_is_the_same_at_every_context(prepared: PreparedData, tmp
         ({"context": 48}, "does not divide the recall corpus's document_tokens 64"),
         ({"context": 128}, "does not divide"),
         ({"document_tokens": 33}, "odd"),
+        ({"context": 64, "held_out_documents": 1}, "one held-out window of 64 tokens"),
         ({"training": {"steps": 80}}, r"reads 320 windows of 16 tokens .* has 319.* at least 81"),
     ],
 )

@@ -75,7 +75,8 @@ class SupervisedStep:
         name = self.size.loss_name
         self.metrics = {name: loss, "learning_rate": rate, "gradient_norm": norm}
         compared = loss if name == TRAIN_LOSS else None
-        return StepResult(self.size.tokens, self.flops_per_token, compared, self._sent_bytes() - sent_before)
+        flops = self.size.flops_per_token or self.flops_per_token
+        return StepResult(self.size.tokens, flops, compared, self._sent_bytes() - sent_before)
 
     def _mean_loss(self, step: int) -> float:
         """The mean loss over the units of the step on all ranks, in nats; its gradient is in the engine."""

@@ -25,6 +25,7 @@ class StepSize:
     units: float  # what the summed loss is divided by
     tokens: int  # that the model reads, padding left out
     loss_name: str = TRAIN_LOSS  # the metric of the mean loss; another name where it is not in nats
+    flops_per_token: float | None = None  # None: the run's mean
 
 
 @dataclass(frozen=True)

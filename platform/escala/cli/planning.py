@@ -57,6 +57,7 @@ def register(app: typer.Typer) -> None:
     laws.nouns.command()(plan)
     bench_nouns.callback()(_bench)
     bench_nouns.command()(device)
+    bench_nouns.command()(attention)
     app.add_typer(bench_nouns, name="bench")
 
 
@@ -89,6 +90,43 @@ def device(
         job = escala.bench_device(workers, gpus_per_worker, report=report)
     follow_job(escala, job.id, json)
     render_plans.device(escala.write_cluster(job.id, to), to, json)
+
+
+def attention(
+    to: Annotated[Path, typer.Option(help="A cluster's file that holds a device; the table goes into it.")],
+    kind: Annotated[
+        list[str] | None, typer.Option(help="A kind, beside others; exact among them. [default: all]")
+    ] = None,
+    max_context_tokens: Annotated[
+        int, typer.Option(help="Contexts are powers of two from 256 to this.")
+    ] = 65_536,
+    heads: Annotated[int, typer.Option(help="Query and key/value heads.")] = 4,
+    head_size: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    window_tokens: Annotated[int, typer.Option(help="Of the kinds that have a window.")] = 512,
+    features: Annotated[int, typer.Option(help="Width of phi, of the kinds that have features.")] = 256,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32 or bf16; again for both. [default: fp32]")
+    ] = None,
+    gpus_per_worker: Annotated[int, typer.Option(help="1: measure a GPU.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure each kind of attention by context, and write into the cluster's file where it overtakes exact."""
+    escala = open_home()
+    escala.check_bench_file(to)  # before it takes minutes
+    asked: dict[str, object] = {
+        "contexts": [1 << power for power in range(8, max(9, max_context_tokens.bit_length()))],
+        "heads": heads,
+        "head_size": head_size,
+        "window_tokens": window_tokens,
+        "features": features,
+        "resources": {"gpus_per_worker": gpus_per_worker},
+        **({"kinds": kind} if kind else {}),
+        **({"precisions": precision} if precision else {}),
+    }
+    with progress.reporting("submitting", json) as report:
+        job = escala.bench_attention(asked, report=report)
+    follow_job(escala, job.id, json)
+    render_plans.attention(escala.write_attention(job.id, to), to, json)
 
 
 def plan(

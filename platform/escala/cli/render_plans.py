@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from escala.cli.render import as_json, duration, number, pairs, raw, table
+from escala.cli.render import as_json, duration, note, number, pairs, raw, table
 from escala.cli.render_laws import caveats, interval
 from escala.contract.errors import SpecError
 
@@ -76,8 +76,8 @@ def cost(found: CostView, json: bool) -> None:
     raw(f"carbon          {_unknown(found.carbon_gco2e, 'g CO2e', 'gco2e_per_kwh')}")
     raw(f"money           {_unknown(found.cost_usd, 'USD', 'usd_per_device_hour')}")
     raw(f"cluster         {cluster.devices} devices: {cluster.about}")
-    for note in found.notes:
-        raw(f"note            {note}")
+    for line in found.notes:
+        raw(f"note            {line}")
     raw("\nmemory of one sequence, in GB")
     columns = ("context", "chi", "activations", "checkpointed", "logits", "generation's state")
     names = ("activations", "checkpointed", "logits", "state")
@@ -197,8 +197,8 @@ def _memory(best: PlanView) -> str:
 
 
 def _residuals(best: PlanView) -> str:
-    """Relative first-order residuals."""
-    return ", ".join(f"{name} {residual:.1e}" for name, residual in best.residuals.items())
+    """The size of the relative first-order residuals."""
+    return ", ".join(f"{name} {abs(residual):.1e}" for name, residual in best.residuals.items())
 
 
 def _kinds(best: PlanView, plans: Sequence[PlanView]) -> None:
@@ -338,6 +338,37 @@ def device(cluster: Cluster, path: Path, json: bool) -> None:
         link, latency = found.link_bytes_per_second.value, found.link_seconds.value
         raw(f"link            {number(link / GB)} GB/s, {number(latency * 1e3)} ms")
     raw(f"written to      {path}")
+
+
+def attention(cluster: Cluster, path: Path, json: bool) -> None:
+    """Milliseconds of each kind of attention by context, and where it overtakes exact."""
+    if json:
+        as_json(cluster)
+        return
+    for precision, found in cluster.device.attention.items():
+        contexts = sorted({t for kind in found.kinds.values() for t in (*kind.train, *kind.decode)})
+        raw(
+            f"{precision}, {found.heads} heads of {found.head_size}, window {found.window_tokens}, "
+            f"{found.features} features: ms by T"
+        )
+        rows = [
+            (name, side, *(_ms(seconds.get(t)) for t in contexts), number(overtakes))
+            for name, kind in found.kinds.items()
+            for side, seconds, overtakes in (
+                ("forward", kind.forward, None),
+                ("train", kind.train, kind.train_overtakes),
+                ("decode", kind.decode, kind.decode_overtakes),
+            )
+        ]
+        table(("kind", "", *map(str, contexts), "overtakes exact at"), rows)
+        for name, kind in found.kinds.items():
+            for reason in kind.left_out:
+                note(f"{name} {reason}")
+    raw(f"written to      {path}")
+
+
+def _ms(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1e3)
 
 
 def _inside(run: ObtainedView) -> str:

@@ -36,6 +36,8 @@ def plan(found: SweepPlanView, json: bool) -> None:
             "an optimiser chooses; this is the middle of its space, and the cost counts each trial as one like it"
         )
     raw("")
+    for key, why in found.chosen.items():
+        raw(f"{key}: {why}")
     raw(f"trials    {len(found.trials)}")
     raw(f"tokens    {number(found.train_tokens)}")
     raw(f"FLOPs     {number(found.compute_flops)}")

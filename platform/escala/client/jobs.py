@@ -36,7 +36,7 @@ class JobMethods(Home):
         from escala.views.costs import CostView, ResolvedSpecView
 
         asked = submission.JobRequest(
-            workload, files, overrides, options or {}, compute_flops, law, None, code
+            workload, files, overrides, options or {}, compute_flops, law, None, code, cluster=cluster
         )
         answer = submission.resolve(self.settings, asked)
         loaded = load_cluster(cluster or self.settings.cluster)

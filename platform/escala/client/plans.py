@@ -173,3 +173,27 @@ class PlanMethods(Home):
         from escala.planning import bench
 
         return bench.write_cluster(self.settings, name, path)
+
+    def bench_attention(self, overrides: Mapping[str, Any] | None = None, report: Report = silent) -> JobView:
+        """Queue the measurement of each kind of attention. Errors as `bench_device`.
+
+        Args:
+            overrides: fields of `escala.schema.AttentionBenchConfig`.
+        """
+        from escala.planning import bench_attention
+
+        return JobView.of(bench_attention.bench_attention(self.settings, overrides, report))
+
+    def write_attention(self, name: str, path: Path) -> Cluster:
+        """Write into the cluster's file what that job measured, and where each kind overtakes exact. Errors as
+        `planning.bench_attention.write_attention`.
+        """
+        from escala.planning import bench_attention
+
+        return bench_attention.write_attention(self.settings, name, path)
+
+    def check_bench_file(self, path: Path) -> None:
+        """Raise SpecError or NotFoundError where `write_attention` could not write into `path`."""
+        from escala.planning import bench_attention
+
+        bench_attention.check_file(path)

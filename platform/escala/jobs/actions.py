@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from escala.contract.errors import ClusterError, EscalaError, NotFoundError, Spe
 from escala.contract.records import AttemptFiles, JobFiles, Progress, Totals, read_record
 from escala.contract.redaction import hide, hide_arguments
 from escala.hardware import load_cluster
-from escala.jobs.records import RATES_TAG
+from escala.jobs.records import CHOSEN_TAG, RATES_TAG
 from escala.jobs.state import FINAL
 from escala.report import Report, silent
 from escala.schema.workloads import get_workload
@@ -130,7 +130,8 @@ def resume(
         )
     options = {"name": old.name, "priority": old.priority, "retries": old.retries}
     options["idempotency_key"] = idempotency_key
-    job = spec.load_job(old.workload, (), overrides, options, base=old.config)
+    chosen = {k.removeprefix(CHOSEN_TAG): v for k, v in old.tags.items() if k.startswith(CHOSEN_TAG)}
+    job = replace(spec.load_job(old.workload, (), overrides, options, base=old.config), chosen=chosen)
     return start(
         settings,
         job,
@@ -226,10 +227,15 @@ def start(
         resume_from=resume_from,
         parent=parent,
         experiment=settings.experiment,
-        tags={user_code.TAG: code} if code else {},
+        tags=chosen_tags(job.chosen) | ({user_code.TAG: code} if code else {}),
         idempotency_key=options.idempotency_key,
     )
     return enqueue(settings, new, report)
+
+
+def chosen_tags(chosen: Mapping[str, str]) -> dict[str, str]:
+    """What was chosen, as tags of the job and its runs."""
+    return {f"{CHOSEN_TAG}{key}": why for key, why in chosen.items()}
 
 
 def enqueue(settings: Settings, new: NewJob, report: Report) -> Job:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from escala.contract.errors import SpecError
-from escala.jobs.records import OWN_KEY, RATES_TAG
+from escala.jobs.records import CHOSEN_TAG, OWN_KEY, RATES_TAG
 
 ASKED = (
     "workload",
@@ -26,8 +26,8 @@ ASKED = (
     "experiment",
     "tags",
 )
-"""What the spec of a job is made of: not the command as typed. `tags`: without the cluster's prices, which may change
-meanwhile; with the digest of the user's own modules.
+"""What the spec of a job is made of: not the command as typed. `tags`: without the cluster's prices and the reasons of
+what was chosen, which may change meanwhile; with the digest of the user's own modules.
 """
 
 
@@ -43,7 +43,7 @@ def spec_hash(row: Mapping[str, Any]) -> str:
     nobody waits for it, and a repeated try asks for the same all the same.
     """
     asked = {name: row[name] for name in ASKED}
-    asked["tags"] = {key: value for key, value in row["tags"].items() if key != RATES_TAG}
+    asked["tags"] = {key: row["tags"][key] for key in _asked_tags(row)}
     if asked["after"] in set(_built_on(asked["config"])):
         asked["after"] = None
     canonical = json.dumps(
@@ -68,8 +68,12 @@ def _differences(stored: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[
     for name in ASKED:
         if name != "tags":
             yield from _compare(stored[name], row[name], name)
-    for key in {*stored["tags"], *row["tags"]} - {RATES_TAG}:
+    for key in _asked_tags(stored) | _asked_tags(row):
         yield from _compare(stored["tags"].get(key), row["tags"].get(key), f"tags.{key}")
+
+
+def _asked_tags(row: Mapping[str, Any]) -> set[str]:
+    return {key for key in row["tags"] if key != RATES_TAG and not key.startswith(CHOSEN_TAG)}
 
 
 def _compare(there: Any, here: Any, where: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from escala.contract.records import Progress, Totals
 from escala.jobs.state import JobStanding, Queued, State
 
 MOST, MOST_TOKENS = 1e30, 2**56  # that an attempt can spend: FLOPs, seconds, joules; tokens
+CHOSEN_TAG = "escala.chosen."  # begins the tags of what was left to choose: then the dotted key
 RATES_TAG = "escala.rates"  # what workloads/training/energy.py reads
 OWN_KEY = "command-"  # begins the idempotency keys that nobody gave: one for each submission
 

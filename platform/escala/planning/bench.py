@@ -17,7 +17,7 @@ from escala.planning.cost import cost
 from escala.report import Report, silent
 from escala.schema import BenchConfig, PretrainConfig
 from escala.schema.hardware import Cluster
-from escala.schema.workloads import BENCH, get_workload
+from escala.schema.workloads import BENCH, Workload
 from escala.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,19 +57,7 @@ def write_cluster(settings: Settings, name: str, path: Path) -> Cluster:
 
     Raises NotFoundError; StateError where the job has not succeeded; SpecError where the present file is none.
     """
-    details = actions.job(settings, name)
-    if get_workload(details.job.workload).result != "figures":
-        raise NotFoundError(
-            f"job {details.job.id} is a {details.job.workload}, not a bench", "escala ps --all"
-        )
-    if details.job.state != "succeeded":
-        raise StateError(f"job {details.job.id} is {details.job.state}", f"escala logs {details.job.id}")
-    found = json.loads(
-        JobFiles(settings.home, details.job.id).attempt(details.job.attempts).facts.read_text()
-    )
-    run = next((run for run in reversed(details.runs) if run), None)
-    day = time.strftime("%Y-%m-%d", time.gmtime(details.job.submitted_at))
-    source = f"escala bench device, {day}, run {run or details.job.id}"
+    job, found, source = measured(settings, name, BENCH)
     old = documents.read_yaml(path) if path.is_file() else {}
     kept = old.get("device")
     if isinstance(kept, str):
@@ -84,13 +72,32 @@ def write_cluster(settings: Settings, name: str, path: Path) -> Cluster:
     unslowed: Cluster = spec.validate(Cluster, data, path.name)
     for precision, each in found["precisions"].items():
         data["device"]["training"][precision]["efficiency"] = {
-            step["zero_stage"]: _efficiency(precision, step, details.job.config, unslowed)
-            for step in each["steps"]
+            step["zero_stage"]: _efficiency(precision, step, job.config, unslowed) for step in each["steps"]
         }
     cluster: Cluster = spec.validate(Cluster, data, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(documents.dump(data))
     return cluster
+
+
+def measured(settings: Settings, name: str, workload: Workload) -> tuple[Job, dict[str, Any], str]:
+    """What the job `name` of a `workload` that measures has found: (job, facts, how a file names it).
+
+    Raises NotFoundError for a job of another workload; StateError where it has not succeeded.
+    """
+    details = actions.job(settings, name)
+    if details.job.workload != workload.name:
+        raise NotFoundError(
+            f"job {details.job.id} is a {details.job.workload}, not a {workload.name}", "escala ps --all"
+        )
+    if details.job.state != "succeeded":
+        raise StateError(f"job {details.job.id} is {details.job.state}", f"escala logs {details.job.id}")
+    found: dict[str, Any] = json.loads(
+        JobFiles(settings.home, details.job.id).attempt(details.job.attempts).facts.read_text()
+    )
+    run = next((run for run in reversed(details.runs) if run), None)
+    day = time.strftime("%Y-%m-%d", time.gmtime(details.job.submitted_at))
+    return details.job, found, f"{workload.started_by}, {day}, run {run or details.job.id}"
 
 
 def _efficiency(
@@ -99,7 +106,7 @@ def _efficiency(
     """Compute by its parts, over what the measured step took beside its communication."""
     parts = cost(_config_of_step(precision, step, bench), unslowed)
     compute = step["seconds"] - parts.exposed_seconds
-    return _rounded(min(1.0, parts.compute_seconds / compute)) if compute > 0 else 1.0
+    return rounded(min(1.0, parts.compute_seconds / compute)) if compute > 0 else 1.0
 
 
 def _config_of_step(precision: str, step: Mapping[str, Any], bench: Mapping[str, Any]) -> PretrainConfig:
@@ -136,17 +143,17 @@ def _device(found: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {
         "about": found["device"],
         "measured": source,
-        **{key: {"value": _rounded(value), "source": source} for key, value in numbers.items()},
+        **{key: {"value": rounded(value), "source": source} for key, value in numbers.items()},
         "peak_flops_per_second": {
-            name: {"value": _rounded(each["peak_flops_per_second"]), "source": source}
+            name: {"value": rounded(each["peak_flops_per_second"]), "source": source}
             for name, each in precisions.items()
         },
         "training": {
             name: {
-                "block": {int(width): _rounded(v) for width, v in each["block"].items()},
-                "recompute": {int(width): _rounded(v) for width, v in each["recompute"].items()},
-                "head": _rounded(each["head"]),
-                "alone": _rounded(each["alone"]),
+                "block": {int(width): rounded(v) for width, v in each["block"].items()},
+                "recompute": {int(width): rounded(v) for width, v in each["recompute"].items()},
+                "head": rounded(each["head"]),
+                "alone": rounded(each["alone"]),
                 "source": source,
             }
             for name, each in precisions.items()
@@ -154,5 +161,6 @@ def _device(found: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Three digits."""
     return float(f"{value:.3g}")

@@ -204,7 +204,8 @@ def activation_bytes(config: TrainedConfig, tokens: int, checkpointing: bool) ->
     """Of `tokens` tokens: what all blocks keep for the backward pass, what one block's gradients take there, the logits
     (in fp32, with log-probabilities and gradient). Attention's part is its kind's (docs/theory D.7).
     """
-    saved, width = saved_elements_per_token(config.model, checkpointing), _width(config)
+    width = _width(config)
+    saved = saved_elements_per_token(config.model, checkpointing, width)
     exchanged = exchanged_elements_per_token(config.model) if shared_experts(config)[0] else 0.0
     kept = 0.0 if checkpointing else exchanged * mixture_layers(config.model)
     blocks, working = tokens * (saved.blocks + kept) * width, tokens * (saved.working + exchanged) * width
@@ -227,7 +228,7 @@ def context_cost(config: TrainedConfig, context_tokens: int) -> ContextCost:
 
 def state_bytes(model: ModelConfig, tokens: int, width: int) -> float:
     """What generation keeps of a sequence of `tokens` tokens in all layers, `width` bytes an element."""
-    return float(model.attention.state_elements(model, tokens) * width)
+    return float(model.attention.state_elements(model, tokens, width) * width)
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, width: int) -> float:

@@ -56,6 +56,13 @@ def has_context(stored: Stored) -> bool:
     return "context_tokens" in stored.law.form.columns
 
 
+def document_tokens(stored: Stored) -> float | None:
+    """How long the documents of the law's runs are, where their corpora state it; the shortest."""
+    corpora = ((stored.provenance.get("configuration") or {}).get("data") or {}).get("corpora") or []
+    stated = [float(each.get("document_tokens") or 0) for each in corpora if isinstance(each, Mapping)]
+    return min(stated, default=0.0) or None
+
+
 def measured_contexts(stored: Stored) -> list[float]:
     """Those of the law's runs, for a law of T; else none."""
     if not has_context(stored):

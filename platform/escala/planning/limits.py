@@ -12,7 +12,7 @@ from escala.laws.powers import Floats
 from escala.planning.curve import Curve
 
 BUDGETS = ("compute_flops", "usd", "hours", "kwh")
-MEMORY = "device memory"  # how a plan names it where it binds
+MEMORY, DOCUMENTS = "device memory", "document length"  # how a plan names them where they bind
 FLAT = 0.1  # dln(chi - 1)/dlnT below which more T costs next to nothing
 NEEDED = {"usd": "usd_per_hour", "kwh": "watts"}  # of the speed, for a budget
 
@@ -93,6 +93,7 @@ class Limits:
     data_tokens: float | None = None
     inference_tokens: float | None = None
     max_context_tokens: float | None = None
+    max_context_reason: str = "max_context_tokens"  # likewise, e.g. the documents' length
     n_total_over_active: float = 64.0
 
     def __post_init__(self) -> None:

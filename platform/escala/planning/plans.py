@@ -16,8 +16,14 @@ from escala.laws.files import ATTENTION
 from escala.laws.reference import Stored
 from escala.planning import cost, shapes, split
 from escala.planning.allocate import allocate, front, to_target
-from escala.planning.law_runs import base_of, context_of, has_context, measured_contexts
-from escala.planning.limits import MEMORY, Budget, Chi, Limits, Speed
+from escala.planning.law_runs import (
+    base_of,
+    context_of,
+    document_tokens,
+    has_context,
+    measured_contexts,
+)
+from escala.planning.limits import DOCUMENTS, MEMORY, Budget, Chi, Limits, Speed
 from escala.planning.plan import Plan, Target
 from escala.schema.hardware import Cluster, Precision
 from escala.settings import Settings
@@ -65,7 +71,7 @@ class PlanOptions:
 
     cluster: a name or file, whose devices' memory then bounds N; None: ESCALA_CLUSTER, where a limit needs one.
     max_memory_gb: of one device, instead of all that it has.
-    attention: the kind that the planned model has (`shapes.with_attention`); None: that of the law's runs.
+    attention: the kind that the planned model has, e.g. `hybrid,window_tokens=512`; None: that of the law's runs.
     """
 
     kappa: float = 6.0
@@ -132,9 +138,13 @@ def plan_kinds(
     kinds: Sequence[str],
     options: PlanOptions = PlanOptions(),
 ) -> list[Planned]:
-    """The plan of each kind of attention (`shapes.with_attention`) under the same limits. The loss is the law's, that
-    of another kind than its own is taken as equal, which `assumed` says. Raises as `plan_law`, and LawError where
-    neither law nor question has a context, so that attention costs nothing.
+    """The plan of each kind of attention under the same limits. The loss is the law's: that of another kind than its
+    own is taken as equal, which `assumed` says.
+
+    Args:
+        kinds: names, each with its options behind it: `hybrid`, `hybrid,window_tokens=512,features.count=128`.
+
+    Raises as `plan_law`, and LawError where neither law nor question has a context, so that attention costs nothing.
     """
     stored = laws.law(settings, reference, options.refresh)
     if options.context_tokens is None and context_of(stored) is None and not has_context(stored):
@@ -187,7 +197,9 @@ def ask(settings: Settings, stored: Stored, limits: Limits, options: PlanOptions
     if cluster is not None:
         speed, how = cluster_speed(cluster, options.precision)
         assumed.append(how)
-    free = in_law and options.context_tokens is None
+    free, documents = in_law and options.context_tokens is None, document_tokens(stored)
+    if free and documents is not None and (limits.max_context_tokens or 0.0) > documents:
+        limits = replace(limits, max_context_tokens=documents, max_context_reason=DOCUMENTS)
     budget = Budget(limits, options.kappa, chi, speed, None if free else context)
     if cluster is not None and _bounds_memory(options):
         budget, how = _within_memory(stored, cluster, budget, model, options)

@@ -141,7 +141,7 @@ def contexts(law: Law, limits: Limits, memory: Curve | None) -> tuple[tuple[floa
     longest = "longest_measured_context"
     if limits.max_context_tokens:
         low, high = min(low, limits.max_context_tokens), limits.max_context_tokens
-        longest = "max_context_tokens"
+        longest = limits.max_context_reason
     if memory is not None and math.exp(memory.log_x[-1]) < high * (1 - BINDS):
         high, longest = max(low, math.exp(memory.log_x[-1])), MEMORY
     return (low, high), longest

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import SpecError
 from escala.jobs.actions import start
+from escala.jobs.attention import resolve_attention
 from escala.jobs.references import resolve_jobs
 from escala.report import Report, silent
 from escala.schema.workloads import get_workload
@@ -31,6 +32,7 @@ class JobRequest:
         law: whose optimum splits `compute_flops` into N and D; None: 20 tokens per parameter.
         base: a configuration to start from, instead of the defaults.
         seal: what `law` says of the run is sealed before that is queued (laws.forecasts).
+        cluster: whose table of attention `model.attention: auto` follows; None: ESCALA_CLUSTER.
         code: the directory of the user's modules (reward functions); None: the present one, where they are in it. They
             are copied into the home.
     """
@@ -44,6 +46,7 @@ class JobRequest:
     base: Mapping[str, Any] | None = None
     code: str | Path | None = None
     seal: bool = False
+    cluster: str | Path | None = None
 
 
 def resolve(settings: Settings, asked: JobRequest) -> spec.Resolved:
@@ -135,9 +138,17 @@ def _ready(settings: Settings, job: spec.JobSpec, code: str | Path | None, keep:
 
 
 def _load(settings: Settings, asked: JobRequest) -> spec.JobSpec:
-    workload, compute_flops, law = asked.workload, asked.compute_flops, asked.law
     written = spec.written(asked.files, asked.overrides, asked.base)
     written, options = resolve_jobs(settings, written, dict(asked.options))
+    written, chosen = resolve_attention(settings, written, cluster=asked.cluster)
+    return replace(_checked(settings, asked, written, options), chosen=chosen)
+
+
+def _checked(
+    settings: Settings, asked: JobRequest, written: Mapping[str, Any], options: Mapping[str, Any]
+) -> spec.JobSpec:
+    """The job of a spec that leaves nothing but the budget's split to be decided."""
+    workload, compute_flops, law = asked.workload, asked.compute_flops, asked.law
     if compute_flops is None:
         if law is not None and not asked.seal:
             raise SpecError(

@@ -7,7 +7,7 @@ the cluster. Unknown keys fail. A field that is None is derived by the validator
 from __future__ import annotations
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.bench import BenchConfig
+from escala.schema.bench import AttentionBenchConfig, BenchConfig
 from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.data import (
     Corpus,
@@ -46,6 +46,7 @@ from escala.schema.workloads import WORKLOADS, Workload, get_workload
 __all__ = [
     "WORKLOADS",
     "Annealing",
+    "AttentionBenchConfig",
     "AutoFeaturesConfig",
     "BalanceConfig",
     "BenchConfig",

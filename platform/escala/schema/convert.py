@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from escala.schema.attention import KINDS, AttentionSection, FeaturesConfig
+from escala.schema.attention import KINDS, AttentionKind, AttentionSection, FeaturesConfig
 from escala.schema.data import TokenizerConfig
 from escala.schema.finetune import CONTEXT_TOKENS
 from escala.schema.model import ModelConfig
@@ -29,7 +29,6 @@ class ConvertConfig(PretrainConfig):
     keeps_reference: ClassVar[bool] = True
     forward_passes: ClassVar[int] = 1  # the exact model's
     trains_attention_alone: ClassVar[bool] = True
-    cost_note: ClassVar[str] = "steps of the transfer cost less: they pass through attention alone"
 
     start: StartConfig
     attention: AttentionSection = Field(
@@ -61,12 +60,18 @@ class ConvertConfig(PretrainConfig):
             if path is None:
                 return data
             model = model_config_of(Path(path).expanduser())
-            _check_exact(model, path)
+            _check_exact(model.attention, path)
         plain = model.model_dump() if isinstance(model, ModelConfig) else model
         if not isinstance(plain, dict):
             return data
         defaults = {name: cls.model_fields[name].default for name in CHOSEN}
-        return {**data, "model": {**plain, **defaults, **{k: data[k] for k in CHOSEN if k in data}}}
+        chosen = {**defaults, **{k: data[k] for k in CHOSEN if k in data}}
+        wanted, written = KINDS.read(chosen["attention"]), KINDS.read(plain.get("attention", {}))
+        if chosen["window_tokens"] is not None:
+            wanted = wanted.with_window()
+        if written != wanted:  # equal: an attempt's spec, which has been here before
+            _check_exact(written, data["start"].get("job") or path)
+        return {**data, "model": {**plain, **chosen}}
 
     @model_validator(mode="after")
     def _vocabulary_fits(self) -> ConvertConfig:
@@ -104,9 +109,9 @@ class ConvertConfig(PretrainConfig):
         return round(self.transfer_fraction * self.total_steps)
 
 
-def _check_exact(model: ModelConfig, path: str) -> None:
-    if model.attention != KINDS.read({}):
-        raise ValueError(f"{path} has attention {model.attention.kind}; only an exact model can be converted")
+def _check_exact(attention: AttentionKind, start: str) -> None:
+    if attention != KINDS.read({}):
+        raise ValueError(f"{start} has attention {attention.kind}; only an exact model can be converted")
 
 
 class AutoFeaturesConfig(ConvertConfig):

@@ -118,7 +118,7 @@ class RecallCorpus(CorpusSection):
         return self.keys + self.values
 
     def check_context(self, context_tokens: int) -> None:
-        """Raise ValueError unless every window of T tokens is made of whole pairs of one document."""
+        """Raise ValueError unless windows of T tokens are whole pairs of one document, and one of them is held out."""
         if context_tokens % 2:
             raise ValueError(
                 f"training.context_tokens {context_tokens} is odd, and a recall corpus has pairs: give an even one"
@@ -127,6 +127,11 @@ class RecallCorpus(CorpusSection):
             raise ValueError(
                 f"training.context_tokens {context_tokens} does not divide the recall corpus's document_tokens "
                 f"{self.document_tokens}: windows would cross documents; give a multiple of every context length"
+            )
+        if self.held_out_documents * self.document_tokens < 2 * context_tokens:
+            raise ValueError(
+                f"the recall corpus has one held-out window of {context_tokens} tokens, and the last one has no next "
+                "token: set data.corpora[0].held_out_documents to at least 2"
             )
 
     def check_length(self, context_tokens: int, sequences: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from escala.schema.attention.kind import FP32_BYTES
 from escala.schema.model import ModelConfig
 from escala.schema.training import LoraConfig, TrainedConfig
 
@@ -141,7 +142,19 @@ def training_flops_per_token(config: TrainedConfig) -> float:
     LoRA leaves out the frozen weights' gradients: a third of their matrices' work, less than that of attention, which
     has none (Hu et al. 2022, section 4.2); its deltas cost 6 a parameter. So does a run that trains attention alone.
     """
-    return step_flops_per_token(config, config.epochs)
+    of_loss = step_flops_per_token(config, config.epochs)
+    share = config.transfer_steps / config.total_steps
+    return (1 - share) * of_loss + share * transfer_flops_per_token(config) if share else of_loss
+
+
+def transfer_flops_per_token(config: TrainedConfig) -> float:
+    """What a step that fits attention's outputs spends on a token: the start's forward pass up to its last layer, and
+    attention alone, forward and backward.
+    """
+    start = flops_per_token(config.start_model, config.context_tokens)
+    own = flops_per_token(config.model, config.context_tokens)
+    passed = (start.total - start.logits) / TRAINING_PER_FORWARD
+    return passed + TRAINING_PER_FORWARD * 2.0 * _projections(config.model) + own.attention
 
 
 def step_flops_per_token(config: TrainedConfig, epochs: float, frozen_actor: bool = False) -> float:
@@ -194,13 +207,15 @@ class SavedElements:
     head: float  # logits, their log-probabilities and their gradient
 
 
-def saved_elements_per_token(config: ModelConfig, checkpointing: bool) -> SavedElements:
+def saved_elements_per_token(
+    config: ModelConfig, checkpointing: bool, element_bytes: int = FP32_BYTES
+) -> SavedElements:
     """What `workloads.model.transformer` saves, tensor by tensor (compare Korthikanti et al. 2022, section 4, for a
     GELU block with dropout): a block its two residual inputs and their norms, what its attention keeps, SwiGLU's gate
     and up, and their product; of a mixture of experts see below.
     """
     d = config.d_model
-    block = 4 * d + config.attention.saved_elements(config) + 3 * config.ff_size
+    block = 4 * d + config.attention.saved_elements(config, element_bytes) + 3 * config.ff_size
     mixtures, mixture = mixture_layers(config), block - 3 * config.ff_size + _saved_by_mixture(config)
     working = max([block] * (mixtures < config.n_layers) + [mixture] * (mixtures > 0))
     head = 3 * config.vocab_size
@@ -236,7 +251,7 @@ def moved_bytes_per_step(config: TrainedConfig) -> float:
     moves 28 bytes a parameter.
     """
     width = 2 if config.training.precision == "bf16" else 4
-    saved = saved_elements_per_token(config.model, False)
+    saved = saved_elements_per_token(config.model, False, width)
     n, ranks = parameter_counts(config.model).n_total, config.resources.workers
     micro_batches = config.training.batch_sequences // config.micro_batch_sequences
     activations = 4 * width * (saved.blocks + saved.head) * config.step_tokens

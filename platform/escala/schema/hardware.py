@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from escala.contract.records import Rates
+from escala.schema.attention.speed import AttentionSpeed
 from escala.schema.base import Strict
 
 Precision = Literal["fp32", "bf16"]
@@ -64,6 +65,9 @@ class Device(Strict):
     memory_bytes_per_second: Sourced
     peak_flops_per_second: dict[Precision, Sourced] = Field(min_length=1, description="dense matmul")
     training: dict[Precision, TrainingSpeed] | None = None
+    attention: dict[Precision, AttentionSpeed] = Field(
+        default_factory=dict, description="of each kind, as `escala bench attention` measured it"
+    )
     utilization: Sourced | None = Field(
         None, description="of the peak, by a training step: where none was measured"
     )

@@ -173,6 +173,11 @@ class TrainedConfig(Strict):
         return self.model
 
     @property
+    def transfer_steps(self) -> int:
+        """The first steps that fit attention's outputs to those of the start; 0: none do."""
+        return 0
+
+    @property
     def adapter(self) -> LoraConfig | None:
         """The deltas that are trained; None: all weights are."""
         return None

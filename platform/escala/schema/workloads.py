@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from escala.contract.errors import SpecError
 from escala.schema.base import Strict
-from escala.schema.bench import BenchConfig
+from escala.schema.bench import AttentionBenchConfig, BenchConfig
 from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.finetune import DpoConfig, RewardTrainingConfig, SftConfig
 from escala.schema.judge import JudgeConfig
@@ -193,6 +193,14 @@ BENCH = Workload(
     result="figures",
     command="bench device",
 )
+BENCH_ATTENTION = Workload(
+    "bench_attention",
+    "how fast each kind of attention is, by context",
+    "workloads.bench_attention",
+    AttentionBenchConfig,
+    result="figures",
+    command="bench attention",
+)
 WORKLOADS: dict[str, Workload] = {
     each.name: each
     for each in (
@@ -254,6 +262,7 @@ WORKLOADS: dict[str, Workload] = {
         ),
         SWEEP,
         BENCH,
+        BENCH_ATTENTION,
     )
 }
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from escala import preflight, spec
 from escala.contract.errors import NotFoundError, SpecError, StateError
-from escala.jobs.actions import enqueue, open_store, retry
+from escala.jobs.actions import chosen_tags, enqueue, open_store, retry
+from escala.jobs.attention import resolve_attention
 from escala.jobs.references import resolve_jobs
 from escala.report import Report, silent
 from escala.schema.workloads import SWEEP, get_workload
@@ -45,8 +46,8 @@ def plan_sweep(
     """
     from escala.sweeps.plan import make_plan
 
-    name, loaded, checked = _loaded(settings, space, overrides, options)
-    plan = make_plan(name, loaded, settings)
+    name, loaded, checked, chosen = _loaded(settings, space, overrides, options)
+    plan = make_plan(name, loaded, settings, chosen)
     _ready(settings, loaded, plan, code, waits=checked.after is not None, keep=False)
     return plan
 
@@ -85,8 +86,8 @@ def sweep(
     from escala.jobs.records import NewJob
     from escala.sweeps.plan import make_plan
 
-    name, loaded, checked = _loaded(settings, space, overrides, options)
-    plan = make_plan(name, loaded, settings)
+    name, loaded, checked, chosen = _loaded(settings, space, overrides, options)
+    plan = make_plan(name, loaded, settings, chosen)
     config = {**loaded.model_dump(mode="json"), "concurrency": plan.concurrency or loaded.concurrency}
     if resume:
         if checked.idempotency_key:
@@ -105,7 +106,7 @@ def sweep(
         config=config,
         command=tuple(sys.argv),
         experiment=settings.experiment,
-        tags={"escala.space": name} | ({user_code.TAG: digest} if digest else {}),
+        tags={"escala.space": name} | chosen_tags(chosen) | ({user_code.TAG: digest} if digest else {}),
         **checked.model_dump(),
     )
     return enqueue(settings, new, report)
@@ -136,13 +137,16 @@ def _trained(home: Path) -> set[str]:
 
 def _loaded(
     settings: Settings, space: str, overrides: Iterable[str], options: Mapping[str, Any] | None
-) -> tuple[str, Space, spec.JobOptions]:
-    """(name, the space with the jobs that its base builds on resolved, the sweep's options)."""
-    from escala.sweeps.space import load_space
+) -> tuple[str, Space, spec.JobOptions, dict[str, str]]:
+    """(name, the space with the jobs that its base builds on resolved and its kind of attention chosen, the sweep's
+    options, what was chosen and why).
+    """
+    from escala.sweeps.space import contexts, load_space
 
     name, loaded = load_space(space, overrides)
     base, given = resolve_jobs(settings, dict(loaded.base), dict(options or {}))
-    return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given)
+    base, chosen = resolve_attention(settings, base, contexts(loaded))
+    return name, loaded.model_copy(update={"base": base}), spec.job_options({"name": name}, given), chosen
 
 
 def space_base(space: str, overrides: Iterable[str] = ()) -> dict[str, Any]:

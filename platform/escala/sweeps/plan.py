@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -40,9 +40,12 @@ class SweepPlan:
     wall_seconds: float | None  # None: that is not known either
     speed_source: str  # of wall_seconds, in words
     optimised: bool  # an optimiser chooses the trials: these are its space's middle, so many times
+    chosen: Mapping[str, str] = field(default_factory=dict)  # what the space left open: key -> choice, reason
 
 
-def make_plan(name: str, space: Space, settings: Settings) -> SweepPlan:
+def make_plan(
+    name: str, space: Space, settings: Settings, chosen: Mapping[str, str] | None = None
+) -> SweepPlan:
     """The plan of a space on this home's cluster. Raises SpecError where a trial fits no configuration or machine.
 
     An optimiser's trials are not known; each is counted as the one in the middle of its space.
@@ -67,6 +70,7 @@ def make_plan(name: str, space: Space, settings: Settings) -> SweepPlan:
         wall_seconds=None if at_once is None else seconds(found, speed, at_once),
         speed_source=source,
         optimised=optimised,
+        chosen=dict(chosen or {}),
     )
 
 

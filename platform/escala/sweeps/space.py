@@ -37,6 +37,7 @@ def _level(value: Any) -> Value:
 Level = Annotated[Value, PlainValidator(_level)]
 Seed = Annotated[int, Field(ge=0)]
 SPLITS = ("n_total", "n_active", "tokens", "tokens_per_parameter")  # along an isoFLOP curve
+CONTEXTS = ("context_tokens", "training.context_tokens", "model.max_context_tokens")
 
 MOST_TRIALS = 10_000
 
@@ -234,6 +235,15 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield from _flatten(item, f"{prefix}{key}.")
         else:
             yield prefix + str(key), item
+
+
+def contexts(space: Space) -> list[float]:
+    """The contexts that its axes vary; none where its base states the one."""
+    found: list[Any] = [cell[key] for cell in space.cells for key in CONTEXTS if key in cell]
+    for key in CONTEXTS:
+        axis = space.vary.get(key, [])
+        found += [axis.low, axis.high] if isinstance(axis, Range) else axis
+    return [float(value) for value in found]
 
 
 def load_space(name: str, overrides: Iterable[str] = ()) -> tuple[str, Space]:

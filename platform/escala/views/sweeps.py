@@ -42,6 +42,7 @@ class SweepPlanView(View):
     wall_seconds: float | None  # None: that is not known either
     speed_source: str  # of wall_seconds, in words
     optimised: bool  # an optimiser chooses: `trials` are the middle of its space, so many times
+    chosen: dict[str, str]  # what the space left open: dotted key -> the choice, and why
 
 
 class DemoSpaceView(View):

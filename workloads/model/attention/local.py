@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
+from workloads.model.attention.flex import flex_fits, flex_local, flex_mask
 from workloads.model.attention.layout import Packing, accumulated
 
 STEP_TOKENS = (
@@ -47,6 +49,11 @@ class Band:
             return max(0, (query // self.block_tokens - 1) * self.block_tokens)
         return max(0, query - (self.window_tokens or query + 1) + 1)
 
+    @functools.cached_property
+    def flex_mask(self) -> BlockMask:
+        """The band as flex_attention reads it."""
+        return flex_mask(self.packing, self.window_tokens, self.block_tokens)
+
     def unseen(self, queries: slice, keys: slice, heads: int) -> Tensor:
         """True where a query (row) does not see a key (column), (C, K) or (N, 1, C, K)."""
         unseen_CK = _beyond(
@@ -73,7 +80,17 @@ def _beyond(offset: int, queries: int, keys: int, window: int | None, device: to
 
 
 def local_attention(q_NETS: Tensor, k_NTS: Tensor, v_NTS: Tensor, band: Band) -> tuple[Tensor, Tensor]:
-    """(out_NETS, lse_NET) in fp32 (fp64 for fp64): softmax(q k^T / sqrt(S)) v over the band, and log sum e^(q k)."""
+    """(out_NETS, lse_NET) in fp32 (fp64 for fp64): softmax(q k^T / sqrt(S)) v over the band, and log sum e^(q k).
+
+    On CUDA by flex_attention where it fits (see `flex`), else step by step.
+    """
+    if flex_fits(q_NETS):
+        return flex_local(q_NETS, k_NTS, v_NTS, band.flex_mask, _rows(band, k_NTS))
+    return stepwise(q_NETS, k_NTS, v_NTS, band)
+
+
+def stepwise(q_NETS: Tensor, k_NTS: Tensor, v_NTS: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """`local_attention` in steps of a few queries, in torch's own products."""
     found: tuple[Tensor, Tensor] = _local(q_NETS, k_NTS, v_NTS, band)
     return found
 
@@ -84,10 +101,10 @@ class _NearbyKeys(torch.autograd.Function):
         kind = accumulated(q.dtype)
         out, lse = torch.empty_like(q, dtype=kind), q.new_empty(q.shape[:3], dtype=kind)
         for queries, keys in band.steps():
-            scores = _scores(q, k, queries, keys)
-            scores.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), float("-inf"))
-            top = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(top).exp_()
+            weights = scores(q, k, queries, keys)
+            weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), float("-inf"))
+            top = weights.amax(-1, keepdim=True)
+            weights.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             values = torch.bmm(weights.flatten(1, 2), v[:, keys].to(kind))
             torch.div(values.view(*total.shape[:3], -1), total, out=out[:, :, queries])
@@ -106,7 +123,7 @@ class _NearbyKeys(torch.autograd.Function):
         delta = torch.linalg.vecdot(grad_out, out).sub_(grad_lse).unsqueeze(-1)
         for queries, keys in band.steps():
             grad = grad_out[:, :, queries].flatten(1, 2)
-            weights = _scores(q, k, queries, keys).sub_(lse[:, :, queries, None]).exp_()
+            weights = scores(q, k, queries, keys).sub_(lse[:, :, queries, None]).exp_()
             weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), 0.0)
             weights = weights.flatten(1, 2)
             grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad)
@@ -123,8 +140,8 @@ def _rows(band: Band, k: Tensor) -> int:
     return len(k) if documents is None else len(documents)
 
 
-def _scores(q: Tensor, k: Tensor, queries: slice, keys: slice) -> Tensor:
-    """(N, E, C, K)."""
+def scores(q: Tensor, k: Tensor, queries: slice, keys: slice) -> Tensor:
+    """(N, E, C, K): q k^T / sqrt(S) of a step, in fp32 (fp64 for fp64)."""
     kind = accumulated(q.dtype)
     rows = q[:, :, queries]
     scaled = rows.to(kind).flatten(1, 2) * q.shape[-1] ** -0.5

@@ -66,7 +66,7 @@ class Nystrom(NearAndFar):
             joins_MC = packed.of_heads(joins_BLC, self._config.kv_heads).flatten(0, 1)
         y_MCS, v_MCS = (torch.unflatten(x[:, :tokens], 1, (past, size)).flatten(0, 1) for x in (y_NTS, v_NTS))
         made = checkpoint(summary, y_MCS, v_MCS, self.landmarks, self.ridge, joins_MC, use_reentrant=False)
-        landmarks_NLPS, sums_NLPV = (torch.unflatten(x, 0, (-1, past)) for x in made)
+        landmarks_NLPS, sums_NLPV = (torch.unflatten(x.contiguous(), 0, (-1, past)) for x in made)
         return landmarks_NLPS, sums_NLPV
 
     def _read(

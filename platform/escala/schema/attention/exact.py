@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from escala.schema.attention.kind import KINDS, AttentionKind, ModelShape
+from escala.schema.attention.kind import FP32_BYTES, KINDS, AttentionKind, ModelShape
 
 
 @KINDS.add
@@ -27,11 +27,11 @@ class ExactAttention(AttentionKind):
             * mean_keys(context_tokens, model.window_tokens)
         )
 
-    def saved_elements(self, model: ModelShape) -> int:
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
         """Rotated queries and keys, values, the output: scores are made again (flash-attn, SDPA)."""
         return kept_for_backward(model)
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
         """Keys and values."""
         return keys_and_values(model, tokens)
 

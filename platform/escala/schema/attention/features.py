@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from escala.schema.attention.exact import kept_for_backward, mean_keys, sum_width
-from escala.schema.attention.kind import KINDS, AttentionKind, FeaturesConfig, ModelShape
+from escala.schema.attention.exact import mean_keys, sum_width
+from escala.schema.attention.kind import FP32_BYTES, KINDS, AttentionKind, FeaturesConfig, ModelShape
 
 CHUNK_TOKENS = 128
 """Tokens whose products with each other are taken directly; what is before them comes from the state."""
@@ -32,15 +32,19 @@ class FeaturesAttention(AttentionKind):
         beyond = max(0.0, 1 - CHUNK_TOKENS / context_tokens)
         return model.n_layers * (phi + within + beyond * state)
 
-    def saved_elements(self, model: ModelShape) -> int:
-        """Queries and keys before and at unit norm, values, output; a state of fp32 a chunk. phi is made again."""
-        return kept_for_backward(model) + saved_by_features(model, CHUNK_TOKENS)
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """Values and output; in fp32 queries and keys as they come, at unit norm and scaled, sums, a state a chunk. phi
+        is made again.
+        """
+        size, heads = model.head_size, model.n_heads + model.kv_heads
+        wide = 3 * heads * size + kept_of_sums(model) + -(-sums_of_features(model) // CHUNK_TOKENS)
+        return heads * size + FP32_BYTES // element_bytes * wide
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """The chunk's keys' phi and values, and the state: constant, two elements each of fp32."""
-        own = 2 * features_of(model).count + model.head_size
-        near = model.kv_heads * own * min(tokens, CHUNK_TOKENS)
-        return model.n_layers * (near + state_of_features(model))
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """The chunk's values, its keys' phi and the state, the last two in fp32: constant."""
+        own = min(tokens, CHUNK_TOKENS) * model.kv_heads
+        wide = own * features_of(model).count + sums_of_features(model)
+        return model.n_layers * (own * model.head_size + FP32_BYTES // element_bytes * wide)
 
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """phi of the keys, values, and the state before the block."""
@@ -65,20 +69,11 @@ def feature_flops(model: ModelShape) -> tuple[float, float]:
     return phi, 2.0 * features.count * (model.head_size + 1) * heads
 
 
-def state_of_features(model: ModelShape) -> int:
-    """Elements of one layer's state: fp32, so two each of a model in half precision."""
-    return 2 * sums_of_features(model)
-
-
 def sums_of_features(model: ModelShape) -> int:
     """Numbers of one layer's state, sum phi(k) [v, 1]."""
     return model.kv_heads * features_of(model).count * (model.head_size + 1)
 
 
-def saved_by_features(model: ModelShape, block_tokens: int) -> int:
-    """Per token and layer: queries and keys at unit norm with what makes them so, a numerator and a denominator a
-    query, and a state a block.
-    """
-    heads = model.n_heads + model.kv_heads
-    sums = model.n_heads * (model.head_size + 2)
-    return 2 * heads * model.head_size + sums + -(-state_of_features(model) // block_tokens)
+def kept_of_sums(model: ModelShape) -> int:
+    """Per token and layer, in fp32: numerators and denominators of queries, norms of queries and keys."""
+    return model.n_heads * (model.head_size + 2) + 2 * (model.n_heads + model.kv_heads)

@@ -8,12 +8,13 @@ from escala.schema.attention.exact import kept_for_backward, keys_and_values, me
 from escala.schema.attention.features import (
     feature_flops,
     features_of,
-    saved_by_features,
-    state_of_features,
+    kept_of_sums,
     sums_of_features,
 )
-from escala.schema.attention.kind import KINDS, AttentionKind, FeaturesConfig, ModelShape
-from escala.schema.attention.window import WINDOW_TOKENS
+from escala.schema.attention.kind import FP32_BYTES, KINDS, AttentionKind, FeaturesConfig, ModelShape
+from escala.schema.attention.window import WINDOW_TOKENS, kept_of_local
+
+JOINING = 8  # numbers a query and head: log-sum-exps, weights and masks of one normaliser
 
 
 class BlockAttention(AttentionKind):
@@ -35,6 +36,16 @@ class BlockAttention(AttentionKind):
     def block_tokens(self, model: ModelShape) -> int | None:
         """S."""
         return window_of(model) // 2
+
+    def kept_of_both(self, model: ModelShape, element_bytes: int) -> int:
+        """Per token and layer: what the exact part keeps; in fp32 queries and keys at unit norm and scaled (and as they
+        come, where they are of less), sums, and what joins the parts.
+        """
+        size, heads = model.head_size, model.n_heads + model.kv_heads
+        copies = 2 if element_bytes == FP32_BYTES else 3
+        wide = copies * heads * size + kept_of_sums(model) + JOINING * model.n_heads
+        local = kept_for_backward(model) + kept_of_local(model, element_bytes)
+        return local + FP32_BYTES // element_bytes * wide
 
     def far_share(self, model: ModelShape, context_tokens: int) -> float:
         """The share of queries that have a far part, which is that of the keys that are in one."""
@@ -58,15 +69,15 @@ class HybridAttention(BlockAttention):
         far = self.far_share(model, context_tokens) * sum(feature_flops(model))
         return model.n_layers * (self.local_flops(model, context_tokens) + far)
 
-    def saved_elements(self, model: ModelShape) -> int:
-        """The exact part's, and the far part's."""
-        local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
-        return local + saved_by_features(model, window_of(model) // 2)
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """Both parts, and a state a block, in fp32. phi is made again."""
+        state = -(-sums_of_features(model) // (window_of(model) // 2))
+        return self.kept_of_both(model, element_bytes) + FP32_BYTES // element_bytes * state
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """Keys and values of the window, and the state: constant."""
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """Keys and values of the window, and the state in fp32: constant."""
         near = keys_and_values(model, min(tokens, window_of(model)))
-        return near + model.n_layers * state_of_features(model)
+        return near + FP32_BYTES // element_bytes * model.n_layers * sums_of_features(model)
 
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the state before the block."""

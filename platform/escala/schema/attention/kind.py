@@ -36,6 +36,9 @@ class FeaturesConfig(Strict):
         return heads * self.rows * head_size if self.kind == "learned" else 0
 
 
+FP32_BYTES = 4
+
+
 class ModelShape(Protocol):
     """What a kind is told of its model (`escala.schema.ModelConfig`)."""
 
@@ -92,14 +95,14 @@ class AttentionKind(KindSection):
         """
 
     @abstractmethod
-    def saved_elements(self, model: ModelShape) -> int:
-        """Elements per token and layer that its forward pass keeps for the backward pass: queries, keys, values and
-        output, and what it makes besides.
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """Elements of `element_bytes` bytes per token and layer that its forward pass keeps for the backward pass:
+        queries, keys, values and output, and what it makes besides, some of it in fp32 whatever the model's precision.
         """
 
     @abstractmethod
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
-        """Elements of all layers that generation keeps of a sequence of `tokens` tokens."""
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
+        """Elements of `element_bytes` bytes of all layers that generation keeps of a sequence of `tokens` tokens."""
 
     @abstractmethod
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:

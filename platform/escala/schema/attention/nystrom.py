@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from escala.schema.attention.exact import kept_for_backward, keys_and_values, sum_width
+from escala.schema.attention.exact import keys_and_values, sum_width
 from escala.schema.attention.hybrid import BlockAttention, window_of
-from escala.schema.attention.kind import KINDS, ModelShape
+from escala.schema.attention.kind import FP32_BYTES, KINDS, ModelShape
 from escala.schema.attention.window import WINDOW_TOKENS
 
 
@@ -47,28 +47,23 @@ class NystromAttention(BlockAttention):
         queries = 2.0 * model.n_heads * landmarks * (2 * size + 1)
         return model.n_layers * (self.local_flops(model, context_tokens) + share * keys + queries)
 
-    def saved_elements(self, model: ModelShape) -> int:
-        """The exact part's; queries and keys at unit norm, keys and values by blocks; a block's landmarks. The rest is
-        made again, block by block.
-        """
-        local = kept_for_backward(model) + model.n_heads * (model.head_size + 1)
-        heads = model.n_heads + model.kv_heads
-        sums = model.n_heads * (model.head_size + 2)
-        summary = -(-self._summary(model) // (window_of(model) // 2))
-        blocks = 2 * model.kv_heads * model.head_size
-        return local + 2 * heads * model.head_size + blocks + sums + 2 * summary
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """Both parts; keys and values by blocks, and a block's landmarks. The rest is made again, block by block."""
+        keys, block = model.kv_heads * model.head_size, window_of(model) // 2
+        wide = keys + -(-self._summary(model) // block)
+        return self.kept_of_both(model, element_bytes) + keys + FP32_BYTES // element_bytes * wide
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
         """Keys and values of the window; the landmarks of all blocks before it."""
         blocks = -(-tokens // (window_of(model) // 2))
         near = keys_and_values(model, min(tokens, window_of(model)))
-        return near + model.n_layers * blocks * self._summary(model)
+        return near + FP32_BYTES // element_bytes * model.n_layers * blocks * self._summary(model)
 
     def block_bytes(self, model: ModelShape, block_tokens: int, width: int) -> int:
         """Keys and values, and the landmarks of the block with their sums."""
-        summary = model.n_layers * self._summary(model) // 2 * sum_width(width)
+        summary = model.n_layers * self._summary(model) * sum_width(width)
         return keys_and_values(model, block_tokens) * width + summary
 
     def _summary(self, model: ModelShape) -> int:
-        """Landmarks and their sums, in fp32, of one block and layer: two elements each of a model in half precision."""
-        return 2 * model.kv_heads * self.landmarks * (2 * model.head_size + 1)
+        """Numbers of the landmarks of one block and layer, and of their sums."""
+        return model.kv_heads * self.landmarks * (2 * model.head_size + 1)

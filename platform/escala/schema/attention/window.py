@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from escala.schema.attention.exact import kept_for_backward, keys_and_values, mean_keys
-from escala.schema.attention.kind import KINDS, AttentionKind, ModelShape
+from escala.schema.attention.kind import FP32_BYTES, KINDS, AttentionKind, ModelShape
 
 WINDOW_TOKENS = 256
 """Default: the least of docs/theory D.9's advice, at which far recall is already the far part's."""
@@ -23,11 +23,11 @@ class WindowAttention(AttentionKind):
         keys = mean_keys(context_tokens, model.window_tokens)
         return 4.0 * model.n_layers * model.n_heads * model.head_size * keys
 
-    def saved_elements(self, model: ModelShape) -> int:
-        """As exact, and a log-sum-exp a head: scores are made again."""
-        return kept_for_backward(model) + model.n_heads
+    def saved_elements(self, model: ModelShape, element_bytes: int = FP32_BYTES) -> int:
+        """As exact, with the output and a log-sum-exp a head in fp32 besides: scores are made again."""
+        return kept_for_backward(model) + kept_of_local(model, element_bytes)
 
-    def state_elements(self, model: ModelShape, tokens: int) -> int:
+    def state_elements(self, model: ModelShape, tokens: int, element_bytes: int = FP32_BYTES) -> int:
         """Keys and values of the window."""
         return keys_and_values(model, min(tokens, model.window_tokens or tokens))
 
@@ -42,3 +42,8 @@ class WindowAttention(AttentionKind):
     def unexportable(self, model: ModelShape) -> str | None:
         """Nothing; `escala.schema.architectures` knows which class has a place for a window."""
         return None
+
+
+def kept_of_local(model: ModelShape, element_bytes: int) -> int:
+    """Per token and layer: the exact part's output and its log-sum-exp, in fp32."""
+    return FP32_BYTES // element_bytes * model.n_heads * (model.head_size + 1)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from escala.schema import ConvertConfig
 from escala.storage.checkpoints import Checkpoint
 from workloads.training.supervised import SupervisedStep
-
-if TYPE_CHECKING:
-    from workloads.convert import Conversion
+from workloads.training.task import Task
 
 STATE = "conversion"
+
+
+class ConversionTask(Task, Protocol):
+    """A task that knows the gap to the exact model: `workloads.convert`."""
+
+    gaps: dict[str, float]
 
 
 class ConversionStep(SupervisedStep):
     """One rank's part (training.step.Step)."""
 
-    task: Conversion
+    task: ConversionTask
 
-    def __init__(self, config: ConvertConfig, task: Conversion) -> None:
+    def __init__(self, config: ConvertConfig, task: ConversionTask) -> None:
         super().__init__(config, task)
 
     def state(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -177,6 +179,20 @@ def test_optimum_is_the_numeric_one(form, extra):
     assert found.n_active_low < found.n_active < found.n_active_high
     assert found.low_nats < found.loss_nats < found.high_nats
     assert found.extrapolation["compute_flops"] > 9
+
+
+def test_an_optimum_that_no_number_holds_is_refused_and_leaves_out_its_replicates():
+    law = fit_law(sweep(), bootstrap=60)
+    found = law.optimum(1e21)
+    flat = {**law.parameters, "alpha": 2e-6, "beta": 1e-6, "a": 1e3 * law.parameters["a"]}
+    with pytest.raises(LawError, match="no optimum that a number holds"):
+        law.form.optimum(flat, 1e21)
+    replicates_BP = law.replicates_BP.copy()
+    replicates_BP[0] = [flat[name] for name in law.form.names]
+    again = replace(law, replicates_BP=replicates_BP).optimum(1e21)
+    assert again.n_active == found.n_active
+    assert again.n_active_low == pytest.approx(found.n_active_low, rel=0.1)
+    assert again.n_active_high == pytest.approx(found.n_active_high, rel=0.1)
 
 
 def test_json_round_trip_is_exact():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -295,9 +296,11 @@ class Law:
     ) -> tuple[float | None, float | None]:
         """90 % interval of the optimal N over the replicates that have an interior optimum."""
         replicates_BP = self.replicates_BP[self.form.interior(self.replicates_BP)]
-        thetas = (dict(zip(self.form.names, row, strict=True)) for row in replicates_BP.tolist())
-        sizes = np.array([best(theta).size for theta in thetas])
-        return quantile_pair(sizes, 0.9) if len(sizes) >= FEWEST_REPLICATES else (None, None)
+        sizes = []
+        for row in replicates_BP.tolist():
+            with suppress(LawError):  # two exponents near 0: an optimum that no number holds
+                sizes.append(best(dict(zip(self.form.names, row, strict=True))).size)
+        return quantile_pair(np.array(sizes), 0.9) if len(sizes) >= FEWEST_REPLICATES else (None, None)
 
     def backtest(self, share: float = 0.1) -> Backtest:
         """Hold out the largest `share` of points by compute, fit the rest, and compare with two baselines.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # numpy is not needed to say what a form is
 else:
     Value = TypeVar("Value")
 
+LARGEST_LOG = 600.0  # of N and of D: beyond e^709 a float is infinite
+
 
 @dataclass(frozen=True)
 class Optimum:
@@ -56,6 +58,12 @@ def best_split(law: TwoTerms[float], compute_flops: float, kappa: float, multipl
         )
     budget = compute_flops / kappa
     log_n = (math.log(alpha * a) - math.log(beta * b) + beta * math.log(budget)) / (alpha + beta)
+    if max(abs(log_n), abs(math.log(budget) - log_n)) > LARGEST_LOG:
+        raise LawError(
+            f"The law has no optimum that a number holds: alpha {law.alpha:.2g} and beta {law.beta:.2g} leave N and D "
+            "without a bound.",
+            "Measure runs that vary both N and D further, and fit again.",
+        )
     size, tokens = math.exp(log_n), math.exp(math.log(budget) - log_n)
     by_n, by_d = a * size**-alpha, b * tokens**-beta
     residual = alpha * by_n / (beta * by_d) - 1.0

@@ -24,7 +24,7 @@ from escala.schema.flops import step_flops_per_token, transfer_flops_per_token
 from workloads.data.batches import Batch
 from workloads.data.prepared import PreparedData
 from workloads.data.shards import prepare as prepare_tokens
-from workloads.model.conversion import attention_states, converted, train_attention_alone
+from workloads.model.conversion import attention_states, converted, fit_gains, train_attention_alone
 from workloads.model.start import load_tokenizer, start_of
 from workloads.model.transformer import Transformer
 from workloads.pretrain import Pretraining, described
@@ -82,6 +82,7 @@ class Conversion(Pretraining):
         """
         exact = start_of(self.config, self.config.start)
         model = converted(exact, self.config.model)
+        fit_gains(model, exact, self.batches.batch(0, 0, self.ranks, 0)[:1, :-1])
         train_attention_alone(model)
         model.activation_checkpointing = self.config.training.activation_checkpointing
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32

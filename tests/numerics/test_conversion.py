@@ -18,7 +18,14 @@ from tests.numerics.ranks import run_ranks
 from workloads.convert import prepare, transfer_error
 from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.tokenizer import train_tokenizer
-from workloads.model.conversion import attention_states, converted, train_attention_alone
+from workloads.model.attention.layout import split_heads
+from workloads.model.conversion import (
+    _recorded,
+    attention_states,
+    converted,
+    fit_gains,
+    train_attention_alone,
+)
 from workloads.model.huggingface import save_pretrained
 from workloads.model.transformer import Transformer
 from workloads.training.far_part import FAR_PART_TAG, LEAST_WORTH_NATS, bypassed, with_far_part
@@ -88,6 +95,47 @@ def test_the_transfer_compares_each_layer_on_the_exact_models_inputs() -> None:
     }
     assert "blocks.1.attention.core.sums.projection_GRS" in moved
     assert all(".attention." in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    "far",
+    [{"features": {"kind": "positive", "count": 64}}, {"attention": {"kind": "nystrom", "landmarks": 4}}],
+)
+def test_fitted_gains_give_far_keys_the_weight_of_exact_attention(far: dict[str, Any]) -> None:
+    """By the normalisers of whole attention: of queries beyond the window, the mean log of far over near."""
+    exact = exact_model()
+    with torch.no_grad():
+        for block in exact.layers:
+            block.attention.query.weight.mul_(4)  # sharper: at a gain of 0 far keys weigh too much
+    model = converted(exact, ModelConfig(**EXACT, **{**HYBRID, "features": None, **far}))
+    before = transfer_error(model, exact, tokens()).item()
+    fit_gains(model, exact, tokens())
+    assert transfer_error(model, exact, tokens()).item() < before
+    core = model.layers[0].attention.core
+    inputs, _ = attention_states(exact, tokens())
+    with _recorded([core]) as found:
+        model.layers[0].attention(
+            inputs[0], model._rotary(64, like=inputs), core.prepare(64, None, inputs.device)
+        )
+    (q, k, v, *_), _ = found[0]
+    ratios = []
+    for head in range(4):
+        scores = q[:, :, head] @ k[:, :, head // 2].transpose(1, 2) / math.sqrt(8)
+        far_keys = torch.arange(64)[:, None] // 8 - 2 >= torch.arange(64) // 8
+        ratios.append(scores.masked_fill(~far_keys, -math.inf).logsumexp(-1)[:, 16:])
+    q_NETS, k_NTS, v_NTS = split_heads(q, k, v)
+    x, y, temperature = core.unit(q_NETS, k_NTS)
+    _, denominator, log_scale = core.far(x, y, v_NTS, temperature, core.prepare(64, None, q.device))
+    own = denominator.log() + (0 if log_scale is None else log_scale[:, None, None])
+    by_hand = torch.stack(ratios, 1).view(4, 2, 48) - own[:, :, 16:]
+    assert torch.allclose(core.gain_H, by_hand.view(2, 4, 48).mean((0, 2)), atol=1e-4)
+
+
+def test_a_kind_without_a_far_part_has_no_gains_to_fit() -> None:
+    model = converted(exact_model(), ModelConfig(**EXACT, attention="features"))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    fit_gains(model, exact_model(), tokens())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_the_transfer_brings_learned_features_towards_exact_attention() -> None:

@@ -90,10 +90,11 @@ class Pretraining:
         `measure_attention_window`, the share of attention mass in it, over the same tokens.
         """
         recall, window = self.recall, self.config.measure_attention_window
+        model = None if window is None else engine.module
 
         def sums(indices: list[int]) -> Tensor:
             tokens_BT1 = self.held_out_NT1[indices].to(engine.device)
-            with measured_mass(engine.module, window) as mass_2:
+            with measured_mass(model, window) as mass_2:
                 logits_BTV, targets_BT = engine(tokens_BT1[:, :-1]), tokens_BT1[:, 1:]
             found = [torch.stack(token_loss(logits_BTV, targets_BT)).double(), mass_2.to(engine.device)]
             if recall is not None:

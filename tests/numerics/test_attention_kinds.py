@@ -259,7 +259,7 @@ def test_few_landmarks_err_more_than_many() -> None:
 @pytest.mark.parametrize("kind", ["exact", "window", "features", "nystrom", "hybrid"])
 def test_what_is_kept_for_the_backward_pass_is_what_memory_plans_say(kind: str, dtype: torch.dtype) -> None:
     """Storages that one more layer keeps, parameters apart, within 5 %."""
-    context = 1024
+    context = 2048
     parts = {"d_model": 128, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64, "max_context_tokens": context}
     configs = [ModelConfig(**parts, n_layers=layers, attention=kind) for layers in (1, 2)]
     one, two = (_kept_bytes(config, dtype, context) for config in configs)

@@ -52,6 +52,8 @@ def sweep(form: str = "nd", n: int = 60, noise: float = 0.005, seed: int = 0) ->
         loss = TRUTH["L_inf"] + sum(part ** (1 / TRUTH["gamma"]) for part in parts) ** TRUTH["gamma"]
     if form == "c":
         loss = 1.8 + 300.0 * table.compute_flops**-0.14
+    if form == "t":
+        loss = TRUTH["L_inf"] + TRUTH["c"] * table.context_tokens ** -TRUTH["zeta"]
     if form == "joules":
         table["energy_joules"] = 1e-11 * compute * rng.uniform(0.5, 2.0, n)
         loss = 1.8 + 300.0 * table.energy_joules**-0.14

@@ -178,7 +178,7 @@ class PlanMethods(Home):
         """Queue the measurement of each kind of attention. Errors as `bench_device`.
 
         Args:
-            overrides: fields of `escala.schema.AttentionBenchConfig`.
+            overrides: fields of AttentionBenchConfig.
         """
         from escala.planning import bench_attention
 

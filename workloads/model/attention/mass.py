@@ -43,17 +43,18 @@ def mass_in_window(
 
 
 @contextmanager
-def measured_mass(model: nn.Module, window_tokens: int | None) -> Iterator[Tensor]:
+def measured_mass(model: nn.Module | None, window_tokens: int | None) -> Iterator[Tensor]:
     """While it is open, every forward pass of the model's attention adds its `mass_in_window` to what is yielded, on
-    the CPU; with None nothing does.
+    the CPU; without a model or a window nothing does.
     """
     total = torch.zeros(2, dtype=torch.float64)
 
     def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         total.add_(mass_in_window(inputs[0], inputs[1], window_tokens or 1).cpu())
 
-    cores = [module for module in model.modules() if isinstance(module, AttentionModule)]
-    hooks = [core.register_forward_pre_hook(add) for core in (cores if window_tokens else ())]
+    modules = () if model is None or window_tokens is None else model.modules()
+    cores = [module for module in modules if isinstance(module, AttentionModule)]
+    hooks = [core.register_forward_pre_hook(add) for core in cores]
     try:
         yield total
     finally:

@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "window": {"attention": "window", "window_tokens": 7},
     "wide window": {"attention": "window", "window_tokens": 150},
     "features": {"attention": "features", "features": {"count": 24}},
-    "features, trigonometric": {"attention": "features", "features": {"kind": "trigonometric", "count": 512}},
+    "features, trigonometric": {"attention": "features", "features": {"kind": "trigonometric", "count": 256}},
     "features, learned": {"attention": "features", "features": {"kind": "learned", "count": 24}},
     "nystrom": {"attention": {"kind": "nystrom", "landmarks": 16, "ridge": 0.0}, "window_tokens": 32},
     "hybrid": {"attention": "hybrid", "window_tokens": 32, "features": {"count": 24}},
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hybrid, trigonometric": {
         "attention": "hybrid",
         "window_tokens": 32,
-        "features": {"kind": "trigonometric", "count": 512},
+        "features": {"kind": "trigonometric", "count": 256},
     },
     "hybrid, learned": {
         "attention": "hybrid",

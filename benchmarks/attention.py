@@ -141,7 +141,7 @@ def memory(name: str) -> int:
 
 
 def step(config: AttentionBenchConfig, kind: str, context: int) -> Callable[[], object]:
-    """Forward and backward of our module; its inputs and gradients are made anew, so that all memory counts."""
+    """Forward and backward of our module; its inputs and gradients are made in each call, so that all memory counts."""
     core = make_attention(config.layer(kind))
     return lambda: torch.autograd.backward(*_sides(core, context))
 

@@ -2,9 +2,9 @@
 
 The exact model is converted with a first count of features, then with twice as many, until its gap to exact attention
 on held-out text is within the tolerance; past the cap the run refuses with the gap at every count (docs/theory A.8).
-Each count is a conversion of its own, from the exact model, by all of `training`: learned rows are drawn anew, and also
-with random rows the projections must learn their map. A count's checkpoints stand in CHECKPOINTS/count-COUNT, so that
-an attempt goes on where the last one ended; the chosen one's newest is linked as the job's own.
+Each count is a conversion of its own, from the exact model, by all of `training`: learned rows are drawn again, and
+with random rows, too, the projections must learn their map. A count's checkpoints stand in CHECKPOINTS/count-COUNT, so
+that an attempt goes on where the last one ended; the chosen one's newest is linked as the job's own.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ import torch.distributed
 from torch import Tensor
 
 from escala.contract.records import write_json
-from escala.schema import BenchConfig, ModelConfig, TrainingConfig
+from escala.schema import AttentionBenchConfig, BenchConfig, ModelConfig, TrainingConfig
 from escala.schema.flops import flops_per_token
 from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
 from workloads.model.transformer import Transformer
 from workloads.training import meter, zero
-from workloads.training.device import set_up_torch
+from workloads.training.device import device_of, set_up_torch
 from workloads.training.driver import HUGE_PAGES, start_workers
 from workloads.training.failures import NodeWatch, classify
 from workloads.training.gradient import accumulate
@@ -46,24 +46,34 @@ def main(arguments: list[str]) -> int:
 
 
 def bench(attempt: LiveAttempt) -> None:
-    """Start the workers; what they measure is in the attempt's facts, and in its run."""
+    """See `run_bench`."""
+    run_bench(attempt, BenchConfig.model_validate, measure, "device.json")
+
+
+def run_bench(
+    attempt: LiveAttempt,
+    parse: Callable[[Any], BenchConfig | AttentionBenchConfig],
+    measure: Callable[[dict[str, Any]], None],
+    artifact: str,
+) -> None:
+    """Start the workers; what they `measure` is in the attempt's facts, and in its run as `artifact`."""
     import ray
 
     spec, files = attempt.spec, attempt.files
-    config = attempt.open(BenchConfig.model_validate)
+    config = attempt.open(parse)
     ray.init(address="auto", log_to_driver=True, namespace="escala")
     attempt.classify = partial(classify, nodes=NodeWatch())
     arguments = {"config": spec.config, "facts": str(files.facts)}
     start_workers(measure, arguments, config.resources, spec.directory, {"GLIBC_TUNABLES": HUGE_PAGES})
     tracker, run_id = attempt.run
     found = json.loads(files.facts.read_text())
-    tracker.text(run_id, "device.json", json.dumps(found, indent=1, sort_keys=True))
+    tracker.text(run_id, artifact, json.dumps(found, indent=1, sort_keys=True))
 
 
 def measure(arguments: dict[str, Any]) -> None:
     """One rank."""
     config = BenchConfig(**arguments["config"])
-    device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
+    device = device_of(config.resources)
     set_up_torch(config.resources)
     runtime = _runtime_bytes(device)  # first: what is freed before it would be taken for it
     meter.choose_matmul_precision("auto", device)

@@ -10,7 +10,6 @@ Dimensions: B batch, T context, H query heads, G key/value heads, S head size.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,14 +23,13 @@ import torch
 from escala.contract.records import write_json
 from escala.schema import AttentionBenchConfig, ModelConfig
 from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
-from workloads.bench import device_name
+from workloads.bench import device_name, run_bench
 from workloads.generation.network import Network, TokenSpan
 from workloads.model.attention import make_attention
 from workloads.model.transformer import Transformer
 from workloads.training import meter
 from workloads.training.device import device_of, set_up_torch
-from workloads.training.driver import HUGE_PAGES, start_workers
-from workloads.training.failures import NodeWatch, classify
+from workloads.training.failures import classify
 
 DECODE_LAYERS = 4  # what layers share (which blocks to read) is then as small a part as in a small model
 BLOCK_TOKENS = 32  # of the cache, where a kind takes any: the engine's own
@@ -53,18 +51,8 @@ def main(arguments: list[str]) -> int:
 
 
 def bench(attempt: LiveAttempt) -> None:
-    """Start the worker; what it measures is in the attempt's facts, and in its run."""
-    import ray
-
-    spec, files = attempt.spec, attempt.files
-    config = attempt.open(AttentionBenchConfig.model_validate)
-    ray.init(address="auto", log_to_driver=True, namespace="escala")
-    attempt.classify = partial(classify, nodes=NodeWatch())
-    arguments = {"config": spec.config, "facts": str(files.facts)}
-    start_workers(measure, arguments, config.resources, spec.directory, {"GLIBC_TUNABLES": HUGE_PAGES})
-    tracker, run_id = attempt.run
-    found = json.loads(files.facts.read_text())
-    tracker.text(run_id, "attention.json", json.dumps(found, indent=1, sort_keys=True))
+    """See `run_bench`."""
+    run_bench(attempt, AttentionBenchConfig.model_validate, measure, "attention.json")
 
 
 def measure(arguments: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
 from escala.schema import ModelConfig
@@ -37,18 +36,9 @@ class ConvertedTransformer(Transformer):
         """As Transformer's; with `inputs_LBTD`, (L, B, T, D): each layer's attention of its part of them."""
         if inputs_LBTD is None:
             return super().forward(tokens_BT, positions_BT, documents_BT, at_BT)
-        context = tokens_BT.shape[1]
-        rotation = self._rotary(context if positions_BT is None else positions_BT, like=inputs_LBTD)
-        prepared = self.layers[0].attention.core.prepare(context, documents_BT, inputs_LBTD.device)
-        recompute = self.activation_checkpointing and is_grad_enabled()
-        outputs = []
-        for block, x_BTD in zip(self.layers, inputs_LBTD, strict=True):
-            arguments = (x_BTD, rotation, prepared)
-            attention = block.attention
-            outputs.append(
-                checkpoint(attention, *arguments, use_reentrant=False) if recompute else attention(*arguments)
-            )
-        return torch.stack(outputs)
+        shared = self.shared(tokens_BT.shape[1], positions_BT, documents_BT, inputs_LBTD)
+        pairs = zip(self.layers, inputs_LBTD, strict=True)
+        return torch.stack([self.apply_layer(block.attention, x_BTD, *shared) for block, x_BTD in pairs])
 
 
 def converted(exact: Transformer, config: ModelConfig) -> ConvertedTransformer:

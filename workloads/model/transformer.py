@@ -142,16 +142,27 @@ class Transformer(nn.Module):
         `forward`'s.
         """
         x_BTD = self.embedding(tokens_BT)
-        context = tokens_BT.shape[1]
-        rotation = self._rotary(context if positions_BT is None else positions_BT, like=x_BTD)
-        prepared = self.layers[0].attention.core.prepare(context, documents_BT, x_BTD.device)
-        recompute = self.activation_checkpointing and is_grad_enabled()
+        shared = self.shared(tokens_BT.shape[1], positions_BT, documents_BT, x_BTD)
         at_N = None if at_BT is None else at_BT.flatten().nonzero().squeeze(-1)
         for number, block in enumerate(self.blocks, 1):
-            arguments = (x_BTD, rotation, prepared, at_N if number == len(self.blocks) else None)
-            x_BTD = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            x_BTD = self.apply_layer(block, x_BTD, *shared, at_N if number == len(self.blocks) else None)
         normed: Tensor = self.final_norm(x_BTD)
         return normed
+
+    def shared(
+        self, context_tokens: int, positions_BT: Tensor | None, documents_BT: Tensor | None, like: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Any]:
+        """What all layers of a forward pass share: RoPE's rotation, and what attention prepares."""
+        rotation = self._rotary(context_tokens if positions_BT is None else positions_BT, like=like)
+        return rotation, self.layers[0].attention.core.prepare(context_tokens, documents_BT, like.device)
+
+    def apply_layer(self, layer: nn.Module, *arguments: Any) -> Tensor:
+        """What a layer, or a part of one, makes of its arguments; with `activation_checkpointing` it is made again in
+        the backward pass.
+        """
+        recompute = self.activation_checkpointing and is_grad_enabled()
+        out: Tensor = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        return out
 
     @property
     def layers(self) -> list[Block]:

@@ -15,7 +15,7 @@ from escala.contract.records import JobFiles
 from escala.jobs import actions
 from escala.planning.cost import cost
 from escala.report import Report, silent
-from escala.schema import BenchConfig, PretrainConfig
+from escala.schema import AttentionBenchConfig, BenchConfig, PretrainConfig
 from escala.schema.hardware import Cluster
 from escala.schema.workloads import BENCH, Workload
 from escala.settings import Settings
@@ -35,17 +35,24 @@ def bench_device(
     report: Report = silent,
 ) -> Job:
     """Queue the measurement on as many workers as the cluster has devices. Raises SpecError, ClusterError."""
-    from escala.jobs.records import NewJob
-
     resources = {"workers": workers, "gpus_per_worker": gpus_per_worker}
     config: BenchConfig = spec.validate(
         BenchConfig, {**(overrides or {}), "resources": resources}, BENCH.name
     )
+    return enqueue(settings, BENCH, config, report)
+
+
+def enqueue(
+    settings: Settings, workload: Workload, config: BenchConfig | AttentionBenchConfig, report: Report
+) -> Job:
+    """Queue a measurement. Raises ClusterError."""
+    from escala.jobs.records import NewJob
+
     new = NewJob(
-        workload=BENCH.name,
-        entry_point=BENCH.entry_point,
+        workload=workload.name,
+        entry_point=workload.entry_point,
         config=config.model_dump(mode="json"),
-        name=BENCH.name,
+        name=workload.name,
         command=tuple(sys.argv),
         experiment=settings.experiment,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from escala import documents, spec
 from escala.contract.errors import SpecError
 from escala.hardware import load_cluster
-from escala.jobs import actions
-from escala.planning.bench import measured, rounded
+from escala.planning.bench import enqueue, measured, rounded
 from escala.report import Report, silent
 from escala.schema import AttentionBenchConfig
 from escala.schema.attention.speed import KindSpeed, with_overtaking
@@ -27,20 +25,10 @@ def bench_attention(
     settings: Settings, overrides: Mapping[str, Any] | None = None, report: Report = silent
 ) -> Job:
     """Queue the measurement. `overrides`: fields of AttentionBenchConfig. Raises SpecError, ClusterError."""
-    from escala.jobs.records import NewJob
-
     config: AttentionBenchConfig = spec.validate(
         AttentionBenchConfig, dict(overrides or {}), BENCH_ATTENTION.name
     )
-    new = NewJob(
-        workload=BENCH_ATTENTION.name,
-        entry_point=BENCH_ATTENTION.entry_point,
-        config=config.model_dump(mode="json"),
-        name=BENCH_ATTENTION.name,
-        command=tuple(sys.argv),
-        experiment=settings.experiment,
-    )
-    return actions.enqueue(settings, new, report)
+    return enqueue(settings, BENCH_ATTENTION, config, report)
 
 
 def check_file(path: Path) -> None:

@@ -10,7 +10,7 @@ equal weights, where the truth is the form plus
 - noise of each row.
 
 Parameters have a weak prior, so there is a plan before the first loss is known; a bootstrap of so few rows would be
-worth nothing. After each part of the budget the parameters are estimated again and the rest is planned anew.
+worth nothing. After each part of the budget the parameters are estimated again and the rest is planned again.
 
 Letters: K rows of the pool (chosen ones too), T targets, P parameters. Log parameters: L_inf, each coefficient at the
 centre of the rows, each exponent; the mix's rho as it is. All errors are of log loss, so relative.
@@ -35,7 +35,7 @@ SD_FLOOR, SD_COEFFICIENT, SD_EXPONENT, SD_MIX = 0.5, 1.0, 0.5, 0.3  # of the pri
 DEPARTURE, CURVE, NOISE = 0.01, 0.005, 0.001  # sd in log loss of what the form does not say
 REACH = math.log(10.0)  # over this distance in the logs of the inputs a departure changes
 PRICES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)  # a row's cost as such, in units of the dearest row's
-PARTS = (0.1, 0.3, 0.6, 1.0)  # of the budget, after each of which the rest is planned anew
+PARTS = (0.1, 0.3, 0.6, 1.0)  # of the budget, after each of which the rest is planned again
 MOST_STEPS = 4000  # of greedy choice in one exploration: bounds its time
 SPARE = 2  # rows beside one per parameter that a law has, where the budget allows
 STEPS = 60  # of Gauss-Newton

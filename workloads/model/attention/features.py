@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from escala.schema import ModelConfig
 from escala.schema.attention.features import CHUNK_TOKENS, features_of
-from workloads.model.attention.layout import Packing, accumulated, join_heads, packing, split_heads
+from workloads.model.attention.layout import (
+    Packing,
+    accumulated,
+    by_tile,
+    join_heads,
+    of_heads,
+    packing,
+    split_heads,
+)
 from workloads.model.attention.prefix import prefix_sums
 from workloads.model.attention.registry import AttentionModule
 from workloads.model.attention.sums import Begun, BlockSums, begun, blocks_of
@@ -149,11 +157,6 @@ class FeatureSums(nn.Module):
             return None
         return _random_map(*self._shape, self.features.seed, like.device, like.dtype)[1]
 
-    @property
-    def width(self) -> int:
-        """M."""
-        return self.features.count
-
     def mapped(self, x_GNS: Tensor) -> Tensor:
         """phi_GNM in generation, the same bits of a row whatever the others: MKL adds up products of fewer than
         LEAST_ROWS rows in another order.
@@ -185,9 +188,9 @@ class FeatureSums(nn.Module):
             self.lag,
         )
         count_BT = far_keys(packed, self.block_tokens) if self.lag > 1 else packed.seen_before_BT + 1
-        count_NT = packed.of_heads(count_BT.expand(batch, -1), len(rows_GRS))
+        count_NT = of_heads(count_BT, len(y_NTS))
         numerator, denominator = sums[..., :-1], sums[..., -1]
-        if self.features.kind == "trigonometric":
+        if self.features.is_signed:
             denominator = at_least(denominator, count_NT, temperature_N)
         denominator = denominator.masked_fill(count_NT[:, None] == 0, 1.0)
         return numerator, denominator, None if shift_N is None else 2 * shift_N
@@ -264,7 +267,7 @@ class FeatureState:
         like: Tensor,
     ) -> None:
         self._layers, self.block_tokens = layers, block_tokens
-        heads, size, width = config.kv_heads, config.head_size, layers[0].sums.width
+        heads, size, width = config.kv_heads, config.head_size, layers[0].sums.features.count
         self._before = BlockSums(len(layers), blocks, heads, width, size, like)
         shape = (len(layers), blocks, heads, block_tokens)
         self._phi = torch.zeros((*shape, width), dtype=self._before.sums.dtype, device=like.device)
@@ -313,7 +316,7 @@ class FeatureState:
         tiles, queries, heads, each, size = q_TQGES.shape
         q_GNS = q_TQGES.permute(2, 0, 3, 1, 4).reshape(heads, -1, size)
         phi_GNM = core.sums.mapped(core.unit.scaled(q_GNS))
-        phi_NRM = torch.unflatten(phi_GNM, 1, (tiles, -1)).transpose(0, 1).flatten(0, 1)
+        phi_NRM = by_tile(phi_GNM, tiles).flatten(0, 1)
         sums_NRV = self._before.read(layer, plan.block_T, phi_NRM)
         keys_NCM, v_NCS = (blocks_of(x[layer], plan.block_T) for x in (self._phi, self._values))
         weights_NRC = torch.bmm(phi_NRM, keys_NCM.transpose(1, 2))
@@ -321,7 +324,7 @@ class FeatureState:
         numerator_NRS = sums_NRV[..., :-1] + torch.bmm(weights_NRC, v_NCS.to(weights_NRC.dtype))
         denominator_NR = sums_NRV[..., -1] + weights_NRC.sum(-1)
         denominator = denominator_NR.view(tiles, heads, each, queries)
-        if core.sums.features.kind == "trigonometric":
+        if core.sums.features.is_signed:
             least = core.unit.least_G().view(-1, 1, 1) * plan.count_TQ[:, None, None]
             denominator = torch.maximum(denominator, least)
         out_TGEQS = numerator_NRS.view(tiles, heads, each, queries, size) / denominator.unsqueeze(-1)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from escala.schema import ModelConfig
 from escala.schema.attention.hybrid import window_of
 from workloads.model.attention.features import FeatureSums, UnitScale, far_keys
-from workloads.model.attention.layout import join_heads, packing, split_heads
+from workloads.model.attention.layout import by_tile, join_heads, of_heads, packing, split_heads
 from workloads.model.attention.local import Band, local_attention
-from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile
+from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState
 from workloads.model.attention.registry import AttentionModule
 from workloads.model.attention.sums import Begun, BlockSums, begun
 
@@ -55,17 +55,13 @@ class NearAndFar(AttentionModule):
         q_NETS, k_NTS, v_NTS = split_heads(q_BTHS, k_BTGS, v_BTGS)
         near_NETS, lse_NET = local_attention(q_NETS, k_NTS, v_NTS, prepared)
         if self.is_far_bypassed:
-            unused = (
-                sum(weight.sum() for weight in self.parameters()) * 0
-            )  # a gradient of 0, not none: ZeRO waits
-            return join_heads(near_NETS + unused, batch, q_BTHS.dtype)
+            return join_heads(near_NETS, batch, q_BTHS.dtype)
         x_NETS, y_NTS, temperature_N = self.unit(q_NETS, k_NTS)
         numerator, denominator, log_scale_N = self.far(x_NETS, y_NTS, v_NTS, temperature_N, prepared)
         log_weight_NE = self.gain_H.to(near_NETS.dtype).view(k_BTGS.shape[2], -1).repeat(batch, 1)
         if log_scale_N is not None:
             log_weight_NE = log_weight_NE + log_scale_N[:, None]
-        count_BT = far_keys(prepared.packing, self.block_tokens)
-        is_far_NT = prepared.packing.of_heads(count_BT.expand(batch, -1) > 0, k_BTGS.shape[2])
+        is_far_NT = of_heads(far_keys(prepared.packing, self.block_tokens) > 0, len(k_NTS))
         out_NETS = one_normaliser(near_NETS, lse_NET, numerator, denominator, log_weight_NE, is_far_NT)
         return join_heads(out_NETS, batch, q_BTHS.dtype)
 
@@ -84,9 +80,8 @@ def one_normaliser(
     log_far = (log_weight_NE1 + denominator_NET.log()).masked_fill(none_N1T, nothing)
     total = torch.logaddexp(lse_NET, log_far)
     near = near_NETS * (lse_NET - total).exp().unsqueeze(-1)
-    far = (
-        (log_weight_NE1 - total).masked_fill(none_N1T, nothing).exp()
-    )  # without a far part it could overflow
+    # Without a far part the weight could overflow.
+    far = (log_weight_NE1 - total).masked_fill(none_N1T, nothing).exp()
     return torch.addcmul(near, numerator_NETS, far.unsqueeze(-1))
 
 
@@ -156,10 +151,9 @@ class HybridState(NearAndFarState):
         phi_TGRM = by_tile(core.sums.mapped(x_GNS), tiles)
         sums_NRV = self._before.read(layer, plan.far, phi_TGRM.flatten(0, 1))
         shift_G = core.sums.shift_G(x_GNS)
-        is_signed = core.sums.features.kind == "trigonometric"
         return (
             torch.unflatten(sums_NRV, 0, (tiles, -1)),
-            core.unit.least_G() if is_signed else None,
+            core.unit.least_G() if core.sums.features.is_signed else None,
             None if shift_G is None else 2 * shift_G,
         )
 

@@ -35,9 +35,10 @@ class Packing:
         is_start[:, 1:] = self.documents_BT[:, 1:] != self.documents_BT[:, :-1]
         return position - (position * is_start).cummax(1).values
 
-    def of_heads(self, x_B: Tensor, heads: int) -> Tensor:
-        """(B, ...) as (N, ...): the same for each of the `heads` key/value heads of a row."""
-        return x_B.repeat_interleave(heads, dim=0)
+
+def of_heads(x_B: Tensor, count: int) -> Tensor:
+    """(B, ...), or (1, ...), as (N, ...), N = `count`: the same for all key/value heads of a row."""
+    return x_B.repeat_interleave(count // len(x_B), dim=0)
 
 
 def packing(context_tokens: int, documents_BT: Tensor | None, device: torch.device) -> Packing:
@@ -62,6 +63,11 @@ def join_heads(out_NETS: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
     """out_BTHS."""
     out_BGETS = torch.unflatten(out_NETS, 0, (batch, -1))
     return out_BGETS.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dtype)
+
+
+def by_tile(x_GNS: Tensor, tiles: int) -> Tensor:
+    """In generation, (T, G, R, S) of (G, T * R, S): R queries of each of T tiles."""
+    return torch.unflatten(x_GNS, 1, (tiles, -1)).transpose(0, 1)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:

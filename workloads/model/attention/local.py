@@ -17,11 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
 from workloads.model.attention.flex import flex_fits, flex_local, flex_mask
-from workloads.model.attention.layout import Packing, accumulated
+from workloads.model.attention.layout import Packing, accumulated, of_heads
 
-STEP_TOKENS = (
-    128  # queries of a step: at 64 the products are small, at 256 a window of 512 meets too many keys
-)
+STEP_TOKENS = 128
+"""Queries of a step: at 64 the products are small, at 256 a window of 512 meets too many keys."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Band:
         """The band as flex_attention reads it."""
         return flex_mask(self.packing, self.window_tokens, self.block_tokens)
 
-    def unseen(self, queries: slice, keys: slice, heads: int) -> Tensor:
-        """True where a query (row) does not see a key (column), (C, K) or (N, 1, C, K)."""
+    def unseen(self, queries: slice, keys: slice, count: int) -> Tensor:
+        """True where a query (row) does not see a key (column), (C, K) or (N, 1, C, K), N = `count`."""
         unseen_CK = _beyond(
             queries.start - keys.start,
             queries.stop - queries.start,
@@ -67,7 +66,7 @@ class Band:
         if documents_BT is None:
             return unseen_CK
         other_BCK = documents_BT[:, queries, None] != documents_BT[:, None, keys]
-        return self.packing.of_heads(other_BCK | unseen_CK, heads).unsqueeze(1)
+        return of_heads(other_BCK | unseen_CK, count).unsqueeze(1)
 
 
 @functools.lru_cache(64)
@@ -85,7 +84,11 @@ def local_attention(q_NETS: Tensor, k_NTS: Tensor, v_NTS: Tensor, band: Band) ->
     On CUDA by flex_attention where it fits (see `flex`), else step by step.
     """
     if flex_fits(q_NETS):
-        return flex_local(q_NETS, k_NTS, v_NTS, band.flex_mask, _rows(band, k_NTS))
+        documents_BT = band.packing.documents_BT
+        batch = (
+            len(k_NTS) if documents_BT is None else len(documents_BT)
+        )  # without documents any split will do
+        return flex_local(q_NETS, k_NTS, v_NTS, band.flex_mask, batch)
     return stepwise(q_NETS, k_NTS, v_NTS, band)
 
 
@@ -102,7 +105,7 @@ class _NearbyKeys(torch.autograd.Function):
         out, lse = torch.empty_like(q, dtype=kind), q.new_empty(q.shape[:3], dtype=kind)
         for queries, keys in band.steps():
             weights = scores(q, k, queries, keys)
-            weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), float("-inf"))
+            weights.masked_fill_(band.unseen(queries, keys, len(k)), float("-inf"))
             top = weights.amax(-1, keepdim=True)
             weights.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
@@ -124,7 +127,7 @@ class _NearbyKeys(torch.autograd.Function):
         for queries, keys in band.steps():
             grad = grad_out[:, :, queries].flatten(1, 2)
             weights = scores(q, k, queries, keys).sub_(lse[:, :, queries, None]).exp_()
-            weights.masked_fill_(band.unseen(queries, keys, len(k) // _rows(band, k)), 0.0)
+            weights.masked_fill_(band.unseen(queries, keys, len(k)), 0.0)
             weights = weights.flatten(1, 2)
             grad_v[:, keys].baddbmm_(weights.transpose(1, 2), grad)
             by_score = torch.bmm(grad, v[:, keys].to(kind).transpose(1, 2))
@@ -133,11 +136,6 @@ class _NearbyKeys(torch.autograd.Function):
             grad_q[:, :, queries] = found.view(*grad_q[:, :, queries].shape)
             grad_k[:, keys].baddbmm_(by_score.transpose(1, 2), q[:, :, queries].to(kind).flatten(1, 2))
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
-
-
-def _rows(band: Band, k: Tensor) -> int:
-    documents = band.packing.documents_BT
-    return len(k) if documents is None else len(documents)
 
 
 def scores(q: Tensor, k: Tensor, queries: slice, keys: slice) -> Tensor:

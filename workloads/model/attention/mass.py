@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workloads.model.attention.layout import packing, split_heads
+from workloads.model.attention.layout import of_heads, packing, split_heads
 from workloads.model.attention.local import Band, scores
 from workloads.model.attention.registry import AttentionModule
 
@@ -28,15 +28,14 @@ def mass_in_window(
     q_NETS, k_NTS, _ = split_heads(q_BTHS, k_BTGS, k_BTGS)
     packed = packing(q_BTHS.shape[1], documents_BT, q_BTHS.device)
     every, near = Band(packed), Band(packed, window_tokens)
-    heads = k_BTGS.shape[2]
-    sees_more_NT = packed.of_heads((packed.seen_before_BT >= window_tokens).expand(len(q_BTHS), -1), heads)
+    sees_more_NT = of_heads(packed.seen_before_BT >= window_tokens, len(k_NTS))
     found = q_BTHS.new_zeros(2, dtype=torch.float64)
     for queries, keys in every.steps():
         counts = sees_more_NT[:, None, queries]
         logits = scores(q_NETS, k_NTS, queries, keys)
-        logits.masked_fill_(every.unseen(queries, keys, heads), float("-inf"))
+        logits.masked_fill_(every.unseen(queries, keys, len(k_NTS)), float("-inf"))
         lse_NET = logits.logsumexp(-1)
-        logits.masked_fill_(near.unseen(queries, keys, heads), float("-inf"))
+        logits.masked_fill_(near.unseen(queries, keys, len(k_NTS)), float("-inf"))
         share_NET = (logits.logsumexp(-1) - lse_NET).exp() * counts
         found += torch.stack((share_NET.sum(dtype=torch.float64), counts.sum() * share_NET.shape[1]))
     return found

@@ -140,8 +140,3 @@ class NearAndFarState(ABC):
         odds_TGEQ1 = (lse_TGQE.transpose(2, 3).unsqueeze(-1) - (log_weight + count_TGEQ1.log())).exp()
         out_TGEQS = near_TGEQS + (sum_TGEQS / count_TGEQ1 - near_TGEQS) / (odds_TGEQ1 + 1.0)
         return out_TGEQS.permute(0, 3, 1, 2, 4)
-
-
-def by_tile(x_GNS: Tensor, tiles: int) -> Tensor:
-    """(T, G, R, S) of (G, T * R, S)."""
-    return torch.unflatten(x_GNS, 1, (tiles, -1)).transpose(0, 1)

@@ -22,10 +22,12 @@ from escala.schema.attention.hybrid import window_of
 from escala.schema.attention.nystrom import NystromAttention
 from workloads.model.attention.features import at_least, far_keys
 from workloads.model.attention.hybrid import NearAndFar
-from workloads.model.attention.layout import Packing, accumulated
+from workloads.model.attention.layout import Packing, accumulated, by_tile, of_heads
 from workloads.model.attention.local import Band
-from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState, by_tile
+from workloads.model.attention.near_and_far import NearAndFarPlan, NearAndFarState
 from workloads.model.attention.paged import Pairs, pair_up
+
+LEAST_RIDGE = 1e-3  # of the scores: with 0 all tokens score 1
 
 
 class Nystrom(NearAndFar):
@@ -42,15 +44,14 @@ class Nystrom(NearAndFar):
         self, x_NETS: Tensor, y_NTS: Tensor, v_NTS: Tensor, temperature_N: Tensor, band: Band
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See NearAndFar."""
-        packed, size, heads = band.packing, self.block_tokens, self._config.kv_heads
+        packed, size = band.packing, self.block_tokens
         nothing = x_NETS[:, :, : 2 * size, :1] * 0  # its gradient is 0, not none: ZeRO-3 waits for one
         found = [nothing.expand(*nothing.shape[:3], v_NTS.shape[-1] + 1)]
         past = -(-packed.context_tokens // size) - 2  # blocks that are far of some query
         if past > 0:
             found += self._read(x_NETS, *self._summaries(y_NTS, v_NTS, packed, past), packed, past)
         total = torch.cat(found, 2)
-        count_BT = far_keys(packed, size).expand(len(y_NTS) // heads, -1)
-        count_NT = packed.of_heads(count_BT, heads)
+        count_NT = of_heads(far_keys(packed, size), len(y_NTS))
         denominator = at_least(total[..., -1], count_NT, temperature_N)
         return total[..., :-1], denominator.masked_fill(count_NT[:, None] == 0, 1.0), None
 
@@ -63,7 +64,7 @@ class Nystrom(NearAndFar):
         if packed.documents_BT is not None:
             blocks_BLC = torch.unflatten(packed.documents_BT[:, :tokens], 1, (past, size))
             joins_BLC = blocks_BLC == blocks_BLC[:, :, -1:]
-            joins_MC = packed.of_heads(joins_BLC, self._config.kv_heads).flatten(0, 1)
+            joins_MC = of_heads(joins_BLC, len(y_NTS)).flatten(0, 1)
         y_MCS, v_MCS = (torch.unflatten(x[:, :tokens], 1, (past, size)).flatten(0, 1) for x in (y_NTS, v_NTS))
         made = checkpoint(summary, y_MCS, v_MCS, self.landmarks, self.ridge, joins_MC, use_reentrant=False)
         landmarks_NLPS, sums_NLPV = (torch.unflatten(x.contiguous(), 0, (-1, past)) for x in made)
@@ -80,7 +81,7 @@ class Nystrom(NearAndFar):
             if packed.documents_BT is not None:
                 last_BL = packed.documents_BT[:, size - 1 : blocks * size : size]
                 same_BCL = packed.documents_BT[:, queries, None] == last_BL[:, None]
-                reads = packed.of_heads(same_BCL.repeat_interleave(self.landmarks, 2), self._config.kv_heads)
+                reads = of_heads(same_BCL.repeat_interleave(self.landmarks, 2), len(x_NETS))
             near, sums = landmarks_NLPS[:, :blocks].flatten(1, 2), sums_NLPV[:, :blocks].flatten(1, 2)
             yield checkpoint(read_landmarks, x_NETS[:, :, queries], near, sums, reads, use_reentrant=False)
 
@@ -165,9 +166,8 @@ def summary(
     if joins_NC is not None:
         counts_NP = joins_NC.take_along_dim(index_NP, 1)
         rows_NPC = rows_NPC * joins_NC.unsqueeze(1) * counts_NP.unsqueeze(-1)
-        inner_NPP = inner_NPP * counts_NP.unsqueeze(1) * counts_NP.unsqueeze(2) + eye * ~counts_NP.unsqueeze(
-            -1
-        )
+        inner_NPP = inner_NPP * counts_NP.unsqueeze(1) * counts_NP.unsqueeze(2)
+        inner_NPP = inner_NPP + eye * ~counts_NP.unsqueeze(-1)
     factor = torch.linalg.cholesky(inner_NPP + ridge * eye)
     sums_NPV = torch.cholesky_solve(torch.bmm(rows_NPC, values_NCV), factor)
     return y_NCS.take_along_dim(index_NP.unsqueeze(-1), 1), sums_NPV
@@ -186,9 +186,6 @@ def chosen(kernel_NCC: Tensor, landmarks: int, ridge: float, joins_NC: Tensor | 
     if joins_NC is not None:
         rest_NC = rest_NC.masked_fill(~joins_NC, float("inf"))
     return rest_NC.topk(landmarks, largest=False).indices
-
-
-LEAST_RIDGE = 1e-3  # of the scores: with 0 all tokens score 1
 
 
 def read_landmarks(x_NECS: Tensor, landmarks_NPS: Tensor, sums_NPV: Tensor, reads: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from workloads.model.attention.layout import Packing
+from workloads.model.attention.layout import Packing, of_heads
 
 Phi = Callable[[Tensor, Tensor], Tensor]
 """phi_NKM of x_NKS and rows_NRS."""
@@ -31,7 +31,7 @@ class _Blocks:
     packed: Packing
     size: int
     lag: int
-    heads: int  # key/value heads of a row
+    of_all: int  # N
 
     @property
     def count(self) -> int:
@@ -49,7 +49,7 @@ class _Blocks:
         documents_BT, last_B1 = self.packed.documents_BT, self._last_document(of)
         if documents_BT is None or last_B1 is None:
             return None
-        return self.packed.of_heads(documents_BT[:, self.at(block)] == last_B1, self.heads).unsqueeze(-1)
+        return of_heads(documents_BT[:, self.at(block)] == last_B1, self.of_all).unsqueeze(-1)
 
     def reads(self, block: int) -> Tensor | None:
         """Which of a block's queries read the state before it."""
@@ -64,7 +64,7 @@ class _Blocks:
         last_B1, before_B1 = self._last_document(block), self._last_document(block - 1)
         if last_B1 is None or before_B1 is None:
             return None
-        return self.packed.of_heads(last_B1 == before_B1, self.heads).unsqueeze(-1)
+        return of_heads(last_B1 == before_B1, self.of_all).unsqueeze(-1)
 
     def own_CC(self, block: int) -> Tensor:
         """(C, C) or (N, 1, C, C): which keys of its own block a query sees, with lag 1."""
@@ -75,7 +75,7 @@ class _Blocks:
         if documents_BT is None:
             return seen
         same_BCC = documents_BT[:, at, None] == documents_BT[:, None, at]
-        return self.packed.of_heads(same_BCC & seen, self.heads).unsqueeze(1)
+        return of_heads(same_BCC & seen, self.of_all).unsqueeze(1)
 
 
 def prefix_sums(
@@ -91,8 +91,7 @@ def prefix_sums(
     """sums_NETV: of phi(x) . phi(y) [v, 1] over the tokens of all blocks that are `lag` or more before the query's own;
     with lag 1 also over those of its own up to itself.
     """
-    batch = 1 if packed.documents_BT is None else len(packed.documents_BT)
-    blocks = _Blocks(packed, block_tokens, lag, len(y_NTS) // batch)
+    blocks = _Blocks(packed, block_tokens, lag, len(y_NTS))
     sums: Tensor = _prefix(x_NETS, y_NTS, v_NTS, rows_NRS, phi, blocks)
     return sums
 

@@ -31,6 +31,11 @@ class FeaturesConfig(Strict):
         """R, rows of the projection."""
         return self.count if self.kind == "positive" else self.count // 2
 
+    @property
+    def is_signed(self) -> bool:
+        """Whether a product of two phi may be 0 or negative."""
+        return self.kind == "trigonometric"
+
     def parameters(self, heads: int, head_size: int) -> int:
         """Weights of the rows of all `heads`, where they are learned."""
         return heads * self.rows * head_size if self.kind == "learned" else 0

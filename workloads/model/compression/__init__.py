@@ -1,0 +1,8 @@
+"""Matrices that take less room: codes of 2 to 8 bits, bf16, factors of low rank (docs/theory E.2, E.3, E.6)."""
+
+from __future__ import annotations
+
+from workloads.model.compression.quantize import quantize
+from workloads.model.compression.quantized import QuantizedWeight
+
+__all__ = ["QuantizedWeight", "quantize"]

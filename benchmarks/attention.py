@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor
 from escala.schema import AttentionBenchConfig
 from workloads.bench_attention import DECODE_LAYERS, decoder
 from workloads.model.attention import make_attention
+from workloads.training.driver import allocator
 
 LONG, CONTEXTS = 32_768, (8_192, 16_384, 32_768, 65_536)
 SPEED_FLOORS = {"window": 12.0, "hybrid": 6.0}  # times SDPA's
@@ -169,4 +171,7 @@ def inputs(context: int) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    settings = allocator()
+    if settings.items() <= os.environ.items():  # as training workers have them
+        sys.exit(main())
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})

@@ -25,7 +25,7 @@ from escala.tracking.lineage.lifecycle import LiveAttempt, run_attempt
 from workloads.model.transformer import Transformer
 from workloads.training import meter, zero
 from workloads.training.device import device_of, set_up_torch
-from workloads.training.driver import HUGE_PAGES, start_workers
+from workloads.training.driver import allocator, start_workers
 from workloads.training.failures import NodeWatch, classify
 from workloads.training.gradient import accumulate
 from workloads.training.loss import next_token_loss, token_loss
@@ -64,7 +64,7 @@ def run_bench(
     ray.init(address="auto", log_to_driver=True, namespace="escala")
     attempt.classify = partial(classify, nodes=NodeWatch())
     arguments = {"config": spec.config, "facts": str(files.facts)}
-    start_workers(measure, arguments, config.resources, spec.directory, {"GLIBC_TUNABLES": HUGE_PAGES})
+    start_workers(measure, arguments, config.resources, spec.directory, allocator())
     tracker, run_id = attempt.run
     found = json.loads(files.facts.read_text())
     tracker.text(run_id, artifact, json.dumps(found, indent=1, sort_keys=True))

@@ -1,6 +1,7 @@
 """A job's newest checkpoint as files that others open: `python -m workloads.export CHECKPOINTS DIRECTORY [--adapter]`.
 
-A whole model in Hugging Face's layout with its tokenizer and chat template, a LoRA run's deltas merged; its deltas
+A whole model in Hugging Face's layout with its tokenizer and chat template, a LoRA run's deltas merged, a compressed
+one's matrices dequantised; its deltas
 alone in peft's format; a reward model's trunk with its head in a file beside it.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
 from escala.storage.checkpoints import Checkpoint
+from workloads.model.compression.stored import is_compressed
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import (
@@ -44,13 +46,12 @@ def export(checkpoints: Path, to: Path, adapter: bool = False) -> None:
 
 
 def _write(found: Checkpoint, to: Path, adapter: bool) -> None:
-    config, checkpoints = checkpoint_config(found), Path(found.store.address)
-    lora = config.adapter
-    tokenizer = load_tokenizer(checkpoints)
+    tokenizer = load_tokenizer(Path(found.store.address))
+    lora = None if is_compressed(found) else checkpoint_config(found).adapter
     if adapter:
         if lora is None:
             raise SpecError("this run trained whole matrices, no deltas", "export it without --adapter")
-        start = config.starts_from
+        start = checkpoint_config(found).starts_from
         save_adapter(load_weights(found), lora, to, (start and start.path) or "")
     elif has_scalar_head(found):
         save_reward_model(load_reward_model(Path(found.address))[0], tokenizer, to)

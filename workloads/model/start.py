@@ -1,7 +1,8 @@
 """The model that fine-tuning, generation and export start from: pretrained weights, or a job's checkpoint.
 
 A checkpoint of a LoRA run holds its deltas alone: the model is that run's own start, with them merged. One of a
-conversion holds attention's weights: all others are its start's.
+conversion holds attention's weights: all others are its start's. One of `escala compress` holds its matrices in codes:
+`load_compressed` gives them as they are stored, everything else a plain model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from escala.storage.checkpoints import (
 )
 from workloads.data.chat import ChatTokenizer
 from workloads.data.chat_loading import load_chat_tokenizer
+from workloads.model.compression.layers import decompress_model
+from workloads.model.compression.stored import is_compressed, load_stored
 from workloads.model.conversion import converted
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
@@ -45,6 +48,14 @@ def load_model(path: Path) -> Transformer:
     """
     found = find_checkpoint(path)
     return load_pretrained(path) if found is None else checkpoint_model(found)
+
+
+def load_compressed(path: Path) -> Transformer:
+    """The model at `path` with CompressedMatrix where its matrices are stored smaller; a plain one as `load_model` has
+    it. Raises CheckpointError, NotFoundError.
+    """
+    found = find_checkpoint(path)
+    return load_stored(found) if found is not None and is_compressed(found) else load_model(path)
 
 
 def load_tokenizer(path: Path) -> ChatTokenizer:
@@ -101,8 +112,10 @@ def checkpoint_config(checkpoint: Checkpoint) -> TrainedConfig:
 
 def checkpoint_model(checkpoint: Checkpoint) -> Transformer:
     """The transformer of a checkpoint, its deltas merged; of a conversion, with its start's other weights; of a reward
-    model, its trunk.
+    model, its trunk; of a compressed one, dequantised.
     """
+    if is_compressed(checkpoint):
+        return decompress_model(load_stored(checkpoint))
     config, weights = checkpoint_config(checkpoint), load_weights(checkpoint)
     is_reward = has_scalar_head(checkpoint)
     if is_reward:

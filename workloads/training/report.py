@@ -28,6 +28,7 @@ class Reporter:
         self._buffer: list[Metric] = []
         self._flushed = self._progressed = 0.0
         self._facts: dict[str, Any] = {}
+        self._tables: list[str] = []
         self._last: Progress | None = None
         self._full = self._unwritten = False  # the disk, when last written to; facts that it has not
 
@@ -58,7 +59,9 @@ class Reporter:
     def table(self, path: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Store an artifact that MLflow's page of the run shows as a table (`MlflowClient.log_table`'s format)."""
         self.text(path, json.dumps({"columns": columns, "data": rows}, ensure_ascii=False))
-        self._tracker.tags(self._run_id, {TABLES: json.dumps([{"path": path, "type": "table"}])})
+        self._tables = list(dict.fromkeys([*self._tables, path]))
+        listed = [{"path": each, "type": "table"} for each in self._tables]
+        self._tracker.tags(self._run_id, {TABLES: json.dumps(listed)})
 
     def progress(self, progress: Progress, force: bool = False) -> None:
         """Write progress.json, at most twice a second unless `force`. A full disk keeps the last one."""

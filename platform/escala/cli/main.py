@@ -10,7 +10,19 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import cluster, demo, forecasts, jobs, laws, planning, render, rollouts, runs, sweeps
+from escala.cli import (
+    cluster,
+    compress,
+    demo,
+    forecasts,
+    jobs,
+    laws,
+    planning,
+    render,
+    rollouts,
+    runs,
+    sweeps,
+)
 from escala.contract.errors import ClusterError, EscalaError
 from escala.contract.files import no_room
 from escala.contract.redaction import hide_in_tracebacks
@@ -22,6 +34,7 @@ app = typer.Typer(
 )
 cluster.register(app)
 jobs.register(app)
+compress.register(app)
 sweeps.register(app)
 runs.register(app)
 laws.register(app)

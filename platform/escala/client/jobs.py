@@ -77,6 +77,19 @@ class JobMethods(Home):
         )
         return JobView.of(submission.submit(self.settings, asked, report))
 
+    def compress(
+        self,
+        model: str,
+        asked: Mapping[str, Any] | None = None,
+        overrides: Iterable[str] = (),
+        options: Mapping[str, Any] | None = None,
+        report: Report = silent,
+    ) -> JobView:
+        """Queue the compression of a model. Args and errors as `jobs.compress.compress`."""
+        from escala.jobs import compress
+
+        return JobView.of(compress.compress(self.settings, model, asked, overrides, options, report))
+
     def submit_run(
         self,
         law: str,

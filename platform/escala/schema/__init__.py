@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from escala.schema.base import StoredPath, Strict
 from escala.schema.bench import AttentionBenchConfig, BenchConfig
+from escala.schema.compress import CompressConfig
 from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.data import (
     Corpus,
@@ -50,6 +51,7 @@ __all__ = [
     "AutoFeaturesConfig",
     "BalanceConfig",
     "BenchConfig",
+    "CompressConfig",
     "ConvertConfig",
     "Corpus",
     "DataConfig",

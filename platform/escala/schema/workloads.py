@@ -12,6 +12,7 @@ from typing import Any, Literal
 from escala.contract.errors import SpecError
 from escala.schema.base import Strict
 from escala.schema.bench import AttentionBenchConfig, BenchConfig
+from escala.schema.compress import CompressConfig
 from escala.schema.convert import AutoFeaturesConfig, ConvertConfig
 from escala.schema.finetune import DpoConfig, RewardTrainingConfig, SftConfig
 from escala.schema.judge import JudgeConfig
@@ -201,6 +202,15 @@ BENCH_ATTENTION = Workload(
     result="figures",
     command="bench attention",
 )
+COMPRESS = Workload(
+    "compress",
+    "a model in fewer bits, within a loss budget",
+    "workloads.compress",
+    CompressConfig,
+    command="compress",
+    inputs={"start.path": "model"},
+    prepared_from=("start", "text", "data"),
+)
 WORKLOADS: dict[str, Workload] = {
     each.name: each
     for each in (
@@ -263,6 +273,7 @@ WORKLOADS: dict[str, Workload] = {
         SWEEP,
         BENCH,
         BENCH_ATTENTION,
+        COMPRESS,
     )
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from workloads.model.compression.assign import assign_bits
 from workloads.model.compression.quantize import quantize
 from workloads.model.compression.quantized import QuantizedWeight
+from workloads.model.compression.spectrum import Spectrum, spectrum
 
-__all__ = ["QuantizedWeight", "quantize"]
+__all__ = ["QuantizedWeight", "Spectrum", "assign_bits", "quantize", "spectrum"]

@@ -108,6 +108,7 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig
             {
                 "max_running": service.max_running,
                 "max_response_tokens": config.sampling.max_response_tokens,
+                "speculation": None if service.speculation is None else service.speculation.model_dump(),
             }
         ),
         scaling=ScalingConfig(min_replicas=service.replicas, max_replicas=service.replicas),

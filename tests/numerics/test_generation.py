@@ -5,6 +5,8 @@ cache's size, the prefixes shared.
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from escala.schema import ModelConfig
+from tests.eager import Eager
 from workloads.generation import engine as engine_module
 from workloads.generation import network
 from workloads.generation.engine import Engine
@@ -19,6 +22,8 @@ from workloads.generation.linear import MIN_ROWS, PackedLinear
 from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import Completion, Request, SamplingParams
 from workloads.generation.sampling import Draw, sample
+from workloads.generation.scheduler import Sequence
+from workloads.generation.speculation.drafter import Guess
 from workloads.model.attention import paged
 from workloads.model.transformer import Transformer
 
@@ -229,13 +234,46 @@ def test_same_seed_same_bits_whatever_else_runs(
 
 
 def same(found: list[Completion], wanted: list[Completion]) -> bool:
-    """Equal tokens; log-probabilities to a logarithm's last bit."""
-    close = all(
-        abs(a - b) < 2e-6
-        for f, w in zip(found, wanted, strict=True)
-        for a, b in zip(f.logprobs, w.logprobs, strict=True)
-    )
-    return close and [c.token_ids for c in found] == [c.token_ids for c in wanted]
+    """Equal tokens and log-probabilities, to the last bit."""
+    return [(c.token_ids, c.logprobs) for c in found] == [(c.token_ids, c.logprobs) for c in wanted]
+
+
+class FourOfFive:
+    """Drafts what will be said, with an error in every fifth token or so."""
+
+    is_costly = False
+
+    def __init__(self, responses: dict[int, tuple[int, ...]]) -> None:
+        self._responses, self._errors = responses, random.Random(0)
+
+    def begin(self, sequence: Sequence) -> None:
+        pass
+
+    end = begin
+
+    def guesses(self, sequences: Iterable[tuple[Sequence, int]]) -> list[Guess]:
+        found = []
+        for sequence, most in sequences:
+            said = self._responses[sequence.request.params.seed][sequence.generated :][:most]
+            tokens = tuple(t if self._errors.random() < 0.8 else (t + 1) % 97 for t in said)
+            found.append(Guess(tokens, (0,) * len(tokens)))
+        return found
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"window_tokens": 19, "n_heads": 2}, *KINDS])
+def test_drafts_change_no_bit_and_leave_no_trace(changes: dict) -> None:
+    model, prompts = model_of(**changes), prompts_of()
+    params = sampling_params(len(prompts))
+    wanted = engine_of(model).generate(prompts, params)
+    responses = {p.seed: c.token_ids for p, c in zip(params, wanted, strict=True)}
+    for name in ("all at once", "preempted", "one at a time"):
+        speculator = Eager(FourOfFive(responses), 12)
+        engine = engine_of(model, **servers_of(model)[name], speculation=speculator)
+        assert same(engine.generate(prompts, params), wanted), name
+        stats = engine.stats()
+        assert 0 < stats.accepted_tokens < stats.drafted_tokens
+        assert stats.free_blocks == stats.total_blocks
+        assert (stats.preemptions > 0) == (name == "preempted")
 
 
 def test_samples_of_one_prompt_share_its_blocks_and_differ_by_seed() -> None:

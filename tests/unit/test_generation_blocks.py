@@ -28,20 +28,33 @@ def check(scheduler: Scheduler) -> None:
     assert pool.free == pool.total - len(counts)
 
 
-def finish_tokens(scheduler: Scheduler, admit: bool = True) -> list[Sequence]:
-    """One step with a network that always says 7; returns the sequences that ended, already removed."""
+def finish_tokens(
+    scheduler: Scheduler, admit: bool = True, drafted: int = 0, accepted: int = 0
+) -> list[Sequence]:
+    """One step with a network that always says 7; returns the sequences that ended, already removed.
+
+    Args:
+        drafted, accepted: tokens of each draft, as far as the request has room; of these.
+    """
     ended = []
-    tiles, rows = scheduler.plan(admit)
+    room = {s: s.request.params.max_tokens - s.generated - 1 for s in scheduler.decoding}
+    tiles, rows = scheduler.plan(admit, {s: (7,) * min(drafted, room[s]) for s in room})
     for work in (*tiles, *rows):
-        sequence = work.sequence
-        assert len(sequence.table) * scheduler.block_tokens >= work.end == sequence.computed > work.start
+        sequence, drafts = work.sequence, len(work.draft)
+        assert work.end == sequence.computed > work.start
+        assert len(sequence.table) * scheduler.block_tokens >= work.end + drafts
         needed = 0 if scheduler.live is None else max(0, work.start // BLOCK + 1 - scheduler.live)
         assert RELEASED not in sequence.table[needed:]
         if work.end == len(sequence.tokens):
-            sequence.tokens.append(7)
+            kept = min(accepted, drafts)
+            sequence.tokens += [7] * (kept + 1)
             if sequence.generated == sequence.request.params.max_tokens:
                 scheduler.remove(sequence)
                 ended.append(sequence)
+            scheduler.settle(work, kept)
+            if sequence not in ended and drafts:
+                assert sequence.computed == len(sequence.tokens) - 1
+                assert len(sequence.table) == -(-sequence.computed // scheduler.block_tokens)
     return ended
 
 
@@ -118,7 +131,7 @@ def test_nothing_leaks_and_everyone_finishes(
             prompt = [group] * length  # four families of prompts: many share their first blocks
             added.append(scheduler.add(request(str(len(added)), prompt, tokens), None))
         elif action == 2:
-            gone |= set(map(id, finish_tokens(scheduler)))
+            gone |= set(map(id, finish_tokens(scheduler, drafted=length % 8, accepted=group)))
         elif added and id(added[length % len(added)]) not in gone:
             scheduler.remove(added[length % len(added)])
             gone.add(id(added[length % len(added)]))
@@ -126,7 +139,7 @@ def test_nothing_leaks_and_everyone_finishes(
     for _ in range(3000):
         if not (scheduler.running or scheduler.waiting):
             break
-        gone |= set(map(id, finish_tokens(scheduler)))
+        gone |= set(map(id, finish_tokens(scheduler, drafted=blocks % 4, accepted=prefill % 3)))
         check(scheduler)
     assert len(gone) == len(added)
     assert scheduler.pool.free == blocks
@@ -147,6 +160,21 @@ def test_the_last_admitted_is_preempted_and_comes_back_first() -> None:
     ended = [s for _ in range(40) for s in finish_tokens(scheduler)]
     assert ended == [first, second, third]
     assert second.tokens[4:] == [7] * 8
+
+
+def test_a_draft_takes_no_block_that_somebody_may_need() -> None:
+    scheduler = Scheduler(6, BLOCK, 2, 64)
+    first, second = (scheduler.add(request(n, [ord(n)] * 4, 12), None) for n in "ad")
+    finish_tokens(scheduler)
+    draft = (7,) * 9
+    _, rows = scheduler.plan(True, {first: draft, second: draft})
+    assert [len(work.draft) for work in rows] == [7, 3]  # of 4 free blocks each keeps one for the other
+    assert (scheduler.preemptions, scheduler.pool.free) == (0, 1)
+    for work in rows:
+        work.sequence.tokens.append(8)
+        scheduler.settle(work, 0)
+    check(scheduler)
+    assert (scheduler.pool.free, len(first.table), first.computed) == (2, 2, 5)
 
 
 def test_draining_starts_nobody_new_but_lets_the_preempted_finish() -> None:

@@ -114,13 +114,15 @@ def test_a_job_s_service_holds_its_places_on_the_local_cluster_and_logs_no_respo
     monkeypatch.delenv("ESCALA_ONE_NODE", raising=False)
     for name in variables.keys() & {"ESCALA_ONE_NODE"}:
         monkeypatch.setenv(name, variables[name])
-    judged = config(rewards=[{"kind": "model", "model": "rated"}], rollouts={"replica_cpus": 0.5})
+    rollouts = {"replica_cpus": 0.5, "speculation": {"draft": "history"}}
+    judged = config(rewards=[{"kind": "model", "model": "rated"}], rollouts=rollouts)
     me = OwnerConfig(token="a/b", lock="lock")
     made: list[Any] = []
     monkeypatch.setattr(sidecar.serve, "status", lambda: SimpleNamespace(applications={}))
     monkeypatch.setattr(sidecar.serve, "run", lambda app, **options: made.append((app, options)))
     monkeypatch.setattr(sidecar, "_own_logs_only", lambda: None)
     arguments = sidecar.serve_config(judged, Path("model"), me).model_dump(mode="json")
+    assert arguments["engine"]["speculation"] == {"draft": "history", "tokens": 8}
     sidecar._run("ppo-j", arguments)
     ((app, options),) = made
     api_deployment = app._bound_deployment

@@ -98,6 +98,16 @@ def of_work(
     }
 
 
+def of_rollouts(responses: Sequence[Response], device: torch.device) -> dict[str, float]:
+    """What the engines' steps took for the responses of all ranks, in CPU seconds, and what became of drafted tokens
+    where there were any (docs/theory A.9). A collective call.
+    """
+    own = [(one.cpu_seconds, float(one.drafted), float(one.accepted)) for one in responses]
+    seconds, drafted, accepted = _summed(device, *map(math.fsum, zip(*own, strict=True)))
+    found = {"rollout_cpu_seconds": seconds}
+    return found | ({"drafted_tokens": drafted, "draft_acceptance": accepted / drafted} if drafted else {})
+
+
 def samples(iteration: int, responses: Sequence[Response], scores_B: Tensor) -> list[list[Any]]:
     """A few responses with their rewards, for people: rows of SAMPLE_COLUMNS."""
     return [

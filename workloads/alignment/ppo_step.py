@@ -114,6 +114,7 @@ class PpoStep:
         self.metrics = {
             **self.measures,
             **measures.of_work(everyone, updates, config.batch.minibatches, self.seconds),
+            **measures.of_rollouts(responses, self.device),
             "kl_coef": self.kl_coef,
             "learning_rate": rate,
         }

@@ -54,6 +54,9 @@ class Response:
     engine_logprobs: list[float]  # of the tokens, by the weights that drew them
     finished: bool  # it ended by itself
     version: int  # of those weights
+    drafted: int = 0  # tokens, by the engine's speculation
+    accepted: int = 0  # of these
+    cpu_seconds: float = 0.0  # of the engine
 
 
 class ServedResponse(Protocol):
@@ -188,6 +191,9 @@ class RolloutSampler:
                     list(done.logprobs),
                     done.finish_reason == "stop",
                     version,
+                    done.drafted,
+                    done.accepted,
+                    done.cpu_seconds,
                 )
             )
         return found

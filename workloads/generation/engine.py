@@ -4,6 +4,9 @@ Same prompt, same parameters, same weights: same tokens, bit for bit, whatever e
 prefix. On CPU with oneDNN and one thread this holds because every sum is taken in an order that depends on the
 request and on `block_tokens` alone (see `linear`, `attention`, `scheduler`); tests compare the bits. On CUDA, and
 without oneDNN, the batch's size may move a logit's last bits, and with them a draw that lies as near to its border.
+
+Drafted tokens (`speculation`; docs/theory A.9) are rows of the pass that scores them, as a preempted response's tokens
+are when they are computed again: so they change what a step costs, and no bit of what it gives.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +33,12 @@ from workloads.generation.protocol import (
     Request,
     RequestFailed,
     SamplingParams,
+    completion_of,
     shown,
 )
 from workloads.generation.sampling import Draw, sample
-from workloads.generation.scheduler import Scheduler, Sequence, Work
+from workloads.generation.scheduler import NO_DRAFTS, Scheduler, Sequence, Work
+from workloads.generation.speculation.speculator import Speculator
 from workloads.generation.text import TextStream
 from workloads.model.transformer import Transformer
 
@@ -55,8 +60,10 @@ class Engine:
         block_tokens: positions of a block. None: those of the model's attention, or BLOCK_TOKENS.
         prefill_tokens: of prompts in one step, in whole blocks: more is faster, and delays running requests longer.
         threads: torch's CPU threads, set for this process. None: left alone.
+        speculation: what drafts tokens, if anything does.
 
-    Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size.
+    Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size; for speculation
+    with a mixture of experts that drops tokens, since there a draft would change what is drawn.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Engine:
         block_tokens: int | None = None,
         prefill_tokens: int = 256,
         threads: int | None = 1,
+        speculation: Speculator | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -93,13 +101,28 @@ class Engine:
                 f"{block_bytes} bytes each, cannot run.",
                 "Raise max_running and cache_tokens, or lower block_tokens.",
             )
+        if (
+            speculation is not None
+            and config.moe is not None
+            and config.moe.evaluation_capacity_factor is not None
+        ):
+            raise SpecError(
+                "Speculation can't serve a mixture that drops tokens in generation (moe.evaluation_capacity_factor "
+                f"{config.moe.evaluation_capacity_factor:g}): drafted tokens would take places of the others.",
+                "Leave engine.speculation out, or serve a mixture without that factor.",
+            )
+        self._speculation = speculation
+        on_cpu = self._network.like.device.type == "cpu"
+        self._clock = time.thread_time if on_cpu else time.perf_counter
         self._scheduler = Scheduler(blocks, block_tokens, max_running, prefill_tokens, live)
         self.cache = self._network.decode_state(blocks, block_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Output] = []
         self._version = 0
-        self._prompt_tokens = self._generated = self._finished = self._steps = 0
-        self._seconds = 0.0
+        self._prompt_tokens = self._generated = self._finished = self._steps = self._drafted = (
+            self._accepted
+        ) = 0
+        self._seconds = self._cpu_seconds = self._shared_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -119,7 +142,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """See EngineProtocol."""
         self._check(request)
-        self._sequences[request.id] = self._scheduler.add(request, self._stream(request))
+        sequence = self._scheduler.add(request, self._stream(request))
+        self._sequences[request.id] = sequence
+        if self._speculation is not None:
+            self._speculation.begin(sequence)
 
     def _stream(self, request: Request) -> TextStream | None:
         if self._tokenizer is None:
@@ -141,13 +167,22 @@ class Engine:
 
     def step(self, admit: bool = True) -> list[Output]:
         """See EngineProtocol."""
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         outputs, self._cancelled = self._cancelled, []
-        tiles, rows = self._scheduler.plan(admit)
+        drafts, began = NO_DRAFTS, self._clock()
+        if self._speculation is not None:
+            drafts = self._speculation.drafts(self._scheduler.decoding)
+            self._speculation.drafted(self._clock() - began)
+        drafted = self._clock()
+        tiles, rows = self._scheduler.plan(admit, drafts)
         if tiles or rows:
-            outputs += self._compute(tiles, rows)
+            outputs += self._compute(tiles, rows, cpu)
+        if self._speculation is not None and rows and not tiles:
+            count = sum(w.end - w.start + len(w.draft) for w in rows)
+            self._speculation.measured(count, self._clock() - drafted)
         self._steps += 1
         self._seconds += time.perf_counter() - started
+        self._cpu_seconds += time.thread_time() - cpu
         return outputs
 
     def stats(self) -> EngineStats:
@@ -166,8 +201,11 @@ class Engine:
             generated_tokens=self._generated,
             finished=self._finished,
             preemptions=scheduler.preemptions,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             steps=self._steps,
             step_seconds=self._seconds,
+            cpu_seconds=self._cpu_seconds,
         )
 
     def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:
@@ -202,10 +240,14 @@ class Engine:
         while self.has_work:
             for output in self.step():
                 outputs[output.request_id].append(output)
-        return [_completion(some) for some in outputs.values()]
+        return [completion_of(some) for some in outputs.values()]
 
-    def _compute(self, tiles: list[Work], rows: list[Work]) -> list[Output]:
-        """Run the network on a step's work, and draw where a sequence has come to its last token."""
+    def _compute(self, tiles: list[Work], rows: list[Work], started: float) -> list[Output]:
+        """Run the network on a step's work, and draw where a sequence has come to its last token.
+
+        Args:
+            started: the thread's CPU seconds when the step began.
+        """
         with torch.inference_mode():
             hidden = [
                 self._network.forward([_piece(w) for w in works], self.cache, tiled)
@@ -213,14 +255,39 @@ class Engine:
                 if works
             ]
             self._prompt_tokens += sum(w.end - w.start for w in tiles)
-            ends = [(i, w.sequence) for i, w in enumerate(tiles + rows) if w.end == len(w.sequence.tokens)]
+            ends = [w for w in tiles + rows if w.is_last]
             if not ends:
                 return []
-            index = torch.tensor([i for i, _ in ends], device=hidden[0].device)
+            found = [w.is_last for w in tiles + rows for _ in range(len(w.draft) + 1)]
+            index = torch.tensor(found, device=hidden[0].device).nonzero().squeeze(1)
             logits_NV = self._network.logits(torch.cat(hidden).index_select(0, index))
-            sequences = [sequence for _, sequence in ends]
-            drawn = _drawn(logits_NV, sequences)
-        return [self._advance(*each) for each in zip(sequences, drawn, strict=True)]
+            drawn = iter(_drawn(logits_NV, [_Place(w, at) for w in ends for at in range(len(w.draft) + 1)]))
+        share = (time.thread_time() - started + self._cpu_seconds - self._shared_seconds) / len(ends)
+        self._shared_seconds += share * len(ends)
+        return [
+            output
+            for work in ends
+            for output in self._accept(work, [next(drawn) for _ in range(len(work.draft) + 1)], share)
+        ]
+
+    def _accept(self, work: Work, drawn: Many[Drawn | EscalaError], share: float) -> list[Output]:
+        """What was drawn after a sequence's last token, and after those of its draft that are what was drawn before
+        them; `share`: of the step's CPU seconds.
+        """
+        sequence, outputs = work.sequence, list[Output]()
+        for guess, one in zip((*work.draft, None), drawn, strict=True):
+            outputs.append(self._advance(sequence, one))
+            if outputs[-1].finish_reason is not None or sequence.tokens[-1] != guess:
+                break
+        tokens = tuple(token for o in outputs for token in o.token_ids)
+        if self._speculation is not None:
+            self._speculation.learn(sequence, tokens)
+        if work.draft:
+            accepted = max(0, len(tokens) - 1)
+            self._scheduler.settle(work, accepted)
+            self._drafted += len(work.draft)
+            self._accepted += accepted
+        return _merged(outputs, len(work.draft), share)
 
     def _advance(self, sequence: Sequence, drawn: Drawn | EscalaError) -> Output:
         """The output of a token that was drawn; where something of this request fails, its error, and its end."""
@@ -274,6 +341,8 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.id]
+        if self._speculation is not None:
+            self._speculation.end(sequence)
 
     def _check(self, request: Request) -> None:
         """Raise SpecError where the request can never run."""
@@ -320,27 +389,56 @@ def _foreign(tokens: Many[object], vocabulary: int) -> Iterator[object]:
 
 
 def _piece(work: Work) -> TokenSpan:
-    return TokenSpan(work.sequence.tokens[work.start : work.end], work.start, work.sequence.table)
+    tokens = [*work.sequence.tokens[work.start : work.end], *work.draft]
+    return TokenSpan(tokens, work.start, work.sequence.table, len(work.draft) + 1)
 
 
-def _draw(sequence: Sequence) -> Draw:
-    return Draw(sequence.request.params, sequence.generated, sequence.tokens)
+class _Place(NamedTuple):
+    """Where a token is drawn: after a work's last one and so many of its draft."""
+
+    work: Work
+    drafted: int
+
+    @property
+    def draw(self) -> Draw:
+        sequence, seen = self.work.sequence, self.work.sequence.tokens
+        if self.drafted and sequence.request.params.repetition_penalty != 1:
+            seen = [*seen, *self.work.draft[: self.drafted]]
+        return Draw(sequence.request.params, sequence.generated + self.drafted, seen)
 
 
-def _drawn(logits_NV: Tensor, sequences: Many[Sequence]) -> list[Drawn | EscalaError]:
+def _drawn(logits_NV: Tensor, places: Many[_Place]) -> list[Drawn | EscalaError]:
     """Of each row its token, or what is wrong with it alone."""
-    draws = [_draw(sequence) for sequence in sequences]
     try:
-        found = zip(*sample(logits_NV, draws), strict=True)
+        found = zip(*sample(logits_NV, [place.draw for place in places]), strict=True)
     except Exception as error:
-        if len(draws) == 1:
-            return [_failed(sequences[0].request.id, error)]
+        if len(places) == 1:
+            return [_failed(places[0].work.sequence.request.id, error)]
         log.exception("a batch of tokens was not drawn: row by row")
-        rows = zip(torch.split(logits_NV, 1), sequences, strict=True)
-        return [_drawn(row, [sequence])[0] for row, sequence in rows]
+        rows = zip(torch.split(logits_NV, 1), places, strict=True)
+        return [_drawn(row, [place])[0] for row, place in rows]
     return [
-        (token, logprob) if math.isfinite(logprob) else _undrawable(row, sequence)
-        for (token, logprob), row, sequence in zip(found, logits_NV, sequences, strict=True)
+        (token, logprob) if math.isfinite(logprob) else _undrawable(row, place.work.sequence)
+        for (token, logprob), row, place in zip(found, logits_NV, places, strict=True)
+    ]
+
+
+def _merged(outputs: list[Output], drafted: int, share: float) -> list[Output]:
+    """The tokens of one sequence's step in one output; an error in one of its own."""
+    if len(outputs) > 1 and outputs[-1].error is not None:
+        return [*_merged(outputs[:-1], drafted, share), outputs[-1]]
+    return [
+        Output(
+            outputs[-1].request_id,
+            tuple(token for o in outputs for token in o.token_ids),
+            tuple(logprob for o in outputs for logprob in o.logprobs),
+            "".join(o.text for o in outputs),
+            outputs[-1].finish_reason,
+            outputs[-1].weights_version,
+            outputs[-1].error,
+            drafted,
+            share,
+        )
     ]
 
 
@@ -366,19 +464,4 @@ def _failed(request: str, error: BaseException) -> EscalaError:
     return RequestFailed(
         f"The response was ended by {type(error).__name__}: {shown(str(error))}.",
         "Other requests are not touched; the log has the traceback. Please report it.",
-    )
-
-
-def _completion(outputs: list[Output]) -> Completion:
-    last = outputs[-1]
-    if last.error is not None:
-        raise last.error
-    if last.finish_reason is None:
-        raise EscalaError(f"Request {last.request_id!r} ended without a reason.", "Please report it.")
-    return Completion(
-        token_ids=tuple(t for o in outputs for t in o.token_ids),
-        logprobs=tuple(p for o in outputs for p in o.logprobs),
-        text="".join(o.text for o in outputs),
-        finish_reason=last.finish_reason,
-        weights_version=last.weights_version,
     )

@@ -34,11 +34,13 @@ class TokenSpan:
         tokens: their ids.
         start: the position of the first.
         table: the request's blocks, up to the last position at least; those that are not read may be any number.
+        wanted: how many of the last tokens' hidden states are.
     """
 
     tokens: Sequence[int]
     start: int
     table: Sequence[int]
+    wanted: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Network:
         return decode_state(cores, blocks, block_tokens, self.like)
 
     def forward(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> Tensor:
-        """Write the keys and values of all pieces, and return the final hidden state_PD of the last token of each.
+        """Write the keys and values of all pieces, and return the final hidden states_PD of the last `wanted`
+        tokens of each.
 
         Args:
             tiled: in tiles of a block (the pieces begin on a block's border), else token by token. The two may
@@ -124,8 +127,9 @@ class Network:
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
             x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)
-        ends = torch.tensor(list(accumulate(len(p.tokens) for p in pieces)), device=device) - 1
-        normed: Tensor = self.model.final_norm(x_ND.index_select(0, ends))
+        stops = accumulate(len(p.tokens) for p in pieces)
+        ends = [row for p, stop in zip(pieces, stops, strict=True) for row in range(stop - p.wanted, stop)]
+        normed: Tensor = self.model.final_norm(x_ND.index_select(0, torch.tensor(ends, device=device)))
         return normed
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

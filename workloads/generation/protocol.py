@@ -7,7 +7,7 @@ nothing of Ray, HTTP or time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -145,6 +145,9 @@ class Output:
             is decided; nothing is held back after the last output. Empty without a tokenizer.
         finish_reason: None while the request goes on.
         weights_version: of the weights that computed all of this request's tokens.
+        drafted: tokens that were drafted for it in this step (docs/theory A.9); those accepted are all of `token_ids`
+            but the last one.
+        cpu_seconds: its share of what the steps took of the stepping thread.
         error: what ended this request, and no other one, where the reason is error: SpecError where its parameters
             leave nothing to draw from, RequestFailed for anything else.
     """
@@ -156,17 +159,48 @@ class Output:
     finish_reason: FinishReason | None
     weights_version: int
     error: EscalaError | None = None
+    drafted: int = field(default=0, compare=False)
+    cpu_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole response: the outputs of one request put together."""
+    """A whole response: the outputs of one request put together.
+
+    Attributes:
+        drafted, accepted: tokens that were drafted for it, and those of them that are in it.
+        cpu_seconds: its share of what the engine's steps took of their thread.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish_reason: FinishReason
     weights_version: int
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
+    cpu_seconds: float = field(default=0.0, compare=False)
+
+
+def completion_of(outputs: Sequence[Output]) -> Completion:
+    """A request's outputs, from the first to the last, put together. Raises the error that ended it, if one did;
+    EscalaError where they have no end.
+    """
+    last = outputs[-1] if outputs else None
+    if last is not None and last.error is not None:
+        raise last.error
+    if last is None or last.finish_reason is None:
+        raise EscalaError("A response's outputs have no end.", "Please report it.")
+    return Completion(
+        tuple(token for o in outputs for token in o.token_ids),
+        tuple(logprob for o in outputs for logprob in o.logprobs),
+        "".join(o.text for o in outputs),
+        last.finish_reason,
+        last.weights_version,
+        sum(o.drafted for o in outputs),
+        sum(max(0, len(o.token_ids) - 1) for o in outputs),
+        sum(o.cpu_seconds for o in outputs),
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +216,8 @@ class EngineStats:
         prompt_tokens: read so far, recomputed ones included, those found in the prefix cache not.
         cached_prompt_tokens: found in the prefix cache.
         generated_tokens, finished, preemptions, steps: so far.
-        step_seconds: wall time inside `step`.
+        drafted_tokens, accepted_tokens: drafts that were scored, and those of them that became tokens.
+        step_seconds, cpu_seconds: inside `step`, wall time, and that of the thread that steps.
     """
 
     waiting: int
@@ -196,8 +231,11 @@ class EngineStats:
     generated_tokens: int
     finished: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     steps: int
     step_seconds: float
+    cpu_seconds: float
 
 
 class EngineTokenizer(Protocol):
@@ -245,7 +283,8 @@ class EngineProtocol(Protocol):
         ...
 
     def step(self, admit: bool = True) -> list[Output]:
-        """One iteration: admit, read a piece of prompts, one token for every running request whose prompt is read.
+        """One iteration: admit, read a piece of prompts, one token or more for every running request whose prompt is
+        read. An error has an output of its own, after that of the tokens before it.
 
         Args:
             admit: False: start no request that has not started yet. To drain before `load_weights`, step with

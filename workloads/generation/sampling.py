@@ -72,7 +72,6 @@ def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[fl
     temperature_N1 = torch.tensor(temperatures, dtype=logits_NV.dtype, device=device)
     scaled = any(p.temperature not in (0, 1) for p in params)
     plain_NV = logits_NV / temperature_N1 if scaled else logits_NV
-    total_N = plain_NV.logsumexp(-1)
     drawn_NV = plain_NV
     if any(p.repetition_penalty != 1 for p in params):
         drawn_NV = _penalised(logits_NV, draws) / temperature_N1
@@ -81,12 +80,22 @@ def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[fl
     else:
         tokens_N = torch.where(greedy, drawn_NV.argmax(-1), _draw(drawn_NV, draws))
     tokens_N = tokens_N.clamp(max=logits_NV.shape[1] - 1)  # a search in NaN ends beyond the last
-    logprobs_N = plain_NV.gather(1, tokens_N[:, None]).squeeze(1) - total_N
-    finite_N = logprobs_N.isfinite()
+    logprobs = _logprobs(plain_NV, tokens_N)
     if drawn_NV is not plain_NV:
-        finite_N &= drawn_NV.amax(-1).isfinite()
-    logprobs_N = logprobs_N.masked_fill(~finite_N, float("nan"))
-    return tokens_N.tolist(), logprobs_N.tolist()
+        finite = drawn_NV.amax(-1).isfinite().tolist()
+        logprobs = [p if good else math.nan for p, good in zip(logprobs, finite, strict=True)]
+    return tokens_N.tolist(), logprobs
+
+
+def _logprobs(logits_NV: Tensor, tokens_N: Tensor) -> list[float]:
+    """Of each row's token under softmax; NaN where it is not finite. The logarithm is Python's: torch takes that of a
+    tensor's last numbers by other code than that of the first, with other bits.
+    """
+    top_N1 = logits_NV.amax(-1, keepdim=True)
+    sums_N = (logits_NV - top_N1).exp_().sum(-1)
+    above_N = logits_NV.gather(1, tokens_N[:, None]).squeeze(1) - top_N1.squeeze(1)
+    found = (x - math.log(total) for x, total in zip(above_N.tolist(), sums_N.tolist(), strict=True))
+    return [p if math.isfinite(p) else math.nan for p in found]
 
 
 def _penalised(logits_NV: Tensor, draws: Sequence[Draw]) -> Tensor:

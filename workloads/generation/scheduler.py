@@ -1,7 +1,8 @@
 """Which tokens the next step computes, and for whom there are blocks. No tensor here.
 
 1. Every running request whose prompt is computed gets its next token. Where a block is wanted and none is free, the
-   request admitted last gives up its blocks, goes to the front of the queue and is computed again later.
+   request admitted last gives up its blocks, goes to the front of the queue and is computed again later. Drafted
+   tokens (docs/theory A.9) go along where blocks are to spare, and take none from anybody.
 2. Prompts are read in pieces of whole blocks, `prefill_tokens` a step over all, those already begun first.
 3. Then the queue is admitted in order, as long as there is a place, and blocks for the whole of the next one; where
    attention needs the last `live` blocks of a sequence alone, for those.
@@ -18,7 +19,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from workloads.generation.blocks import BlockPool, Key, prompt_keys
 from workloads.generation.protocol import Request
@@ -60,11 +64,21 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Work:
-    """Positions [start, end) of a sequence."""
+    """Positions [start, end) of a sequence, and after them those of its `draft`."""
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it comes to the sequence's last token: the next one can be drawn."""
+        return self.end == len(self.sequence.tokens)
+
+
+Drafts = Mapping[Sequence, Many[int]]
+NO_DRAFTS: Drafts = MappingProxyType({})
 
 
 class Scheduler:
@@ -103,9 +117,19 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def plan(self, admit: bool) -> tuple[list[Work], list[Work]]:
-        """(pieces of prompts, response tokens) to compute now; the caller does so before it plans again."""
-        rows = self._rows()
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The running requests of which all but the last token is computed."""
+        return [s for s in self.running if s.computed == len(s.tokens) - 1 and s.generated]
+
+    def plan(self, admit: bool, drafts: Drafts = NO_DRAFTS) -> tuple[list[Work], list[Work]]:
+        """(pieces of prompts, response tokens) to compute now; the caller does so, and settles the works with drafts,
+        before it plans again.
+
+        Args:
+            drafts: of some of `decoding`, tokens that may follow their last one.
+        """
+        rows = self._rows(drafts)
         budget, tiles = self.prefill_tokens, list[Work]()
         for sequence in self.running:
             if sequence.computed < sequence.prompt_length and budget > 0:
@@ -119,7 +143,18 @@ class Scheduler:
             work.sequence.computed = work.end
         return tiles, rows
 
-    def _rows(self) -> list[Work]:
+    def settle(self, work: Work, accepted: int) -> None:
+        """Of a work's draft so many tokens were accepted, and are the sequence's now: blocks that only the others had
+        are given back. What is computed of the others is written over before it is read.
+        """
+        sequence = work.sequence
+        if not sequence.table:  # it has ended
+            return
+        sequence.computed += accepted
+        for _ in range(len(sequence.table) - -(-sequence.computed // self.block_tokens)):
+            self.pool.release(sequence.table.pop())
+
+    def _rows(self, drafts: Drafts) -> list[Work]:
         rows = []
         for sequence in list(self.running):
             if sequence.computed < sequence.prompt_length or sequence not in self.running:
@@ -128,8 +163,20 @@ class Scheduler:
             end = min(len(sequence.tokens), sequence.computed + self.prefill_tokens, self._room(sequence))
             end = max(end, sequence.computed + 1)
             if self._grow(sequence, end):
-                rows.append(Work(sequence, sequence.computed, end))
+                draft = drafts.get(sequence, ()) if end == len(sequence.tokens) else ()
+                rows.append(Work(sequence, sequence.computed, end, self._fitting(sequence, end, draft)))
         return rows
+
+    def _fitting(self, sequence: Sequence, end: int, draft: Many[int]) -> tuple[int, ...]:
+        """So much of a draft as there are blocks for, if that leaves one for each running request, and those of the
+        next one where there is a place for it.
+        """
+        size, kept = self.block_tokens, len(self.running)
+        if self.waiting and kept < self.max_running:
+            kept += -(-len(self.waiting[0].tokens) // size)
+        while len(sequence.table) * size < end + len(draft) and self.pool.free > kept:
+            self._grow(sequence, (len(sequence.table) + 1) * size)
+        return tuple(draft[: len(sequence.table) * size - end])
 
     def _trim(self, sequence: Sequence) -> None:
         """Release the blocks that its next token does not need."""

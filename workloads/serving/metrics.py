@@ -29,6 +29,8 @@ class Metrics:
                 "prompt_tokens": "Tokens of prompts read, recomputed ones included.",
                 "finished_requests": "Requests that have ended.",
                 "preemptions": "Requests that gave up their blocks and were computed again.",
+                "drafted_tokens": "Tokens drafted and scored.",
+                "accepted_tokens": "Tokens drafted that became the text's.",
             }.items()
         }
         self._counted = dict.fromkeys(self._counters, 0)
@@ -50,6 +52,8 @@ class Metrics:
             "prompt_tokens": stats.prompt_tokens,
             "finished_requests": stats.finished,
             "preemptions": stats.preemptions,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
         }
         for name, count in counts.items():
             if count > self._counted[name]:  # Ray's counters refuse an increase by 0

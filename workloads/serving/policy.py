@@ -19,11 +19,11 @@ from ray import serve
 from escala.contract.errors import SpecError, StaleWeights, WeightsNotLoaded
 from escala.rollouts.weights import Receiver, Weights, WeightVersion
 from escala.schema.serve import ServeConfig
-from workloads.generation.protocol import SamplingParams, shown
+from workloads.generation.protocol import SamplingParams, completion_of, shown
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
-from workloads.serving.stepper import Stepper, join
+from workloads.serving.stepper import Stepper
 from workloads.serving.tokenising import Tokenising
 from workloads.serving.weights import unpack
 
@@ -75,7 +75,7 @@ class Policy:
         """
         async with aclosing(self.stream(prompt, params, min_version, max_staleness, clip)) as stream:
             chunks = [chunk async for chunk in stream]
-        completion = join([chunk.output for chunk in chunks])
+        completion = completion_of([chunk.output for chunk in chunks])
         return Generated(completion, chunks[-1].weights, chunks[-1].prompt_tokens)
 
     async def stream(

@@ -29,6 +29,7 @@ from workloads.generation.protocol import (
     Output,
     Request,
     SamplingParams,
+    completion_of,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Stepper:
         """One request's whole response. Raises as `EngineProtocol.add`."""
         async with aclosing(self.outputs(prompt, params)) as outputs:
             parts = [part async for part in outputs]
-        return join(parts)
+        return completion_of(parts)
 
     async def load(self, state: Mapping[str, Tensor], version: int) -> None:
         """Load weights once the started requests have ended; those that wait run on the new ones. Who is cancelled
@@ -240,17 +241,3 @@ class SpeedMeter:
         first_seconds, first_tokens = self._marks[0]
         if seconds > first_seconds:
             self.tokens_per_second = (tokens - first_tokens) / (seconds - first_seconds)
-
-
-def join(parts: Sequence[Output]) -> Completion:
-    """A request's outputs, from the first to the last, put together."""
-    reason = parts[-1].finish_reason if parts else None
-    if reason is None:
-        raise ValueError("these outputs have no end")
-    return Completion(
-        tuple(itertools.chain.from_iterable(p.token_ids for p in parts)),
-        tuple(itertools.chain.from_iterable(p.logprobs for p in parts)),
-        "".join(p.text for p in parts),
-        reason,
-        parts[-1].weights_version,
-    )

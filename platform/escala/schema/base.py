@@ -139,9 +139,10 @@ def _numbers(value: Any) -> list[int | float]:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A path as the user typed it, from the folder where it was typed."""
     return str(Path(path).expanduser().absolute())
 
 
-StoredPath = Annotated[str, AfterValidator(_absolute)]
+StoredPath = Annotated[str, AfterValidator(absolute_path)]
 """A path as the user typed it, made absolute where it was typed: the driver runs in another directory."""

@@ -12,6 +12,7 @@ from escala.schema.finetune import FineTuneConfig
 from escala.schema.model import ModelConfig
 from escala.schema.pretrained import model_config_of
 from escala.schema.rewards import RewardConfig
+from escala.schema.speculation import SpeculationConfig
 from escala.schema.training import OptimizerConfig, StartConfig, TrainingConfig
 
 
@@ -46,6 +47,9 @@ class RolloutServiceConfig(Strict):
     replica_cpus: float = Field(1.0, gt=0, description="of each replica")
     replica_gpus: float = Field(0.0, ge=0, description="of each replica")
     max_running: int = Field(32, gt=0, description="responses in a replica's batch")
+    speculation: SpeculationConfig | None = Field(
+        None, description="as an engine has it; None: no tokens are drafted"
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="for an iteration's responses, and for its rewards"
     )

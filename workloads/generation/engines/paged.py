@@ -5,11 +5,15 @@ from __future__ import annotations
 from escala.schema.engines.paged import PagedEngineConfig
 from workloads.generation.engine import Engine
 from workloads.generation.protocol import EngineTokenizer
+from workloads.generation.speculation.make import make_speculator
 from workloads.model.transformer import Transformer
 
 
 def make_engine(section: PagedEngineConfig, model: Transformer, tokenizer: EngineTokenizer | None) -> Engine:
     """See `workloads.generation.engines.make_engine`."""
+    speculator = None
+    if section.speculation is not None:
+        speculator = make_speculator(section.speculation, model, tokenizer, section.max_running)
     return Engine(
         model,
         tokenizer,
@@ -17,4 +21,5 @@ def make_engine(section: PagedEngineConfig, model: Transformer, tokenizer: Engin
         cache_tokens=section.cache_tokens,
         block_tokens=section.block_tokens,
         prefill_tokens=section.prefill_tokens,
+        speculation=speculator,
     )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from escala.schema.engines.kind import KINDS, EngineKind
+from escala.schema.speculation import SpeculationConfig
 
 
 @KINDS.add
@@ -24,3 +25,4 @@ class PagedEngineConfig(EngineKind):
         None, gt=0, description="of a cache block; None: as the model's attention needs it, or 32"
     )
     prefill_tokens: int = Field(512, gt=0, description="of prompts read in one step")
+    speculation: SpeculationConfig | None = Field(None, description="None: no tokens are drafted")

@@ -1,0 +1,1 @@
+"""Drafted tokens for the engine: what drafts them, and how many of them pay (docs/theory A.9)."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
 from escala.storage.checkpoints import Checkpoint
-from workloads.model.compression.stored import is_compressed
+from workloads.model.compression.saved import is_compressed
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import (

@@ -25,7 +25,7 @@ from workloads.model.compression.groups import Candidate, MatrixGroup, candidate
 from workloads.model.compression.layers import Compressed, matrices
 from workloads.model.compression.report import COLUMNS, TensorTable, figure
 from workloads.model.compression.sensitivity import CompressedLoss, Shelf, counted_choices, untied
-from workloads.model.compression.stored import save_compressed
+from workloads.model.compression.saved import save_compressed
 from workloads.model.transformer import Transformer
 from workloads.training.energy import rates
 from workloads.training.report import Reporter
@@ -45,8 +45,8 @@ BUDGET_COLUMNS = [
     "bytes_over_any_uniform",
     "measurements",
 ]
-"""`uniform`: the cheapest width everywhere that keeps the budget, of the asked group and method; `any`: of all that were
-measured."""
+"""`uniform`: the cheapest width everywhere that keeps the budget, of the asked group and method; `any_uniform`: of all
+that were measured."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Compression:
         ]
         widest = self.candidates.index(Candidate(16))
         found: list[tuple[float, Assignment]] = []
-        rows = []
+        rows, ratio = [], 1.0
         for step, budget in enumerate(sorted(self.config.loss_budgets)):
             best = within_budget(
                 cost_GC,
@@ -189,7 +189,9 @@ class Compression:
                 lambda chosen: self._increase(self._assigned(chosen)),
                 (widest,) * len(self.groups),
                 self.config.rounds,
+                ratio,
             )
+            ratio = best.ratio
             found.append((budget, best))
             row = self._budget_row(budget, best, uniforms)
             rows.append([row[column] for column in BUDGET_COLUMNS])

@@ -43,6 +43,13 @@ class Assignment:
     measured: LossIncrease
     measurements: int  # that its budget took
 
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured, the worst of the two texts: between 1/2 and 2, and 1 where nothing is lost."""
+        if self.predicted_nats <= 0 or self.measured.worst <= 0:
+            return 1.0
+        return min(2.0, max(0.5, self.predicted_nats / self.measured.worst))
+
 
 def within_budget(
     cost_GC: Table,
@@ -51,6 +58,7 @@ def within_budget(
     measure: Callable[[tuple[int, ...]], LossIncrease],
     safest: tuple[int, ...],
     rounds: int,
+    ratio: float = 1.0,
 ) -> Assignment:
     """The cheapest assignment met whose measured increase is at most `budget`, on both texts.
 
@@ -59,11 +67,12 @@ def within_budget(
         measure: an assignment's increase.
         safest: the assignment that is taken where no other keeps the budget.
         rounds: assignments that are measured, at most, beside the safest.
+        ratio: predicted over measured, as another budget has found it: the first bound is the budget times this.
 
     Raises ToleranceNotMet where the safest one breaks the budget, too.
     """
     found: dict[tuple[int, ...], LossIncrease] = {}
-    bound, kept_bound, broken_bound = budget, 0.0, math.inf
+    bound, kept_bound, broken_bound = budget * ratio, 0.0, math.inf
     for _ in range(rounds):
         try:
             chosen = tuple(assign_bits(cost_GC, loss_GC, bound))

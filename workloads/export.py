@@ -1,8 +1,7 @@
 """A job's newest checkpoint as files that others open: `python -m workloads.export CHECKPOINTS DIRECTORY [--adapter]`.
 
 A whole model in Hugging Face's layout with its tokenizer and chat template, a LoRA run's deltas merged, a compressed
-one's matrices dequantised; its deltas
-alone in peft's format; a reward model's trunk with its head in a file beside it.
+one's matrices dequantised; its deltas alone in peft's format; a reward model's trunk with its head in a file beside it.
 """
 
 from __future__ import annotations

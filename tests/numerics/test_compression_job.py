@@ -20,8 +20,9 @@ from workloads.model.compression.budget import LossIncrease, within_budget
 from workloads.model.compression.cost import ServedCost
 from workloads.model.compression.groups import Candidate, groups
 from workloads.model.compression.layers import CompressedMatrix, compress, compress_model, matrices
-from workloads.model.compression.sensitivity import CompressedLoss, untied
+from workloads.model.compression.low_rank import truncate
 from workloads.model.compression.saved import save_compressed
+from workloads.model.compression.sensitivity import CompressedLoss, Shelf, untied
 from workloads.model.start import load_compressed, load_model
 from workloads.model.transformer import Transformer
 from workloads.training.compression import Compression
@@ -236,3 +237,12 @@ def test_a_compressed_model_is_exported(tmp_path: Path) -> None:
     export(Path(job.spec.checkpoints), tmp_path / "out")
     written, plain = load_model(tmp_path / "out"), load_model(Path(told.found["checkpoint"]))
     assert all(torch.equal(a, b) for a, b in zip(written.parameters(), plain.parameters(), strict=True))
+
+
+def test_all_ranks_come_of_one_decomposition() -> None:
+    weight_OI = torch.randn(24, 40)
+    shelf = Shelf({"a": weight_OI})
+    for rank in (3, 24):
+        found, wanted = shelf("a", MatrixChoice(rank=rank)), truncate(weight_OI, rank)
+        assert found.shape == wanted.shape
+        assert torch.equal(found.dequantize(), wanted.dequantize())

@@ -24,8 +24,8 @@ from workloads.model.compression.cost import ServedCost
 from workloads.model.compression.groups import Candidate, MatrixGroup, candidates, groups
 from workloads.model.compression.layers import Compressed, matrices
 from workloads.model.compression.report import COLUMNS, TensorTable, figure
-from workloads.model.compression.sensitivity import CompressedLoss, Shelf, counted_choices, untied
 from workloads.model.compression.saved import save_compressed
+from workloads.model.compression.sensitivity import CompressedLoss, Shelf, counted_choices, untied
 from workloads.model.transformer import Transformer
 from workloads.training.energy import rates
 from workloads.training.report import Reporter

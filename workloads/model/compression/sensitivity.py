@@ -109,7 +109,7 @@ class CompressedLoss:
 
     def _through(self, hidden_NTD: Tensor, first: int, last: int) -> Tensor:
         """After the layers from `first` up to `last`."""
-        return torch.cat([self._part(part, first, last) for part in hidden_NTD.split(self._rows)])
+        return torch.cat([self._part(part, first, last) for part in torch.split(hidden_NTD, self._rows)])
 
     def _part(self, hidden_NTD: Tensor, first: int, last: int) -> Tensor:
         shared = self.model.shared(hidden_NTD.shape[1], None, None, hidden_NTD)
@@ -120,7 +120,9 @@ class CompressedLoss:
     def _tail(self, hidden_NTD: Tensor, first: int) -> float:
         """The loss, from what layer `first` is given."""
         total, layers = 0.0, len(self.model.layers)
-        parts = zip(hidden_NTD.split(self._rows), self.targets_NT.split(self._rows), strict=True)
+        parts = zip(
+            torch.split(hidden_NTD, self._rows), torch.split(self.targets_NT, self._rows), strict=True
+        )
         for part, targets in parts:
             normed = self.model.final_norm(self._part(part, first, layers))
             logits = self.model.logits(normed).float()

@@ -195,7 +195,9 @@ class Compression:
             found.append((budget, best))
             row = self._budget_row(budget, best, uniforms)
             rows.append([row[column] for column in BUDGET_COLUMNS])
-            numbers = {f"budgets/{k}": float(v) for k, v in row.items() if isinstance(v, float | int)}
+            numbers: dict[str, float | None] = {
+                f"budgets/{k}": float(v) for k, v in row.items() if isinstance(v, float | int)
+            }
             self.reporter.metrics(step, numbers)
             self.reporter.table("budgets.json", BUDGET_COLUMNS, rows)
             self._say(f"within {budget:g} nats: {row}")

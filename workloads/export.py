@@ -1,8 +1,7 @@
 """A job's newest checkpoint as files that others open: `python -m workloads.export CHECKPOINTS DIRECTORY [--adapter]`.
 
 A whole model in Hugging Face's layout with its tokenizer and chat template, a LoRA run's deltas merged, a compressed
-one's matrices dequantised; its deltas
-alone in peft's format; a reward model's trunk with its head in a file beside it.
+one's matrices dequantised; its deltas alone in peft's format; a reward model's trunk with its head in a file beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from escala.contract.errors import EscalaError, NotFoundError, SpecError
 from escala.contract.files import rename_whole
 from escala.storage.checkpoints import Checkpoint
-from workloads.model.compression.stored import is_compressed
+from workloads.model.compression.saved import is_compressed
 from workloads.model.huggingface import save_pretrained
 from workloads.model.lora import save_adapter
 from workloads.model.start import (

@@ -63,6 +63,7 @@ ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and error
     "escala.jobs.actions.retry",
     "escala.jobs.actions.resume",
     "escala.jobs.actions.watch",
+    "escala.jobs.compress.compress",
     "escala.jobs.export.export",
     "escala.jobs.tracked_runs.runs",
     "escala.rollouts.deployment.up",

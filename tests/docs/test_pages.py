@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MINUTES = {
     "README.md": 1,
+    "docs/how-to/compress.md": 3,
     "docs/how-to/existing-ray-cluster.md": 3,
     "docs/how-to/law-from-a-table.md": 2,
     "docs/how-to/laws-findings.md": 1,

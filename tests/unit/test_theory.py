@@ -43,6 +43,7 @@ from workloads.alignment.losses import bradley_terry, dpo_loss, policy_loss, val
 from workloads.alignment.token_rewards import token_rewards
 from workloads.data.recall import ideal_loss, key_entropy
 from workloads.model import balance, gate
+from workloads.model.compression.spectrum import active_entropy
 from workloads.model.rope import RotaryTable, rotate
 from workloads.rewards.judge_models import compare
 from workloads.training.evaluate import bits_per_byte
@@ -378,3 +379,13 @@ def test_energy() -> None:
         f"{sum((static, arithmetic, traffic)):.1f} W, and at the meter of a site with a factor of "
         f"{rates.site_factor:g} {total / 3600:.1f} W, or {_short(total, 4)} J",
     )
+
+
+def test_entropy() -> None:
+    density, step = 0.5 * math.log2(2 * math.pi * math.e), math.log2(4.5 / 127)
+    says(
+        "energy.md",
+        f"has {density - step:.2f} bits, since ½ log2(2πe) = {density:.3f} and log2(4.5/127) = {step:.3f}",
+    )
+    met = active_entropy(torch.tensor([3, 1]), torch.tensor([4.0, 8.0]))
+    says("energy.md", f"two experts of 4 and 8 bits, met in proportion 3 to 1, have {met:g} bits")

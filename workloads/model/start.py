@@ -28,7 +28,7 @@ from escala.storage.checkpoints import (
 from workloads.data.chat import ChatTokenizer
 from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.model.compression.layers import decompress_model
-from workloads.model.compression.stored import is_compressed, load_stored
+from workloads.model.compression.saved import is_compressed, load_stored
 from workloads.model.conversion import converted
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora

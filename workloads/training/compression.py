@@ -19,13 +19,13 @@ from escala.contract.records import AttemptSpec
 from escala.schema import CompressConfig
 from escala.schema.compression import MatrixChoice
 from escala.storage.checkpoints import open_checkpoints
-from workloads.model.compression.budget import Assignment, LossIncrease, within_budget
+from workloads.model.compression.budget import Assignment, BudgetSearch, LossIncrease
 from workloads.model.compression.cost import ServedCost
 from workloads.model.compression.groups import Candidate, MatrixGroup, candidates, groups
 from workloads.model.compression.layers import Compressed, matrices
 from workloads.model.compression.report import COLUMNS, TensorTable, figure
+from workloads.model.compression.saved import save_compressed
 from workloads.model.compression.sensitivity import CompressedLoss, Shelf, counted_choices, untied
-from workloads.model.compression.stored import save_compressed
 from workloads.model.transformer import Transformer
 from workloads.training.energy import rates
 from workloads.training.report import Reporter
@@ -34,6 +34,7 @@ STEP = 1
 """Of the checkpoint that is written: a compressed model has made no steps."""
 BUDGET_COLUMNS = [
     "budget_nats",
+    "additive_nats",
     "predicted_nats",
     "measured_nats",
     "check_nats",
@@ -45,16 +46,15 @@ BUDGET_COLUMNS = [
     "bytes_over_any_uniform",
     "measurements",
 ]
-"""`uniform`: the cheapest width everywhere that keeps the budget, of the asked group and method; `any`: of all that were
-measured."""
+"""`uniform`: the cheapest width everywhere that keeps the budget, of the asked group and method; `any_uniform`: of all
+that were measured."""
 
 
 @dataclass(frozen=True)
 class Uniform:
     """All matrices at one width, the output product at 8 bits at least."""
 
-    label: str
-    is_wide: bool
+    candidate: Candidate
     method: str
     increase: LossIncrease
     bytes: int
@@ -152,7 +152,7 @@ class Compression:
         whole = sum(4 * self.weights[name].numel() for name in blocks)
         smaller = whole / sum(stored[name].nbytes for name in blocks)
         size = sum(matrix.nbytes for matrix in stored.values())
-        uniform = Uniform(candidate.label, candidate.wide, method, self._increase(stored), size, smaller)
+        uniform = Uniform(candidate, method, self._increase(stored), size, smaller)
         key = f"uniform_{candidate.label.replace(' ', '_')}_{method}"
         self._measured(
             {
@@ -178,41 +178,52 @@ class Compression:
             [self._cost(g, c) if ok else float("inf") for c, ok in zip(self.candidates, row, strict=True)]
             for g, row in zip(self.groups, served, strict=True)
         ]
-        widest = self.candidates.index(Candidate(16))
+        search = BudgetSearch(cost_GC, losses_GC, self._tried, self._known(uniforms))
         found: list[tuple[float, Assignment]] = []
         rows = []
         for step, budget in enumerate(sorted(self.config.loss_budgets)):
-            best = within_budget(
-                cost_GC,
-                losses_GC,
-                budget,
-                lambda chosen: self._increase(self._assigned(chosen)),
-                (widest,) * len(self.groups),
-                self.config.rounds,
-            )
+            best = search.within(budget, self.config.rounds)
             found.append((budget, best))
             row = self._budget_row(budget, best, uniforms)
             rows.append([row[column] for column in BUDGET_COLUMNS])
-            numbers = {f"budgets/{k}": v for k, v in row.items() if isinstance(v, float | int)}
+            numbers: dict[str, float | None] = {
+                f"budgets/{k}": float(v) for k, v in row.items() if isinstance(v, float | int)
+            }
             self.reporter.metrics(step, numbers)
             self.reporter.table("budgets.json", BUDGET_COLUMNS, rows)
             self._say(f"within {budget:g} nats: {row}")
         self._measured(_summary(rows))
         return found
 
+    def _known(self, uniforms: Sequence[Uniform]) -> dict[tuple[int, ...], LossIncrease]:
+        """What has been measured of the asked method, as assignments."""
+        known = {}
+        for uniform in uniforms:
+            if uniform.method == self.config.method:
+                at, eight = self.candidates.index(uniform.candidate), self.candidates.index(Candidate(8))
+                served = (at if uniform.candidate.is_served(group) else eight for group in self.groups)
+                known[tuple(served)] = uniform.increase
+        return known
+
+    def _tried(self, chosen: tuple[int, ...]) -> LossIncrease:
+        found = self._increase(self._assigned(chosen))
+        self._say(f"tried {[self.candidates[at].label for at in chosen]}: {found}")
+        return found
+
     def _budget_row(self, budget: float, best: Assignment, uniforms: Sequence[Uniform]) -> dict[str, Any]:
         stored = self._assigned(best.chosen)
         size = sum(matrix.nbytes for matrix in stored.values())
         kept = sorted((u for u in uniforms if u.increase.worst <= budget), key=lambda u: u.bytes)
-        rival = next((u for u in kept if u.method == self.config.method and not u.is_wide), None)
+        rival = next((u for u in kept if u.method == self.config.method and not u.candidate.wide), None)
         return {
             "budget_nats": budget,
+            "additive_nats": best.additive_nats,
             "predicted_nats": best.predicted_nats,
             "measured_nats": best.measured.nats,
             "check_nats": best.measured.check_nats,
             "bytes": size,
             "joules_per_token": self.cost.joules(stored),
-            "uniform": None if rival is None else f"{rival.label} {rival.method}",
+            "uniform": None if rival is None else f"{rival.candidate.label} {rival.method}",
             "uniform_bytes": None if rival is None else rival.bytes,
             "bytes_over_uniform": None if rival is None else size / rival.bytes,
             "bytes_over_any_uniform": size / kept[0].bytes if kept else None,
@@ -333,9 +344,10 @@ def _summary(rows: Sequence[Sequence[Any]]) -> dict[str, float]:
     table = [dict(zip(BUDGET_COLUMNS, row, strict=True)) for row in rows]
     kept = sum(max(r["measured_nats"], r["check_nats"]) <= r["budget_nats"] for r in table)
     found = {"budgets": float(len(table)), "budgets_kept": float(kept)}
-    predicted = [r["predicted_nats"] / r["measured_nats"] for r in table if r["measured_nats"] > 0]
-    if predicted:
-        found["predicted_over_measured"] = median(predicted)
+    for name in ("predicted", "additive"):
+        shares = [r[f"{name}_nats"] / r["measured_nats"] for r in table if r["measured_nats"] > 0]
+        if shares:
+            found[f"{name}_over_measured"] = median(shares)
     for name in ("bytes_over_uniform", "bytes_over_any_uniform"):
         ratios = [math.log(r[name]) for r in table if r[name] is not None]
         if ratios:

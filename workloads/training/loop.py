@@ -131,6 +131,9 @@ class RunLoop(Generic[C]):
         count.add_step(result.tokens, result.tokens * result.flops_per_token, result.loss_nats)
         self.step.report(count.step, self.status.is_logged(), self.status.reporter)
         self.status.step_made(result)
+        every = self.config.training.spectrum_every_steps
+        if every and (count.step % every == 0 or count.step == self.config.total_steps):
+            self.status.spectrum(self.step.engine)
         return None
 
     def _reason_to_stop(self, tokens: int) -> str | None:

@@ -18,6 +18,7 @@ from workloads.training.device import measure_peak
 from workloads.training.energy import EnergyMeter, account
 from workloads.training.entry import WorkerInputs
 from workloads.training.report import Reporter
+from workloads.training.spectrum import spectrum_metrics
 from workloads.training.step import Counters, StepResult
 from workloads.training.task import Evaluation
 
@@ -85,6 +86,12 @@ class RunStatus:
                 },
             )
         self._progress(force=count.step == self.config.total_steps)
+
+    def spectrum(self, engine: Any) -> None:
+        """What the engine's matrices hold. A collective call."""
+        found = spectrum_metrics(engine, self.count.step)
+        if self.reporter is not None:
+            self.reporter.metrics(self.count.step, dict(found))
 
     def evaluated(self, result: Evaluation) -> None:
         """After each evaluation."""

@@ -53,7 +53,7 @@ class CompressConfig(Strict):
         [2, 3, 4, 5, 6, 8], min_length=1, description="widths whose loss is measured, matrix by matrix"
     )
     rank_shares: list[float] = Field(
-        [0.0625, 0.125], description="low ranks that are measured, as shares of the full one"
+        [0.03125, 0.0625, 0.125], description="low ranks that are measured, as shares of the full one"
     )
     group: Literal[32, 128] | None = Field(
         None,
@@ -61,7 +61,7 @@ class CompressConfig(Strict):
     )
     method: Literal["hqq", "round"] = Field("hqq", description="how codes are chosen below 8 bits")
     keep: list[str] = Field([], description="patterns of matrices that stay as they are: blocks.0.*")
-    rounds: int = Field(5, gt=0, le=100, description="assignments that are measured for a budget, at most")
+    rounds: int = Field(4, gt=0, le=100, description="assignments that are measured for a budget, at most")
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="before")

@@ -72,6 +72,11 @@ class TrainingConfig(Strict):
         0, ge=0, description="of all that is drawn: weights, order of the data, dropout, responses"
     )
     evaluate_every_steps: int | None = Field(None, gt=0, description="None: only before and after")
+    spectrum_every_steps: int | None = Field(
+        None,
+        gt=0,
+        description="steps between two looks at what the matrices hold: entropy, stable rank, truncation; None: none",
+    )
     evaluation_tokens: int = Field(65_536, gt=0, description="held-out tokens, at most")
     checkpoint_every_steps: int | None = Field(
         None,

@@ -78,7 +78,8 @@ def _solve(cost_LC: Array, above_LC: Array, allowed_LC: NDArray[np.bool_], room:
     cost_LC = np.where(allowed_LC, cost_LC - np.where(allowed_LC, cost_LC, np.inf).min(1, keepdims=True), 0.0)
     above_LC = np.where(allowed_LC, above_LC, 0.0)
     if not math.fsum(above_LC.max(1)) > room:  # every choice keeps it
-        return np.where(allowed_LC, cost_LC, np.inf).argmin(1)
+        cheapest: NDArray[np.intp] = np.where(allowed_LC, cost_LC, np.inf).argmin(1)
+        return cheapest
     one_each = scipy.sparse.kron(scipy.sparse.eye(layers), np.ones((1, choices)), format="csr")
     scale = SPAN / (cost_LC.max() or 1.0)
     unit = above_LC.max()

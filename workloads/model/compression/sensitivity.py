@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from escala.schema.compression import MatrixChoice
 from workloads.model.compression.groups import Candidate, MatrixGroup
 from workloads.model.compression.layers import Compressed, compress, matrices
+from workloads.model.compression.low_rank import LowRankWeight, truncate
 from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.transformer import Transformer
 
@@ -108,7 +109,7 @@ class CompressedLoss:
 
     def _through(self, hidden_NTD: Tensor, first: int, last: int) -> Tensor:
         """After the layers from `first` up to `last`."""
-        return torch.cat([self._part(part, first, last) for part in hidden_NTD.split(self._rows)])
+        return torch.cat([self._part(part, first, last) for part in torch.split(hidden_NTD, self._rows)])
 
     def _part(self, hidden_NTD: Tensor, first: int, last: int) -> Tensor:
         shared = self.model.shared(hidden_NTD.shape[1], None, None, hidden_NTD)
@@ -119,7 +120,9 @@ class CompressedLoss:
     def _tail(self, hidden_NTD: Tensor, first: int) -> float:
         """The loss, from what layer `first` is given."""
         total, layers = 0.0, len(self.model.layers)
-        parts = zip(hidden_NTD.split(self._rows), self.targets_NT.split(self._rows), strict=True)
+        parts = zip(
+            torch.split(hidden_NTD, self._rows), torch.split(self.targets_NT, self._rows), strict=True
+        )
         for part, targets in parts:
             normed = self.model.final_norm(self._part(part, first, layers))
             logits = self.model.logits(normed).float()
@@ -130,16 +133,27 @@ class CompressedLoss:
 
 
 class Shelf:
-    """The matrices of a model in every way that they were asked for, each made once."""
+    """The matrices of a model in every way that they were asked for, each made once; all ranks by one decomposition."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights, self._kept = weights, dict[tuple[str, MatrixChoice], Compressed]()
+        self._factors: dict[str, LowRankWeight] = {}
 
     def __call__(self, name: str, choice: MatrixChoice) -> Compressed:
         """The matrix `name` as `choice` says. Raises SpecError where it cannot be."""
         if (name, choice) not in self._kept:
-            self._kept[name, choice] = compress(self._weights[name], choice)
+            self._kept[name, choice] = (
+                compress(self._weights[name], choice) if choice.rank is None else self._cut(name, choice.rank)
+            )
         return self._kept[name, choice]
+
+    def _cut(self, name: str, rank: int) -> LowRankWeight:
+        """`truncate(weight, rank)`, of the factors of full rank."""
+        weight = self._weights[name]
+        if name not in self._factors:
+            self._factors[name] = truncate(weight, min(weight.shape))
+        whole = self._factors[name]
+        return LowRankWeight(whole.left_OR[:, :rank].contiguous(), whole.right_RI[:rank].contiguous())
 
 
 @contextmanager

@@ -141,7 +141,8 @@ def _normal(rows: int, columns: int, generator: torch.Generator | None, like: Te
 
 
 def _orthogonal(columns: Tensor) -> Tensor:
-    return torch.linalg.qr(columns).Q
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def _norm_bound(rest_OI: Tensor, probes_IS: Tensor) -> float:
@@ -152,7 +153,7 @@ def _norm_bound(rest_OI: Tensor, probes_IS: Tensor) -> float:
         size = float(found_OS.norm())
         if size == 0:
             return 0.0
-        scale *= size ** (1 / power)
+        scale *= math.pow(size, 1 / power)
         found_OS = rest_OI @ (rest_OI.T @ (found_OS / size))
     largest = float(found_OS.norm(dim=0).max())
-    return scale * (10 * math.sqrt(2 / math.pi) * largest) ** (1 / power)
+    return scale * math.pow(10 * math.sqrt(2 / math.pi) * largest, 1 / power)

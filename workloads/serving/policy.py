@@ -42,10 +42,16 @@ class Policy:
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)
         path = Path(self.config.model)
-        model = await asyncio.to_thread(load_model, path)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
-        initial = initial_version(model, self.config.precision)
-        engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config)
+        store = self._store()
+        agreed, kernels = self.config.kernels or await store.kernels.remote(), None
+        while kernels is None or kernels != agreed:  # twice where another replica chose meanwhile
+            model = await asyncio.to_thread(load_model, path)
+            initial = initial_version(model, self.config.precision)
+            engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config, agreed)
+            kernels = engine.kernels
+            agreed = await store.agree_on_kernels.remote(kernels)
+        initial = replace(initial, kernels=kernels)
         self.stepper = Stepper(engine)
         self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
@@ -116,6 +122,8 @@ class Policy:
         return {
             "name": self.config.name or self.config.model.rstrip("/").rpartition("/")[2],
             "precision": self.config.precision,
+            "kernels": self.stepper.engine.kernels,
+            "weight_bytes": self.stepper.stats.weight_bytes,
             "max_context_tokens": self.stepper.engine.max_context_tokens,
             "weights": self.receiver.current,
             "started": self.stepper.stats.started,
@@ -160,7 +168,13 @@ class Policy:
                 f"{served}.",
                 "Publish for what is served, or start a deployment for it.",
             )
-        self._versions[version.version] = version
+        kernels = self.stepper.engine.kernels
+        if version.kernels not in (None, kernels):
+            raise WeightsNotLoaded(
+                f"Version {version.version} is for the kernels {version.kernels}; this deployment has {kernels}.",
+                "Publish for what is served, or start a deployment with `kernels` set to those.",
+            )
+        self._versions[version.version] = replace(version, kernels=kernels)
         await self.stepper.load(unpack(weights), version.version)
         for old in sorted(self._versions)[
             1:-2

@@ -244,3 +244,19 @@ def test_a_model_that_came_compressed_is_served_as_it_is() -> None:
         if not version:
             engine.load_weights(state, 1)
     assert any(isinstance(module, CompressedMatrix) for module in model.modules())
+
+
+def test_full_precision_is_published_to_an_engine_whose_model_came_compressed() -> None:
+    learner, smaller = model_of(), Smaller("int8", QuantizationConfig())
+    published = {n: w.clone() for n, w in learner.state_dict().items()}
+    compressed = model_of()
+    compress_model(compressed, {n: MatrixChoice(bits=8, group=32) for n in matrices(compressed)})
+    engine = Engine(compressed, None, smaller=smaller)
+    with pytest.raises(SpecError, match="nothing of matrices in int8"):
+        Engine(copy.deepcopy(learner), None, smaller=smaller, kernels=engine.kernels)
+    engine.load_weights(published, 1)
+    found = engine.generate([[5, 3, 8]], SamplingParams(max_tokens=5, temperature=0))[0]
+    wanted = Engine(learner, None, smaller=smaller).generate(
+        [[5, 3, 8]], SamplingParams(max_tokens=5, temperature=0)
+    )[0]
+    assert (found.token_ids, found.logprobs) == (wanted.token_ids, wanted.logprobs)

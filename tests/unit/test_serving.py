@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from fastapi import Request
+from local_service import local_policy
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
-from escala.contract.errors import CheckpointError, SpecError
+from escala.contract.errors import CheckpointError, SpecError, WeightsNotLoaded
 from escala.hardware import directory
 from escala.rollouts import deployment
 from escala.rollouts.policy import Rules
@@ -242,3 +243,20 @@ def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(factor: fl
     model = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1, moe=moe))
     version = initial_version(model, "bf16")
     assert (version.precision, version.capacity_factor) == ("bf16", factor)
+
+
+def test_weights_for_other_kernels_are_refused_by_name() -> None:
+    async def refused() -> str:
+        policy = local_policy(None)
+        try:
+            with pytest.raises(WeightsNotLoaded) as found:
+                await policy._apply(
+                    WeightVersion(1, "ab" * 16, "fp32", None, "fp32=vector/vector"), Weights((), ())
+                )
+            return str(found.value)
+        finally:
+            await policy.stepper.close()
+
+    assert "Version 1 is for the kernels fp32=vector/vector; this deployment has fp32=" in asyncio.run(
+        refused()
+    )

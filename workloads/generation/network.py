@@ -87,6 +87,7 @@ class Network:
         smaller: how matrices that are not compressed are, in these weights and in later ones; None: they stay.
 
     Attributes:
+        kernels: the choice as text: whoever follows it gets the same bits.
         timings: what was measured.
 
     Raises SpecError where the choice of kernels cannot be followed, or the matrices cannot be stored so.
@@ -106,6 +107,7 @@ class Network:
         self._rotary = RotaryTable(self.config.head_size, self.config.rope_base)
         self.model = self._ready(model)
         self._kernels = self._choose(kernels)
+        self.kernels = kernel_choice.to_text(self._kernels)
         self._lay_out()
 
     def _ready(self, model: Transformer) -> Transformer:
@@ -114,7 +116,7 @@ class Network:
         return model.requires_grad_(False).eval()
 
     def _choose(self, told: str | None) -> Kernels:
-        groups = (*self._groups_of_blocks(), [unembedding_of(self._output)])
+        groups = self._matrix_groups()
         if told == MEASURED:
             some = sample(groups, MEMORY_BYTES)
             chosen, self.timings = kernel_choice.measure(some, self._limits)
@@ -126,18 +128,14 @@ class Network:
             else kernel_choice.first(some, self._limits)
         )
 
-    def _groups_of_blocks(self) -> Iterator[list[Stored]]:
+    def _matrix_groups(self) -> Iterator[list[Stored]]:
         for block in self.model.layers:
             yield from groups_of(block)
+        yield [unembedding_of(self._output)]
 
     @property
     def _output(self) -> nn.Module:
         return self.model.unembedding or self.model.embedding
-
-    @property
-    def kernels(self) -> str:
-        """The choice as text: whoever follows it gets the same bits."""
-        return kernel_choice.to_text(self._kernels)
 
     @property
     def like(self) -> Tensor:
@@ -145,10 +143,11 @@ class Network:
         return self.model.embedding.weight
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state dictionary over the weights; one in full precision is stored smaller as the first one was.
-        Raises CheckpointError, with nothing changed, where it does not fit.
+        """Copy a state dictionary over the weights; one in full precision is stored smaller as `smaller` says, also
+        where the first one came compressed. Raises CheckpointError, with nothing changed, where it does not fit.
         """
-        own = self._outline.state_dict()
+        outline = self._outline_for(state)
+        own = outline.state_dict()
         wrong = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
         problems = {
             "missing": own.keys() - state.keys(),
@@ -163,12 +162,22 @@ class Network:
             for name, weight in self.model.state_dict().items():
                 weight.copy_(state[name])
         else:
-            model = copy.deepcopy(self._outline)
+            model = copy.deepcopy(outline)
             model.load_state_dict({n: w.to(own[n].dtype) for n, w in state.items()}, assign=True)
             self.model = self._ready(model)
+            others = kernel_choice.first(
+                sample(self._matrix_groups(), 0), self._limits
+            )  # of forms that the first had not
+            self._kernels = {**others, **self._kernels}
             for weight in (*self.model.parameters(), *self.model.buffers()):
                 weight.data = weight.data.clone()  # what was given may be the sender's memory
         self._lay_out()
+
+    def _outline_for(self, state: Mapping[str, Tensor]) -> Transformer:
+        if self._smaller is None or state.keys() == self._outline.state_dict().keys():
+            return self._outline
+        with torch.device("meta"):
+            return Transformer(self.config)
 
     @property
     def _is_whole(self) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,6 +38,26 @@ def build_engine(
     engine = make_engine(config.engine, whole, tokenizer, kernels or MEASURED, smaller)
     log.info("weights of %d MB, kernels %s", engine.stats().weight_bytes // 10**6, engine.kernels)
     return engine
+
+
+async def agreed_engine(
+    store: Any, told: str | None, build: Callable[[str | None], EngineProtocol]
+) -> EngineProtocol:
+    """An engine with the kernels that all replicas have: those of the store, or what this one measured first.
+
+    Args:
+        store: the deployment's store actor.
+        told: by the service's arguments; None: nothing.
+        build: of kernels, None to measure; called again where another replica's choice came first.
+
+    Raises what `build` does.
+    """
+    kernels = told or await store.kernels.remote()
+    while True:
+        engine = await asyncio.to_thread(build, kernels)
+        kernels = await store.agree_on_kernels.remote(engine.kernels)
+        if kernels == engine.kernels:
+            return engine
 
 
 def initial_version(model: Transformer, precision: str) -> WeightVersion:

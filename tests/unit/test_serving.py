@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from fastapi import Request
-from local_service import local_policy
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
@@ -23,6 +22,7 @@ from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.schema import ModelConfig
 from escala.schema.serve import ServeConfig
 from escala.settings import RolloutsSettings, Settings
+from tests.unit.local_service import local_policy
 from workloads.generation.protocol import Completion, Output
 from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from escala.schema import ModelConfig
 from workloads.generation.engine import Engine
-from workloads.generation.kernel_choice import Limits, Product, first
+from workloads.generation.kernel_choice import EngineLimits, Product, first
 from workloads.generation.linear import form_of
 from workloads.generation.network import MEASURED
 from workloads.generation.protocol import Completion, SamplingParams
@@ -251,7 +251,7 @@ def bound(
 def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s of the best of plain and laid out products of 1,024 rows, CPU time."""
     a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    limits = Limits(1024, 1024)
+    limits = EngineLimits(1024, 1024)
     packed = Product(b, first([b], limits)[form_of(b)], limits)
     with torch.inference_mode():
         seconds = min(cpu_seconds(lambda: a @ b), cpu_seconds(lambda: packed(a)))

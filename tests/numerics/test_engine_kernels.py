@@ -16,7 +16,7 @@ from escala.schema import ModelConfig
 from escala.schema.compression import MatrixChoice, QuantizationConfig
 from workloads.generation import kernel_choice
 from workloads.generation.engine import Engine
-from workloads.generation.kernel_choice import Limits, Pair, Product
+from workloads.generation.kernel_choice import EngineLimits, Pair, Product
 from workloads.generation.linear import KERNELS, Matrix, form_of
 from workloads.generation.network import MEASURED, Smaller
 from workloads.generation.protocol import SamplingParams
@@ -38,7 +38,7 @@ CHOICES = {
     "int3g32": MatrixChoice(bits=3, group=32, method="round"),
     "half": MatrixChoice(bits=16),
 }
-LIMITS = Limits(rows=32, tile_rows=128)
+LIMITS = EngineLimits(rows=32, tile_rows=128)
 SIZES = (1, 2, 3, 5, 7, 13, 31, 32, 33, 70, 130)
 SMALL = {"vocab_size": 97, "n_layers": 2, "d_model": 64, "n_heads": 4, "d_ff": 96, "max_context_tokens": 96}
 
@@ -130,9 +130,9 @@ def test_a_choice_is_written_read_and_followed_or_refused() -> None:
 
 
 def test_near_ties_go_to_the_first_kernel() -> None:
-    times = [kernel_choice.Timing("fp32", 1, {"packed": 1.0, "plain": 0.97, "vector": 1.2})]
+    times = [kernel_choice.KernelTiming("fp32", 1, {"packed": 1.0, "plain": 0.97, "vector": 1.2})]
     assert kernel_choice._best(["packed", "plain", "vector"], times) == "packed"
-    times.append(kernel_choice.Timing("fp32", 32, {"packed": 1.0, "plain": 0.8, "vector": 9.0}))
+    times.append(kernel_choice.KernelTiming("fp32", 32, {"packed": 1.0, "plain": 0.8, "vector": 9.0}))
     assert kernel_choice._best(["packed", "plain", "vector"], times) == "plain"
 
 

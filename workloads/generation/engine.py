@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from escala.contract.errors import EscalaError, SpecError, StateError
-from workloads.generation.kernel_choice import Limits, Timing
+from workloads.generation.kernel_choice import EngineLimits, KernelTiming
 from workloads.generation.network import Network, Smaller, TokenSpan
 from workloads.generation.protocol import (
     Completion,
@@ -87,7 +87,7 @@ class Engine:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        limits = Limits(max_running, prefill_tokens)
+        limits = EngineLimits(max_running, prefill_tokens)
         self._network = Network(model, kernels=kernels, limits=limits, smaller=smaller)
         config = model.config
         self._tokenizer = tokenizer
@@ -149,7 +149,7 @@ class Engine:
         return self._network.kernels
 
     @property
-    def timings(self) -> Many[Timing]:
+    def timings(self) -> Many[KernelTiming]:
         """What the kernels were chosen by, where they were measured."""
         return self._network.timings
 

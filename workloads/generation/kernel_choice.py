@@ -42,7 +42,7 @@ Kernels = Mapping[str, Pair]
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What an engine computes at once: rows of responses, and tokens of prompts."""
 
     rows: int
@@ -55,7 +55,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Timing:
+class KernelTiming:
     """Seconds of the best call of each kernel that was timed, for matrices of one form and so many rows."""
 
     form: str
@@ -66,7 +66,7 @@ class Timing:
 class Product:
     """x W^T of one matrix by a pair of kernels."""
 
-    def __init__(self, matrix: Matrix, pair: Pair, limits: Limits) -> None:
+    def __init__(self, matrix: Matrix, pair: Pair, limits: EngineLimits) -> None:
         laid = {name: KERNELS[name].lay(matrix) for name in dict.fromkeys((pair.rows, pair.tiles))}
         self._rows, self._tiles = (
             (laid[name].multiply, counts_of(KERNELS[name], matrix, limits) or ANY)
@@ -102,7 +102,7 @@ def of_text(text: str) -> Kernels:
     return found
 
 
-def counts_of(kernel: Kernel, matrix: Matrix, limits: Limits) -> RowCounts | None:
+def counts_of(kernel: Kernel, matrix: Matrix, limits: EngineLimits) -> RowCounts | None:
     """For how many rows at once `kernel` gives the same bits; None: it cannot, or does for none.
 
     On a GPU any number is taken: the batch may move a result's last bits there, which nothing here prevents.
@@ -122,12 +122,12 @@ _PROBED: dict[tuple[object, ...], RowCounts | None] = {}
 """A property of this machine, torch and number of threads, so that it is tried once a process."""
 
 
-def first(matrices: Sequence[Matrix], limits: Limits) -> Kernels:
+def first(matrices: Sequence[Matrix], limits: EngineLimits) -> Kernels:
     """The first kernel of each form that can, without a measurement."""
     return {form: Pair(*[next(_able(some, limits))] * 2) for form, some in _by_form(matrices).items()}
 
 
-def follow(text: str, matrices: Sequence[Matrix], limits: Limits) -> Kernels:
+def follow(text: str, matrices: Sequence[Matrix], limits: EngineLimits) -> Kernels:
     """A choice that was made elsewhere.
 
     Raises SpecError where it cannot be followed here: a form of these matrices is not in it, or a kernel is not to be
@@ -152,8 +152,8 @@ def follow(text: str, matrices: Sequence[Matrix], limits: Limits) -> Kernels:
 
 
 def measure(
-    matrices: Sequence[Matrix], limits: Limits, seconds: float = SECONDS
-) -> tuple[Kernels, list[Timing]]:
+    matrices: Sequence[Matrix], limits: EngineLimits, seconds: float = SECONDS
+) -> tuple[Kernels, list[KernelTiming]]:
     """The fastest kernels here, and what they were chosen by.
 
     For rows the geometric mean of the times at one row and at `limits.rows` counts: nobody knows how full the batch
@@ -183,7 +183,7 @@ def measure(
     return chosen, timings
 
 
-def _best(names: Sequence[str], timings: Sequence[Timing]) -> str:
+def _best(names: Sequence[str], timings: Sequence[KernelTiming]) -> str:
     mean = {name: math.prod(each.seconds[name] for each in timings) for name in names}
     least = min(mean, key=mean.__getitem__)
     near = NEARER ** -len(timings)
@@ -191,8 +191,13 @@ def _best(names: Sequence[str], timings: Sequence[Timing]) -> str:
 
 
 def _time(
-    form: str, matrices: Sequence[Matrix], names: Sequence[str], rows: int, limits: Limits, seconds: float
-) -> Timing:
+    form: str,
+    matrices: Sequence[Matrix],
+    names: Sequence[str],
+    rows: int,
+    limits: EngineLimits,
+    seconds: float,
+) -> KernelTiming:
     """Products of successive matrices, each read from memory where few rows are multiplied."""
     flops = [2 * rows * math.prod(matrix.shape) for matrix in matrices]
     enough = 2 * rows * MEMORY_BYTES / 4 if rows == 1 else FLOPS
@@ -204,10 +209,10 @@ def _time(
         products = [(Product(m, Pair(name, name), limits), x_NI[m.shape[1]]) for m in some]
         calls[name] = functools.partial(_multiply_all, products)
     if len(names) == 1:
-        return Timing(form, rows, dict.fromkeys(names, 0.0))
+        return KernelTiming(form, rows, dict.fromkeys(names, 0.0))
     alone = torch.get_num_threads() == 1 and on_cpu(some[0])
     with torch.inference_mode():
-        return Timing(
+        return KernelTiming(
             form, rows, fastest(calls, seconds, time.thread_time if alone else time.perf_counter)[1]
         )
 
@@ -228,7 +233,7 @@ def _by_form(matrices: Sequence[Matrix]) -> dict[str, list[Matrix]]:
     return found
 
 
-def _able(matrices: Sequence[Matrix], limits: Limits) -> Iterator[str]:
+def _able(matrices: Sequence[Matrix], limits: EngineLimits) -> Iterator[str]:
     """Kernels that can multiply by each of them with a result that the batch does not change."""
     shapes = {tuple(matrix.shape): matrix for matrix in matrices}
     for name, kernel in KERNELS.items():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.generation.kernel_choice import Kernels, Limits, Product
+from workloads.generation.kernel_choice import EngineLimits, Kernels, Product
 from workloads.generation.linear import Matrix, form_of
 from workloads.model.compression.layers import CompressedMatrix
 from workloads.model.compression.low_rank import HalfWeight, LowRankWeight
@@ -102,10 +102,13 @@ def _kind(matrix: Stored) -> tuple[object, ...]:
     return (form_of(matrix), *dtypes)
 
 
-def _of_tensors(like: Any, tensors: dict[str, Tensor], outputs: int) -> Any:
+def _of_tensors(like: Any, tensors: dict[str, Tensor], outputs: int) -> Stored:
     """The same kind of matrix with other tensors, of another number of outputs."""
     changed = like.with_tensors(tensors)
-    return replace(changed, shape=(outputs, like.shape[1])) if isinstance(like, QuantizedWeight) else changed
+    if isinstance(like, QuantizedWeight):
+        return replace(changed, shape=(outputs, like.shape[1]))
+    same: Stored = changed
+    return same
 
 
 def simple(matrix: Stored) -> tuple[Matrix, ...]:
@@ -138,7 +141,7 @@ class Layout:
         nbytes: that all of them hold.
     """
 
-    def __init__(self, kernels: Kernels, limits: Limits) -> None:
+    def __init__(self, kernels: Kernels, limits: EngineLimits) -> None:
         self._kernels, self._limits = kernels, limits
         self.nbytes = 0
 

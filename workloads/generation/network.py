@@ -19,7 +19,7 @@ from escala.contract.errors import CheckpointError
 from escala.schema.compression import Precision, QuantizationConfig
 from workloads.generation import kernel_choice
 from workloads.generation.feed_forward import lay_feed_forward
-from workloads.generation.kernel_choice import MEMORY_BYTES, Kernels, Limits, Timing
+from workloads.generation.kernel_choice import MEMORY_BYTES, EngineLimits, Kernels, KernelTiming
 from workloads.generation.matrices import Layout, Stored, groups_of, release, sample, unembedding_of
 from workloads.model.attention.registry import DecodeState, decode_state
 from workloads.model.compression.plan import quantize_model
@@ -29,7 +29,7 @@ from workloads.model.transformer import Block, Transformer
 GROUP_NUMBERS = 1 << 23  # that the attention of one group of tiles holds in memory: 32 MB in fp32
 MEASURED = "measured"
 """In place of a choice of kernels: measure."""
-LIMITS = Limits(rows=32, tile_rows=256)
+LIMITS = EngineLimits(rows=32, tile_rows=256)
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Network:
         model: Transformer,
         *,
         kernels: str | None = None,
-        limits: Limits = LIMITS,
+        limits: EngineLimits = LIMITS,
         smaller: Smaller | None = None,
     ) -> None:
         self._limits, self._smaller = limits, smaller
         self._outline = _outline_of(model)
-        self.config, self.timings = model.config, list[Timing]()
+        self.config, self.timings = model.config, list[KernelTiming]()
         self._rotary = RotaryTable(self.config.head_size, self.config.rope_base)
         self.model = self._ready(model)
         self._kernels = self._choose(kernels)

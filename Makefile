@@ -10,7 +10,7 @@ SHARD ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench bench-attention bench-decoding bench-laws bench-pool fuzz idle hooks clean
+.PHONY: help setup demo test test-fast test-docs test-nightly test-gpu docs architecture lint bench bench-attention bench-decoding bench-quantised bench-laws bench-pool fuzz idle hooks clean
 
 help:  # what can be made, and how long it takes
 	@echo 'make TARGET; all but test-gpu and clean set up first'
@@ -80,6 +80,9 @@ bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/rlhf.py
 	$(BIN)/python benchmarks/submits.py
+
+bench-quantised: setup  # decoding with INT8 and INT4 weights beside fp32; LLAMA=PYTHON: beside llama.cpp: 3 minutes
+	$(BIN)/python benchmarks/quantised.py $(if $(LLAMA),--llama-python $(LLAMA))
 
 bench-decoding: setup  # milliseconds a token by kind of attention and context, beside exact: 2 minutes
 	$(BIN)/python benchmarks/decoding.py

@@ -18,7 +18,7 @@ from ray import serve
 from ray.util import get_current_placement_group
 
 from escala.contract.errors import ClusterError
-from escala.contract.records import ONE_NODE, AttemptSpec
+from escala.contract.records import ONE_NODE, AttemptSpec, read_json, write_json
 from escala.schema import PpoConfig
 from escala.schema.engines import KINDS as ENGINES
 from escala.schema.serve import OwnerConfig, ScalingConfig, ServeConfig
@@ -26,11 +26,14 @@ from workloads.alignment.rollouts import served_rewards
 from workloads.model.huggingface import save_pretrained
 from workloads.model.start import new_model
 from workloads.serve import application
+from workloads.serving.client import Rollouts
 from workloads.serving.owner import ANYWHERE, alone, owner, remove
 from workloads.training.finetune import open_tokenizer
 
 QUIET = {"enable_access_log": False}  # a line for each response is most of a job's log
 SHUTDOWN_SECONDS = 20.0  # responses that nobody waits for any more
+KERNELS = "rollout_kernels.json"
+"""In a job's directory: which kernels its service multiplies with."""
 
 
 def application_name(spec: AttemptSpec) -> str:
@@ -52,11 +55,15 @@ def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
     )
     try:
         with owner(f"{name}-{spec.attempt}", lock) as me:
-            arguments = serve_config(config, policy_directory(config, written), me).model_dump(mode="json")
+            kernels = _kernels_of(spec)
+            arguments = serve_config(config, policy_directory(config, written), me, kernels)
             try:
                 with alone(lock):
                     _start_serve()
-                    _run(name, arguments)
+                    _run(name, arguments.model_dump(mode="json"))
+                if kernels is None:
+                    measured = {"kernels": Rollouts(name).describe()["kernels"]}
+                    write_json(Path(spec.directory).parent / KERNELS, measured)
                 print(f"rollout service {name}: {config.rollouts.replicas} policy replicas", flush=True)
                 yield
             finally:
@@ -97,13 +104,27 @@ def _own_logs_only() -> None:
     ray._private.worker.global_worker._filter_logs_by_job = True
 
 
-def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig:
-    """The application's configuration, with this driver as its owner."""
+def _kernels_of(spec: AttemptSpec) -> str | None:
+    """What an earlier attempt of this job chose, or the job that it goes on from: other kernels would draw other
+    responses, and a resumed run be another one. None: nobody has chosen.
+    """
+    for path in filter(None, (spec.directory, spec.resume_from)):
+        try:
+            kernels: str = read_json(Path(path).parent / KERNELS)["kernels"]
+            return kernels
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def serve_config(config: PpoConfig, model: Path, me: OwnerConfig, kernels: str | None = None) -> ServeConfig:
+    """The application's configuration, with this driver as its owner; `kernels` of an earlier attempt's."""
     service = config.rollouts
     return ServeConfig(
         model=str(model),
         name="policy",
         precision=config.training.precision,
+        kernels=kernels,
         engine=ENGINES.read(
             {
                 "max_running": service.max_running,

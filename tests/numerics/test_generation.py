@@ -18,7 +18,6 @@ from tests.eager import Eager
 from workloads.generation import engine as engine_module
 from workloads.generation import network
 from workloads.generation.engine import Engine
-from workloads.generation.linear import MIN_ROWS, PackedLinear
 from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import Completion, Request, SamplingParams
 from workloads.generation.sampling import Draw, sample
@@ -344,21 +343,6 @@ def test_reading_in_place_and_copying_give_the_same_bits(monkeypatch: pytest.Mon
     engine = engine_of(model)
     assert engine.generate(prompts, GREEDY) == wanted
     assert engine.cache.copied_blocks > 2 * in_place
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 97), (640, 640), (1600, 640), (640, 8192)])
-def test_a_row_of_a_packed_product_has_the_same_bits_in_any_batch(
-    dtype: torch.dtype, inputs: int, outputs: int
-) -> None:
-    torch.manual_seed(0)
-    product = PackedLinear(torch.randn(outputs, inputs).to(dtype))
-    x_NI = torch.randn(130, inputs).to(dtype)
-    with torch.inference_mode():
-        together = product(x_NI)
-        for rows in (MIN_ROWS, 5, 8, 17, 32, 33, 64, 129):
-            assert torch.equal(product(x_NI[:rows].clone()), together[:rows]), rows
-            assert torch.equal(product(x_NI[-rows:].clone()), together[-rows:]), rows
 
 
 class Mixture(nn.Module):

@@ -150,8 +150,10 @@ IMPLEMENTATION = """
         pass
 
 
-    def make_engine(section, model, tokenizer):
-        return SerialEngine(model, tokenizer, max_running=1, block_tokens=section.page_tokens)
+    def make_engine(section, model, tokenizer, kernels, smaller):
+        return SerialEngine(
+            model, tokenizer, max_running=1, block_tokens=section.page_tokens, kernels=kernels, smaller=smaller
+        )
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from escala.contract.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
 from escala.rollouts.store import Store
 from escala.rollouts.weights import Offer, Receiver, TensorEntry, Weights, WeightVersion, digest_of, verify
+from workloads.serving.engine_loading import agreed_engine
 
 
 class Memory:
@@ -122,6 +124,27 @@ async def test_a_replica_follows_and_a_late_one_pulls_before_it_serves() -> None
     await late.receiver.start(INITIAL)
     assert (late.loaded, late.receiver.current.version) == ([5], 5)
     assert (await store.acknowledgements(5, 0)).acknowledged == ("serve/a", "serve/b")
+
+
+@run
+async def test_the_first_choice_of_kernels_is_every_replica_s() -> None:
+    store = Store("key", Memory())
+    built: list[tuple[str, str | None]] = []
+
+    def build_of(own: str) -> Callable[[str | None], Any]:
+        def build(kernels: str | None) -> Any:
+            built.append((own, kernels))
+            return SimpleNamespace(kernels=kernels or own)
+
+        return build
+
+    both = await asyncio.gather(*(agreed_engine(Remote(store), None, build_of(own)) for own in ("x", "y")))
+    assert both[0].kernels == both[1].kernels == (await store.describe())["kernels"]
+    late = await agreed_engine(Remote(store), None, build_of("z"))
+    assert (late.kernels, built[-1]) == (both[0].kernels, ("z", both[0].kernels))
+    again = Store("key", Memory())  # as after its death: a replica that lives tells it
+    await again.newer("serve/a", replace(INITIAL, kernels=late.kernels), 0)
+    assert await again.kernels() == late.kernels
 
 
 @run

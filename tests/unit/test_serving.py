@@ -14,7 +14,7 @@ from fastapi import Request
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
-from escala.contract.errors import CheckpointError, SpecError
+from escala.contract.errors import CheckpointError, SpecError, WeightsNotLoaded
 from escala.hardware import directory
 from escala.rollouts import deployment
 from escala.rollouts.policy import Rules
@@ -22,6 +22,7 @@ from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.schema import ModelConfig
 from escala.schema.serve import ServeConfig
 from escala.settings import RolloutsSettings, Settings
+from tests.unit.local_service import local_policy
 from workloads.generation.protocol import Completion, Output
 from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
@@ -242,3 +243,20 @@ def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(factor: fl
     model = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1, moe=moe))
     version = initial_version(model, "bf16")
     assert (version.precision, version.capacity_factor) == ("bf16", factor)
+
+
+def test_weights_for_other_kernels_are_refused_by_name() -> None:
+    async def refused() -> str:
+        policy = local_policy(None)
+        try:
+            with pytest.raises(WeightsNotLoaded) as found:
+                await policy._apply(
+                    WeightVersion(1, "ab" * 16, "fp32", None, "fp32=vector/vector"), Weights((), ())
+                )
+            return str(found.value)
+        finally:
+            await policy.stepper.close()
+
+    assert "Version 1 is for the kernels fp32=vector/vector; this deployment has fp32=" in asyncio.run(
+        refused()
+    )

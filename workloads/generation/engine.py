@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from escala.contract.errors import EscalaError, SpecError, StateError
-from workloads.generation.network import Network, TokenSpan
+from workloads.generation.kernel_choice import EngineLimits, KernelTiming
+from workloads.generation.network import Network, Smaller, TokenSpan
 from workloads.generation.protocol import (
     Completion,
     EngineStats,
@@ -61,9 +62,13 @@ class Engine:
         prefill_tokens: of prompts in one step, in whole blocks: more is faster, and delays running requests longer.
         threads: torch's CPU threads, set for this process. None: left alone.
         speculation: what drafts tokens, if anything does.
+        kernels: which kernels multiply, as text: those of an engine whose bits these shall be. MEASURED: the fastest
+            here for these limits. None: the first that can, unmeasured.
+        smaller: how matrices in full precision are stored, of these weights and of later ones. None: they stay.
 
-    Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size; for speculation
-    with a mixture of experts that drops tokens, since there a draft would change what is drawn.
+    Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size; where a choice of
+    kernels cannot be followed here; where the matrices cannot be stored so; for speculation with a mixture of experts
+    that drops tokens, since there a draft would change what is drawn.
     """
 
     def __init__(
@@ -77,10 +82,14 @@ class Engine:
         prefill_tokens: int = 256,
         threads: int | None = 1,
         speculation: Speculator | None = None,
+        kernels: str | None = None,
+        smaller: Smaller | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self._network, config = Network(model), model.config
+        limits = EngineLimits(max_running, prefill_tokens)
+        self._network = Network(model, kernels=kernels, limits=limits, smaller=smaller)
+        config = model.config
         self._tokenizer = tokenizer
         self._ends = frozenset(() if tokenizer is None else tokenizer.end_ids)
         attention, item = config.attention, self._network.like.element_size()
@@ -133,6 +142,16 @@ class Engine:
     def weights_version(self) -> int:
         """The number last given to `load_weights`; 0 before."""
         return self._version
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels multiply, as text (see `kernel_choice`)."""
+        return self._network.kernels
+
+    @property
+    def timings(self) -> Many[KernelTiming]:
+        """What the kernels were chosen by, where they were measured."""
+        return self._network.timings
 
     @property
     def max_context_tokens(self) -> int:
@@ -206,6 +225,7 @@ class Engine:
             steps=self._steps,
             step_seconds=self._seconds,
             cpu_seconds=self._cpu_seconds,
+            weight_bytes=self._network.weight_bytes,
         )
 
     def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:

@@ -1,4 +1,4 @@
-"""A Transformer's forward pass over a paged cache: queries, keys and values in one product, weights packed once.
+"""A Transformer's forward pass over a paged cache: matrices of one input joined, each laid out for its kernel once.
 
 Dimensions: N tokens (rows) of any requests, D model width, H query heads, G key/value heads, E = H / G, S head size,
 T tiles, Q queries of a tile, V vocabulary.
@@ -6,24 +6,30 @@ T tiles, Q queries of a tile, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from escala.contract.errors import CheckpointError
-from workloads.generation.linear import MIN_ROWS, PackedLinear
+from escala.schema.compression import Precision, QuantizationConfig
+from workloads.generation import kernel_choice
+from workloads.generation.feed_forward import lay_feed_forward
+from workloads.generation.kernel_choice import MEMORY_BYTES, EngineLimits, Kernels, KernelTiming
+from workloads.generation.matrices import Layout, Stored, groups_of, release, sample, unembedding_of
 from workloads.model.attention.registry import DecodeState, decode_state
-from workloads.model.layers import FeedForward
+from workloads.model.compression.plan import quantize_model
 from workloads.model.rope import RotaryTable, rotate
 from workloads.model.transformer import Block, Transformer
 
 GROUP_NUMBERS = 1 << 23  # that the attention of one group of tiles holds in memory: 32 MB in fp32
-VOCAB_STEP = 64  # whole vector registers: the last lanes of an odd vocabulary would be computed by other code
+MEASURED = "measured"
+"""In place of a choice of kernels: measure."""
+LIMITS = EngineLimits(rows=32, tile_rows=256)
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,82 @@ class _Group:
     give: Tensor
 
 
-class Network:
-    """The model made ready to generate. It reads `model`'s embedding and norms, and has the rest in its own layout."""
+@dataclass(frozen=True)
+class Smaller:
+    """How the matrices of a model in full precision are stored smaller.
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self.config = model.config
+    Args:
+        precision: int8 or int4.
+        quantization: its options.
+    """
+
+    precision: Precision
+    quantization: QuantizationConfig
+
+    def apply(self, model: Transformer) -> None:
+        """In place; matrices that are compressed already stay as they are."""
+        quantize_model(model, self.precision, self.quantization)
+
+
+class Network:
+    """The model made ready to generate. It reads `model`'s embedding and norms, and has the rest in its own layout.
+
+    Args:
+        model: in fp32 or bf16; matrices of it may be compressed, and are released then.
+        kernels: a choice as text; MEASURED: the fastest here; None: the first that can.
+        limits: that the choice is made for.
+        smaller: how matrices that are not compressed are, in these weights and in later ones; None: they stay.
+
+    Attributes:
+        kernels: the choice as text: whoever follows it gets the same bits.
+        timings: what was measured.
+
+    Raises SpecError where the choice of kernels cannot be followed, or the matrices cannot be stored so.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        kernels: str | None = None,
+        limits: EngineLimits = LIMITS,
+        smaller: Smaller | None = None,
+    ) -> None:
+        self._limits, self._smaller = limits, smaller
+        self._outline = _outline_of(model)
+        self.config, self.timings = model.config, list[KernelTiming]()
         self._rotary = RotaryTable(self.config.head_size, self.config.rope_base)
-        self._pack()
+        self.model = self._ready(model)
+        self._kernels = self._choose(kernels)
+        self.kernels = kernel_choice.to_text(self._kernels)
+        self._lay_out()
+
+    def _ready(self, model: Transformer) -> Transformer:
+        if self._smaller is not None:
+            self._smaller.apply(model)
+        return model.requires_grad_(False).eval()
+
+    def _choose(self, told: str | None) -> Kernels:
+        groups = self._matrix_groups()
+        if told == MEASURED:
+            some = sample(groups, MEMORY_BYTES)
+            chosen, self.timings = kernel_choice.measure(some, self._limits)
+            return chosen
+        some = sample(groups, 0)
+        return (
+            kernel_choice.follow(told, some, self._limits)
+            if told
+            else kernel_choice.first(some, self._limits)
+        )
+
+    def _matrix_groups(self) -> Iterator[list[Stored]]:
+        for block in self.model.layers:
+            yield from groups_of(block)
+        yield [unembedding_of(self._output)]
+
+    @property
+    def _output(self) -> nn.Module:
+        return self.model.unembedding or self.model.embedding
 
     @property
     def like(self) -> Tensor:
@@ -69,10 +143,11 @@ class Network:
         return self.model.embedding.weight
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state dictionary over the weights. Raises CheckpointError, with nothing changed, where it does not
-        fit.
+        """Copy a state dictionary over the weights; one in full precision is stored smaller as `smaller` says, also
+        where the first one came compressed. Raises CheckpointError, with nothing changed, where it does not fit.
         """
-        own = self.model.state_dict()
+        outline = self._outline_for(state)
+        own = outline.state_dict()
         wrong = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
         problems = {
             "missing": own.keys() - state.keys(),
@@ -83,16 +158,46 @@ class Network:
         if found:
             hint = "Send the state_dict of a model with the engine's own ModelConfig."
             raise CheckpointError(f"These weights are not this model's ({'; '.join(found)}).", hint)
-        for name, weight in own.items():
-            weight.copy_(state[name])
-        self._pack()
+        if self._is_whole:
+            for name, weight in self.model.state_dict().items():
+                weight.copy_(state[name])
+        else:
+            model = copy.deepcopy(outline)
+            model.load_state_dict({n: w.to(own[n].dtype) for n, w in state.items()}, assign=True)
+            self.model = self._ready(model)
+            others = kernel_choice.first(
+                sample(self._matrix_groups(), 0), self._limits
+            )  # of forms that the first had not
+            self._kernels = {**others, **self._kernels}
+            for weight in (*self.model.parameters(), *self.model.buffers()):
+                weight.data = weight.data.clone()  # what was given may be the sender's memory
+        self._lay_out()
 
-    def _pack(self) -> None:
-        self._blocks = [_PackedBlock(block) for block in self.model.layers]
-        weight_VD = (self.model.unembedding or self.model.embedding).weight
-        padding = -len(weight_VD) % VOCAB_STEP
-        padded_VD = F.pad(weight_VD, (0, 0, 0, padding)) if padding else weight_VD  # F.pad copies in any case
-        self._unembedding = PackedLinear(padded_VD)
+    def _outline_for(self, state: Mapping[str, Tensor]) -> Transformer:
+        if self._smaller is None or state.keys() == self._outline.state_dict().keys():
+            return self._outline
+        with torch.device("meta"):
+            return Transformer(self.config)
+
+    @property
+    def _is_whole(self) -> bool:
+        return not any(weight.is_meta for weight in self.model.state_dict().values())
+
+    def _lay_out(self) -> None:
+        layout = Layout(self._kernels, self._limits)
+        self._blocks = []
+        for block in self.model.layers:
+            self._blocks.append(_LaidBlock(block, layout))
+            release(block)
+        self._unembedding = layout.lay([unembedding_of(self._output)])
+        release(self._output)
+        self._laid_bytes = layout.nbytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """That weights hold in memory: as they are laid out, and the model's own that stay."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return self._laid_bytes + sum({t.data_ptr(): t.nbytes for t in tensors if not t.is_meta}.values())
 
     def decode_state(self, blocks: int, block_tokens: int) -> DecodeState:
         """An empty one, of the kind of the model's attention."""
@@ -117,16 +222,14 @@ class Network:
         tokens, positions, blocks, offsets = torch.tensor(read).t().contiguous().to(device)
         borders = cache.plan_borders([p.table for p in pieces], [_span(p) for p in pieces])
         groups = self._groups(pieces, cache, tiled)
-        rows = len(tokens)
-        spare = max(0, MIN_ROWS - rows)
-        x_ND = self.model.embedding(F.pad(tokens, (0, spare)))
+        x_ND = self.model.embedding(tokens)
         rotation = self._rotary(positions, like=x_ND)
         for layer, block in enumerate(self._blocks):
-            q_NHS, k_NGS, v_NGS = block.project(x_ND, rows, rotation)
+            q_NHS, k_NGS, v_NGS = block.project(x_ND, rotation, tiled)
             cache.write(layer, blocks, offsets, k_NGS, v_NGS, borders)
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
-            x_ND = block.finish(x_ND, F.pad(mixed_ND, (0, 0, 0, spare)) if spare else mixed_ND)
+            x_ND = block.finish(x_ND, mixed_ND, tiled)
         stops = accumulate(len(p.tokens) for p in pieces)
         ends = [row for p, stop in zip(pieces, stops, strict=True) for row in range(stop - p.wanted, stop)]
         normed: Tensor = self.model.final_norm(x_ND.index_select(0, torch.tensor(ends, device=device)))
@@ -134,9 +237,7 @@ class Network:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits_NV, the width padded to a multiple of VOCAB_STEP with -inf."""
-        rows = len(hidden_ND)
-        hidden_ND = F.pad(hidden_ND, (0, 0, 0, max(0, MIN_ROWS - rows)))
-        logits_NV = self._unembedding(hidden_ND)[:rows].float()
+        logits_NV = self._unembedding(hidden_ND, False).float()
         logits_NV[:, self.config.vocab_size :] = float("-inf")
         return logits_NV
 
@@ -188,22 +289,21 @@ def _mix(q_NGES: Tensor, group: _Group, cache: DecodeState, layer: int) -> Tenso
     return output_TQGES.flatten(0, 1).flatten(1).index_select(0, group.give)
 
 
-class _PackedBlock:
-    """A block's products in their packed layout."""
+class _LaidBlock:
+    """A block's products in their kernels' layouts."""
 
-    def __init__(self, block: Block) -> None:
-        self._block, attention = block, block.attention
-        weights = [m.weight for m in (attention.query, attention.key, attention.value)]
-        self._qkv = PackedLinear(torch.cat(weights))
-        self._output = PackedLinear(attention.output.weight)
-        self._feed_forward = _packed_feed_forward(block.feed_forward)
+    def __init__(self, block: Block, layout: Layout) -> None:
+        self._block = block
+        groups = groups_of(block)
+        self._qkv, self._output = layout.lay(next(groups)), layout.lay(next(groups))
+        self._feed_forward = lay_feed_forward(block.feed_forward, [layout.lay(group) for group in groups])
 
     def project(
-        self, x_ND: Tensor, rows: int, rotation: tuple[Tensor, Tensor]
+        self, x_ND: Tensor, rotation: tuple[Tensor, Tensor], tiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(q_NGES, k_NGS, v_NGS) of the first `rows`, turned to their positions."""
+        """(q_NGES, k_NGS, v_NGS), turned to their positions."""
         a = self._block.attention
-        heads = torch.unflatten(self._qkv(self._block.attention_norm(x_ND))[:rows], -1, (-1, a.size))
+        heads = torch.unflatten(self._qkv(self._block.attention_norm(x_ND), tiled), -1, (-1, a.size))
         q_NHS, k_NGS, v_NGS = torch.split(heads, [a.heads, a.kv_heads, a.kv_heads], dim=1)
         if isinstance(a.query_norm, nn.Identity):
             turned = rotate(heads[:, : a.heads + a.kv_heads], *rotation)
@@ -212,15 +312,17 @@ class _PackedBlock:
         q_NHS, k_NGS = torch.split(turned, [a.heads, a.kv_heads], dim=1)
         return torch.unflatten(q_NHS, 1, (a.kv_heads, -1)), k_NGS, v_NGS
 
-    def finish(self, x_ND: Tensor, mixed_ND: Tensor) -> Tensor:
+    def finish(self, x_ND: Tensor, mixed_ND: Tensor, tiled: bool) -> Tensor:
         """The residual stream after the block, from the one before and the attention's mixture of values."""
-        x_ND = self._output(mixed_ND).add_(x_ND)
-        return self._feed_forward(self._block.feed_forward_norm(x_ND)).add_(x_ND)
+        x_ND = self._output(mixed_ND, tiled).add_(x_ND)
+        return self._feed_forward(self._block.feed_forward_norm(x_ND), tiled).add_(x_ND)
 
 
-def _packed_feed_forward(module: Any) -> Callable[[Tensor], Tensor]:
-    """A function of x_ND. A dense one is packed; any other (a mixture of experts) is called as the module it is."""
-    if type(module) is not FeedForward:
-        return lambda x_ND: module(x_ND.unsqueeze(0)).squeeze(0)
-    gate, up, down = (PackedLinear(m.weight) for m in (module.gate, module.up, module.down))
-    return lambda x_ND: down(F.silu(gate(x_ND)).mul_(up(x_ND)))
+def _outline_of(model: Transformer) -> Transformer:
+    """The model without its numbers."""
+    tensors = (*model.parameters(), *model.buffers())
+    without = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in tensors
+    }
+    return copy.deepcopy(model, without)

@@ -218,6 +218,7 @@ class EngineStats:
         generated_tokens, finished, preemptions, steps: so far.
         drafted_tokens, accepted_tokens: drafts that were scored, and those of them that became tokens.
         step_seconds, cpu_seconds: inside `step`, wall time, and that of the thread that steps.
+        weight_bytes: that the weights hold in memory, as they are laid out to be multiplied by.
     """
 
     waiting: int
@@ -236,6 +237,7 @@ class EngineStats:
     steps: int
     step_seconds: float
     cpu_seconds: float
+    weight_bytes: int
 
 
 class EngineTokenizer(Protocol):
@@ -263,6 +265,11 @@ class EngineProtocol(Protocol):
     @property
     def weights_version(self) -> int:
         """The number last given to `load_weights`; 0 before."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels multiply, as text: an engine that is told them gives the same bits, or refuses."""
         ...
 
     @property

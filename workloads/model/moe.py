@@ -17,7 +17,7 @@ from escala.schema import ModelConfig, MoEConfig
 from workloads.model import balance
 from workloads.model.exchange import Exchange, compute_elsewhere
 from workloads.model.experts import Experts
-from workloads.model.gate import Dispatch, capacity, choose, dispatch, top_k
+from workloads.model.gate import Choice, Dispatch, capacity, choose, dispatch, top_k
 from workloads.model.layers import FeedForward, Linear
 
 
@@ -99,12 +99,10 @@ class MixtureOfExperts(nn.Module):
             if moe.noise_std:
                 noisy_NE = logits_NE + moe.noise_std * torch.randn_like(logits_NE)
             choice = choose(noisy_NE, moe.chosen, moe.estimator, self.tau)
-        else:  # a model that was trained soft to hard serves at its last temperature
-            sharp = moe.tau.end if moe.tau and moe.estimator == "soft_to_hard" else 1.0
-            choice = top_k(logits_NE / sharp, moe.chosen)
-        factor = moe.capacity_factor if self.training else self.evaluation_capacity_factor
-        limit = capacity(factor, len(x_ND), moe.chosen, moe.experts)
-        sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, limit)
+            limit = capacity(moe.capacity_factor, len(x_ND), moe.chosen, moe.experts)
+            sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, limit)
+        else:
+            choice, sent = self.assign(logits_NE, len(x_BTD))
         if self.exchange is None:
             out_ND = self.experts(x_ND, choice.weights_NK, sent)
         else:
@@ -115,6 +113,16 @@ class MixtureOfExperts(nn.Module):
             self.routing = self._account(logits_NE, sent, limit)
         out_BTD: Tensor = out_ND.view_as(x_BTD)
         return out_BTD
+
+    def assign(self, logits_NE: Tensor, batch: int) -> tuple[Choice, Dispatch]:
+        """What evaluation and generation do with tokens of these logits, in `batch` rows. A model that was trained soft
+        to hard serves at its last temperature.
+        """
+        moe = self.moe
+        sharp = moe.tau.end if moe.tau and moe.estimator == "soft_to_hard" else 1.0
+        choice = top_k(logits_NE / sharp, moe.chosen)
+        limit = capacity(self.evaluation_capacity_factor, len(logits_NE), moe.chosen, moe.experts)
+        return choice, dispatch(choice.experts_NK, batch, moe.experts, limit)
 
     def _account(self, logits_NE: Tensor, sent: Dispatch, limit: int | None) -> Routing:
         """Auxiliary losses and figures, of the logits before noise. Soft to hard, all experts take all tokens, which is

@@ -87,6 +87,7 @@ class Rollouts:
                 version,
                 precision=served.precision,
                 capacity_factor=served.capacity_factor,
+                kernels=served.kernels,
                 timeout_seconds=timeout_seconds,
             )
         except RayTaskError as error:

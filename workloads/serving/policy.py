@@ -18,8 +18,9 @@ from ray import serve
 
 from escala.contract.errors import SpecError, StaleWeights, WeightsNotLoaded
 from escala.rollouts.weights import Receiver, Weights, WeightVersion
+from escala.schema.compression import BITS
 from escala.schema.serve import ServeConfig
-from workloads.generation.protocol import SamplingParams, completion_of, shown
+from workloads.generation.protocol import EngineProtocol, SamplingParams, completion_of, shown
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
@@ -36,16 +37,23 @@ class Policy:
     """One replica."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        from workloads.model.start import load_model, load_tokenizer
-        from workloads.serving.engine_loading import build_engine, initial_version
+        from workloads.model.start import load_compressed, load_model, load_tokenizer
+        from workloads.serving.engine_loading import agreed_engine, build_engine, initial_version
 
         self.config = ServeConfig.model_validate(config)
         await begin(self.config)
         path = Path(self.config.model)
-        model = await asyncio.to_thread(load_model, path)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
-        initial = initial_version(model, self.config.precision)
-        engine = await asyncio.to_thread(build_engine, model, self.tokenizer, self.config)
+        load = load_compressed if self.config.precision in BITS else load_model
+        loaded = [await asyncio.to_thread(load, path)]
+        initial = initial_version(loaded[0], self.config.precision)
+
+        def build(kernels: str | None) -> EngineProtocol:  # it keeps its model: a second one needs another
+            model = loaded.pop() if loaded else load(path)
+            return build_engine(model, self.tokenizer, self.config, kernels)
+
+        engine = await agreed_engine(self._store(), self.config.kernels, build)
+        initial = replace(initial, kernels=engine.kernels)
         self.stepper = Stepper(engine)
         self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
@@ -116,6 +124,8 @@ class Policy:
         return {
             "name": self.config.name or self.config.model.rstrip("/").rpartition("/")[2],
             "precision": self.config.precision,
+            "kernels": self.stepper.engine.kernels,
+            "weight_bytes": self.stepper.stats.weight_bytes,
             "max_context_tokens": self.stepper.engine.max_context_tokens,
             "weights": self.receiver.current,
             "started": self.stepper.stats.started,
@@ -160,7 +170,13 @@ class Policy:
                 f"{served}.",
                 "Publish for what is served, or start a deployment for it.",
             )
-        self._versions[version.version] = version
+        kernels = self.stepper.engine.kernels
+        if version.kernels not in (None, kernels):
+            raise WeightsNotLoaded(
+                f"Version {version.version} is for the kernels {version.kernels}; this deployment has {kernels}.",
+                "Publish for what is served, or start a deployment with `kernels` set to those.",
+            )
+        self._versions[version.version] = replace(version, kernels=kernels)
         await self.stepper.load(unpack(weights), version.version)
         for old in sorted(self._versions)[
             1:-2

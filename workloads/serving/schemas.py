@@ -341,12 +341,15 @@ class VerdictsBody(TypedDict):
 
 
 class WeightsStatus(TypedDict):
-    """The answer of /weights: the newest version, whether it can still be had, and what each replica serves."""
+    """The answer of /weights: the newest version, whether it can still be had, what each replica serves, and which
+    kernels all of them multiply with (None before the first one has started).
+    """
 
     newest: int
     name: str | None
     lost: bool
     replicas: dict[str, int]
+    kernels: str | None
 
 
 class ErrorDetail(TypedDict):

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from escala.contract.errors import CheckpointError
 from escala.rollouts.weights import TensorEntry, Weights
+from escala.schema.compression import Precision
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What a deployment may compute in, by the name that a weight version carries."""
+PRECISIONS: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.float32,
+    "int4": torch.float32,
+}
+"""What a deployment computes in, by the name that a weight version carries: of int8 and int4, all but the matrices."""
 
 
 def pack(state: Mapping[str, Tensor]) -> Weights:

@@ -1,4 +1,6 @@
-"""The store actor of one deployment's weight versions. Serve starts it beside the replicas, and again where it died.
+"""The store actor of one deployment's weight versions, and of the kernels that all its replicas take.
+
+Serve starts it beside the replicas, and again where it died.
 
 A restarted store has lost the weights but not the number of the newest version, which lies in the cluster's
 key-value store: it gives nobody older ones in their place, and says that they must be published again.
@@ -60,6 +62,7 @@ class Store:
         self._lost = self._newest > 0
         self._offer: Offer | None = None
         self._initial: str | None = None
+        self._kernels: str | None = None
         self._replicas: dict[str, int] = {}
         self._refused: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -86,6 +89,7 @@ class Store:
         A store that has never heard of the replica (a restarted one) knows it from here on.
         """
         self._replicas.setdefault(replica, holds.version)
+        self._kernels = self._kernels or holds.kernels
         if holds.version > self._newest:
             raise StaleWeights(f"{replica} serves version {holds.version}, and {self._newest} is the newest.")
         await self._until(
@@ -93,6 +97,15 @@ class Store:
         )
         offer = self._offer
         return offer if offer is not None and offer.weights.version > holds.version else None
+
+    async def kernels(self) -> str | None:
+        """Which kernels the replicas multiply with; None: no replica has chosen yet."""
+        return self._kernels
+
+    async def agree_on_kernels(self, kernels: str) -> str:
+        """A replica has chosen `kernels`. What all shall take: the first choice that came here."""
+        self._kernels = self._kernels or kernels
+        return self._kernels
 
     async def announce(self, offer: Offer) -> None:
         """A learner's new version. Raises StaleWeights unless it is above the newest."""
@@ -155,7 +168,13 @@ class Store:
     async def describe(self) -> dict[str, Any]:
         """For people: the newest version, whether it can still be had, and what each replica serves."""
         name = self._offer.weights.name if self._offer else None
-        return {"newest": self._newest, "name": name, "lost": self._lost, "replicas": dict(self._replicas)}
+        return {
+            "newest": self._newest,
+            "name": name,
+            "lost": self._lost,
+            "replicas": dict(self._replicas),
+            "kernels": self._kernels,
+        }
 
     def _check_initial(self, replica: str, holds: WeightVersion) -> None:
         if holds.version:

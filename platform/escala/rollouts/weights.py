@@ -62,13 +62,16 @@ class WeightVersion:
         digest: of `digest_of`.
         precision: that they are served in ("fp32", "bf16", "int8", ...).
         capacity_factor: of a mixture of experts whose generation drops tokens (docs/theory B.5); None: dropless, or
-        dense.
+            dense.
+        kernels: that multiply by them, `form=rows/tiles;...`, on which the last bits depend (docs/theory A.9); None:
+            whoever published did not ask, and the service's own do.
     """
 
     version: int
     digest: str
     precision: str
     capacity_factor: float | None = None
+    kernels: str | None = None
 
     @property
     def name(self) -> str:
@@ -130,6 +133,7 @@ def publish(
     *,
     precision: str,
     capacity_factor: float | None = None,
+    kernels: str | None = None,
     timeout_seconds: float = 120.0,
 ) -> Published:
     """Make `weights` the version that every replica serves; returns when all that live have acknowledged.
@@ -146,7 +150,7 @@ def publish(
     import ray
 
     started = time.monotonic()
-    identity = WeightVersion(version, digest_of(weights), precision, capacity_factor)
+    identity = WeightVersion(version, digest_of(weights), precision, capacity_factor, kernels)
     ray.get(store.announce.remote(Offer(identity, [ray.put(weights)])), timeout=timeout_seconds)
     adopted = store.adopt.remote(version)  # the copy that outlives this process, made while the replicas load
     replicas = _wait(store, version, started + timeout_seconds)

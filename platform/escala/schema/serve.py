@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
+from escala.schema.compression import Precision, QuantizationConfig
 from escala.schema.engines import KINDS, EngineSection
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
@@ -51,7 +52,17 @@ class ServeConfig(Strict):
         description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints"
     )
     name: str | None = Field(None, min_length=1, description="in /v1/models; None: the directory's")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and cache")
+    precision: Precision = Field(
+        "fp32",
+        description="of weights and cache; int8 and int4: of the blocks' matrices and the output product (INT8), the "
+        "rest in fp32",
+    )
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description="of int8 and int4")
+    kernels: str | None = Field(
+        None,
+        description="which kernels multiply, `form=rows/tiles;...` as `/weights` shows them: a replica that can't have "
+        "them refuses; None: the first replica measures, the others follow",
+    )
     engine: EngineSection = KINDS.read({})
     scaling: ScalingConfig = ScalingConfig()
     reward: list[RewardConfig] = Field([], description="weighted and summed; none: no such deployment")

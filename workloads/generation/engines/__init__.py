@@ -8,15 +8,26 @@ from __future__ import annotations
 import importlib
 
 from escala.schema.engines import EngineKind
+from workloads.generation.network import Smaller
 from workloads.generation.protocol import EngineProtocol, EngineTokenizer
 from workloads.model.transformer import Transformer
 
 
-def make_engine(section: EngineKind, model: Transformer, tokenizer: EngineTokenizer | None) -> EngineProtocol:
+def make_engine(
+    section: EngineKind,
+    model: Transformer,
+    tokenizer: EngineTokenizer | None,
+    kernels: str | None = None,
+    smaller: Smaller | None = None,
+) -> EngineProtocol:
     """`make_engine` of the kind's module: an engine for `model`, on its device and in its dtype.
 
-    Raises SpecError where the section's limits cannot hold.
+    Args:
+        kernels: a choice as text, or MEASURED; None: the first that can, unmeasured.
+        smaller: how matrices in full precision are stored; None: they stay.
+
+    Raises SpecError where the section's limits cannot hold, the kernels can't be had, or the matrices not be stored so.
     """
     module = importlib.import_module(f"{__name__}.{section.kind}")
-    engine: EngineProtocol = module.make_engine(section, model, tokenizer)
+    engine: EngineProtocol = module.make_engine(section, model, tokenizer, kernels, smaller)
     return engine

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from escala.schema.engines.paged import PagedEngineConfig
 from workloads.generation.engine import Engine
+from workloads.generation.network import Smaller
 from workloads.generation.protocol import EngineTokenizer
 from workloads.generation.speculation.make import make_speculator
 from workloads.model.transformer import Transformer
 
 
-def make_engine(section: PagedEngineConfig, model: Transformer, tokenizer: EngineTokenizer | None) -> Engine:
+def make_engine(
+    section: PagedEngineConfig,
+    model: Transformer,
+    tokenizer: EngineTokenizer | None,
+    kernels: str | None = None,
+    smaller: Smaller | None = None,
+) -> Engine:
     """See `workloads.generation.engines.make_engine`."""
     speculator = None
     if section.speculation is not None:
@@ -22,4 +29,6 @@ def make_engine(section: PagedEngineConfig, model: Transformer, tokenizer: Engin
         block_tokens=section.block_tokens,
         prefill_tokens=section.prefill_tokens,
         speculation=speculator,
+        kernels=kernels,
+        smaller=smaller,
     )

@@ -63,7 +63,7 @@ class CompressedMatrix(nn.Module):
 
     def __init__(self, compressed: Compressed) -> None:
         super().__init__()
-        self._like = compressed
+        self._like = compressed.with_tensors({n: t.to("meta") for n, t in compressed.tensors().items()})
         self.out_features, self.in_features = compressed.shape
         for name, tensor in compressed.tensors().items():
             self.register_buffer(name, tensor)

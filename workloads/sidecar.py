@@ -103,7 +103,8 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig) -> ServeConfig
     return ServeConfig(
         model=str(model),
         name="policy",
-        precision=config.training.precision,
+        precision=service.precision or config.training.precision,
+        quantization=service.quantization,
         engine=ENGINES.read(
             {
                 "max_running": service.max_running,

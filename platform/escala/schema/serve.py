@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
+from escala.schema.compression import StoredWeights
 from escala.schema.engines import KINDS, EngineSection
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
@@ -44,14 +45,13 @@ class OwnerConfig(Strict):
     lock: str = Field(description="the file that is locked by who starts or ends Serve")
 
 
-class ServeConfig(Strict):
+class ServeConfig(StoredWeights):
     """The application: `policy` generates, `reward` and `judge` score where they are given, `api` speaks HTTP."""
 
     model: StoredPath = Field(
         description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints"
     )
     name: str | None = Field(None, min_length=1, description="in /v1/models; None: the directory's")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and cache")
     engine: EngineSection = KINDS.read({})
     scaling: ScalingConfig = ScalingConfig()
     reward: list[RewardConfig] = Field([], description="weighted and summed; none: no such deployment")

@@ -20,7 +20,7 @@ from workloads import judge as entry_point
 from workloads.data.preferences import Preference, read_preferences
 from workloads.judge import Responses, comparisons, merge, read_responses, totals
 from workloads.model.compression.layers import decompress_model
-from workloads.model.compression.plan import store_weights
+from workloads.model.compression.stored import store_weights
 from workloads.model.transformer import Transformer
 from workloads.rewards.judge import Judge, read_references
 from workloads.rewards.judge_models import JudgeQuestion, LanguageModelJudge, compare, prompt_key

@@ -14,7 +14,7 @@ from escala.contract.errors import DataError
 from escala.schema.rewards.judge import QUESTION, JudgeModelConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
-from workloads.model.compression.plan import store_weights
+from workloads.model.compression.stored import store_weights
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import last_tokens, pad_right

@@ -12,7 +12,7 @@ from escala.schema.rewards.model import ModelRewardConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
 from workloads.model.compression.layers import UNEMBEDDING
-from workloads.model.compression.plan import store_weights
+from workloads.model.compression.stored import store_weights
 from workloads.rewards.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from escala.contract.errors import SpecError
-from escala.schema.compression import BITS, MatrixChoice, Precision, QuantizationConfig, StoredWeights
+from escala.schema.compression import MatrixChoice, Precision, QuantizationConfig
 from workloads.model.compression.layers import UNEMBEDDING, CompressedMatrix, compress_model, matrices
 from workloads.model.transformer import Transformer
 
@@ -25,14 +24,6 @@ def quantize_model(model: Transformer, precision: Precision, quantization: Quant
     matrix's inputs.
     """
     compress_model(model, choices(model, precision, quantization))
-
-
-def store_weights(model: Transformer, stored: StoredWeights) -> None:
-    """Give a model that is read alone the precision that `stored` says, in place. Raises as `quantize_model`."""
-    if stored.precision in BITS:
-        quantize_model(model, stored.precision, stored.quantization)
-    elif stored.precision == "bf16":
-        model.to(torch.bfloat16)
 
 
 def choices(

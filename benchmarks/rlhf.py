@@ -3,21 +3,26 @@
 optimum: say nothing but the letter e (reward: its share of the text, optimum 1); a random model of two layers, 128
 responses an iteration; GAE, GRPO and RLOO, three seeds each. Floor: 0.9 within 60 iterations, in every run.
 
+quantised: the same by GAE with responses drawn in fp32, INT8 and INT4, five seeds each, importance weights capped at 2.
+Floors: 0.9 within 60 iterations in every run, and the median of the iterations at most 1.2 times that of fp32.
+
 control: a reward model of few pairs by real raters is easily fooled. From a policy that was taught the positive words,
 the same run with and without a KL coefficient. Floors, without it: KL at the end three times as much, and the held-out
 raters' score (`workloads.data.raters.held_out_score`) below where it began. With it, it must not fall.
 
-    python benchmarks/rlhf.py [--only optimum | control]
+    python benchmarks/rlhf.py [--only optimum | quantised | control] [--precisions fp32 int8 int4]
 
-About 25 minutes of two cores. Run ids are printed; exit code 1 where a floor is missed.
+About 45 minutes of two cores. Run ids are printed; exit code 1 where a floor is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "grpo": {"policy_loss": {"entropy_coefficient": BONUS}},
     "gae": {"policy_loss": {"entropy_coefficient": BONUS}, "critic": {"learning_rate": 1e-2}},
 }
+PRECISIONS, PRECISION_SEEDS, MOST_RATIO, CAP = ("fp32", "int8", "int4"), 5, 1.2, 2.0
 PROMPTS = ["def a", "for x in", "class", "import", "return", "self.", "if not", "else:"]
 COEFFICIENT, KL_RATIO = 0.2, 3.0
 FEW, POSITIVE = 1_500, 1.0  # of the scale from -4 to 4
@@ -43,12 +49,17 @@ FEW, POSITIVE = 1_500, 1.0  # of the scale from -4 to 4
 def main() -> int:
     """Measure; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["optimum", "control"])
+    parser.add_argument("--only", choices=["optimum", "quantised", "control"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="escala-rlhf-") as name:
         directory = Path(name)
-        good = [optimum(directory)] if options.only != "control" else []
-        good += [control(directory)] if options.only != "optimum" else []
+        parts: dict[str, Callable[[], bool]] = {
+            "optimum": lambda: optimum(directory),
+            "quantised": lambda: quantised(directory, options.precisions),
+            "control": lambda: control(directory),
+        }
+        good = [part() for name, part in parts.items() if options.only in (None, name)]
     return 0 if all(good) else 1
 
 
@@ -59,21 +70,67 @@ def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
 
 def optimum(directory: Path) -> bool:
     """All estimators on all seeds; whether every run comes near the optimum."""
-    train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
-    write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    write_task(directory)
     good = True
     for kind, own in KINDS.items():
         for seed in range(SEEDS):
             run = ended("ppo", letter_spec(directory, kind, seed) | own, f"{kind}-{seed}")
-            rewards = Escala().history(run.run_id, "reward")
-            first = next((step for step, reward in rewards if reward >= FLOOR), None)
-            print(
-                f"{kind}, seed {seed}: {FLOOR} of the optimum after {first} of {ITERATIONS} iterations (last "
-                f"{rewards[-1][1]:.2f}); run {run.run_id}, {run.wall_seconds:.0f} s",
-                flush=True,
-            )
-            good &= first is not None
+            good &= reached(run, f"{kind}, seed {seed}") is not None
     return good
+
+
+def write_task(directory: Path) -> None:
+    """The tokenizer and the prompts of the letter e."""
+    train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
+    write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+
+
+def reached(run: RunView, what: str) -> int | None:
+    """The iteration that comes near the optimum, printed; None: none does."""
+    rewards = Escala().history(run.run_id, "reward")
+    first = next((step for step, reward in rewards if reward >= FLOOR), None)
+    print(
+        f"{what}: {FLOOR} of the optimum after {first} of {ITERATIONS} iterations (last {rewards[-1][1]:.2f}); run "
+        f"{run.run_id}, {run.wall_seconds:.0f} s",
+        flush=True,
+    )
+    return first
+
+
+def quantised(directory: Path, precisions: Sequence[str]) -> bool:
+    """All seeds in every precision at once; whether every run comes near the optimum, and as soon as in fp32."""
+    write_task(directory)
+    own = {**KINDS["gae"], "policy_loss": {**KINDS["gae"]["policy_loss"], "importance_cap": CAP}}
+    jobs = {}
+    for seed in range(PRECISION_SEEDS):
+        for precision in precisions:
+            spec = letter_spec(directory, "gae", seed) | own
+            spec["rollouts"] = {**spec["rollouts"], "precision": precision}
+            jobs[precision, seed] = submitted("ppo", spec, f"{precision}-{seed}")
+    iterations: dict[str, list[float]] = {precision: [] for precision in precisions}
+    for (precision, seed), job in jobs.items():
+        run = waited_for(job, f"{precision}-{seed}")
+        gaps = [Escala().history(run.run_id, name) for name in ("engine_gap_nats", "engine_gap_max_nats")]
+        first = reached(run, f"rollouts in {precision}, seed {seed}")
+        print(
+            f"  engine's gap: mean {mean_of(gaps[0]):.2g} nats a token, at most {max(v for _, v in gaps[1]):.2g}"
+        )
+        iterations[precision].append(float("inf") if first is None else first)
+    medians = {precision: statistics.median(found) for precision, found in iterations.items()}
+    good = all(max(found) <= ITERATIONS for found in iterations.values())
+    for precision, median in medians.items():
+        ratio = median / medians.get("fp32", median)
+        print(
+            f"{precision}: median {median:g} iterations, {ratio:.2f} of fp32's (at most {MOST_RATIO})",
+            flush=True,
+        )
+        good &= ratio <= MOST_RATIO
+    return good
+
+
+def mean_of(points: Sequence[tuple[int, float]]) -> float:
+    """Of a metric's history."""
+    return statistics.fmean(value for _, value in points)
 
 
 def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:
@@ -166,12 +223,21 @@ def reinforced(directory: Path, policy: str, reward: str, coefficient: float) ->
 
 def ended(workload: str, spec: dict[str, Any], name: str) -> RunView:
     """The run of a job, submitted and waited for. Exits where it fails."""
-    job = Escala().submit(workload, base=spec, options={"name": name})
-    for state in Escala().watch(job.id):
+    return waited_for(submitted(workload, spec, name), name)
+
+
+def submitted(workload: str, spec: dict[str, Any], name: str) -> str:
+    """The id of a job."""
+    return Escala().submit(workload, base=spec, options={"name": name}).id
+
+
+def waited_for(job: str, name: str) -> RunView:
+    """The run of a job that has ended. Exits where it failed."""
+    for state in Escala().watch(job):
         last = state.job
     if last.state != "succeeded":
-        raise SystemExit(f"{name} ({job.id}) {last.state}: {last.message}; escala logs {job.id}")
-    return Escala().finished_run(job.id)
+        raise SystemExit(f"{name} ({job}) {last.state}: {last.message}; escala logs {job}")
+    return Escala().finished_run(job)
 
 
 if __name__ == "__main__":

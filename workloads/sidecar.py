@@ -123,7 +123,8 @@ def serve_config(config: PpoConfig, model: Path, me: OwnerConfig, kernels: str |
     return ServeConfig(
         model=str(model),
         name="policy",
-        precision=config.training.precision,
+        precision=service.precision or config.training.precision,
+        quantization=service.quantization,
         kernels=kernels,
         engine=ENGINES.read(
             {

@@ -79,6 +79,7 @@ def test_metrics_and_samples_are_recorded(found: Any) -> None:
     assert metrics >= {
         "reward", "kl_nats", "kl_k1_nats_per_token", "kl_k2_nats_per_token", "kl_k3_nats_per_token", "kl_coef",
         "entropy_nats", "clip_fraction", "explained_variance", "response_tokens", "engine_gap_nats",
+        "engine_gap_max_nats",
         "staleness_versions", "rollout_tokens_per_second", "reward_tokens_per_second",
         "assessment_tokens_per_second", "learning_tokens_per_second", "rollout_cpu_seconds",
     }  # fmt: skip

@@ -14,10 +14,13 @@ from escala.contract.errors import DataError
 from escala.contract.records import AttemptFiles, AttemptSpec, Outcome, read_record, write_json
 from escala.schema import ModelConfig
 from escala.schema.judge import JudgeConfig
+from escala.schema.rewards.judge import JudgeModelConfig
 from tests.unit.small_chat import END, ByteChat
 from workloads import judge as entry_point
 from workloads.data.preferences import Preference, read_preferences
 from workloads.judge import Responses, comparisons, merge, read_responses, totals
+from workloads.model.compression.layers import decompress_model
+from workloads.model.compression.stored import store_weights
 from workloads.model.transformer import Transformer
 from workloads.rewards.judge import Judge, read_references
 from workloads.rewards.judge_models import JudgeQuestion, LanguageModelJudge, compare, prompt_key
@@ -197,3 +200,15 @@ def test_a_bad_line_ends_the_attempt_before_it_starts_workers(tmp_path: Path) ->
     assert outcome.record is not None
     assert outcome.record["workload"] == "judge"
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_judge_in_codes_answers_as_its_dequantised_self(precision: str) -> None:
+    judge = language_model_judge()
+    questions = [("prompt", "first", "second"), ("prompt", "b", "a")]
+    plain = judge(questions)
+    store_weights(judge.model, JudgeModelConfig.model_validate({"model": "x", "precision": precision}))
+    answers = judge(questions)
+    judge.model = decompress_model(judge.model).eval()
+    assert answers == pytest.approx(judge(questions), abs=1e-6)
+    assert answers != plain

@@ -53,6 +53,11 @@ def test_the_batch_and_the_critic_follow() -> None:
         ({"advantage": {"kind": "rloo"}, "critic": {}}, "takes no critic"),
         ({"advantage": {"kind": "grpo"}, "batch": {"responses_per_prompt": 1}}, "2 or more"),
         ({"mode": "one_step_off"}, "importance_cap"),
+        (
+            {"rollouts": {"precision": "int4"}},
+            "int4 draws from other weights than the learner's: set policy_loss",
+        ),
+        ({"rollouts": {"quantization": {"group": 128}}}, "no use without rollouts.precision"),
         ({"training": {"batch_sequences": 8}}, "follows from batch"),
         ({"training": {"train_tokens": 1000}}, "as long as they come"),
         ({"training": {"micro_batch_sequences": 1}}, "micro_batch_tokens cuts"),

@@ -12,15 +12,17 @@ from torch import nn
 
 from escala.contract.errors import CheckpointError, DataError, SpecError
 from escala.schema import ModelConfig
+from escala.schema.compression import StoredWeights
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
 from tests.unit.small_chat import END, ByteChat
 from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.data.dialogues import Prompt
 from workloads.data.tokenizer import train_tokenizer
+from workloads.model.compression.layers import decompress_model
 from workloads.model.transformer import Transformer
 from workloads.rewards.function import FunctionReward
-from workloads.rewards.model import RewardModelScorer
+from workloads.rewards.model import RewardModelScorer, store_trunk
 from workloads.rewards.reward_model import (
     HEAD_FILE,
     RewardModel,
@@ -186,6 +188,24 @@ def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(CheckpointError, match="can't be read as a reward model's head"):
         load_reward_model(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_a_reward_model_in_another_precision_scores_as_its_weights_say(precision: str) -> None:
+    torch.manual_seed(0)
+    config = SMALL.model_copy(update={"d_model": 32, "d_ff": 96})  # which groups of 32 divide
+    model, tokenizer = RewardModel(Transformer(config)), ByteChat()
+    plain = RewardModelScorer(model, tokenizer).score(["p"], ["response"])
+    store_trunk(model, StoredWeights.model_validate({"precision": precision}))
+    scores = RewardModelScorer(model, tokenizer).score(["p"], ["response"])
+    assert scores == pytest.approx(plain, abs=0.05)
+    assert scores != plain
+    assert model.trunk.unembedding is None
+    if precision != "bf16":
+        model.trunk = decompress_model(model.trunk)
+        assert RewardModelScorer(model, tokenizer).score(["p"], ["response"]) == pytest.approx(
+            scores, abs=1e-6
+        )
 
 
 def test_an_exported_reward_model_says_how_it_opens(

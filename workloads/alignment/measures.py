@@ -64,6 +64,7 @@ def of_responses(
     found = {name: value / count for name, value in zip(by_response, sums, strict=False)}
     tokens = found["response_tokens"] * count
     found |= {name: value / tokens for name, value in zip(by_token, sums[len(by_response) :], strict=True)}
+    found["engine_gap_max_nats"] = _largest(device, float(gap_BT.max()))
     if "returns" in columns:  # a critic
         variance = float(explained_variance(columns["values"], columns["returns"], mask))
         found |= {"explained_variance": variance} if math.isfinite(variance) else {}
@@ -75,6 +76,13 @@ def _summed(device: torch.device, *values: float) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
+
+
+def _largest(device: torch.device, value: float) -> float:
+    """Of all ranks."""
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return float(shared)
 
 
 def of_work(

@@ -14,6 +14,7 @@ from escala.contract.errors import DataError
 from escala.schema.rewards.judge import QUESTION, JudgeModelConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
+from workloads.model.compression.stored import store_weights
 from workloads.model.start import load_model, load_tokenizer
 from workloads.model.transformer import Transformer
 from workloads.rewards.reward_model import last_tokens, pad_right
@@ -136,6 +137,9 @@ def _plain(prompt: Prompt) -> str:
 
 
 def load_judge_model(config: JudgeModelConfig, device: torch.device | str) -> LanguageModelJudge:
-    """The judge's model from disk. Raises CheckpointError or DataError."""
+    """The judge's model from disk, in its precision. Raises CheckpointError, DataError, or SpecError where its matrices
+    can't be stored so.
+    """
     model, tokenizer = load_model(Path(config.model)), load_tokenizer(Path(config.model))
+    store_weights(model, config)
     return LanguageModelJudge(model.to(device), tokenizer, config.question, config.batch_sequences)

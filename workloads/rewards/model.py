@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 
 from escala.contract.errors import DataError, SpecError
+from escala.schema.compression import BITS, StoredWeights
 from escala.schema.rewards.model import ModelRewardConfig
 from workloads.data.chat import ChatTokenizer
 from workloads.data.dialogues import Prompt
+from workloads.model.compression.layers import UNEMBEDDING
+from workloads.model.compression.stored import store_weights
 from workloads.rewards.reward_model import RewardModel, answer_tokens, load_reward_model, pad_right
 
 
@@ -45,6 +48,18 @@ class RewardModelScorer:
         return scores
 
 
+def store_trunk(model: RewardModel, stored: StoredWeights) -> None:
+    """Give a reward model's trunk its precision, in place: it has no output product, and the head stays as it is.
+    Raises SpecError where its matrices can't be stored so.
+    """
+    if stored.precision in BITS:
+        quantization = stored.quantization
+        keep = quantization.model_copy(update={"keep": [*quantization.keep, UNEMBEDDING]})
+        stored = stored.model_copy(update={"quantization": keep})
+    store_weights(model.trunk, stored)
+    model.head.to(model.trunk.embedding.weight.dtype)
+
+
 def make_reward(
     section: ModelRewardConfig, device: torch.device, timeout_seconds: float
 ) -> RewardModelScorer:
@@ -52,4 +67,5 @@ def make_reward(
     if section.model is None:
         raise SpecError(f"The reward model of job {section.job} has no path.", "Submit it by `escala`.")
     model, tokenizer = load_reward_model(Path(section.model))
+    store_trunk(model, section)
     return RewardModelScorer(model.to(device), tokenizer, section.batch_sequences)

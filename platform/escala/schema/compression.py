@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,3 +60,20 @@ class QuantizationConfig(Strict):
         """Of a block's matrix under int8 or int4."""
         bits = BITS[precision]
         return MatrixChoice(bits=bits, group=self.group or (GROUP if bits == 4 else None), method=self.method)
+
+
+class StoredWeights(Strict):
+    """In what a model that is read alone has its weights: an engine's, a judge's, a reward model's."""
+
+    precision: Precision = Field(
+        "fp32",
+        description="of the weights; int8, int4: the blocks' matrices in codes, with a scale for each output or group, "
+        "and all else in fp32",
+    )
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description="how, under int8 and int4")
+
+    @model_validator(mode="after")
+    def _has_codes(self) -> Self:
+        if self.precision not in BITS and self.quantization != QuantizationConfig():
+            raise ValueError(f"quantization has no use under precision {self.precision}: leave it out")
+        return self

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
+from escala.schema.compression import BITS, Precision, QuantizationConfig
 from escala.schema.finetune import FineTuneConfig
 from escala.schema.model import ModelConfig
 from escala.schema.pretrained import model_config_of
@@ -50,6 +51,12 @@ class RolloutServiceConfig(Strict):
     speculation: SpeculationConfig | None = Field(
         None, description="as an engine has it; None: no tokens are drafted"
     )
+    precision: Precision | None = Field(
+        None,
+        description="of the weights that draw responses, made of the learner's full ones at each publication; None: "
+        "training.precision. int8 and int4 need policy_loss.importance_cap",
+    )
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description="how, under int8 and int4")
     timeout_seconds: float = Field(
         600.0, gt=0, description="for an iteration's responses, and for its rewards"
     )
@@ -280,6 +287,13 @@ class PpoConfig(FineTuneConfig):
             ),
             f"kl.horizon_episodes {self.kl.horizon_episodes:g} is not above a fifth of the {rows} responses": (
                 self.kl.controller == "proportional" and self.kl.horizon_episodes <= rows / 5
+            ),
+            f"rollouts.precision {self.rollouts.precision} draws from other weights than the learner's: set "
+            "policy_loss.importance_cap": (
+                self.rollouts.precision in BITS and self.policy_loss.importance_cap is None
+            ),
+            "rollouts.quantization has no use without rollouts.precision int8 or int4": (
+                self.rollouts.precision not in BITS and self.rollouts.quantization != QuantizationConfig()
             ),
             "a mixture of experts is not trained by ppo: its balance losses are not added here": (
                 self.model.moe is not None

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.compression import Precision, QuantizationConfig
+from escala.schema.compression import StoredWeights
 from escala.schema.engines import KINDS, EngineSection
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
@@ -45,19 +45,13 @@ class OwnerConfig(Strict):
     lock: str = Field(description="the file that is locked by who starts or ends Serve")
 
 
-class ServeConfig(Strict):
+class ServeConfig(StoredWeights):
     """The application: `policy` generates, `reward` and `judge` score where they are given, `api` speaks HTTP."""
 
     model: StoredPath = Field(
         description="a directory of safetensors in Hugging Face's layout, a .gguf file, or a job's checkpoints"
     )
     name: str | None = Field(None, min_length=1, description="in /v1/models; None: the directory's")
-    precision: Precision = Field(
-        "fp32",
-        description="of weights and cache; int8 and int4: of the blocks' matrices and the output product (INT8), the "
-        "rest in fp32",
-    )
-    quantization: QuantizationConfig = Field(QuantizationConfig(), description="of int8 and int4")
     kernels: str | None = Field(
         None,
         description="which kernels multiply, `form=rows/tiles;...` as `/weights` shows them: a replica that can't have "

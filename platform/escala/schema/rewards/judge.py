@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from escala.schema.base import StoredPath, Strict
+from escala.schema.base import StoredPath
+from escala.schema.compression import StoredWeights
 from escala.schema.rewards.kind import KINDS, Needs, RewardKind
 
 QUESTION = """Which answer to the prompt is better?
@@ -31,7 +32,7 @@ def _names_all(template: str) -> str:
     return template
 
 
-class JudgeModelConfig(Strict):
+class JudgeModelConfig(StoredWeights):
     """A chat model that is asked which of two answers is better, and how."""
 
     model: StoredPath = Field(description="a safetensors directory or a .gguf file")

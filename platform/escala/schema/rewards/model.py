@@ -7,11 +7,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath
+from escala.schema.compression import StoredWeights
 from escala.schema.rewards.kind import KINDS, Needs, RewardKind
 
 
 @KINDS.add
-class ModelRewardConfig(RewardKind):
+class ModelRewardConfig(RewardKind, StoredWeights):
     """A trained reward model."""
 
     kind: Literal["model"]

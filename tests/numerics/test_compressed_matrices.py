@@ -7,9 +7,10 @@ import torch
 
 from escala.contract.errors import SpecError
 from escala.schema import ModelConfig
-from escala.schema.compression import MatrixChoice
+from escala.schema.compression import MatrixChoice, QuantizationConfig
 from workloads.model.compression import quantize
 from workloads.model.compression.layers import compress_model, decompress_model, matrices
+from workloads.model.compression.plan import quantize_model
 from workloads.model.compression.quantized import pack_codes, unpack_codes
 from workloads.model.transformer import Transformer
 
@@ -85,3 +86,30 @@ def test_codes_and_scales_keep_their_types_when_a_model_is_cast() -> None:
     model.to(torch.float64)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers() if name in before)
     assert model.blocks[0].attention.query.scale.dtype == torch.bfloat16
+
+
+def test_quantized_models_keep_what_they_are_told_to() -> None:
+    model = _small()
+    quantize_model(model, "int4", QuantizationConfig(keep=["blocks.0.*", "*.feed_forward.down"]))
+    assert {name for name in matrices(model) if not name.startswith("blocks.0.")} == {
+        "blocks.1.feed_forward.down"
+    }
+    query, output = model.blocks[1].attention.query.compressed, model.unembedding.compressed
+    assert (query.bits, query.group, output.bits, output.group) == (4, 32, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [({"keep": ["blocks.7.*"]}, r"blocks\.7\.\*"), ({"group": 128}, r"blocks\.0\.attention\.query")],
+)
+def test_a_quantization_that_the_model_has_no_place_for_is_refused(
+    quantization: dict[str, object], named: str
+) -> None:
+    with pytest.raises(SpecError, match=named):
+        quantize_model(_small(), "int4", QuantizationConfig.model_validate(quantization))
+
+
+def _small() -> Transformer:
+    return Transformer(
+        ModelConfig(vocab_size=128, n_layers=2, d_model=64, n_heads=2, max_context_tokens=16)
+    ).eval()

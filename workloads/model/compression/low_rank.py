@@ -75,11 +75,11 @@ class HalfWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """What it is made of, by the names that a state dictionary has."""
-        return {"half": self.weight_OI}
+        return {"bf16": self.weight_OI}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> HalfWeight:
         """The same with other `tensors` of the same shapes."""
-        return HalfWeight(tensors["half"])
+        return HalfWeight(tensors["bf16"])
 
     def dequantize(self) -> Tensor:
         """weight_OI in fp32."""

@@ -3,7 +3,7 @@ when it is loaded.
 
     compression.matrices.NAME        {"choice": a MatrixChoice, "shape": [O, I]}
     master/PARAMETER                 what is not compressed, in fp32
-    stored/NAME.TENSOR               codes, scale, offset; left, right; half: as they are
+    stored/NAME.TENSOR               codes, scale, offset; left, right; bf16: as they are
 
 `config.model` is the model that it is once it is dequantised: its output product stands apart from its table.
 """
@@ -115,6 +115,6 @@ def _matrix(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if choice.rank is not None:
         return LowRankWeight(tensors[f"{name}.left"], tensors[f"{name}.right"])
     if choice.bits == 16:
-        return HalfWeight(tensors[f"{name}.half"])
+        return HalfWeight(tensors[f"{name}.bf16"])
     codes, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
     return QuantizedWeight(choice.bits, (outputs, inputs), codes, scale, tensors.get(f"{name}.offset"))

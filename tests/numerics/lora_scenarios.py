@@ -25,6 +25,7 @@ from workloads.training.finetune import halves
 
 MODEL = ModelConfig(vocab_size=101, n_layers=2, d_model=33, n_heads=2, head_dim=16, d_ff=48)
 LORA = LoraConfig(rank=3, targets=["query", "value", "down"])
+CODED = LORA.model_copy(update={"base": "int8"})  # a scale for each output: 33 inputs have no groups
 PAIRS, STEPS, RATE = 8, 8, 3e-2
 
 
@@ -49,15 +50,15 @@ def loss_sum(network: Any, module: Transformer, sequences: Sequences, chosen: li
     return dpo_loss(*policy, *reference, 0.5) * len(chosen)
 
 
-def model() -> Transformer:
+def model(lora: LoraConfig = LORA) -> Transformer:
     torch.manual_seed(0)
     built = Transformer(MODEL)
-    add_lora(built, LORA)
+    add_lora(built, lora)
     return built
 
 
-def plain() -> list[float]:
-    network, losses = model(), []
+def plain(lora: LoraConfig = LORA) -> list[float]:
+    network, losses = model(lora), []
     optimizer = torch.optim.AdamW(zero.parameter_groups(network, 0.0), lr=RATE, betas=(0.9, 0.95), eps=1e-8)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -82,7 +83,7 @@ def run(engine: Any, training: TrainingConfig, steps: range) -> list[float]:
     return losses
 
 
-def zero3(directory: Path) -> dict[str, Any]:
+def zero3(directory: Path, lora: LoraConfig = LORA) -> dict[str, Any]:
     """Half of the steps, a checkpoint, and the other half both straight on and from the checkpoint."""
     training = TrainingConfig(
         zero_stage=3,
@@ -90,7 +91,7 @@ def zero3(directory: Path) -> dict[str, Any]:
         optimizer={"clip_norm": None, "weight_decay": 0.0},
     )
     micro, half = PAIRS // dist.get_world_size(), STEPS // 2
-    straight = zero.make_engine(model(), training, micro, 1)
+    straight = zero.make_engine(model(lora), training, micro, 1)
     first = run(straight, training, range(half))
     saved = checkpoint.save(
         straight, open_checkpoints(directory), half, {"config": {}, "workload": "dpo"}, keep=1
@@ -98,7 +99,7 @@ def zero3(directory: Path) -> dict[str, Any]:
     rest = run(straight, training, range(half, STEPS))
     found, _ = latest(open_checkpoints(directory))
     assert found is not None
-    again = zero.make_engine(model(), training, micro, 1)
+    again = zero.make_engine(model(lora), training, micro, 1)
     checkpoint.load(again, found)
     resumed = run(again, training, range(half, STEPS))
     names = sorted(load_weights(saved))
@@ -106,4 +107,8 @@ def zero3(directory: Path) -> dict[str, Any]:
 
 
 def scenario(directory: Path) -> dict[str, Any]:
-    return {"zero3": zero3(directory / "checkpoints"), "plain": plain() if dist.get_rank() == 0 else None}
+    found: dict[str, Any] = {}
+    for name, lora in {"": LORA, "coded_": CODED}.items():
+        found[f"{name}zero3"] = zero3(directory / f"{name}checkpoints", lora)
+        found[f"{name}plain"] = plain(lora) if dist.get_rank() == 0 else None
+    return found

@@ -8,7 +8,9 @@ import torch
 from escala.contract.errors import SpecError
 from escala.schema import ModelConfig
 from escala.schema.compression import MatrixChoice, QuantizationConfig
+from escala.schema.matrices import block_matrices, matrix_bytes
 from workloads.model.compression import quantize
+from workloads.model.compression.activation_aware import scale_by_activations
 from workloads.model.compression.layers import compress_model, decompress_model, matrices
 from workloads.model.compression.plan import quantize_model
 from workloads.model.compression.quantized import pack_codes, unpack_codes
@@ -113,3 +115,54 @@ def _small() -> Transformer:
     return Transformer(
         ModelConfig(vocab_size=128, n_layers=2, d_model=64, n_heads=2, max_context_tokens=16)
     ).eval()
+
+
+MIXTURE = {"experts": 4, "chosen": 2, "every": 2, "shared_experts": 1}
+
+
+def _grouped(moe: dict[str, object] | None) -> Transformer:
+    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "max_context_tokens": 64}
+    torch.manual_seed(0)
+    return Transformer(ModelConfig.model_validate({"vocab_size": 128, **shape, "moe": moe})).eval()
+
+
+@pytest.mark.parametrize("moe", [None, MIXTURE])
+def test_the_control_plane_knows_the_matrices_by_name(moe: dict[str, object] | None) -> None:
+    model = _grouped(moe)
+    known = {one.name: (one.outputs, one.inputs) for one in block_matrices(model.config)}
+    assert known == {name: tuple(w.shape) for name, w in matrices(model).items() if name != "unembedding"}
+    query, weight_OI = next(block_matrices(model.config)), model.blocks[0].attention.query.weight
+    for choice in (MatrixChoice(bits=8), MatrixChoice(bits=4, group=32), MatrixChoice(bits=3, group=64)):
+        assert matrix_bytes(query, choice) == quantize(weight_OI, choice.bits, choice.group, "round").nbytes
+
+
+@pytest.mark.parametrize("moe", [None, MIXTURE])
+def test_scaling_by_activations_is_exact_before_codes_are_chosen(moe: dict[str, object] | None) -> None:
+    model, tokens_BT = _grouped(moe), torch.randint(128, (8, 64), generator=torch.Generator().manual_seed(1))
+    before, weight = model(tokens_BT), model.blocks[0].attention.output.weight.detach().clone()
+    scale_by_activations(model, tokens_BT, MatrixChoice(bits=4, group=32))
+    torch.testing.assert_close(model(tokens_BT), before, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(model.blocks[0].attention.output.weight, weight)
+
+
+def test_scaling_by_activations_helps_where_some_channels_are_large() -> None:
+    """Large channels of the residual stream are what real models have (Lin et al. 2023, section 3.1)."""
+    tokens_BT = torch.randint(128, (8, 64), generator=torch.Generator().manual_seed(1))
+    changes = []
+    for calibration_BT in (None, tokens_BT):
+        model = _grouped(None)
+        with torch.no_grad():
+            for block in model.layers:
+                block.attention_norm.weight[::8] *= 8
+                block.feed_forward_norm.weight[::8] *= 8
+        before = model(tokens_BT)
+        quantize_model(model, "int4", QuantizationConfig(keep=["unembedding"]), calibration_BT)
+        changes.append((model(tokens_BT) - before).square().mean().item())
+    assert changes[1] < 0.7 * changes[0]
+
+
+def test_a_calibration_of_codes_is_refused() -> None:
+    model = _grouped(None)
+    quantize_model(model, "int8", QuantizationConfig(keep=["blocks.0.*"]))
+    with pytest.raises(SpecError, match="calibration"):
+        quantize_model(model, "int4", QuantizationConfig(), torch.zeros(1, 8, dtype=torch.int64))

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from escala.schema import LoraConfig, ModelConfig
+from escala.schema.compression import QuantizationConfig
 from workloads.data.examples import Sequences, pack, row_batch
 from workloads.dpo import response_log_probabilities
-from workloads.model.lora import LoraLinear, add_lora, merge_lora, save_adapter, without_lora
+from workloads.model.compression.layers import CompressedMatrix, decompress_model
+from workloads.model.compression.plan import quantize_model
+from workloads.model.lora import BASE_FILE, LoraMatrix, add_lora, merge_lora, save_adapter, without_lora
 from workloads.model.transformer import Transformer
 from workloads.sft import answer_loss
 
@@ -37,7 +40,7 @@ def with_deltas(config: LoraConfig = ALL) -> Transformer:
     add_lora(built, config)
     with torch.no_grad():
         for layer in built.modules():
-            if isinstance(layer, LoraLinear):
+            if isinstance(layer, LoraMatrix):
                 layer.lora_B.normal_(std=0.1)
     return built
 
@@ -73,6 +76,55 @@ def test_without_its_deltas_a_policy_is_its_reference() -> None:
     with without_lora(built):
         assert torch.equal(built(tokens()), model()(tokens()))
     assert not torch.equal(built(tokens()), model()(tokens()))
+
+
+@pytest.mark.parametrize("moe", [None, {"experts": 4, "chosen": 2}])
+def test_deltas_stand_on_a_base_in_codes(moe: dict[str, object] | None) -> None:
+    """Trained, merged and compared: what is trained is the deltas, and what comes out is the base as it was stored, in
+    plain fp32, with the deltas added.
+    """
+    torch.manual_seed(0)
+    built = Transformer(ModelConfig.model_validate(MODEL.model_dump() | {"moe": moe}))
+    stored = copy.deepcopy(built).eval()
+    quantize_model(stored, "int4", QuantizationConfig(keep=["unembedding"]))
+    add_lora(built.eval(), LoraConfig(rank=3, targets=["query", "output"], base="int4"))
+    with torch.no_grad():
+        assert torch.allclose(built(tokens()), decompress_model(stored).eval()(tokens()), atol=1e-5)
+        for layer in built.modules():
+            if isinstance(layer, LoraMatrix):
+                layer.lora_B.normal_(std=0.1)
+    before = built(tokens())
+    before.square().sum().backward()
+    assert {n.rsplit(".", 1)[1] for n, p in built.named_parameters() if p.grad is not None} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert isinstance(built.blocks[0].attention.key, CompressedMatrix)  # no target, and frozen like one
+    with without_lora(built):
+        assert torch.allclose(built(tokens()), decompress_model(stored).eval()(tokens()), atol=1e-5)
+    merge_lora(built)
+    assert torch.allclose(built(tokens()), before, atol=1e-5)
+    assert set(built.state_dict()) == set(Transformer(built.config).state_dict())
+
+
+def test_a_cast_model_keeps_its_codes_and_casts_its_deltas() -> None:
+    built = model()
+    add_lora(built, LoraConfig(base="int4"))
+    built.bfloat16()
+    query = built.blocks[0].attention.query
+    assert (query.codes.dtype, query.scale.dtype, query.lora_A.dtype) == (
+        torch.uint8,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    assert built(tokens()).isfinite().all()
+
+
+def test_an_adapter_says_how_its_base_was_quantised(tmp_path: Path) -> None:
+    config = LoraConfig(base="int4", quantization={"method": "round"})
+    save_adapter(with_deltas(config).state_dict(), config, tmp_path)
+    found = json.loads((tmp_path / BASE_FILE).read_text())
+    assert (found["precision"], found["quantization"]["method"]) == ("int4", "round")
 
 
 def test_peft_loads_the_adapter(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from escala.documents import dump, read_yaml
 from escala.hardware import Cluster, directory, load_cluster, names
 from escala.planning.bench import _device
 from escala.planning.cost import communication, cost, memory_bytes
-from escala.schema import PretrainConfig
+from escala.schema import PretrainConfig, SftConfig
 from escala.schema.flops import parameter_counts, saved_elements_per_token
 
 PLAIN: dict[str, Any] = {  # a device with round figures
@@ -346,3 +346,29 @@ def test_cost_from_the_command_line() -> None:
     assert answer["cost_usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)
     with pytest.raises(NotFoundError):
         ask("--cluster", "nowhere")
+
+
+def test_a_base_in_codes_is_whole_on_every_worker() -> None:
+    """12 blocks of 640: 4 x 640^2 and 3 x 640 x d_ff weights, a bf16 scale and offset for each group of 32."""
+    model = config().model.model_dump()
+
+    def weights(**lora: Any) -> float:
+        asked = SftConfig.model_validate(
+            {
+                "model": model,
+                "tokenizer": "t.json",
+                "data": {"train": "t.jsonl"},
+                "lora": lora,
+                "training": {"zero_stage": 3, "batch_sequences": 8, "context_tokens": 64},
+                "resources": {"workers": 2},
+            }
+        )
+        return memory_bytes(asked, cluster().device).weights
+
+    n = parameter_counts(config().model).n_total
+    matrices = 12 * (4 * 640**2 + 3 * 640 * config().model.ff_size)
+    assert weights() == pytest.approx(4 * n * 1.5)
+    largest = 640 * config().model.ff_size * 9
+    assert weights(base="int4") == pytest.approx(4 * (n - matrices) * 1.5 + matrices * 0.625 + largest)
+    kept = weights(base="int4", quantization={"keep": ["*.feed_forward.*"]})
+    assert kept == pytest.approx(4 * (n - 12 * 4 * 640**2) * 1.5 + 12 * 4 * 640**2 * 0.625 + 640**2 * 9)

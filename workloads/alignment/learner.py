@@ -30,7 +30,8 @@ from workloads.alignment.losses import (
 )
 from workloads.alignment.microbatches import MicroBatch, RolloutBatch, cut, deal, micro_batch, minibatches
 from workloads.alignment.token_rewards import token_rewards
-from workloads.model.lora import LoraLinear, without_lora
+from workloads.model.compression.layers import dequantized
+from workloads.model.lora import LoraMatrix, without_lora
 from workloads.model.moe import mixtures
 from workloads.training import zero
 from workloads.training.loss import log_probabilities
@@ -350,10 +351,12 @@ def policy_weights(engine: Any) -> dict[str, Tensor]:
         with zero.gathered(list(own.values())):
             if torch.distributed.get_rank():
                 continue
-            if isinstance(module, LoraLinear):
-                own = {"weight": module.weight + module.delta().to(module.weight.dtype)}
+            if isinstance(module, LoraMatrix):
+                own = {"weight": module.merged()}
             for name, tensor in own.items():
                 whole[f"{prefix}.{name}"] = tensor.detach().to("cpu", copy=True)
+    if torch.distributed.get_rank() == 0:  # what is left of a quantised base
+        whole |= {name: tensor.cpu() for name, tensor in dequantized(engine.module, besides=set(whole))}
     return whole
 
 

@@ -30,6 +30,7 @@ from workloads.data.chat_loading import load_chat_tokenizer
 from workloads.model.compression.layers import decompress_model
 from workloads.model.compression.saved import is_compressed, load_stored
 from workloads.model.conversion import converted
+from workloads.model.gguf_in import load_gguf
 from workloads.model.huggingface import load_pretrained
 from workloads.model.lora import add_lora, merge_lora
 from workloads.model.transformer import Transformer
@@ -51,9 +52,11 @@ def load_model(path: Path) -> Transformer:
 
 
 def load_compressed(path: Path) -> Transformer:
-    """The model at `path` with CompressedMatrix where its matrices are stored smaller; a plain one as `load_model` has
-    it. Raises CheckpointError, NotFoundError.
+    """The model at `path` with CompressedMatrix where its matrices are stored smaller (a checkpoint of `compress`, a
+    .gguf file's own codes); a plain one as `load_model` has it. Raises CheckpointError, NotFoundError.
     """
+    if path.suffix == ".gguf":
+        return load_gguf(path)
     found = find_checkpoint(path)
     return load_stored(found) if found is not None and is_compressed(found) else load_model(path)
 

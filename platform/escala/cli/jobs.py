@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -183,10 +183,14 @@ def export(
     run: Annotated[str, typer.Argument(help="A run's id (or its start), or a job's id or name.")],
     to: Annotated[Path, typer.Option(help="A directory that is new or empty.", metavar="DIR")],
     adapter: Annotated[bool, typer.Option("--adapter", help="LoRA's deltas alone, for peft.")] = False,
+    gguf: Annotated[
+        Literal["fp32", "int8", "int4"] | None,
+        typer.Option("--gguf", help="A model.gguf: matrices in codes as they are, others in this precision."),
+    ] = None,
 ) -> None:
     """Write a run's newest checkpoint for transformers and vLLM: weights, tokenizer, chat template."""
     with progress.working("exporting"):
-        written = open_home().export(run, to, adapter)
+        written = open_home().export(run, to, adapter, gguf)
     render.exported(written, adapter)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from escala.views.run_records import RunDetailsView, RunView, SampleView
 
 REWARD_HEAD = "reward_head.safetensors"  # beside an exported reward model's trunk
+GGUF = "model.gguf"  # the same
 PIPE_WIDTH = 200  # a table for `grep` or a file is not folded to a terminal's width
 _out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -246,6 +247,11 @@ def exported(directory: Path, adapter: bool) -> None:
             f"a reward model: workloads.rewards.reward_model.load_reward_model(pathlib.Path({name})) opens it,"
         )
         note(f"and `rewards: [{{kind: model, model: {name}}}]` uses it; transformers opens its trunk alone")
+        return
+    if (directory / GGUF).is_file():
+        note(
+            f"llama.cpp opens it, and transformers: AutoModelForCausalLM.from_pretrained({name}, gguf_file={GGUF!r})"
+        )
         return
     opens = f"peft.PeftModel.from_pretrained(base, {name})"
     note(f"opens with {opens if adapter else f'transformers.AutoModelForCausalLM.from_pretrained({name})'}")

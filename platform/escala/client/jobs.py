@@ -12,6 +12,7 @@ from escala.views.cluster import CheckpointView, GarbageView
 from escala.views.jobs import JobDetailsView, JobView, WatchedJobView
 
 if TYPE_CHECKING:
+    from escala.schema.compression import Precision
     from escala.views.costs import CostView, ResolvedSpecView
 
 
@@ -159,11 +160,11 @@ class JobMethods(Home):
 
         return map(WatchedJobView.of, actions.watch(self.settings, name))
 
-    def export(self, name: str, to: Path, adapter: bool = False) -> Path:
+    def export(self, name: str, to: Path, adapter: bool = False, gguf: Precision | None = None) -> Path:
         """Write the newest checkpoint of a run or a job into `to`. Errors as `jobs.export.export`."""
         from escala.jobs.export import export
 
-        return export(self.settings, name, to, adapter)
+        return export(self.settings, name, to, adapter, gguf)
 
     def collect_garbage(
         self, name: str | None = None, keep: int | None = None, delete: bool = False

@@ -24,12 +24,16 @@ from escala.schema.flops import (
     training_flops_per_token,
 )
 from escala.schema.hardware import Cluster, Device, Precision
+from escala.schema.matrices import stored_base
 
 FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32  # bytes a parameter: fp32 master weight and Adam's two moments
 MAX_BUCKET = 50_000_000  # elements of a reduce bucket, as workloads/training/zero.py bounds it
 OPTIMIZER_BYTES = 28  # AdamW reads weight, gradient, two moments, and writes three of them, in fp32
 LONG_CONTEXTS = (32_768, 131_072, 1_048_576)  # tokens: those whose memory a cost says beside the run's own
+WHOLE_BYTES = (
+    2 * FP32 + 1
+)  # a weight of a matrix in codes that is made whole: its code, times the scale, plus the offset
 BUCKET_PASSES = 6  # reads and writes of a gradient on its way into a bucket, flat, scaled
 
 
@@ -154,13 +158,15 @@ def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
     That moment is the reduction of a full bucket of gradients. Freed activations and gathered parameters still belong
     to the process then: glibc's heap keeps them (a CUDA device's cache does, too). With activation checkpointing
     workers set their heap to give back, and what the backward pass has used is gone. Of experts that workers share each
-    has its part, with gradients and optimiser; they pass through no bucket.
+    has its part, with gradients and optimiser; they pass through no bucket. Of LoRA's base in codes each has all, and
+    one matrix made whole.
     """
     training, stage = config.training, config.training.zero_stage
     ranks, n, width = config.resources.workers, parameter_counts(config.model).n_total, _width(config)
     is_mixed, trained = training.precision == "bf16", trained_parameters(config)
     experts, trained_experts = shared_experts(config)
-    n, trained = n - experts, trained - trained_experts
+    base = stored_base(config)
+    n, trained = n - experts - base.parameters, trained - trained_experts
     bucket = min(MAX_BUCKET, trained)
     gathered = n * width if stage == 3 else 0
     weights = n * width / (ranks if stage == 3 else 1) + gathered + reference_parameters(config) * width
@@ -168,7 +174,7 @@ def memory_bytes(config: TrainedConfig, device: Device) -> Memory:
     own_masters = MASTER_AND_MOMENTS if is_mixed else MASTER_AND_MOMENTS - FP32  # in fp32 the weights are
     masters = MASTER_AND_MOMENTS if stage else own_masters
     optimizer = trained * masters / (ranks if stage else 1)
-    weights += experts / ranks * width
+    weights += experts / ranks * width + base.stored_bytes + base.largest * WHOLE_BYTES
     gradients += trained_experts / ranks * FP32
     optimizer += trained_experts / ranks * own_masters
     optimizer = 0.0 if training.offload == "cpu" else optimizer
@@ -245,12 +251,12 @@ def communication(config: TrainedConfig) -> Communication:
     Stage 3: per micro-batch two gathers of the parameters and one reduce-scatter of the gradients; checkpointing
     refetches nothing while all parameters fit among DeepSpeed's live ones. Stage 2 all-reduces (two passes) per
     micro-batch, stages 0 and 1 once a step; 1 and 2 gather the updated parameters. Gradients travel in fp32. Of experts
-    that workers share neither gradients nor weights travel, but tokens' states.
+    that workers share neither gradients nor weights travel, but tokens' states; of LoRA's base in codes nothing does.
     """
     ranks, stage, model = config.resources.workers, config.training.zero_stage, config.model
     if ranks == 1:
         return Communication(0.0, 0)
-    n, width = parameter_counts(model).n_total, _width(config)
+    n, width = parameter_counts(model).n_total - stored_base(config).parameters, _width(config)
     trained = trained_parameters(config) - shared_experts(config)[1]
     micro_steps = config.training.batch_sequences // (ranks * config.micro_batch_sequences)
     buckets = -(-trained // min(MAX_BUCKET, trained))

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
+from escala.schema.compression import QuantizationConfig
 from escala.schema.model import ModelConfig
 
 
@@ -129,6 +130,24 @@ class LoraConfig(Strict):
     targets: list[Literal["query", "key", "value", "output", "gate", "up", "down"]] = Field(
         ["query", "value"], min_length=1, description="matrices of every block"
     )
+    base: Literal["fp32", "int8", "int4"] = Field(
+        "fp32",
+        description="how the frozen matrices of all blocks are stored, targets or not; deltas and optimiser: fp32",
+    )
+    quantization: QuantizationConfig = Field(
+        QuantizationConfig(), description="of a base in int8 or int4; without calibration"
+    )
+
+    @model_validator(mode="after")
+    def _base(self) -> LoraConfig:
+        if self.base == "fp32" and self.quantization != QuantizationConfig():
+            raise ValueError("quantization is of a base in int8 or int4: set base, or leave quantization out")
+        if self.quantization.calibration is not None:
+            raise ValueError(
+                "quantization.calibration: a checkpoint holds the deltas alone, and its base must be the same again "
+                "whatever became of that text; leave it out"
+            )
+        return self
 
 
 class TrainedConfig(Strict):

@@ -8,7 +8,7 @@ Dimensions: O outputs, I inputs, E experts; `...` any leading ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -82,8 +82,10 @@ class CompressedMatrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To another device, not to another dtype: codes and scales are what was fitted."""
-        for name, tensor in self.named_buffers(recurse=False):
-            moved = fn(tensor)
+        fitted = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, tensor in fitted.items():
+            moved = self.get_buffer(name)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self
 
@@ -174,15 +176,26 @@ def decompress_model(model: Transformer) -> Transformer:
     with torch.device("meta"):
         plain = Transformer(config)
     state = {n: t for n, t in model.state_dict().items() if n in plain.state_dict()}
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedMatrix) and name.rpartition(".")[0].rpartition(".")[2] not in STACKS:
-            state[f"{name}.weight"] = module.compressed.dequantize()
-        elif isinstance(module, CompressedExperts):
-            for stack in STACKS:
-                each = [m.compressed.dequantize() for m in getattr(module, stack)]
-                state[f"{name}.{stack}"] = torch.stack(each)
+    state |= dequantized(model)
     plain.load_state_dict(state, assign=True)
     return plain
+
+
+def dequantized(model: nn.Module, besides: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Every compressed matrix of `model` in fp32, by the names of a plain model's weights: experts are stacked.
+
+    Args:
+        besides: names that are left out.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, CompressedExperts):
+            for stack in STACKS:
+                each = [matrix.compressed.dequantize() for matrix in getattr(module, stack)]
+                yield f"{prefix}.{stack}", torch.stack(each)
+        elif isinstance(module, CompressedMatrix):
+            is_expert = prefix.split(".")[-2:][0] in STACKS
+            if not is_expert and f"{prefix}.weight" not in besides:
+                yield f"{prefix}.weight", module.compressed.dequantize()
 
 
 def compressed_bytes(model: nn.Module) -> int:

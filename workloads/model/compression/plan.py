@@ -9,6 +9,7 @@ from torch import Tensor
 
 from escala.contract.errors import SpecError
 from escala.schema.compression import MatrixChoice, Precision, QuantizationConfig
+from workloads.model.compression.activation_aware import scale_by_activations
 from workloads.model.compression.layers import UNEMBEDDING, CompressedMatrix, compress_model, matrices
 from workloads.model.transformer import Transformer
 
@@ -16,14 +17,31 @@ OUTPUT_PRODUCT = MatrixChoice(bits=8)
 """Of the output product under int8 and int4: a scale for each token. A tied embedding's table stays for look-up."""
 
 
-def quantize_model(model: Transformer, precision: Precision, quantization: QuantizationConfig) -> None:
+def quantize_model(
+    model: Transformer,
+    precision: Precision,
+    quantization: QuantizationConfig,
+    calibration_BT: Tensor | None = None,
+) -> None:
     """Store the matrices of `model`'s blocks in codes of `precision` (int8 or int4), and its output product in INT8, in
     place. Those that are compressed already stay as they are. The same model gives the same codes, always.
 
-    Raises SpecError where a pattern of `quantization.keep` names no matrix, and where the group does not divide a
-    matrix's inputs.
+    Args:
+        calibration_BT: tokens of `quantization.calibration` (`activation_aware.calibration_tokens`): the weights are
+            scaled by what the matrices read of them. None: they are not scaled.
+
+    Raises SpecError where a pattern of `quantization.keep` names no matrix, where the group does not divide a matrix's
+    inputs, and for a calibration of a model of which something is compressed already.
     """
-    compress_model(model, choices(model, precision, quantization))
+    chosen = choices(model, precision, quantization)
+    if calibration_BT is not None:
+        if any(isinstance(module, CompressedMatrix) for module in model.modules()):
+            raise SpecError(
+                "quantization.calibration scales weights before they are rounded; this model's are in codes already.",
+                "Leave it out, or start from the model's own weights.",
+            )
+        scale_by_activations(model, calibration_BT, quantization.choice(precision))
+    compress_model(model, chosen)
 
 
 def choices(

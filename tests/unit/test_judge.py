@@ -207,7 +207,8 @@ def test_a_judge_in_codes_answers_as_its_dequantised_self(precision: str) -> Non
     judge = language_model_judge()
     questions = [("prompt", "first", "second"), ("prompt", "b", "a")]
     plain = judge(questions)
-    store_weights(judge.model, JudgeModelConfig.model_validate({"model": "x", "precision": precision}))
+    section = JudgeModelConfig.model_validate({"model": "x", "precision": precision})
+    store_weights(judge.model, section, judge.tokenizer)
     answers = judge(questions)
     judge.model = decompress_model(judge.model).eval()
     assert answers == pytest.approx(judge(questions), abs=1e-6)

@@ -196,7 +196,7 @@ def test_a_reward_model_in_another_precision_scores_as_its_weights_say(precision
     config = SMALL.model_copy(update={"d_model": 32, "d_ff": 96})  # which groups of 32 divide
     model, tokenizer = RewardModel(Transformer(config)), ByteChat()
     plain = RewardModelScorer(model, tokenizer).score(["p"], ["response"])
-    store_trunk(model, StoredWeights.model_validate({"precision": precision}))
+    store_trunk(model, StoredWeights.model_validate({"precision": precision}), tokenizer)
     scores = RewardModelScorer(model, tokenizer).score(["p"], ["response"])
     assert scores == pytest.approx(plain, abs=0.05)
     assert scores != plain

@@ -67,14 +67,16 @@ class Smaller:
     Args:
         precision: int8 or int4.
         quantization: its options.
+        calibration_BT: tokens whose activations scale the weights before they are rounded; None: none do.
     """
 
     precision: Precision
     quantization: QuantizationConfig
+    calibration_BT: Tensor | None = None
 
     def apply(self, model: Transformer) -> None:
         """In place; matrices that are compressed already stay as they are."""
-        quantize_model(model, self.precision, self.quantization)
+        quantize_model(model, self.precision, self.quantization, self.calibration_BT)
 
 
 class Network:

@@ -141,5 +141,5 @@ def load_judge_model(config: JudgeModelConfig, device: torch.device | str) -> La
     can't be stored so.
     """
     model, tokenizer = load_model(Path(config.model)), load_tokenizer(Path(config.model))
-    store_weights(model, config)
+    store_weights(model, config, tokenizer)
     return LanguageModelJudge(model.to(device), tokenizer, config.question, config.batch_sequences)

@@ -48,7 +48,7 @@ class RewardModelScorer:
         return scores
 
 
-def store_trunk(model: RewardModel, stored: StoredWeights) -> None:
+def store_trunk(model: RewardModel, stored: StoredWeights, tokenizer: ChatTokenizer) -> None:
     """Give a reward model's trunk its precision, in place: it has no output product, and the head stays as it is.
     Raises SpecError where its matrices can't be stored so.
     """
@@ -56,7 +56,7 @@ def store_trunk(model: RewardModel, stored: StoredWeights) -> None:
         quantization = stored.quantization
         keep = quantization.model_copy(update={"keep": [*quantization.keep, UNEMBEDDING]})
         stored = stored.model_copy(update={"quantization": keep})
-    store_weights(model.trunk, stored)
+    store_weights(model.trunk, stored, tokenizer)
     model.head.to(model.trunk.embedding.weight.dtype)
 
 
@@ -67,5 +67,5 @@ def make_reward(
     if section.model is None:
         raise SpecError(f"The reward model of job {section.job} has no path.", "Submit it by `escala`.")
     model, tokenizer = load_reward_model(Path(section.model))
-    store_trunk(model, section)
+    store_trunk(model, section, tokenizer)
     return RewardModelScorer(model.to(device), tokenizer, section.batch_sequences)

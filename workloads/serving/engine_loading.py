@@ -16,6 +16,7 @@ from workloads.data.chat import ChatTokenizer
 from workloads.generation.engines import make_engine
 from workloads.generation.network import MEASURED, Smaller
 from workloads.generation.protocol import EngineProtocol
+from workloads.model.compression.activation_aware import calibration_of
 from workloads.model.transformer import Transformer
 from workloads.serving.weights import PRECISIONS, pack
 
@@ -33,7 +34,10 @@ def build_engine(
     Raises SpecError where its limits can't hold, the kernels cannot be had here, or the matrices can't be stored so.
     """
     device = torch.device("cuda" if config.replica_gpus else "cpu")
-    smaller = Smaller(config.precision, config.quantization) if config.precision in BITS else None
+    smaller = None
+    if config.precision in BITS:
+        calibration_BT = calibration_of(config, tokenizer, model.config.max_context_tokens)
+        smaller = Smaller(config.precision, config.quantization, calibration_BT)
     whole = model.to(device, PRECISIONS[config.precision])
     engine = make_engine(config.engine, whole, tokenizer, kernels or MEASURED, smaller)
     log.info("weights of %d MB, kernels %s", engine.stats().weight_bytes // 10**6, engine.kernels)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from escala.contract.errors import DataError
-from escala.schema.compression import MatrixChoice
+from escala.schema.compression import MatrixChoice, StoredWeights
 from workloads.data.chat import ChatTokenizer
 from workloads.model.compression.quantize import quantize
 from workloads.model.layers import FeedForward
@@ -52,6 +52,12 @@ def calibration_tokens(path: Path, tokenizer: ChatTokenizer, context_tokens: int
     width = min(context_tokens, len(ids))
     rows = len(ids) // width
     return torch.tensor(ids[: rows * width]).view(rows, width)
+
+
+def calibration_of(stored: StoredWeights, tokenizer: ChatTokenizer, context_tokens: int) -> Tensor | None:
+    """`calibration_tokens` of the text that `stored` names; None where it names none."""
+    named = stored.quantization.calibration
+    return None if named is None else calibration_tokens(Path(named), tokenizer, context_tokens)
 
 
 @torch.no_grad()

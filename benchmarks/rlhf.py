@@ -59,8 +59,7 @@ def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
 
 def optimum(directory: Path) -> bool:
     """All estimators on all seeds; whether every run comes near the optimum."""
-    train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
-    write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    write_letter_task(directory)
     good = True
     for kind, own in KINDS.items():
         for seed in range(SEEDS):
@@ -74,6 +73,12 @@ def optimum(directory: Path) -> bool:
             )
             good &= first is not None
     return good
+
+
+def write_letter_task(directory: Path) -> None:
+    """Its tokenizer and prompts."""
+    train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
+    write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
 
 
 def letter_spec(directory: Path, kind: str, seed: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def share_of_e(prompts: list[str], responses: list[str]) -> list[float]:
 
 def optimum(directory: Path) -> bool:
     """All estimators on all seeds; whether every run comes near the optimum."""
-    write_task(directory)
+    write_letter_task(directory)
     good = True
     for kind, own in KINDS.items():
         for seed in range(SEEDS):
@@ -79,7 +79,7 @@ def optimum(directory: Path) -> bool:
     return good
 
 
-def write_task(directory: Path) -> None:
+def write_letter_task(directory: Path) -> None:
     """The tokenizer and the prompts of the letter e."""
     train_tokenizer([inspect.getsource(argparse)], 300).save(str(directory / "tokenizer.json"))
     write_lines(directory / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
@@ -99,7 +99,7 @@ def reached(run: RunView, what: str) -> int | None:
 
 def quantised(directory: Path, precisions: Sequence[str]) -> bool:
     """All seeds in every precision at once; whether every run comes near the optimum, and as soon as in fp32."""
-    write_task(directory)
+    write_letter_task(directory)
     own = {**KINDS["gae"], "policy_loss": {**KINDS["gae"]["policy_loss"], "importance_cap": CAP}}
     jobs = {}
     for seed in range(PRECISION_SEEDS):

@@ -23,7 +23,7 @@ from workloads.generation.speculation.drafter import NO_GUESS, Drafter
 from workloads.generation.speculation.history import HistoryDrafter
 from workloads.generation.speculation.model import ModelDrafter
 from workloads.generation.speculation.ngram import NgramDrafter
-from workloads.generation.speculation.pace import Acceptance, Record, StepCosts, best_count, best_depth
+from workloads.generation.speculation.pace import Acceptance, RequestRecord, StepCosts, best_count, best_depth
 from workloads.generation.speculation.speculator import Speculator
 from workloads.model.huggingface import save_pretrained
 from workloads.model.transformer import Transformer
@@ -136,7 +136,7 @@ def test_costs_are_tried_a_little_beyond_what_is_known_and_forgotten() -> None:
 
 
 def test_acceptance_is_measured_by_grade_and_by_request() -> None:
-    acceptance, record = Acceptance(), Record()
+    acceptance, record = Acceptance(), RequestRecord()
     assert acceptance.rate(3) == 0.5
     for number in range(1000):
         acceptance.tested(3, number % 4 > 0)

@@ -104,11 +104,10 @@ def _kind(matrix: Stored) -> tuple[object, ...]:
 
 def _of_tensors(like: Any, tensors: dict[str, Tensor], outputs: int) -> Stored:
     """The same kind of matrix with other tensors, of another number of outputs."""
-    changed = like.with_tensors(tensors)
-    if isinstance(like, QuantizedWeight):
+    changed: Stored = like.with_tensors(tensors)
+    if isinstance(changed, QuantizedWeight):
         return replace(changed, shape=(outputs, like.shape[1]))
-    same: Stored = changed
-    return same
+    return changed
 
 
 def simple(matrix: Stored) -> tuple[Matrix, ...]:

@@ -91,7 +91,7 @@ class LoraCompressed(LoraMatrix, CompressedMatrix):
 
     def __init__(self, base: CompressedMatrix, config: LoraConfig) -> None:
         super().__init__(base.compressed)
-        self.add_deltas(config, torch.empty(0, device=base.scale.device))
+        self.add_deltas(config, torch.empty(0, device=base.get_buffer("scale").device))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # none of its matrices is the output product
         """(..., inputs) to (..., outputs)."""

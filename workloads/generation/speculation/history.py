@@ -19,7 +19,10 @@ from workloads.generation.speculation.drafter import Guess
 
 ORDERS = (8, 4, 2)  # the n of n-grams, longest first
 SHARES = 8  # grades of one order, by the share of the counts
-RESPONSES = 32  # of a prompt, the newest
+RESPONSES, RESPONSE_TOKENS = (
+    32,
+    1 << 13,
+)  # of a prompt, the newest: counting 8,192 tokens takes about 10 MB and 20 ms
 TOKENS = (
     1 << 20
 )  # of all responses together, 4 bytes each; the prompts that were asked for longest ago go first
@@ -42,49 +45,54 @@ class HistoryDrafter:
         self._live: dict[Sequence, _Live] = {}
 
     def begin(self, sequence: Sequence) -> None:
-        """See Drafter."""
-        prompt = sequence.request.prompt_token_ids
-        key = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).digest()
-        counts = self._counts.get(key)
-        if counts is None:
-            counts = self._counts[key] = _Counts()
-            before = prompt[-ORDERS[0] :]
-            for response in self._kept.get(key, ()):
-                counts.add([*before, *response], len(before))
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        counts.users += 1
-        self._live[sequence] = _Live(key, counts, sequence.prompt_length)
+        """See Drafter: nothing before it runs."""
 
     def end(self, sequence: Sequence) -> None:
         """See Drafter."""
         live = self._live.pop(sequence, None)
-        if live is None:
-            return
-        live.count(sequence)
-        live.counts.users -= 1
-        if not live.counts.users:
-            del self._counts[live.key]
+        if live is not None:
+            live.count(sequence)
+            live.counts.users -= 1
+            if not live.counts.users:
+                del self._counts[live.key]
         if sequence.generated:
-            self._keep(live.key, array("i", sequence.tokens[sequence.prompt_length :]))
+            key = _key_of(sequence) if live is None else live.key
+            self._keep(key, array("i", sequence.tokens[sequence.prompt_length :]))
 
     def guesses(self, sequences: Iterable[tuple[Sequence, int]]) -> Many[Guess]:
         """See Drafter."""
-        asked = [(sequence, most, self._live[sequence]) for sequence, most in sequences]
+        asked = [(s, most, self._live.get(s) or self._joined(s)) for s, most in sequences]
         for sequence, _, live in asked:
             live.count(sequence)
         return [live.counts.guess(sequence.tokens[-ORDERS[0] :], most) for sequence, most, live in asked]
+
+    def _joined(self, sequence: Sequence) -> _Live:
+        """A request that runs now: its prompt's responses are counted, unless they are already."""
+        key = _key_of(sequence)
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = self._counts[key] = _Counts()
+            before = sequence.request.prompt_token_ids[-ORDERS[0] :]
+            for response in self._kept.get(key, ()):
+                counts.add([*before, *response], len(before))
+        counts.users += 1
+        live = self._live[sequence] = _Live(key, counts, sequence.prompt_length)
+        return live
 
     def _keep(self, key: bytes, response: array[int]) -> None:
         kept = self._kept.setdefault(key, deque())
         self._kept.move_to_end(key)
         kept.append(response)
         self._total += len(response)
-        if len(kept) > self._responses:
+        while len(kept) > self._responses or (len(kept) > 1 and sum(map(len, kept)) > RESPONSE_TOKENS):
             self._total -= len(kept.popleft())
         while self._total > self._tokens:
             _, oldest = self._kept.popitem(last=False)
             self._total -= sum(map(len, oldest))
+
+
+def _key_of(sequence: Sequence) -> bytes:
+    return hashlib.blake2b(array("q", sequence.request.prompt_token_ids).tobytes(), digest_size=16).digest()
 
 
 class _Counts:

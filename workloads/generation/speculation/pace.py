@@ -104,7 +104,7 @@ class Acceptance:
         self._rates[grade] = (rate + (hit - rate) * max(FORGETTING, 1 / tests), tests)
 
 
-class Record:
+class RequestRecord:
     """One request's hits beside those that its drafts' grades promised: some requests are hotter than others."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 
 from workloads.generation.scheduler import NO_DRAFTS, Drafts, Sequence
 from workloads.generation.speculation.drafter import NO_GUESS, Drafter, Guess
-from workloads.generation.speculation.pace import Acceptance, Record, StepCosts, best_count, best_depth
+from workloads.generation.speculation.pace import Acceptance, RequestRecord, StepCosts, best_count, best_depth
 
 LEAST = 0.02  # a token with a smaller chance is not considered
 IDLE_STEPS = (
@@ -31,14 +31,14 @@ class Speculator:
     def __init__(self, drafter: Drafter, tokens: int) -> None:
         self._drafter, self._tokens = drafter, tokens
         self._costs, self._acceptance = StepCosts(), Acceptance()
-        self._records: dict[Sequence, Record] = {}
+        self._records: dict[Sequence, RequestRecord] = {}
         self._guesses: dict[Sequence, Guess] = {}  # of the present step
         self._step = self._idle = 0
         self._depth, self._draft_seconds = 0, 0.0  # tokens for each request in this step; of one, of late
 
     def begin(self, sequence: Sequence) -> None:
         """A request has come."""
-        self._records[sequence] = Record()
+        self._records[sequence] = RequestRecord()
         self._drafter.begin(sequence)
 
     def end(self, sequence: Sequence) -> None:

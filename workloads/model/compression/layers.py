@@ -83,7 +83,7 @@ class CompressedMatrix(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To another device, not to another dtype: codes and scales are what was fitted."""
         fitted = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in fitted.items():
             moved = self.get_buffer(name)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -13,7 +13,8 @@ from workloads.model.transformer import Transformer
 
 def store_weights(model: Transformer, stored: StoredWeights, tokenizer: ChatTokenizer) -> None:
     """Give `model` the precision that `stored` says, in place. Matrices in codes are made whole for each product, so a
-    pass over many tokens takes little longer, and memory is what they save. Raises as `quantize_model` and `calibration_tokens`.
+    pass over many tokens takes little longer, and memory is what they save. Raises as `quantize_model`
+    and `calibration_tokens`.
     """
     if stored.precision in BITS:
         calibration_BT = calibration_of(stored, tokenizer, model.config.max_context_tokens)

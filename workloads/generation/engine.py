@@ -190,7 +190,7 @@ class Engine:
         outputs, self._cancelled = self._cancelled, []
         drafts, began = NO_DRAFTS, self._clock()
         if self._speculation is not None:
-            drafts = self._speculation.drafts(self._scheduler.decoding)
+            drafts = self._speculation.drafts(self._scheduler.decoding, self._scheduler.reads_prompts)
             self._speculation.drafted(self._clock() - began)
         drafted = self._clock()
         tiles, rows = self._scheduler.plan(admit, drafts)

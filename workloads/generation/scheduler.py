@@ -122,6 +122,12 @@ class Scheduler:
         """The running requests of which all but the last token is computed."""
         return [s for s in self.running if s.computed == len(s.tokens) - 1 and s.generated]
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the next step will, as far as that is known before it is planned."""
+        has_room = bool(self.waiting) and len(self.running) < self.max_running
+        return has_room or any(s.computed < s.prompt_length for s in self.running)
+
     def plan(self, admit: bool, drafts: Drafts = NO_DRAFTS) -> tuple[list[Work], list[Work]]:
         """(pieces of prompts, response tokens) to compute now; the caller does so, and settles the works with drafts,
         before it plans again.

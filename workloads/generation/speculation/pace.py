@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+FEW = 4  # samples; a cost of fewer may be the machine's other work, and is tried again sooner
 FRESH_STEPS = 512  # a cost that was not seen for so long is forgotten, and tried again
 SLOPE = (
     0.1  # of what a row takes: assumed for each further one where nothing is known, so that it is tried once
@@ -26,6 +27,10 @@ class _Cost:
     seconds: float
     samples: int
     step: int
+
+    @property
+    def kept_steps(self) -> int:
+        return FRESH_STEPS if self.samples >= FEW else FRESH_STEPS // 8
 
 
 class StepCosts:
@@ -50,7 +55,7 @@ class StepCosts:
             cost.rows += (rows - cost.rows) / cost.samples
             cost.seconds += (min(seconds, 3 * cost.seconds) - cost.seconds) / cost.samples
         if self._steps % 64 == 0:
-            self._found = {k: c for k, c in self._found.items() if now - c.step < FRESH_STEPS}
+            self._found = {k: c for k, c in self._found.items() if now - c.step < c.kept_steps}
         self._order = sorted((c.rows, c.seconds) for c in self._found.values())
 
     def knows(self, rows: int) -> bool:

@@ -47,17 +47,22 @@ class Speculator:
         self._guesses.pop(sequence, None)
         self._drafter.end(sequence)
 
-    def drafts(self, decoding: Many[Sequence]) -> Drafts:
-        """The tokens to be scored in this step, of the requests that are about to get their next one."""
+    def drafts(self, decoding: Many[Sequence], is_mixed: bool = False) -> Drafts:
+        """The tokens to be scored in this step, of the requests that are about to get their next one.
+
+        Args:
+            is_mixed: prompts are read in the same step, so that its cost will say nothing of its rows'.
+        """
         self._guesses = {}
         self._step += 1
-        self._depth = self._deepest(len(decoding))
+        is_known = self._costs.most > 0 if is_mixed else self._costs.knows(len(decoding))
+        self._depth = self._deepest(len(decoding), is_known)
         asked = [(s, most) for s in decoding if (most := self._room(s)) > 0]
         if not asked:
             return NO_DRAFTS
         made = self._drafter.guesses(asked)
         self._guesses = {s: guess for (s, _), guess in zip(asked, made, strict=True) if guess is not NO_GUESS}
-        if not self._costs.knows(len(decoding)):
+        if not is_known:
             return NO_DRAFTS
         chosen = self._chosen(len(decoding))
         self._idle = 0 if chosen else self._idle + 1
@@ -89,12 +94,12 @@ class Speculator:
         """Tokens that it may still use, beside the one that every step gives."""
         return min(self._depth, sequence.request.params.max_tokens - sequence.generated - 1)
 
-    def _deepest(self, base: int) -> int:
+    def _deepest(self, base: int, is_known: bool) -> int:
         """How many tokens to draft for each request."""
         if not self._drafter.is_costly:
             rests = self._idle >= IDLE_STEPS and self._step % REST
             return 0 if rests else self._tokens
-        if not base or not self._costs.knows(base):
+        if not base or not is_known:
             return 0
         depth = best_depth(self._acceptance.rate(ALL), base, self._costs, self._draft_seconds, self._tokens)
         return depth or int(self._step % PROBE == 0)

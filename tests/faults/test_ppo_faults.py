@@ -61,9 +61,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sampling": {"max_response_tokens": 8},
         "rollouts": {
             "replica_cpus": 0.5,
-            "max_running": 8,
+            "max_running": 8,  # eight waves: time to be killed in
             "kernels": "fp32=plain/plain",
-        },  # eight waves: time to be killed in
+        },
         "batch": {
             "prompts": 8,
             "responses_per_prompt": 8,

@@ -6,13 +6,13 @@ engine 32 places. At batch 1 both take some of the requests one after another. O
 count; the ratio per computed token, padding included, stands beside it without a floor. The sides take turns; CPU
 seconds of each side's best block count, for the machine's other load only ever slows a block down. Both have huge pages
 for their weights, as training workers do: without them a packed product of 4 rows takes 1.4 times as long. The engine's
-kernels are measured for each batch size and printed; that text does not depend on the batch is shown with those of 32.
+kernels are measured for each batch size and printed; that responses don't depend on it is shown with those of 32.
 
 The bound is the larger of multiplications at the measured peak and bytes (weights once a step, keys and values once a
 token) at the measured bandwidth. One line a ratio; exit code 1 below a floor, or where a request's tokens change with
 the batch.
 
-    python benchmarks/generation.py [--blocks 2] [--precision highest] [--dtypes fp32] [--vllm-python PATH]
+    python benchmarks/generation.py [--blocks 2] [--batches 1 32] [--dtypes fp32] [--vllm-python PATH]
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ SHAPE = ModelConfig(
     vocab_size=8192, n_layers=12, d_model=640, n_heads=10, d_ff=1600, max_context_tokens=256
 )  # 61.8 M parameters, embeddings tied
 REQUESTS, ALONE = 96, 4
+COUNTS = {1: ALONE, 32: REQUESTS}
+"""Requests of each batch size; the bits of responses are compared with the last one's kernels."""
 NAMES = {
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -86,6 +88,7 @@ def main() -> int:
     parser.add_argument(
         "--precision", default="highest", choices=["highest", "medium"], help="of fp32 products"
     )
+    parser.add_argument("--batches", nargs="+", type=int, default=list(COUNTS), choices=list(COUNTS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument(
         "--vllm-python",
@@ -119,15 +122,16 @@ def measure(name: str, options: argparse.Namespace) -> bool:
     prompts, lengths = requests()
     peak, bandwidth = peak_flops(DTYPES[name]), read_bandwidth()
     print(f"{name}: peak {peak / 1e9:.0f} GFLOP/s, reading {bandwidth / 1e9:.1f} GB/s", flush=True)
-    good, chosen = True, {}
-    for batch, count in ((32, REQUESTS), (1, ALONE)):
+    good, kernels = True, MEASURED
+    for batch in options.batches:
+        count = COUNTS[batch]
         some, wanted = prompts[:count], lengths[:count]
         engine, reference, kernels = Best(), Best(), MEASURED
         params = [SamplingParams(max_tokens=n, temperature=0) for n in wanted]
         for _ in range(options.blocks):
             made = Engine(ours, None, max_running=batch, kernels=kernels)
             if kernels == MEASURED:
-                kernels = chosen[batch] = made.kernels
+                kernels = made.kernels
                 print(f"{name} batch {batch}: {shown(made)}", flush=True)
             engine.run(lambda: [list(c.token_ids) for c in made.generate(some, params)])  # noqa: B023
             reference.run(lambda: static_batches(peer, some, wanted, batch))  # noqa: B023
@@ -139,9 +143,7 @@ def measure(name: str, options: argparse.Namespace) -> bool:
             f"{binds} binds); copies of cache blocks took about {copied:.1%} of the time",
             flush=True,
         )
-    same = responses(ours, prompts, lengths, 1, chosen[32]) == responses(
-        ours, prompts, lengths, 32, chosen[32]
-    )
+    same = responses(ours, prompts, lengths, 1, kernels) == responses(ours, prompts, lengths, 32, kernels)
     print(f"{name}: responses at batch 1 and 32 are {'the same' if same else 'DIFFERENT'}", flush=True)
     return good and same
 

@@ -55,7 +55,7 @@ def rollout_service(spec: AttemptSpec, config: PpoConfig) -> Iterator[None]:
     )
     try:
         with owner(f"{name}-{spec.attempt}", lock) as me:
-            kernels = _kernels_of(spec)
+            kernels = config.rollouts.kernels or _kernels_of(spec)
             arguments = serve_config(config, policy_directory(config, written), me, kernels)
             try:
                 with alone(lock):

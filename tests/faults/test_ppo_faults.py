@@ -59,7 +59,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             {"kind": "model", "model": str(rated), "weight": 0.05},
         ],
         "sampling": {"max_response_tokens": 8},
-        "rollouts": {"replica_cpus": 0.5, "max_running": 8},  # eight waves: time to be killed in
+        "rollouts": {
+            "replica_cpus": 0.5,
+            "max_running": 8,  # eight waves: time to be killed in
+            "kernels": "fp32=plain/plain",
+        },
         "batch": {
             "prompts": 8,
             "responses_per_prompt": 8,

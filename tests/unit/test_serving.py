@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.schema import ModelConfig
 from escala.schema.serve import ServeConfig
 from escala.settings import RolloutsSettings, Settings
-from tests.unit.local_service import local_policy
+from tests.unit.local_service import LocalPolicy
 from workloads.generation.protocol import Completion, Output
 from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
@@ -246,17 +247,11 @@ def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(factor: fl
 
 
 def test_weights_for_other_kernels_are_refused_by_name() -> None:
-    async def refused() -> str:
-        policy = local_policy(None)
-        try:
-            with pytest.raises(WeightsNotLoaded) as found:
-                await policy._apply(
-                    WeightVersion(1, "ab" * 16, "fp32", None, "fp32=vector/vector"), Weights((), ())
-                )
-            return str(found.value)
-        finally:
-            await policy.stepper.close()
-
-    assert "Version 1 is for the kernels fp32=vector/vector; this deployment has fp32=" in asyncio.run(
-        refused()
-    )
+    policy = LocalPolicy.__new__(LocalPolicy)
+    policy._versions = {0: WeightVersion(0, "ab" * 16, "fp32", None, "fp32=plain/plain")}
+    policy.stepper = SimpleNamespace(engine=SimpleNamespace(kernels="fp32=plain/plain"))  # type: ignore[assignment]
+    others = WeightVersion(1, "ab" * 16, "fp32", None, "fp32=vector/plain")
+    with pytest.raises(
+        WeightsNotLoaded, match="for the kernels fp32=vector/plain; this deployment has fp32=plain"
+    ):
+        asyncio.run(policy._apply(others, Weights((), ())))

@@ -57,6 +57,11 @@ class RolloutServiceConfig(Strict):
         "training.precision. int8 and int4 need policy_loss.importance_cap",
     )
     quantization: QuantizationConfig = Field(QuantizationConfig(), description="how, under int8 and int4")
+    kernels: str | None = Field(
+        None,
+        description="which kernels multiply, `form=rows/tiles;...`, for numbers that equal another job's to the last "
+        "bit; None: measured when the job starts, and kept for its later attempts",
+    )
     timeout_seconds: float = Field(
         600.0, gt=0, description="for an iteration's responses, and for its rewards"
     )

@@ -103,7 +103,7 @@ def _codes(kind: str, data: npt.NDArray[Any]) -> QuantizedWeight | None:
     """The matrix of a tensor's bytes (outputs, bytes of a row). None where an offset of -8 d does not fit in fp16."""
     head = 2 * HEADS[kind]
     size = head + (BLOCK if kind == "Q8_0" else BLOCK // 2)
-    blocks_OGb = torch.from_numpy(np.ascontiguousarray(data)).view(len(data), -1, size)
+    blocks_OGb = torch.from_numpy(np.array(data)).view(len(data), -1, size)
     outputs, groups = blocks_OGb.shape[:2]
     numbers = blocks_OGb[..., :head].contiguous().view(torch.float16)
     scale_OG, bytes_OGb = numbers[..., 0].contiguous(), blocks_OGb[..., head:]

@@ -1,8 +1,9 @@
 """A mixture of experts, forward and backward, against a dense layer of equal active FLOPs and Mixtral's block.
 
-E = 8, k = 2, d = 256, nothing dropped; our products by the kernel that is the fastest here, as in training; balance loss and figures are on our side alone. One process, one thread, one
-precision; the sides take turns, and each side's best block of CPU time counts: the machine's other load only ever
-slows a block down. One line a ratio; exit code 1 below a floor.
+E = 8, k = 2, d = 256, nothing dropped; our products by the kernel that is the fastest here, as in training; balance
+loss and figures are on our side alone. One process, one thread, one precision; the sides take turns, and each side's
+best block of CPU time counts: the machine's other load only ever slows a block down. One line a ratio; exit code 1
+below a floor.
 
     python benchmarks/moe.py [--blocks 20] [--precision medium]
 """

@@ -137,7 +137,7 @@ def test_a_kernel_is_measured_without_a_draw_from_torchs_generator() -> None:
 
 
 def test_a_resumed_run_follows_its_checkpoints_kernel_or_is_refused() -> None:
-    plain = {"vocab_size": 64, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_context_tokens": 16}
+    plain = {"vocab_size": 4096, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_context_tokens": 16}
     mixed = {**plain, "moe": {"experts": 2, "chosen": 1}}
     config = PretrainConfig.model_validate(
         {

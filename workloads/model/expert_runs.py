@@ -1,4 +1,5 @@
-"""How a mixture's slots lie for its products: each expert's own, or padded, so that experts in a row make one batch.
+"""How a mixture's slots lie for its products: each expert's own, or padded, so that experts in a row make one batch
+(docs/theory B.8).
 
 Dimensions: E experts, K experts of a token, N tokens, S slots sorted by expert, P places, those that are padding
 included.

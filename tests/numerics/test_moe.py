@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from escala.schema import Annealing, BalanceConfig, ModelConfig
+from escala.contract.errors import CheckpointError
+from escala.schema import Annealing, BalanceConfig, ModelConfig, PretrainConfig
 from escala.schema.flops import parameter_counts, saved_elements_per_token
+from escala.schema.moe import ExpertKernel
 from workloads.model import balance, gate
+from workloads.model.expert_kernels import KERNELS, measure
+from workloads.model.expert_runs import Run, runs_of
+from workloads.model.experts import Experts
+from workloads.model.gate import dispatch
 from workloads.model.moe import MixtureOfExperts, mixtures
 from workloads.model.transformer import Transformer
 from workloads.training.experts import COLLAPSE_TAG, Routers, temperature
+from workloads.training.kernels import choose_kernels, follow_kernels
 
 BATCH, CONTEXT, WIDTH = 2, 5, 4
 
@@ -90,6 +98,65 @@ def test_outputs_and_gradients_equal_a_loop_over_tokens_and_experts(
     assert int(made.routing.dropped) == dropped
     assert (dropped > 0) == (factor is not None)
     assert float(made.routing.load_E.sum()) == BATCH * CONTEXT * chosen
+
+
+@pytest.mark.parametrize("kernel", ["runs", "padded"])
+@pytest.mark.parametrize("limit", [None, 9])
+def test_every_kernel_gives_the_slices_outputs_and_gradients(kernel: ExpertKernel, limit: int | None) -> None:
+    torch.manual_seed(0)
+    made = Experts(6, 32, 48, 1.0).double()
+    x_ND = torch.randn(40, 32, dtype=torch.float64, requires_grad=True)
+    weights_NK = torch.rand(40, 2, dtype=torch.float64, requires_grad=True)
+    logits_NE = torch.randn(40, 6) + torch.tensor([0.0, 1.0, 0.0, -99.0, 0.0, 0.0])  # one expert has no token
+    sent = dispatch(logits_NE.topk(2).indices, 2, 6, limit)
+    found = []
+    for made.kernel in ("slices", kernel):
+        out_ND = made(x_ND, weights_NK, sent)
+        given = [x_ND, weights_NK, *made.parameters()]
+        found.append([out_ND, *torch.autograd.grad(out_ND.square().sum(), given)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_runs_join_experts_of_like_loads_and_leave_the_others_alone() -> None:
+    assert runs_of([259, 273, 283, 248], "slices") == tuple(
+        Run(e, e + 1, size) for e, size in enumerate([259, 273, 283, 248])
+    )
+    assert runs_of([259, 273, 283, 248], "padded") == (Run(0, 4, 283),)
+    assert runs_of([256, 256, 1000, 250, 256], "runs") == (Run(0, 2, 256), Run(2, 3, 1000), Run(3, 5, 256))
+    assert runs_of([0, 0, 0], "padded") == (Run(0, 3, 0),)
+
+
+def test_a_kernel_is_measured_without_a_draw_from_torchs_generator() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    name, seconds = measure(4, 8, 16, 12, 2, torch.float32, torch.device("cpu"), seconds=0.0)
+    assert seconds.keys() == set(KERNELS)
+    assert seconds[name] == min(seconds.values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_resumed_run_follows_its_checkpoints_kernel_or_is_refused() -> None:
+    plain = {"vocab_size": 4096, "n_layers": 1, "d_model": 16, "n_heads": 2, "max_context_tokens": 16}
+    mixed = {**plain, "moe": {"experts": 2, "chosen": 1}}
+    config = PretrainConfig.model_validate(
+        {
+            "model": mixed,
+            "training": {"expert_kernel": "padded"},
+            "data": {"corpora": [{"kind": "python_source"}]},
+        }
+    )
+    model = Transformer(config.model)
+    assert choose_kernels(model, config, torch.device("cpu")) == {"experts": "padded"}
+    found: Any = SimpleNamespace(address="step-1", manifest={"kernels": {"experts": "runs"}})
+    assert follow_kernels(model, found) == {"experts": "runs"}
+    assert [layer.experts.kernel for layer in mixtures(model)] == ["runs"]
+    found.manifest = {}
+    assert follow_kernels(model, found) is None  # a checkpoint from before there was a choice
+    found.manifest = {"kernels": {"experts": "amx"}}
+    with pytest.raises(CheckpointError, match="'amx' for its experts, which this version does not have"):
+        follow_kernels(model, found)
+    assert follow_kernels(Transformer(ModelConfig(**plain)), found) == {}
 
 
 @pytest.mark.parametrize("chosen", [1, 2])

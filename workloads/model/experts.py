@@ -1,8 +1,8 @@
-"""The experts' SwiGLU over tokens sorted by expert: one product a slice, at a dense layer's speed.
+"""The experts' SwiGLU over tokens sorted by expert: one product a run of experts, near a dense layer's speed.
 
-`torch._grouped_mm` is no faster on CPU. Everything between router and residual stream is one autograd function:
-gathers in both directions (a scatter-add is several times slower, and on GPUs not deterministic), and of a slot only
-its gate and up are kept for the backward pass.
+`torch._grouped_mm` takes 1.4 times as long on CPU. Everything between router and residual stream is one autograd
+function: gathers in both directions (a scatter-add is several times slower, and on GPUs not deterministic), and of a
+slot only its gate and up are kept for the backward pass.
 
 Dimensions: N tokens, D model width, F an expert's width, E experts, K experts of a token, S slots sorted by expert.
 """
@@ -10,7 +10,7 @@ Dimensions: N tokens, D model width, F an expert's width, E experts, K experts o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from escala.schema.moe import ExpertKernel
+from workloads.model.expert_runs import Run, lay_out
 from workloads.model.gate import Dispatch
 
 STACKS = ("gate", "up", "down")
@@ -34,11 +36,13 @@ class Experts(nn.Module):
 
     Attributes:
         is_share: these are a rank's E/P of the model's E (see `exchange`).
+        kernel: how the products are made (see `expert_runs`); on the last bits of results it has a say.
     """
 
     def __init__(self, experts: int, d_model: int, d_ff: int, output_gain: float) -> None:
         super().__init__()
         self.is_share = False
+        self.kernel: ExpertKernel = "slices"
         self.gate = nn.Parameter(torch.empty(experts, d_ff, d_model))
         self.up = nn.Parameter(torch.empty(experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(experts, d_model, d_ff))
@@ -56,15 +60,9 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, weights_NK: Tensor, dispatch: Dispatch) -> Tensor:
         """sum_k weights_NK x expert(x_ND), (N, D); a dropped choice adds nothing."""
         computed: Callable[..., Tensor] = _Experts.apply
+        stacks, layout = (self.gate, self.up, self.down), lay_out(dispatch, self.kernel)
         return computed(
-            x_ND,
-            weights_NK,
-            self.gate,
-            self.up,
-            self.down,
-            dispatch.choice_S,
-            dispatch.slot_NK,
-            dispatch.sizes,
+            x_ND, weights_NK, *stacks, layout.choice_P, layout.place_NK, layout.filled_P1, layout.runs
         )
 
 
@@ -73,6 +71,24 @@ def _padded(slots: int, like: Tensor, width: int) -> Tensor:
     out = like.new_empty(slots + 1, width)
     out[-1] = 0
     return out
+
+
+def _of_runs(runs: Sequence[Run], *stacks: Tensor) -> Iterator[list[Tensor]]:
+    """Of each run its part of the `stacks` of places (P, width), as (experts, rows, width)."""
+    start = 0
+    for run in runs:
+        experts = run.last - run.first
+        stop = start + experts * run.rows
+        yield [stack[start:stop].view(experts, run.rows, stack.shape[1]) for stack in stacks]
+        start = stop
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b of a run's experts."""
+    if len(a) == 1:
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
 
 
 class _Experts(torch.autograd.Function):
@@ -86,42 +102,49 @@ class _Experts(torch.autograd.Function):
         down_EDF: Tensor,
         choice_S: Tensor,
         slot_NK: Tensor,
-        sizes: list[int],
+        filled_S1: Tensor | None,
+        runs: tuple[Run, ...],
     ) -> Tensor:
         slots, width = len(choice_S), gate_EFD.shape[1]
         x_SD = x_ND.index_select(0, choice_S // slot_NK.shape[1])
         gate_SF, up_SF = x_ND.new_empty(slots, width), x_ND.new_empty(slots, width)
         out_SD = _padded(slots, x_ND, x_ND.shape[1])
-        parts = (torch.split(part, sizes) for part in (x_SD, gate_SF, up_SF, out_SD[:-1]))
-        for x, gate, up, out, *weights in zip(*parts, gate_EFD, up_EFD, down_EDF, strict=True):
-            to_gate, to_up, to_down = weights
-            torch.mm(x, to_gate.t(), out=gate)
-            torch.mm(x, to_up.t(), out=up)
-            torch.mm(F.silu(gate).mul_(up), to_down.t(), out=out)
-        ctx.save_for_backward(x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, choice_S, slot_NK, gate_SF, up_SF)
-        ctx.sizes = sizes
+        for run, (x, gate, up, out) in zip(
+            runs, _of_runs(runs, x_SD, gate_SF, up_SF, out_SD[:-1]), strict=True
+        ):
+            to_gate, to_up, to_down = (
+                stack[run.first : run.last].mT for stack in (gate_EFD, up_EFD, down_EDF)
+            )
+            _multiply(x, to_gate, gate)
+            _multiply(x, to_up, up)
+            _multiply(F.silu(gate).mul_(up), to_down, out)
+        ctx.save_for_backward(
+            x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, choice_S, slot_NK, filled_S1, gate_SF, up_SF
+        )
+        ctx.runs = runs
         return F.embedding_bag(slot_NK, out_SD, mode="sum", per_sample_weights=weights_NK.to(x_ND.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, choice_S, slot_NK, gate_SF, up_SF = ctx.saved_tensors
+        x_ND, weights_NK, *stacks, choice_S, slot_NK, filled_S1, gate_SF, up_SF = ctx.saved_tensors
         slots, token_S = len(choice_S), choice_S // slot_NK.shape[1]
         weight_S1 = weights_NK.reshape(-1, 1).index_select(0, choice_S).to(x_ND.dtype)
+        if filled_S1 is not None:
+            weight_S1 *= filled_S1  # padding adds nothing to a matrix's gradient
         x_SD, grad_SD = x_ND.index_select(0, token_S), grad_ND.index_select(0, token_S)
         grad_x_SD = _padded(slots, x_ND, x_ND.shape[1])
         grad_weight_S1 = _padded(slots, weights_NK, 1)
-        stacks = (gate_EFD, up_EFD, down_EDF)
         grads = [torch.empty_like(stack) for stack in stacks]
         slices = (x_SD, grad_SD, gate_SF, up_SF, weight_S1, grad_x_SD[:-1], grad_weight_S1[:-1])
-        for part in zip(*(torch.split(s, ctx.sizes) for s in slices), *stacks, *grads, strict=True):
-            _expert_backward(*part)
+        for run, part in zip(ctx.runs, _of_runs(ctx.runs, *slices), strict=True):
+            _run_backward(*part, *(stack[run.first : run.last] for stack in (*stacks, *grads)))
         grad_x_ND = F.embedding_bag(slot_NK, grad_x_SD, mode="sum")
         grad_weights_NK = grad_weight_S1[:, 0][slot_NK]
-        return grad_x_ND, grad_weights_NK, *grads, None, None, None
+        return grad_x_ND, grad_weights_NK, *grads, None, None, None, None
 
 
-def _expert_backward(
+def _run_backward(
     x: Tensor,
     grad: Tensor,
     gate: Tensor,
@@ -136,18 +159,18 @@ def _expert_backward(
     grad_to_up: Tensor,
     grad_to_down: Tensor,
 ) -> None:
-    """One expert's slots: write the gradients of its inputs x, of its choices' weights, of its three matrices. Without
-    slots the products write zeros.
+    """A run's places: write the gradients of its inputs x, of its choices' weights, of its experts' three matrices.
+    Without slots the products write zeros.
     """
     silu = F.silu(gate)
     hidden = silu * up
     back = grad @ to_down  # of the hidden state, before the choice's weight
     grad_weight.copy_(torch.linalg.vecdot(back, hidden).unsqueeze(-1))
-    torch.mm(grad.t(), hidden.mul_(weight), out=grad_to_down)
+    _multiply(grad.mT, hidden.mul_(weight), grad_to_down)
     back.mul_(weight)
     grad_up = silu.mul_(back)
     grad_gate = torch.ops.aten.silu_backward(back.mul_(up), gate)
-    torch.mm(grad_gate.t(), x, out=grad_to_gate)
-    torch.mm(grad_up.t(), x, out=grad_to_up)
-    torch.mm(grad_gate, to_gate, out=grad_x)
-    grad_x.addmm_(grad_up, to_up)
+    _multiply(grad_gate.mT, x, grad_to_gate)
+    _multiply(grad_up.mT, x, grad_to_up)
+    _multiply(grad_gate, to_gate, grad_x)
+    grad_x.baddbmm_(grad_up, to_up)

@@ -24,6 +24,7 @@ from workloads.training import checkpoint
 from workloads.training.agreement import AgreedError, from_first_rank
 from workloads.training.device import device_of, seed_step, set_up_torch
 from workloads.training.entry import C, WorkerInputs
+from workloads.training.kernels import choose_kernels, follow_kernels
 from workloads.training.status import RunStatus
 from workloads.training.step import Counters, Step
 from workloads.training.task import Evaluation
@@ -62,11 +63,14 @@ class RunLoop(Generic[C]):
         torch.manual_seed(self.config.training.seed)
         self.step.build()
         self.status.measure(self.step.engine)
+        self.kernels: dict[str, str] | None = None
         self.saved_step = 0
 
     def run(self) -> None:
         """Train to the end, or to the first reason to stop early."""
         self._restore()
+        if self.kernels is None:
+            self.kernels = choose_kernels(self.step.engine.module, self.config, self.device)
         if self.count.initial is None:
             first = self._evaluate()
             self.count.initial = {**first.record, **first.measures}
@@ -88,6 +92,7 @@ class RunLoop(Generic[C]):
         checkpoint.load(self.step.engine, found, self.step.other_engines())
         self.count.restore(found)
         self.step.restore(found)
+        self.kernels = follow_kernels(self.step.engine.module, found)
         self.saved_step = self.count.step
         if self.rank == 0:
             print(f"resumed from {found.address} (step {found.step})", flush=True)
@@ -184,6 +189,7 @@ class RunLoop(Generic[C]):
             "workload": self.spec.workload,
             "data": {"next_step": step, "sequences": step * self.config.training.batch_sequences},
             "counters": self.count.stored(),
+            "kernels": self.kernels,
             **self.step.state(),
         }
         engine, others = self.step.engine, self.step.other_engines()

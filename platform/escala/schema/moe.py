@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from escala.schema.base import Strict
 
 Estimator = Literal["top_k", "straight_through", "gumbel", "soft_to_hard"]
+ExpertKernel = Literal["slices", "runs", "padded"]
 ANNEALED = ("gumbel", "soft_to_hard")
 
 

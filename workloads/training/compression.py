@@ -137,7 +137,8 @@ class Compression:
             found += [self._uniform(candidate, method) for method in methods]
         columns = ["bits", "method", "loss_increase_nats", "check_nats", "bytes", "times_smaller"]
         rows = [
-            [u.label, u.method, u.increase.nats, u.increase.check_nats, u.bytes, u.smaller] for u in found
+            [u.candidate.label, u.method, u.increase.nats, u.increase.check_nats, u.bytes, u.smaller]
+            for u in found
         ]
         self.reporter.table("uniform.json", columns, rows)
         return found

@@ -66,6 +66,7 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 def matrix_figures(name: str, weight_OI: Tensor, generator: torch.Generator | None = None) -> MatrixFigures:
     """Of one matrix. Raises SpecError where a weight is not finite."""
+    weight_OI = weight_OI.detach()
     entropy, _ = code_entropy(weight_OI)
     svd = randomized_svd(weight_OI, min(RANK, *weight_OI.shape), generator)
     size, largest = float(weight_OI.double().norm()), float(svd.values_R[0])

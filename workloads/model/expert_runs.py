@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SlotPlaces:
     """The places of all slots, run by run.
 
     Attributes:
@@ -68,12 +68,12 @@ def runs_of(sizes: Sequence[int], kernel: ExpertKernel) -> tuple[Run, ...]:
     return best[-1][1]
 
 
-def lay_out(sent: Dispatch, kernel: ExpertKernel) -> Layout:
+def lay_out(sent: Dispatch, kernel: ExpertKernel) -> SlotPlaces:
     """The places of `sent`'s slots."""
     runs = runs_of(sent.sizes, kernel)
     rows = [run.rows for run in runs for _ in range(run.first, run.last)]
     if rows == sent.sizes:
-        return Layout(runs, sent.choice_S, sent.slot_NK, None)
+        return SlotPlaces(runs, sent.choice_S, sent.slot_NK, None)
     device, places = sent.choice_S.device, sum(rows)
     size_E, row_E = torch.tensor(sent.sizes, device=device), torch.tensor(rows, device=device)
     shift_E = (row_E.cumsum(0) - row_E) - (size_E.cumsum(0) - size_E)
@@ -82,4 +82,4 @@ def lay_out(sent: Dispatch, kernel: ExpertKernel) -> Layout:
     choice_P[place_S] = sent.choice_S
     filled_P1[place_S] = 1.0
     ends = torch.cat([place_S, place_S.new_tensor([places])])
-    return Layout(runs, choice_P, ends[sent.slot_NK], filled_P1)
+    return SlotPlaces(runs, choice_P, ends[sent.slot_NK], filled_P1)

@@ -19,6 +19,8 @@ STORED = torch.bfloat16
 """Of scales and offsets."""
 P_NORM, BETA, KAPPA, ROUNDS = 0.7, 10.0, 1.01, 20
 """Of the half-quadratic method: Badri & Shaji 2023's, errors counted in units of the scale."""
+CACHED_WEIGHTS = 1 << 15
+"""That the rounds work on at a time: 128 KiB stay in a core's cache."""
 
 
 def quantize(
@@ -91,17 +93,27 @@ def _half_quadratic(weight_OGg: Tensor, scale_OG1: Tensor, offset_OG1: Tensor, b
     """The offset with the least sum of |error|^p of those that the rounds meet: each splits the error into an outlier
     part, by a shrinkage, and the rest, whose mean the offset takes on.
     """
-    best_OG1, beta = offset_OG1, BETA
-    least_OG1 = torch.full_like(offset_OG1, torch.inf)
+    rows = max(1, CACHED_WEIGHTS // weight_OGg[0].numel())
+    parts = zip(*(tensor.split(rows) for tensor in (weight_OGg, scale_OG1, offset_OG1)), strict=True)
+    return torch.cat([_better_offset(*part, bits) for part in parts])
+
+
+def _better_offset(weight_OGg: Tensor, scale_OG1: Tensor, offset_OG1: Tensor, bits: int) -> Tensor:
+    unit_OGg, offset_OG1 = (
+        weight_OGg / scale_OG1,
+        offset_OG1 / scale_OG1,
+    )  # all in units of the scale from here on
+    best_OG1, least_OG1, beta = offset_OG1, torch.full_like(offset_OG1, torch.inf), BETA
     for _ in range(ROUNDS):
-        codes_OGg = _codes(weight_OGg, scale_OG1, offset_OG1, bits)
-        error_OGg = (weight_OGg - codes_OGg * scale_OG1 - offset_OG1) / scale_OG1
-        size_OGg = error_OGg.abs()
-        total_OG1 = size_OGg.pow(P_NORM).sum(-1, keepdim=True)
+        error_OGg = unit_OGg - offset_OG1
+        error_OGg -= error_OGg.round().clamp_(0, 2**bits - 1)
+        size_OGg = error_OGg.abs().clamp_(min=1e-8)
+        power_OGg = size_OGg.log().mul_(P_NORM).exp_()
+        total_OG1 = power_OGg.sum(-1, keepdim=True)
         best_OG1 = torch.where(total_OG1 < least_OG1, offset_OG1, best_OG1)
         least_OG1 = torch.minimum(total_OG1, least_OG1)
-        kept_OGg = size_OGg - size_OGg.clamp(min=1e-8).pow(P_NORM - 1) / beta
-        outlier_OGg = error_OGg.sign() * kept_OGg.clamp_(min=0)
-        offset_OG1 = _stored(offset_OG1 + scale_OG1 * (error_OGg - outlier_OGg).mean(-1, keepdim=True))
+        outlier_OGg = (size_OGg - power_OGg.div_(size_OGg).div_(beta)).clamp_(min=0).copysign_(error_OGg)
+        change_OG1 = (error_OGg - outlier_OGg).mean(-1, keepdim=True)
+        offset_OG1 = _stored((offset_OG1 + change_OG1) * scale_OG1) / scale_OG1
         beta *= KAPPA
-    return best_OG1
+    return _stored(best_OG1 * scale_OG1)

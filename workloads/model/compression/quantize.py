@@ -94,8 +94,8 @@ def _half_quadratic(weight_OGg: Tensor, scale_OG1: Tensor, offset_OG1: Tensor, b
     part, by a shrinkage, and the rest, whose mean the offset takes on.
     """
     rows = max(1, CACHED_WEIGHTS // weight_OGg[0].numel())
-    parts = zip(*(tensor.split(rows) for tensor in (weight_OGg, scale_OG1, offset_OG1)), strict=True)
-    return torch.cat([_better_offset(*part, bits) for part in parts])
+    parts = zip(*(torch.split(each, rows) for each in (weight_OGg, scale_OG1, offset_OG1)), strict=True)
+    return torch.cat([_better_offset(weight, scale, offset, bits) for weight, scale, offset in parts])
 
 
 def _better_offset(weight_OGg: Tensor, scale_OG1: Tensor, offset_OG1: Tensor, bits: int) -> Tensor:

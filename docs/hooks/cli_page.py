@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 
@@ -83,6 +83,8 @@ def _row(parameter: Command, shown: str) -> tuple[str, str, str, str]:
 
 def _value(parameter: Command) -> str:
     kind = parameter.type_descriptor.annotation
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{each}`" for each in get_args(kind))
     kind = next(iter(get_args(kind)), kind)  # of a list
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(f"`{each.value}`" for each in kind)

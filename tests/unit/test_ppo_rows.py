@@ -16,6 +16,7 @@ from tests.unit.test_ppo_config import config
 from workloads.alignment.learner import estimate
 from workloads.alignment.microbatches import RolloutBatch, cut, deal, micro_batch, minibatches
 from workloads.alignment.rollouts import PromptTokens, RolloutSampler, Scores, Scoring, request_seed
+from workloads.generation.protocol import Completion
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 PROMPTS = [PromptTokens(f"prompt {n}", [n + 1, n + 2]) for n in range(11)]
@@ -122,7 +123,7 @@ class Service:
     def generate(self, prompts: list[list[int]], params: list[Any], min_version: int = 0) -> list[Any]:
         if self.version < 0:
             raise TimeoutError
-        done = SimpleNamespace(token_ids=(3, 4), logprobs=(-1.0, -2.0), text="ab", finish_reason="stop")
+        done = Completion((3, 4), (-1.0, -2.0), "ab", "stop", self.version)
         weights = SimpleNamespace(version=self.version)
         return [SimpleNamespace(completion=done, weights=weights) for _ in prompts]
 

@@ -193,7 +193,8 @@ def test_a_saved_reward_model_scores_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_a_reward_model_in_another_precision_scores_as_its_weights_say(precision: str) -> None:
     torch.manual_seed(0)
-    config = SMALL.model_copy(update={"d_model": 32, "d_ff": 96})  # which groups of 32 divide
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 2, "d_ff": 96}  # which groups of 32 divide
+    config = ModelConfig(vocab_size=END + 1, max_context_tokens=64, **shape)
     model, tokenizer = RewardModel(Transformer(config)), ByteChat()
     plain = RewardModelScorer(model, tokenizer).score(["p"], ["response"])
     store_trunk(model, StoredWeights.model_validate({"precision": precision}), tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ from escala.settings import Settings
 
 if TYPE_CHECKING:
     from escala.jobs.records import Job
+
+
+RUN_ID = re.compile(r"[0-9a-f]{4,32}")
+"""Of the tracker, or its start: nothing else is looked for there."""
 
 
 def compress(
@@ -52,13 +57,18 @@ def _start(settings: Settings, model: str) -> dict[str, str]:
     try:
         return {"job": actions.job(settings, model).job.id}
     except NotFoundError:
-        pass
+        if not RUN_ID.fullmatch(model):
+            raise _unknown(model) from None
     try:
         return {"job": tracked_runs.run(settings, model).job_id}
     except NotFoundError:
-        raise NotFoundError(
-            f"there is no path, no job and no run {model!r}", "give a model's path, or a job's id or name"
-        ) from None
+        raise _unknown(model) from None
+
+
+def _unknown(model: str) -> NotFoundError:
+    return NotFoundError(
+        f"there is no path, no job and no run {model!r}", "give a model's path, or a job's id or name"
+    )
 
 
 def _check_objective(settings: Settings, config: CompressConfig) -> None:

@@ -15,17 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from escala.contract.errors import DataError
 from escala.schema.compression import MatrixChoice, StoredWeights
-from workloads.data.chat import ChatTokenizer
 from workloads.model.compression.quantize import quantize
 from workloads.model.layers import FeedForward
 from workloads.model.moe import MixtureOfExperts
 from workloads.model.transformer import Block, Transformer
+
+if TYPE_CHECKING:  # needs tokenizers, and an engine on a GPU torch alone
+    from workloads.data.chat import ChatTokenizer
 
 ALPHAS = [step / 20 for step in range(21)]
 """Lin et al. search 20 values as well. 0 scales nothing: the choice is never worse than none, on these tokens."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SIGNED_BITS = 8
@@ -72,15 +72,25 @@ def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:
     """Codes (uint8, below 2^bits) without holes: uint8 (O, ceil(I * bits / 8)), the first code in the lowest bits."""
     if bits == 4 and codes_OI.shape[1] % 2 == 0:
         return codes_OI[:, ::2] | (codes_OI[:, 1::2] << 4)
-    every = np.unpackbits(codes_OI.cpu().numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
-    packed = np.packbits(every.reshape(len(codes_OI), -1), axis=-1, bitorder="little")
-    return torch.from_numpy(packed).to(codes_OI.device)
+    flat_OB = _bits(codes_OI, bits)
+    return _bytes(F.pad(flat_OB, (0, -flat_OB.shape[1] % 8)), 8)
 
 
 def unpack_codes(packed: Tensor, bits: int, inputs: int) -> Tensor:
     """The codes_OI that `pack_codes` packed."""
     if bits == 4 and inputs % 2 == 0:
         return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
-    every = np.unpackbits(packed.cpu().numpy(), axis=-1, bitorder="little")[:, : inputs * bits]
-    codes = np.packbits(every.reshape(len(packed), inputs, bits), axis=-1, bitorder="little")[..., 0]
-    return torch.from_numpy(codes).to(packed.device)
+    return _bytes(_bits(packed, 8)[:, : inputs * bits], bits)
+
+
+def _bits(numbers: Tensor, count: int) -> Tensor:
+    """The lowest `count` bits of each number of a row, one after another, the lowest first."""
+    places = torch.arange(count, dtype=torch.uint8, device=numbers.device)
+    return (numbers.unsqueeze(-1).bitwise_right_shift(places) & 1).flatten(1)
+
+
+def _bytes(bits_OB: Tensor, count: int) -> Tensor:
+    """The numbers that `count` bits each make."""
+    places = torch.arange(count, dtype=torch.uint8, device=bits_OB.device)
+    shifted_OIb = bits_OB.view(len(bits_OB), -1, count).bitwise_left_shift(places)
+    return torch.sum(shifted_OIb, -1, dtype=torch.int32).to(torch.uint8)

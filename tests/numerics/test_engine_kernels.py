@@ -202,7 +202,7 @@ def test_other_kernels_give_the_same_text_to_their_rounding(kernels: str) -> Non
         assert abs(a.logprobs[0] - b.logprobs[0]) < 0.1
 
 
-def test_published_weights_are_stored_smaller_anew_and_none_stays_in_full_precision() -> None:
+def test_published_weights_are_stored_smaller_again_and_none_stays_in_full_precision() -> None:
     smaller, prompts = Smaller("int8", QuantizationConfig()), [[5, 3, 8], [1] * 20]
     params = SamplingParams(max_tokens=8, temperature=0)
     first, second = model_of(), model_of()

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from escala.schema import ModelConfig
 from tests.eager import Eager
-from workloads.generation import engine as engine_module
-from workloads.generation import network
+from workloads.generation import drawing, network
 from workloads.generation.engine import Engine
 from workloads.generation.network import Network, TokenSpan
 from workloads.generation.protocol import Completion, Request, SamplingParams
@@ -211,7 +210,7 @@ def test_same_seed_same_bits_whatever_else_runs(
     dtype: torch.dtype, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder()
-    monkeypatch.setattr(engine_module, "sample", recorder)
+    monkeypatch.setattr(drawing, "sample", recorder)
     model, prompts = model_of(dtype, **changes), prompts_of()
     params = sampling_params(len(prompts))
     wanted = engine_of(model, max_running=1).generate(prompts, params)

@@ -21,6 +21,7 @@ from tokenizers import decoders, pre_tokenizers
 from benchmarks import fuzz_requests
 from escala.contract.errors import DataError, SpecError, StateError
 from tests.unit.local_service import ask, chat_tokenizer, local_service, quiet
+from workloads.generation import drawing
 from workloads.generation import engine as engine_module
 from workloads.generation.protocol import EngineStopped, SamplingParams
 from workloads.serving import guard, retry, tokenising
@@ -237,14 +238,14 @@ def test_an_error_of_one_response_s_text_ends_that_response(
 def test_a_batch_that_is_not_drawn_is_drawn_row_by_row(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine_module.sample
+    original = drawing.sample
 
     def broken(logits: Any, draws: Any) -> Any:
         if any(draw.params.seed == 666 for draw in draws):
             raise RuntimeError("no such kernel")
         return original(logits, draws)
 
-    monkeypatch.setattr(engine_module, "sample", broken)
+    monkeypatch.setattr(drawing, "sample", broken)
 
     async def test(policy: Policy) -> None:
         answer = await beside(ask(COMPLETIONS, {**GOOD, "seed": 666}))
@@ -283,7 +284,7 @@ def test_panics_of_the_tokenizers_library_end_their_own_requests(tmp_path: Path)
         assert not isinstance(found.value, Exception)
         policy.stepper.engine._ends = frozenset()  # type: ignore[attr-defined]
         draws = iter([blank])
-        original = engine_module.sample
+        original = drawing.sample
 
         def sample(logits: Any, given: Any) -> Any:
             tokens, logprobs = original(logits, given)
@@ -291,7 +292,7 @@ def test_panics_of_the_tokenizers_library_end_their_own_requests(tmp_path: Path)
                 next(draws, t) if d.params.top_k == 1 else t for t, d in zip(tokens, given, strict=True)
             ], logprobs
 
-        with mock.patch.object(engine_module, "sample", sample):
+        with mock.patch.object(drawing, "sample", sample):
             answer = await ask(COMPLETIONS, bad)
         assert (answer.status, answer.json()["error"]["type"]) == (500, "RequestFailed")
         assert "PanicException" in answer.text

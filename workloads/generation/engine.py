@@ -11,18 +11,17 @@ are when they are computed again: so they change what a step costs, and no bit o
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from escala.contract.errors import EscalaError, SpecError, StateError
+from workloads.generation.drawing import Drawn, Place, draw_tokens, failed
 from workloads.generation.kernel_choice import EngineLimits, KernelTiming
 from workloads.generation.network import Network, Smaller, TokenSpan
 from workloads.generation.protocol import (
@@ -32,21 +31,16 @@ from workloads.generation.protocol import (
     FinishReason,
     Output,
     Request,
-    RequestFailed,
     SamplingParams,
     completion_of,
     shown,
 )
-from workloads.generation.sampling import Draw, sample
 from workloads.generation.scheduler import NO_DRAFTS, Scheduler, Sequence, Work
 from workloads.generation.speculation.speculator import Speculator
 from workloads.generation.text import TextStream
 from workloads.model.transformer import Transformer
 
 CACHE_BYTES, BLOCK_TOKENS = 1 << 30, 32
-Drawn = tuple[int, float]
-"""A token and its log-probability."""
-log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -174,7 +168,7 @@ class Engine:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # as in `_advance`
-            raise _failed(request.id, error) from error
+            raise failed(request.id, error) from error
 
     def cancel(self, request_id: str) -> bool:
         """See EngineProtocol."""
@@ -281,7 +275,9 @@ class Engine:
             found = [w.is_last for w in tiles + rows for _ in range(len(w.draft) + 1)]
             index = torch.tensor(found, device=hidden[0].device).nonzero().squeeze(1)
             logits_NV = self._network.logits(torch.cat(hidden).index_select(0, index))
-            drawn = iter(_drawn(logits_NV, [_Place(w, at) for w in ends for at in range(len(w.draft) + 1)]))
+            drawn = iter(
+                draw_tokens(logits_NV, [Place(w, at) for w in ends for at in range(len(w.draft) + 1)])
+            )
         share = (time.thread_time() - started + self._cpu_seconds - self._shared_seconds) / len(ends)
         self._shared_seconds += share * len(ends)
         return [
@@ -318,7 +314,7 @@ class Engine:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  a decoder's panic, say; the others' responses go on
-            return self._fail(sequence, _failed(sequence.request.id, error))
+            return self._fail(sequence, failed(sequence.request.id, error))
 
     def _fail(self, sequence: Sequence, error: EscalaError) -> Output:
         request = sequence.request.id
@@ -334,7 +330,7 @@ class Engine:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  as in `_advance`
-            return self._fail(sequence, _failed(sequence.request.id, error))
+            return self._fail(sequence, failed(sequence.request.id, error))
         self._end(sequence)
         return Output(sequence.request.id, (), (), text, "cancelled", self._version)
 
@@ -413,36 +409,6 @@ def _piece(work: Work) -> TokenSpan:
     return TokenSpan(tokens, work.start, work.sequence.table, len(work.draft) + 1)
 
 
-class _Place(NamedTuple):
-    """Where a token is drawn: after a work's last one and so many of its draft."""
-
-    work: Work
-    drafted: int
-
-    @property
-    def draw(self) -> Draw:
-        sequence, seen = self.work.sequence, self.work.sequence.tokens
-        if self.drafted and sequence.request.params.repetition_penalty != 1:
-            seen = [*seen, *self.work.draft[: self.drafted]]
-        return Draw(sequence.request.params, sequence.generated + self.drafted, seen)
-
-
-def _drawn(logits_NV: Tensor, places: Many[_Place]) -> list[Drawn | EscalaError]:
-    """Of each row its token, or what is wrong with it alone."""
-    try:
-        found = zip(*sample(logits_NV, [place.draw for place in places]), strict=True)
-    except Exception as error:
-        if len(places) == 1:
-            return [_failed(places[0].work.sequence.request.id, error)]
-        log.exception("a batch of tokens was not drawn: row by row")
-        rows = zip(torch.split(logits_NV, 1), places, strict=True)
-        return [_drawn(row, [place])[0] for row, place in rows]
-    return [
-        (token, logprob) if math.isfinite(logprob) else _undrawable(row, place.work.sequence)
-        for (token, logprob), row, place in zip(found, logits_NV, places, strict=True)
-    ]
-
-
 def _merged(outputs: list[Output], drafted: int, share: float) -> list[Output]:
     """The tokens of one sequence's step in one output; an error in one of its own."""
     if len(outputs) > 1 and outputs[-1].error is not None:
@@ -460,28 +426,3 @@ def _merged(outputs: list[Output], drafted: int, share: float) -> list[Output]:
             share,
         )
     ]
-
-
-def _undrawable(logits_V: Tensor, sequence: Sequence) -> EscalaError:
-    """Why a row has no finite distribution."""
-    name, params = sequence.request.id, sequence.request.params
-    if logits_V.isnan().any() or logits_V.amax().isinf():
-        return RequestFailed(
-            f"Request {name!r} ended: the model's logits are not finite after {len(sequence.tokens)} tokens.",
-            "Check the weights: some may be NaN or infinite.",
-        )
-    return SpecError(
-        f"Request {name!r} ended: temperature {params.temperature:g} and repetition_penalty "
-        f"{params.repetition_penalty:g} leave no finite distribution of this model's logits in fp32.",
-        "Take values nearer to 1, or temperature 0.",
-    )
-
-
-def _failed(request: str, error: BaseException) -> EscalaError:
-    if isinstance(error, EscalaError):
-        return error
-    log.error("request %s ended with an error of its own", request, exc_info=error)
-    return RequestFailed(
-        f"The response was ended by {type(error).__name__}: {shown(str(error))}.",
-        "Other requests are not touched; the log has the traceback. Please report it.",
-    )

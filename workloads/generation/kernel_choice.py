@@ -199,6 +199,8 @@ def _time(
     seconds: float,
 ) -> KernelTiming:
     """Products of successive matrices, each read from memory where few rows are multiplied."""
+    if len(names) == 1:
+        return KernelTiming(form, rows, dict.fromkeys(names, 0.0))
     flops = [2 * rows * math.prod(matrix.shape) for matrix in matrices]
     enough = 2 * rows * MEMORY_BYTES / 4 if rows == 1 else FLOPS
     count = 1 + sum(total < enough for total in itertools.accumulate(flops))
@@ -208,8 +210,6 @@ def _time(
     for name in names:
         products = [(Product(m, Pair(name, name), limits), x_NI[m.shape[1]]) for m in some]
         calls[name] = functools.partial(_multiply_all, products)
-    if len(names) == 1:
-        return KernelTiming(form, rows, dict.fromkeys(names, 0.0))
     alone = torch.get_num_threads() == 1 and on_cpu(some[0])
     with torch.inference_mode():
         return KernelTiming(

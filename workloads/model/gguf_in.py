@@ -20,7 +20,7 @@ from torch import Tensor
 from escala.contract.errors import CheckpointError, NotFoundError
 from escala.schema import ModelConfig
 from escala.schema.pretrained import model_config_of
-from workloads.model.compression.layers import UNEMBEDDING, CompressedMatrix, put_matrices
+from workloads.model.compression.layers import UNEMBEDDING, assembled
 from workloads.model.compression.quantized import QuantizedWeight, pack_codes
 from workloads.model.gguf_names import gguf_names, interleaved_rows, need_gguf
 from workloads.model.transformer import Transformer
@@ -51,15 +51,10 @@ def load_gguf(path: Path) -> Transformer:
     if dequantized:
         kinds = ", ".join(f"{kind} ({', '.join(names[:3])})" for kind, names in sorted(dequantized.items()))
         print(f"{path.name}: dequantised to fp32: {kinds}", flush=True)
-    with torch.device("meta"):
-        model = Transformer(config)
-    put_matrices(model, {name: CompressedMatrix(matrix) for name, matrix in stored.items()})
-    ours = {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
     try:
-        model.load_state_dict({**ours, **{f"{name}.weight": w for name, w in plain.items()}}, assign=True)
+        return assembled(config, stored, {f"{name}.weight": w for name, w in plain.items()})
     except RuntimeError as error:
         raise CheckpointError(f"{path} is not of the model that its header describes: {error}") from error
-    return model
 
 
 def _read(

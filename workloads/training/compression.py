@@ -250,15 +250,6 @@ class Compression:
         gone = {f"{name}.weight" for name in stored}
         gone |= {name.rpartition(".")[0] for name in stored if name.rpartition(".")[2].isdecimal()}
         plain = {name: tensor for name, tensor in self.model.state_dict().items() if name not in gone}
-        mixed = [
-            n for n in gone if not n.endswith(".weight") and any(m.startswith(f"{n}.") for m in self.weights)
-        ]
-        missing = [m for n in mixed for m in self.weights if m.startswith(f"{n}.") and m not in stored]
-        if missing:
-            raise SpecError(
-                f"{missing[0]} is to stay as it is, and other experts of its mixture are not.",
-                "Keep all experts of a mixture, or none.",
-            )
         config = {**self.config.model_dump(mode="json"), "model": self.model.config.model_dump(mode="json")}
         held = self.whole.nats + best.measured.nats
         manifest = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +11,7 @@ from escala.schema.compression import GROUP
 from escala.schema.data import DataConfig
 from escala.schema.finetune import CONTEXT_TOKENS
 from escala.schema.model import ModelConfig
-from escala.schema.pretrained import model_config_of
+from escala.schema.pretrained import with_model_of_start
 from escala.schema.training import ResourcesConfig, StartConfig
 
 Objective = Literal["bytes", "joules"]
@@ -67,12 +66,7 @@ class CompressConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _read_start(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("start"), dict):
-            return data
-        path = data["start"].get("path")
-        if path is None or data.get("model"):  # an attempt's spec has both: the path may be gone by then
-            return data
-        return {**data, "model": model_config_of(Path(path).expanduser())}
+        return with_model_of_start(data)
 
     @field_validator("loss_budgets")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,6 +15,11 @@ Precision = Literal["fp32", "bf16", "int8", "int4"]
 BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 GROUP = 32
 """Inputs that share a scale under int4, where nothing else is said."""
+
+
+def is_kept(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a matrix matches one of the patterns of those that stay as they are."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class MatrixChoice(Strict):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from escala.schema.base import StoredPath, Strict
-from escala.schema.pretrained import model_config_of
+from escala.schema.pretrained import with_model_of_start
 from escala.schema.training import LoraConfig, StartConfig, TrainedConfig
 
 CONTEXT_TOKENS = 1024  # of a fine-tuning run that states none: a pretrained model may take 100 times as many
@@ -27,12 +26,7 @@ class FineTuneConfig(TrainedConfig):
     @model_validator(mode="before")
     @classmethod
     def _read_start(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("start"), dict):
-            return data
-        path = data["start"].get("path")
-        if path is None or data.get("model"):  # an attempt's spec has both: the path may be gone by then
-            return data
-        return {**data, "model": model_config_of(Path(path).expanduser())}
+        return with_model_of_start(data)
 
     @model_validator(mode="after")
     def _has_tokenizer(self) -> FineTuneConfig:

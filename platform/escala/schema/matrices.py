@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from escala.schema.compression import MatrixChoice
+from escala.schema.compression import MatrixChoice, is_kept
 from escala.schema.model import ModelConfig
 from escala.schema.training import TrainedConfig
 
@@ -79,11 +78,7 @@ def stored_base(config: TrainedConfig) -> StoredBase:
     if lora is None or lora.base == "fp32":
         return StoredBase()
     choice, keep = lora.quantization.choice(lora.base), lora.quantization.keep
-    stored = [
-        matrix
-        for matrix in block_matrices(config.model)
-        if not any(fnmatchcase(matrix.name, pattern) for pattern in keep)
-    ]
+    stored = [matrix for matrix in block_matrices(config.model) if not is_kept(matrix.name, keep)]
     sizes = [matrix.outputs * matrix.inputs for matrix in stored]
     return StoredBase(
         sum(sizes), sum(matrix_bytes(matrix, choice) for matrix in stored), max(sizes, default=0)

@@ -37,6 +37,18 @@ def model_config_of(path: str | Path) -> ModelConfig:
     return _explain(path, lambda: from_hugging_face(read_config_json(path)))
 
 
+def with_model_of_start(data: Any) -> Any:
+    """What is written of a configuration, with the `model` that stands at its start; as it is where it says neither.
+    Raises ValueError as `model_config_of`.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("start"), dict):
+        return data
+    path = data["start"].get("path")
+    if path is None or data.get("model"):  # an attempt's spec has both: the path may be gone by then
+        return data
+    return {**data, "model": model_config_of(Path(path).expanduser())}
+
+
 def _step(manifest: Path) -> tuple[int, str]:
     """Sorts the directories of checkpoints as their steps, not as their letters."""
     return len(manifest.parent.name), manifest.parent.name

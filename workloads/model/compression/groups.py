@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
+from escala.contract.errors import SpecError
 from escala.schema.compress import MODEL_BITS, OUTPUT_BITS, CompressConfig
-from escala.schema.compression import MatrixChoice
+from escala.schema.compression import MatrixChoice, is_kept
 from workloads.model.compression.layers import UNEMBEDDING
 
 TOGETHER = {
@@ -83,12 +83,28 @@ def candidates(config: CompressConfig) -> list[Candidate]:
 
 
 def groups(names: Iterable[str], keep: Iterable[str] = ()) -> list[MatrixGroup]:
-    """The groups of a model's matrices, in the model's order; those that match a pattern of `keep` are in none."""
-    patterns, found = list(keep), dict[tuple[int | None, str], list[str]]()
-    for name in names:
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
-            found.setdefault(_place(name), []).append(name)
+    """The groups of a model's matrices, in the model's order; those that match a pattern of `keep` are in none.
+
+    Raises SpecError where some matrices of a mixture's experts match and others do not: they are stored alike.
+    """
+    every, patterns, found = list(names), list(keep), dict[tuple[int | None, str], list[str]]()
+    kept = [name for name in every if is_kept(name, patterns)]
+    whole = {_mixture(name) for name in kept} - {None}
+    for name in every:
+        if name in kept:
+            continue
+        if _mixture(name) in whole:
+            raise SpecError(
+                f"{name} is to be stored smaller, and other experts' matrices of its mixture to stay as they are.",
+                "Keep all of a mixture's experts, or none: blocks.0.feed_forward.experts.*.",
+            )
+        found.setdefault(_place(name), []).append(name)
     return [MatrixGroup(name, layer, tuple(members)) for (layer, name), members in found.items()]
+
+
+def _mixture(name: str) -> str | None:
+    """The experts that a matrix is one of; None: of none."""
+    return name.rsplit(".", 2)[0] if name.rpartition(".")[2].isdecimal() else None
 
 
 def _place(name: str) -> tuple[int | None, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from escala.contract.errors import SpecError
+from escala.schema import ModelConfig
 from escala.schema.compression import MatrixChoice
 from workloads.model.compression.low_rank import HalfWeight, LowRankWeight, truncate
 from workloads.model.compression.quantize import quantize
@@ -166,6 +167,20 @@ def _experts(name: str, experts: Experts, stored: Mapping[str, CompressedMatrix]
             for stack in STACKS
         }
     )
+
+
+def assembled(
+    config: ModelConfig, stored: Mapping[str, Compressed], plain: Mapping[str, Tensor]
+) -> Transformer:
+    """The model of `config` with matrices as they are stored, by name, and the other parameters by theirs. It takes the
+    tensors as its own. Raises RuntimeError where they are not those of the model.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    put_matrices(model, {name: CompressedMatrix(matrix) for name, matrix in stored.items()})
+    placed = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    model.load_state_dict({**placed, **plain}, assign=True)
+    return model
 
 
 def decompress_model(model: Transformer) -> Transformer:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
 from escala.contract.errors import SpecError
-from escala.schema.compression import MatrixChoice, Precision, QuantizationConfig
+from escala.schema.compression import MatrixChoice, Precision, QuantizationConfig, is_kept
 from workloads.model.compression.activation_aware import scale_by_activations
 from workloads.model.compression.layers import UNEMBEDDING, CompressedMatrix, compress_model, matrices
 from workloads.model.transformer import Transformer
@@ -53,7 +52,7 @@ def choices(
     chosen = quantization.choice(precision)
     found: dict[str, MatrixChoice] = {}
     for name, weight_OI in weights.items():
-        if any(fnmatchcase(name, pattern) for pattern in quantization.keep):
+        if is_kept(name, quantization.keep):
             continue
         if name == UNEMBEDDING:
             found[name] = OUTPUT_PRODUCT
@@ -71,7 +70,7 @@ def _check_patterns(model: Transformer, weights: Mapping[str, Tensor], keep: lis
     stored = [name for name, module in model.named_modules() if isinstance(module, CompressedMatrix)]
     names = [*weights, *stored]
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(is_kept(name, [pattern]) for name in names):
             raise SpecError(
                 f"quantization.keep: {pattern} matches no matrix of the model.",
                 f"Its matrices are {', '.join(names[:8])}, ..., {names[-1]}.",

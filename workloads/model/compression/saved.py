@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from escala.schema import ModelConfig
 from escala.schema.compression import MatrixChoice
 from escala.storage.base import CheckpointStore
 from escala.storage.checkpoints import Checkpoint, read_checkpoint
-from workloads.model.compression.layers import Compressed, CompressedMatrix, put_matrices
+from workloads.model.compression.layers import Compressed, assembled
 from workloads.model.compression.low_rank import HalfWeight, LowRankWeight
 from workloads.model.compression.quantized import QuantizedWeight
 from workloads.model.transformer import Transformer
@@ -92,21 +91,15 @@ def load_stored(checkpoint: Checkpoint) -> Transformer:
                 if name.startswith(f"{STORED}/")
             }
     try:
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(**checkpoint.part("config.model", dict)))
-        matrices = {
-            name: CompressedMatrix(_matrix(name, entry, tensors))
-            for name, entry in checkpoint.part(f"{COMPRESSION}.matrices", dict).items()
-        }
-        put_matrices(model, matrices)
-        plain = {name: tensor for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
-        model.load_state_dict({**plain, **load_weights(checkpoint)}, assign=True)
+        config = ModelConfig(**checkpoint.part("config.model", dict))
+        entries = checkpoint.part(f"{COMPRESSION}.matrices", dict)
+        stored = {name: _matrix(name, entry, tensors) for name, entry in entries.items()}
+        return assembled(config, stored, load_weights(checkpoint))
     except (ValidationError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint.address} is not of its own model: {error}",
             "use the version of escala that wrote it",
         ) from error
-    return model
 
 
 def _matrix(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compressed:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
 
 GB = 1e9
+ROUNDING = 1e-9  # relative
 
 
 def resolved(answer: ResolvedSpecView, json: bool) -> None:
@@ -197,8 +198,11 @@ def _memory(best: PlanView) -> str:
 
 
 def _residuals(best: PlanView) -> str:
-    """The size of the relative first-order residuals."""
-    return ", ".join(f"{name} {abs(residual):.1e}" for name, residual in best.residuals.items())
+    """The size of the relative first-order residuals; below ROUNDING the digits are the machine's."""
+    return ", ".join(
+        f"{name} {abs(residual):.1e}" if abs(residual) >= ROUNDING else f"{name} below {ROUNDING:.0e}"
+        for name, residual in best.residuals.items()
+    )
 
 
 def _kinds(best: PlanView, plans: Sequence[PlanView]) -> None:

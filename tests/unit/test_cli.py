@@ -54,13 +54,21 @@ def test_help_imports_nothing_heavy_and_is_cheap() -> None:
         "heavy = {'torch', 'ray', 'mlflow', 'deepspeed', 'pandas', 'sqlalchemy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
+    libraries = _cpu_seconds(
+        "import typer, pydantic, rich.console"
+    )  # the bound is on the work, not on the machine
+    assert _cpu_seconds(code) < 4 * libraries
+
+
+def _cpu_seconds(code: str) -> float:
+    """Of a Python process that runs `code`: the best of three."""
     costs = []
-    for _ in range(3):  # the best of three: the bound is on the work, not on a busy machine
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(costs) < 0.5, f"{min(costs):.2f} s of CPU"
+    return min(costs)
 
 
 def test_a_mistake_exits_with_its_code_and_says_how_to_mend() -> None:

@@ -8,6 +8,7 @@ Made ready once, by the driver:
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,16 @@ def build_model(config: FineTuneConfig) -> Transformer:
     model.activation_checkpointing = config.training.activation_checkpointing
     if config.lora is not None:
         add_lora(model, config.lora)
+        if config.lora.base != "fp32":
+            _give_back_memory()
     return model
+
+
+def _give_back_memory() -> None:
+    """What quantising has freed goes back to the system: glibc keeps it in a process that trains (driver.allocator)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc has it
+        trim(0)
 
 
 @dataclass(frozen=True)

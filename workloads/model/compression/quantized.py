@@ -61,8 +61,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """weight_OI in fp32."""
         outputs, groups = self.scale_OG.shape
-        codes_OGg = self.unpacked_OI().view(outputs, groups, -1).float()
-        weight_OGg = codes_OGg * self.scale_OG.float().unsqueeze(-1)
+        weight_OGg = self.unpacked_OI().view(outputs, groups, -1).float()  # a copy: codes are integers
+        weight_OGg *= self.scale_OG.float().unsqueeze(-1)
         if self.offset_OG is not None:
             weight_OGg += self.offset_OG.float().unsqueeze(-1)
         return weight_OGg.view(self.shape)

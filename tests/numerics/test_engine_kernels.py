@@ -20,7 +20,7 @@ from workloads.generation.kernel_choice import EngineLimits, Pair, Product
 from workloads.generation.linear import KERNELS, Matrix, form_of
 from workloads.generation.network import MEASURED, Smaller
 from workloads.generation.protocol import SamplingParams
-from workloads.generation.row_counts import probe
+from workloads.generation.row_counts import cancelling, probe
 from workloads.model.compression.layers import (
     CompressedMatrix,
     compress,
@@ -108,6 +108,26 @@ def test_the_probe_finds_a_kernel_that_adds_up_otherwise_for_some_numbers_of_row
 
 def planted_free(multiply: object, x_NI: Tensor) -> Tensor:
     return torch.cat([multiply(x) for x in torch.split(F.pad(x_NI, (0, 0, 0, 6)), 8)])[: len(x_NI)]  # type: ignore[operator]
+
+
+def test_a_result_in_16_bits_does_not_hide_how_it_was_added_up() -> None:
+    weight_OI = torch.randn(256, 1024).bfloat16()
+    seen = probe(rounded_by_rows(cancelling(weight_OI)), 1024, torch.bfloat16, 128)  # type: ignore[arg-type]
+    assert seen is not None
+    assert not {1, 2, 3} & set(seen.good)
+    assert {4, 8, 32, 128} <= set(seen.good)
+
+
+def rounded_by_rows(weight_OI: Tensor) -> object:
+    """A product in bf16 that adds up a row otherwise where there are fewer than four."""
+
+    def multiply(x_NI: Tensor) -> Tensor:
+        if len(x_NI) < 4:
+            return (x_NI.double() @ weight_OI.double().mT).bfloat16()
+        rows = torch.split(x_NI.float(), 1)
+        return torch.cat([F.linear(x_1I, weight_OI.float()) for x_1I in rows]).bfloat16()
+
+    return multiply
 
 
 def test_a_kernel_that_adds_up_otherwise_for_all_is_refused() -> None:

@@ -22,6 +22,7 @@ LARGE = (64, 128, 256, 512)
 ODD = (33, 47, 100, 161, 255)  # tried so as to see that no number at all matters
 BLOCKS = (8, 4, 16, 32)  # rows at once that give the bits which all other numbers must give
 SEED = 5
+OUTPUTS = 256  # of a matrix that is made up, other than each other
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,15 @@ ANY = RowCounts((), True)
 def probe(multiply: Multiply, inputs: int, dtype: torch.dtype, most: int) -> RowCounts | None:
     """Which numbers of rows, up to `most` at once, give a row the same bits; None where there are none.
 
-    Random rows of `inputs` numbers. The bits that count are those of blocks of BLOCKS rows, in which a row has the same
-    bits at every place.
+    The bits that count are those of blocks of BLOCKS rows, in which a row has the same bits at every place.
+
+    Args:
+        multiply: by a matrix, or, where results are rounded to 16 bits, by `cancelling` of it.
     """
     most = max(most, BLOCKS[0])
     tried = [n for n in sorted({*SMALL, *LARGE, *ODD}) if n <= most]
-    x_NI = torch.randn(max(*tried, BLOCKS[0]), inputs, generator=torch.Generator().manual_seed(SEED)).to(
-        dtype
-    )
+    half_NH = _random(max(*tried, BLOCKS[0]), inputs // 2, SEED)
+    x_NI = _spread(half_NH, half_NH, inputs).to(dtype)
     with torch.inference_mode():
         block = next((b for b in BLOCKS if _is_steady(multiply, x_NI, b)), None)
         if block is None:
@@ -84,6 +86,27 @@ def probe(multiply: Multiply, inputs: int, dtype: torch.dtype, most: int) -> Row
         good = [n for n in tried if torch.equal(multiply(x_NI[-n:].clone()), wanted_NO[-n:])]
     allowed = tuple(n for n in good if n not in ODD)
     return RowCounts(allowed, len(good) == len(tried)) if allowed else None
+
+
+def cancelling(weight_OI: Tensor) -> Tensor:
+    """A matrix of the same shape and dtype whose products with `probe`'s rows are 0 but for what adding up has rounded.
+    Rounded to 16 bits, a sum of any other numbers would hide in what order it was added up.
+    """
+    outputs, inputs = weight_OI.shape
+    half_OH = _random(min(outputs, OUTPUTS), inputs // 2, SEED + 1)
+    some_OI = _spread(half_OH, -half_OH, inputs).to(weight_OI.dtype)
+    return some_OI.repeat(-(-outputs // len(some_OI)), 1)[:outputs].contiguous()
+
+
+def _random(rows: int, width: int, seed: int) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def _spread(first_NH: Tensor, second_NH: Tensor, inputs: int) -> Tensor:
+    """Both halves, (N, inputs), each pair of numbers anywhere; where `inputs` is odd, 0 beside them."""
+    both_NI = torch.cat([first_NH, second_NH], 1)
+    places = torch.randperm(both_NI.shape[1], generator=torch.Generator().manual_seed(SEED))
+    return F.pad(both_NI[:, places], (0, inputs - both_NI.shape[1]))
 
 
 def _in_blocks(multiply: Multiply, x_NI: Tensor, block: int) -> Tensor:

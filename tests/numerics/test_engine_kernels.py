@@ -17,10 +17,10 @@ from escala.schema.compression import MatrixChoice, QuantizationConfig
 from workloads.generation import kernel_choice
 from workloads.generation.engine import Engine
 from workloads.generation.kernel_choice import EngineLimits, Pair, Product
-from workloads.generation.linear import KERNELS, Matrix, form_of
+from workloads.generation.linear import KERNELS, Matrix, cancelling, form_of
 from workloads.generation.network import MEASURED, Smaller
 from workloads.generation.protocol import SamplingParams
-from workloads.generation.row_counts import cancelling, probe
+from workloads.generation.row_counts import probe
 from workloads.model.compression.layers import (
     CompressedMatrix,
     compress,
@@ -42,6 +42,8 @@ LIMITS = EngineLimits(rows=32, tile_rows=128)
 SIZES = (1, 2, 3, 5, 7, 13, 31, 32, 33, 70, 130)
 SMALL = {"vocab_size": 97, "n_layers": 2, "d_model": 64, "n_heads": 4, "d_ff": 96, "max_context_tokens": 96}
 
+FORMS = ["fp32", "bf16", *CHOICES]
+
 
 def matrix_of(form: str) -> Matrix:
     torch.manual_seed(0)
@@ -55,7 +57,7 @@ def matrix_of(form: str) -> Matrix:
     return matrix  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", *CHOICES])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_kernel_multiplies_and_no_row_depends_on_the_others(form: str) -> None:
     matrix = matrix_of(form)
     assert form_of(matrix) == form
@@ -110,16 +112,19 @@ def planted_free(multiply: object, x_NI: Tensor) -> Tensor:
     return torch.cat([multiply(x) for x in torch.split(F.pad(x_NI, (0, 0, 0, 6)), 8)])[: len(x_NI)]  # type: ignore[operator]
 
 
-def test_a_result_in_16_bits_does_not_hide_how_it_was_added_up() -> None:
-    weight_OI = torch.randn(256, 1024).bfloat16()
-    seen = probe(rounded_by_rows(cancelling(weight_OI)), 1024, torch.bfloat16, 128)  # type: ignore[arg-type]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_result_in_16_bits_does_not_hide_how_it_was_added_up(form: str) -> None:
+    made = cancelling(matrix_of(form))
+    assert form_of(made) == form
+    weight_OI = made if isinstance(made, Tensor) else made.dequantize()
+    seen = probe(rounded_by_rows(weight_OI), weight_OI.shape[1], weight_OI.dtype, 128)  # type: ignore[arg-type]
     assert seen is not None
     assert not {1, 2, 3} & set(seen.good)
     assert {4, 8, 32, 128} <= set(seen.good)
 
 
 def rounded_by_rows(weight_OI: Tensor) -> object:
-    """A product in bf16 that adds up a row otherwise where there are fewer than four."""
+    """A product rounded to bf16 that adds up a row otherwise where there are fewer than four."""
 
     def multiply(x_NI: Tensor) -> Tensor:
         if len(x_NI) < 4:

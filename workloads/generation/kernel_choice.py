@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from escala.contract.errors import SpecError
-from workloads.generation.linear import KERNELS, Kernel, Matrix, form_of, on_cpu
-from workloads.generation.row_counts import ANY, LARGE, RowCounts, cancelling, probe
+from workloads.generation.linear import KERNELS, Kernel, Matrix, cancelling, form_of, on_cpu
+from workloads.generation.row_counts import ANY, LARGE, RowCounts, probe
 from workloads.model.kernels import fastest
 
 MEMORY_BYTES = 1 << 28  # of fp32 matrices: more than a cache holds, in 4 bits too
@@ -114,8 +114,7 @@ def counts_of(kernel: Kernel, matrix: Matrix, limits: EngineLimits) -> RowCounts
     key = (kernel.name, form_of(matrix), tuple(matrix.shape), limits.most, torch.get_num_threads())
     if key not in _PROBED:
         dtype = matrix.dtype if isinstance(matrix, Tensor) else torch.float32
-        tried = cancelling(matrix) if isinstance(matrix, Tensor) and dtype.itemsize < 4 else matrix
-        _PROBED[key] = probe(kernel.lay(tried).multiply, matrix.shape[1], dtype, limits.most)
+        _PROBED[key] = probe(kernel.lay(cancelling(matrix)).multiply, matrix.shape[1], dtype, limits.most)
     return _PROBED[key]
 
 

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workloads.generation.row_counts import cancelling_numbers
 from workloads.model.compression.low_rank import HalfWeight
-from workloads.model.compression.quantized import SIGNED_BITS, QuantizedWeight
+from workloads.model.compression.quantized import SIGNED_BITS, QuantizedWeight, pack_codes
 
 Matrix = Tensor | QuantizedWeight | HalfWeight
 """weight_OI, dense in the model's dtype or stored smaller."""
@@ -84,6 +85,23 @@ def on_cpu(matrix: Matrix) -> bool:
     if isinstance(matrix, Tensor):
         return matrix.device.type == "cpu"
     return next(iter(matrix.tensors().values())).device.type == "cpu"
+
+
+def cancelling(matrix: Matrix) -> Matrix:
+    """One of the same shape that is stored in the same way, of `cancelling_numbers`."""
+    outputs, inputs = matrix.shape
+    if not isinstance(matrix, QuantizedWeight):
+        numbers_OI = cancelling_numbers(outputs, inputs, 127)
+        like = matrix if isinstance(matrix, Tensor) else matrix.weight_OI
+        given_OI = numbers_OI.to(like.dtype)
+        return given_OI if isinstance(matrix, Tensor) else HalfWeight(given_OI)
+    middle, scale_OG = 1 << (matrix.bits - 1), torch.ones_like(matrix.scale_OG)
+    codes_OI = cancelling_numbers(outputs, inputs, middle - 1)
+    if matrix.offset_OG is None:
+        return replace(matrix, codes=codes_OI, scale_OG=scale_OG)
+    codes = pack_codes((codes_OI + middle).to(torch.uint8), matrix.bits)
+    offset_OG = torch.full_like(matrix.offset_OG, -middle)
+    return replace(matrix, codes=codes, scale_OG=scale_OG, offset_OG=offset_OG)
 
 
 def _plain(matrix: Matrix) -> Laid:

@@ -23,6 +23,7 @@ ODD = (33, 47, 100, 161, 255)  # tried so as to see that no number at all matter
 BLOCKS = (8, 4, 16, 32)  # rows at once that give the bits which all other numbers must give
 SEED = 5
 OUTPUTS = 256  # of a matrix that is made up, other than each other
+LEAST_BITS = 12.0  # the smallest of a row's numbers are so many bits below the largest
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,11 @@ def probe(multiply: Multiply, inputs: int, dtype: torch.dtype, most: int) -> Row
     The bits that count are those of blocks of BLOCKS rows, in which a row has the same bits at every place.
 
     Args:
-        multiply: by a matrix, or, where results are rounded to 16 bits, by `cancelling` of it.
+        multiply: by a matrix; by one of `cancelling_numbers`, also where results are rounded to 16 bits.
     """
     most = max(most, BLOCKS[0])
     tried = [n for n in sorted({*SMALL, *LARGE, *ODD}) if n <= most]
-    half_NH = _random(max(*tried, BLOCKS[0]), inputs // 2, SEED)
-    x_NI = _spread(half_NH, half_NH, inputs).to(dtype)
+    x_NI = _rows(max(*tried, BLOCKS[0]), inputs).to(dtype)
     with torch.inference_mode():
         block = next((b for b in BLOCKS if _is_steady(multiply, x_NI, b)), None)
         if block is None:
@@ -88,18 +88,22 @@ def probe(multiply: Multiply, inputs: int, dtype: torch.dtype, most: int) -> Row
     return RowCounts(allowed, len(good) == len(tried)) if allowed else None
 
 
-def cancelling(weight_OI: Tensor) -> Tensor:
-    """A matrix of the same shape and dtype whose products with `probe`'s rows are 0 but for what adding up has rounded.
-    Rounded to 16 bits, a sum of any other numbers would hide in what order it was added up.
+def cancelling_numbers(outputs: int, inputs: int, most: int) -> Tensor:
+    """(O, I) whole numbers from -most to most, int8: products with `probe`'s rows are 0 but for what adding up has
+    rounded. Rounded to 16 bits, a sum of any other numbers would hide in what order it was added up.
     """
-    outputs, inputs = weight_OI.shape
-    half_OH = _random(min(outputs, OUTPUTS), inputs // 2, SEED + 1)
-    some_OI = _spread(half_OH, -half_OH, inputs).to(weight_OI.dtype)
-    return some_OI.repeat(-(-outputs // len(some_OI)), 1)[:outputs].contiguous()
+    generator = torch.Generator().manual_seed(SEED + 1)
+    size = (min(outputs, OUTPUTS), inputs // 2)
+    half_OH = torch.randint(-most, most + 1, size, generator=generator, dtype=torch.int8)
+    return _spread(half_OH, -half_OH, inputs).repeat(-(-outputs // size[0]), 1)[:outputs].contiguous()
 
 
-def _random(rows: int, width: int, seed: int) -> Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+def _rows(rows: int, inputs: int) -> Tensor:
+    """Random numbers in equal pairs, from large to small: where a small one is added, a sum is rounded."""
+    generator = torch.Generator().manual_seed(SEED)
+    half_NH = torch.randn(rows, inputs // 2, generator=generator)
+    half_NH *= torch.exp2(-LEAST_BITS * torch.rand(half_NH.shape, generator=generator))
+    return _spread(half_NH, half_NH, inputs)
 
 
 def _spread(first_NH: Tensor, second_NH: Tensor, inputs: int) -> Tensor:

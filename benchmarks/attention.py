@@ -11,7 +11,6 @@ ever slows a call down. One line a figure; exit code 1 where a floor is missed.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import math
 import os
@@ -28,6 +27,7 @@ from escala.schema import AttentionBenchConfig
 from workloads.bench_attention import DECODE_LAYERS, decoder
 from workloads.model.attention import make_attention
 from workloads.training.driver import allocator
+from workloads.training.meter import give_back_memory
 
 LONG, CONTEXTS = 32_768, (8_192, 16_384, 32_768, 65_536)
 SPEED_FLOORS = {"window": 12.0, "hybrid": 6.0}  # times SDPA's
@@ -126,7 +126,7 @@ def lap(work: Callable[[], object]) -> float:
 
 def reset_peak() -> int:
     """Let Linux count the peak from here; resident bytes now (man 5 proc, clear_refs). What glibc keeps goes first."""
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 

@@ -38,11 +38,10 @@ CHOICES = {
     "int3g32": MatrixChoice(bits=3, group=32, method="round"),
     "half": MatrixChoice(bits=16),
 }
+FORMS = ["fp32", "bf16", *CHOICES]
 LIMITS = EngineLimits(rows=32, tile_rows=128)
 SIZES = (1, 2, 3, 5, 7, 13, 31, 32, 33, 70, 130)
 SMALL = {"vocab_size": 97, "n_layers": 2, "d_model": 64, "n_heads": 4, "d_ff": 96, "max_context_tokens": 96}
-
-FORMS = ["fp32", "bf16", *CHOICES]
 
 
 def matrix_of(form: str) -> Matrix:

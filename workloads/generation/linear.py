@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -92,16 +92,16 @@ def cancelling(matrix: Matrix) -> Matrix:
     outputs, inputs = matrix.shape
     if not isinstance(matrix, QuantizedWeight):
         numbers_OI = cancelling_numbers(outputs, inputs, 127)
-        like = matrix if isinstance(matrix, Tensor) else matrix.weight_OI
-        given_OI = numbers_OI.to(like.dtype)
-        return given_OI if isinstance(matrix, Tensor) else HalfWeight(given_OI)
+        if isinstance(matrix, Tensor):
+            return numbers_OI.to(matrix.dtype)
+        return HalfWeight(numbers_OI.to(matrix.weight_OI.dtype))
     middle, scale_OG = 1 << (matrix.bits - 1), torch.ones_like(matrix.scale_OG)
     codes_OI = cancelling_numbers(outputs, inputs, middle - 1)
     if matrix.offset_OG is None:
-        return replace(matrix, codes=codes_OI, scale_OG=scale_OG)
+        return matrix.with_tensors({"codes": codes_OI, "scale": scale_OG})
     codes = pack_codes((codes_OI + middle).to(torch.uint8), matrix.bits)
     offset_OG = torch.full_like(matrix.offset_OG, -middle)
-    return replace(matrix, codes=codes, scale_OG=scale_OG, offset_OG=offset_OG)
+    return matrix.with_tensors({"codes": codes, "scale": scale_OG, "offset": offset_OG})
 
 
 def _plain(matrix: Matrix) -> Laid:

@@ -8,7 +8,6 @@ Made ready once, by the driver:
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from workloads.model.lora import add_lora
 from workloads.model.start import load_tokenizer, new_model, tokenizer_path
 from workloads.model.transformer import Transformer
 from workloads.training.entry import Prepared, WorkerInputs
+from workloads.training.meter import give_back_memory
 from workloads.training.task import StepSize
 
 X = TypeVar("X", bound=Prompted)
@@ -191,15 +191,8 @@ def build_model(config: FineTuneConfig) -> Transformer:
     if config.lora is not None:
         add_lora(model, config.lora)
         if config.lora.base != "fp32":
-            _give_back_memory()
+            give_back_memory()  # what quantising has freed
     return model
-
-
-def _give_back_memory() -> None:
-    """What quantising has freed goes back to the system: glibc keeps it in a process that trains (driver.allocator)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc has it
-        trim(0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ memory.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +102,13 @@ def _measure_peak(dtype: torch.dtype, device: torch.device, threads: int, precis
     while time.perf_counter() < until:
         best = max(best, _best_speed(a, a, repeats=3, in_a_row=in_a_row))
     return best
+
+
+def give_back_memory() -> None:
+    """What has been freed goes back to the system: glibc keeps it in a process that trains (`driver.allocator`)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc has it
+        trim(0)
 
 
 def reset_peak_memory(device: torch.device) -> None:

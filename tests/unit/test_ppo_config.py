@@ -40,6 +40,12 @@ def test_the_batch_and_the_critic_follow() -> None:
     assert PpoConfig(**plain.model_dump(mode="json")) == plain  # an attempt reads what was resolved
 
 
+def test_workers_share_the_prompts() -> None:
+    assert config().with_workers(4).micro_batch_sequences == 4
+    with pytest.raises(ValueError, match="prompts 8 is not a multiple of 16 workers"):
+        config().with_workers(16)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

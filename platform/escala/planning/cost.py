@@ -34,6 +34,7 @@ LONG_CONTEXTS = (32_768, 131_072, 1_048_576)  # tokens: those whose memory a cos
 WHOLE_BYTES = (
     2 * FP32 + 1
 )  # a weight of a matrix in codes that is made whole: its code, times the scale, plus the offset
+LINK_UNKNOWN = "the device's link is not known: it was measured alone"
 BUCKET_PASSES = 6  # reads and writes of a gradient on its way into a bucket, flat, scaled
 
 
@@ -339,10 +340,15 @@ def _sending_seconds(moved: Communication, device: Device) -> float:
         return 0.0
     if bandwidth is None or latency is None:
         raise SpecError(
-            "the device's link is not known: it was measured alone",
+            LINK_UNKNOWN,
             "escala bench device --workers N, or write link_bytes_per_second and link_seconds into the file",
         )
     return moved.sent_bytes / bandwidth.value + moved.messages * latency.value
+
+
+def has_link(device: Device) -> bool:
+    """Whether the file says how fast devices send: several workers need that."""
+    return device.link_bytes_per_second is not None and device.link_seconds is not None
 
 
 def energy_joules(

@@ -37,13 +37,17 @@ class FineTuneConfig(TrainedConfig):
             raise ValueError(
                 f"lora.targets {sorted(experts)}: experts have no deltas; name attention's matrices"
             )
+        return self
+
+    def check_workers(self) -> None:
+        """Raise ValueError where the workers cannot share the batch, or the experts."""
+        super().check_workers()
         shared = self.model.moe is not None and self.model.moe.expert_parallel and self.resources.workers > 1
         if shared and self.lora is not None and self.lora.base != "fp32":
             raise ValueError(
                 f"lora.base {self.lora.base}: experts in codes are not shared by workers; set lora.base to fp32, or "
                 "train with one worker"
             )
-        return self
 
     @property
     def starts_from(self) -> StartConfig | None:

@@ -247,10 +247,17 @@ class PpoConfig(FineTuneConfig):
             raise ValueError(reason)
         return self
 
+    def check_workers(self) -> None:
+        """Raise ValueError where the workers cannot share the batch."""
+        super().check_workers()
+        prompts, workers = self.batch.prompts, self.resources.workers
+        if prompts % workers:
+            raise ValueError(f"batch.prompts {prompts} is not a multiple of {workers} workers")
+
     def _contradictions(self) -> list[str]:
         """What makes no sense together, and why."""
         training, batch, kind = self.training, self.batch, self.advantage.kind
-        workers, rows = self.resources.workers, self.training.batch_sequences
+        rows = self.training.batch_sequences
         columns = [reward.column for reward in self.rewards if not reward.is_served]
         free, most = self.shaping.length_free_tokens, self.sampling.max_response_tokens
         refused = {
@@ -263,8 +270,6 @@ class PpoConfig(FineTuneConfig):
             "training.evaluate_every_steps has no use: each iteration's rewards are its evaluation": (
                 training.evaluate_every_steps is not None
             ),
-            f"batch.prompts {batch.prompts} is not a multiple of {workers} workers": batch.prompts % workers
-            > 0,
             f"batch.minibatches {batch.minibatches} are more than the {rows} responses": batch.minibatches
             > rows,
             f"{kind} compares a prompt's responses: set batch.responses_per_prompt to 2 or more": (

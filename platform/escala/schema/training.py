@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -182,17 +182,28 @@ class TrainedConfig(Strict):
                 f"training.context_tokens {self.context_tokens} is longer than "
                 f"model.max_context_tokens {self.model.max_context_tokens}"
             )
+        self.check_workers()
+        if self.model.moe is None and self.training.expert_kernel is not None:
+            raise ValueError("training.expert_kernel has no use: the model is no mixture of experts")
+        return self
+
+    def check_workers(self) -> None:
+        """Raise ValueError where the workers cannot share the batch, or the experts."""
         ranks = self.resources.workers
         if self.training.batch_sequences % (ranks * self.micro_batch_sequences):
             raise ValueError(
                 f"training.batch_sequences {self.training.batch_sequences} is not a multiple of "
                 f"workers {ranks} x micro_batch_sequences {self.micro_batch_sequences}"
             )
-        if self.model.moe is None and self.training.expert_kernel is not None:
-            raise ValueError("training.expert_kernel has no use: the model is no mixture of experts")
         if self.model.moe is not None:
             self.model.moe.check_workers(ranks, self.training.zero_stage)
-        return self
+
+    def with_workers(self, workers: int) -> Self:
+        """The same run on so many workers. Raises ValueError as `check_workers`."""
+        resources = self.resources.model_copy(update={"workers": workers})
+        changed = self.model_copy(update={"resources": resources})
+        changed.check_workers()
+        return changed
 
     @property
     def starts_from(self) -> StartConfig | None:

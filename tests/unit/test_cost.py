@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ ENERGY = {
     name: {"value": 1.0, "source": "a test"}
     for name in ("static_watts", "joules_per_flop", "joules_per_byte")
 }
+
+
+GPUS = (
+    "--set",
+    "training.precision=bf16",
+    "--set",
+    "resources.workers=8",
+    "--set",
+    "resources.gpus_per_worker=1",
+)
 
 
 def cluster(devices: int = 2, **keys: Any) -> Cluster:
@@ -341,6 +352,24 @@ def test_cost_from_the_command_line() -> None:
     assert "attention       hybrid, chi 1." in hybrid
     assert "MB a sequence in generation, however long it is" in hybrid
     assert "1,048,576" in hybrid
+    plain, table = (
+        ("--compute-flops", "1e19", "--cluster", "h100-8", *GPUS),
+        ("--workers", "--max-workers", "1024"),
+    )
+    shown = ask(*plain)
+    assert shown.splitlines()[-1] == (
+        "workers         P* = 8: P T^2 is 97.4% higher with fewer; more than 8 were not looked at; "
+        "does not fit below P = 4"
+    )
+    shown = ask(*plain, *table)
+    assert "P* = 136: P T^2 is 36.1% higher with fewer, 100.3% higher with more; does not fit" in shown
+    assert re.search(r"^1 .* DOES NOT FIT *$", shown, re.M)
+    assert re.search(r"^8 .* 26.684 .* as configured *", shown, re.M)
+    assert re.search(r"^136 .* 9.1% .* P\*, least time *$", shown, re.M)
+    assert "beyond the cluster's 8 devices" in shown
+    curve = json.loads(ask(*plain, *table, "--json"))["workers"]
+    assert (curve["best_workers"], curve["own_workers"], curve["max_workers"]) == (136, 8, 1024)
+    assert [row["workers"] for row in curve["rows"]][-2:] == [272, 544]
     answer = json.loads(ask("--cluster", "h100-8", "--compute-flops", "1e18", "--json"))
     assert answer["compute_flops"] == pytest.approx(1e18, rel=0.01)
     assert answer["cost_usd"] == pytest.approx(2.5 * answer["wall_seconds"] / 3600)

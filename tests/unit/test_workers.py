@@ -83,10 +83,10 @@ def test_memory_says_from_which_number_on_it_fits() -> None:
     assert [row.workers for row in found.rows if not row.fits] == [1, 2]
     assert found.rows[0].speed_up is found.rows[1].gain is None
     assert (found.rows[2].speed_up, found.rows[2].gain) == (1, None)
-    assert found.choice is not None
-    assert found.choice.workers >= 4
+    assert found.best is not None
+    assert found.best.workers >= 4
     tiny = {"memory_bytes": {"value": 1.0, "source": "a test"}}
-    assert workers_curve(asked, cluster(64, device=tiny)).choice is None
+    assert workers_curve(asked, cluster(64, device=tiny)).best is None
 
 
 def test_a_device_measured_alone_has_one_worker_and_beyond_the_cluster_the_link_is_extrapolated() -> None:

@@ -36,6 +36,13 @@ ContextTokens = Annotated[
 ]
 MaxContextTokens = Annotated[float | None, typer.Option(help="Bound on T, for form ndt.")]
 Experts = Annotated[float, typer.Option("--n-total-over-active", help="Bound for a law of form moe.")]
+Workers = Annotated[bool, typer.Option("--workers", help="Also a table: what each number of workers takes.")]
+MaxWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Look at so many; beyond the cluster's devices by its link. [default: its devices]"
+    ),
+]
 Submit = Annotated[bool, typer.Option("--submit", help="Queue the run, configured like the law's runs.")]
 PoolFile = Annotated[
     Path | None,
@@ -72,10 +79,15 @@ def cost(
         float | None, typer.Option(help="The one dial: model, tokens, batch, learning rate by recipe.")
     ] = None,
     cluster: ClusterName = None,
+    workers: Workers = False,
+    max_workers: MaxWorkers = None,
     json: Json = False,
 ) -> None:
-    """Say what a pretraining run would cost on a cluster: memory, communication, time, energy, money."""
-    render_plans.cost(open_home().cost(files or (), overrides or (), compute_flops, cluster), json)
+    """Say what a pretraining run would cost on a cluster: memory, communication, time, energy, money; how many workers
+    pay.
+    """
+    found = open_home().cost(files or (), overrides or (), compute_flops, cluster, max_workers)
+    render_plans.cost(found, json, workers)
 
 
 def device(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from escala.cli import render_workers
 from escala.cli.render import as_json, duration, note, number, pairs, raw, table
 from escala.cli.render_laws import caveats, interval
 from escala.contract.errors import SpecError
@@ -41,8 +42,8 @@ def resolved(answer: ResolvedSpecView, json: bool) -> None:
     cost(answer.cost, json)
 
 
-def cost(found: CostView, json: bool) -> None:
-    """A run's cost on a cluster."""
+def cost(found: CostView, json: bool, workers: bool = False) -> None:
+    """A run's cost on a cluster; `workers`: with the table over their number."""
     if json:
         as_json(found)
         return
@@ -87,6 +88,10 @@ def cost(found: CostView, json: bool) -> None:
         for c in found.contexts
     ]
     table(columns, rows)
+    raw("")
+    render_workers.line(found.workers)
+    if workers:
+        render_workers.curve(found.workers)
 
 
 def precision(text: str) -> Precision:

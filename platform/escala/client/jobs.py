@@ -29,11 +29,13 @@ class JobMethods(Home):
         law: str | None = None,
         code: str | Path | None = None,
         cluster: str | Path | None = None,
+        max_workers: int | None = None,
     ) -> ResolvedSpecView:
         """The spec in full and what it costs on a cluster; starts nothing. Args and errors as `submit` and `cost`."""
         from escala.hardware import load_cluster
         from escala.planning import submission
         from escala.planning.cost import cost
+        from escala.planning.workers import workers_curve
         from escala.views.costs import CostView, ResolvedSpecView
 
         asked = submission.JobRequest(
@@ -41,7 +43,8 @@ class JobMethods(Home):
         )
         answer = submission.resolve(self.settings, asked)
         loaded = load_cluster(cluster or self.settings.cluster)
-        price = CostView.of_cost(cost(answer.spec.trained, loaded), loaded)
+        config = answer.spec.trained
+        price = CostView.of_cost(cost(config, loaded), loaded, workers_curve(config, loaded, max_workers))
         return ResolvedSpecView.of_resolved(answer, price)
 
     def cost(
@@ -50,12 +53,21 @@ class JobMethods(Home):
         overrides: Iterable[str] = (),
         compute_flops: float | None = None,
         cluster: str | Path | None = None,
+        max_workers: int | None = None,
     ) -> CostView:
-        """What a pretraining run costs on a cluster: a name in clusters/, or a file; None: ESCALA_CLUSTER.
+        """What a pretraining run costs on a cluster: a name in clusters/, or a file; None: ESCALA_CLUSTER. And how many
+        workers pay, of up to `max_workers`; None: of the cluster's devices.
 
         Raises NotFoundError, SpecError.
         """
-        return self.resolve("pretrain", files, overrides, compute_flops=compute_flops, cluster=cluster).cost
+        return self.resolve(
+            "pretrain",
+            files,
+            overrides,
+            compute_flops=compute_flops,
+            cluster=cluster,
+            max_workers=max_workers,
+        ).cost
 
     def submit(
         self,

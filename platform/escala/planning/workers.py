@@ -56,9 +56,9 @@ class WorkersCurve:
     """What a run takes by the number of its workers, and the number that pays. None: no number fits."""
 
     rows: tuple[WorkersRow, ...]  # P rising, all that share batch and experts, up to max_workers
-    choice: BestWorkers | None
+    best: BestWorkers | None
     precision: Precision
-    own_workers: int  # of the spec
+    own_workers: int  # as configured
     max_workers: int  # as many were looked at
     next_workers: int | None  # the least P beyond that shares the batch; None: there is none
     notes: tuple[str, ...]
@@ -102,7 +102,7 @@ def workers_curve(config: TrainedConfig, cluster: Cluster, max_workers: int | No
     beyond = [each.resources.workers for each in sharing if each.resources.workers > most]
     return WorkersCurve(
         rows=tuple(_compared(rows)),
-        choice=choose(fitting) if fitting else None,
+        best=choose(fitting) if fitting else None,
         precision=config.training.precision,
         own_workers=config.resources.workers,
         max_workers=most,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from escala.schema.hardware import Cluster
 from escala.views.base import View
+from escala.views.workers import WorkersView
 
 if TYPE_CHECKING:
     from escala.planning.cost import Cost
+    from escala.planning.workers import WorkersCurve
     from escala.spec import Resolved
 
 
@@ -73,13 +75,15 @@ class CostView(View):
     fits: bool  # in the device's memory
     notes: tuple[str, ...]
     cluster: Cluster
+    workers: WorkersView  # the same run on other numbers of workers, and the number that pays
 
     @classmethod
-    def of_cost(cls, found: Cost, cluster: Cluster) -> CostView:
-        """Of a cost and the cluster that it is for."""
+    def of_cost(cls, found: Cost, cluster: Cluster, curve: WorkersCurve) -> CostView:
+        """Of a cost, the cluster that it is for, and the curve over the number of workers."""
         renamed = {"memory": "memory_bytes", "usd": "cost_usd", "gco2e": "carbon_gco2e"}
         fields = {renamed.get(name, name): value for name, value in asdict(found).items()}
-        return cls(**fields, step_seconds=found.step_seconds, cluster=cluster)
+        workers = WorkersView.of_curve(curve)
+        return cls(**fields, step_seconds=found.step_seconds, cluster=cluster, workers=workers)
 
 
 class ResolvedSpecView(View):

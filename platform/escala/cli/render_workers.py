@@ -1,0 +1,116 @@
+"""How many workers pay, as a line and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from escala.cli.render import duration, number, raw, table
+
+if TYPE_CHECKING:
+    from escala.views.workers import WorkersRowView, WorkersView
+
+GB, KWH = 1e9, 3.6e6
+
+
+def line(found: WorkersView, of_run: bool = False) -> None:
+    """P* and how clear it is; `of_run`: with what the run takes there."""
+    row = found.row(found.best_workers)
+    if row is None:
+        most = found.rows[-1].workers if found.rows else 0
+        raw(f"workers         none: it fits in a device's memory on no number up to {most}")
+        return
+    spent = f", {', '.join(_spent(row))}, in {found.precision}" if of_run else ""
+    raw(f"workers         P* = {row.workers}{spent}: {'; '.join(_reasons(found))}")
+
+
+def _spent(row: WorkersRowView) -> Iterator[str]:
+    yield f"{number(row.wall_seconds / 3600)} hours"
+    if row.energy_joules is not None:
+        yield f"{number(row.energy_joules / KWH)} kWh"
+
+
+def _reasons(found: WorkersView) -> Iterator[str]:
+    """Why P* is what it is."""
+    margins = {"fewer": found.margin_fewer, "more": found.margin_more}
+    known = [f"{margin:.1%} higher with {side}" for side, margin in margins.items() if margin is not None]
+    yield f"P T^2 is {', '.join(known)}" if known else "the only one"
+    if found.margin_more is None and found.next_workers is None:
+        yield "no more share the batch"
+    elif found.margin_more is None:
+        yield f"more than {found.max_workers} were not looked at"
+    if found.time_over_fastest is not None and found.time_over_fastest > 1:
+        yield f"{number(found.time_over_fastest)} times the least time, at {found.fastest_workers}"
+    fewest = next(row.workers for row in found.rows if row.fits)
+    if fewest > found.rows[0].workers:
+        yield f"does not fit below P = {fewest}"
+    if found.own_workers != found.best_workers:
+        yield f"the spec has {found.own_workers}"
+
+
+def curve(found: WorkersView) -> None:
+    """A row a number of workers; seconds are of a step, all else the run's."""
+    columns = ("P", "s a step", "compute", "exposed", "share", "speed-up", "-dlnT/dlnP", "GB", "time", "kWh")
+    rows = [
+        (
+            number(row.workers),
+            *(number(x) for x in (row.step_seconds, row.compute_seconds, row.exposed_seconds)),
+            f"{row.exposed_share:.1%}",
+            *("" if x is None else f"{x:z.2f}" for x in (row.speed_up, row.gain)),
+            number(row.memory_bytes / GB),
+            duration(row.wall_seconds),
+            _kwh(row.energy_joules),
+            number(row.cost_usd),
+            ", ".join(_marks(found, row)),
+        )
+        for row in found.rows
+    ]
+    raw(f"\nby the number of workers P, in {found.precision}, at the same batch")
+    table((*columns, "USD", ""), rows)
+    _notes([found])
+
+
+def by_precision(curves: Sequence[WorkersView]) -> None:
+    """A row a number of workers, hours, energy with its interval, and money in each precision."""
+    raw("\nby the number of workers P and the precision; the interval, of 90 %, is that of the tokens")
+    columns = [
+        f"{name}, {each.precision}" for each in curves for name in ("hours", "kWh", "from", "to", "USD")
+    ]
+    numbers = sorted({row.workers for each in curves for row in each.rows})
+    rows = [
+        (number(p), *(cell for each in curves for cell in _cells(each, p)), _best(curves, p)) for p in numbers
+    ]
+    table(("P", *columns, ""), rows)
+    _notes(curves)
+
+
+def _cells(found: WorkersView, workers: int) -> tuple[str, ...]:
+    row = found.row(workers)
+    if row is None or not row.fits:
+        return ("-" if row is None else "does not fit", "", "", "", "")
+    joules = (row.energy_joules, row.energy_low_joules, row.energy_high_joules)
+    return (number(row.wall_seconds / 3600), *(_kwh(each) for each in joules), number(row.cost_usd))
+
+
+def _best(curves: Sequence[WorkersView], workers: int) -> str:
+    return ", ".join(f"P* in {each.precision}" for each in curves if each.best_workers == workers)
+
+
+def _kwh(joules: float | None) -> str:
+    return number(None if joules is None else joules / KWH)
+
+
+def _marks(found: WorkersView, row: WorkersRowView) -> Iterator[str]:
+    if row.workers == found.best_workers:
+        yield "P*"
+    if row.workers == found.fastest_workers:
+        yield "least time"
+    if row.workers == found.own_workers:
+        yield "as configured"
+    if not row.fits:
+        yield "DOES NOT FIT"
+
+
+def _notes(curves: Sequence[WorkersView]) -> None:
+    for text in dict.fromkeys(text for each in curves for text in each.notes):
+        raw(f"note            {text}")

@@ -48,6 +48,7 @@ ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and error
     "escala.planning.limits.Limits",
     "escala.planning.plans.PlanOptions",
     "escala.planning.plans.plan_kinds",
+    "escala.planning.plan_workers.plan_workers",
     "escala.planning.plans.propose_runs",
     "escala.planning.explore.explore",
     "escala.planning.submission.JobRequest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,55 @@ def test_a_target_loss_has_its_compute_and_its_energy(home: Path) -> None:
     assert answer["energy_low_joules"] < answer["energy_joules"] < answer["energy_high_joules"]
     with pytest.raises(LawError, match="asks for the budget"):
         ask("laws", "plan", "tiny", "--target-loss", "2", "--usd", "1")
+
+
+def test_a_plan_says_how_many_workers_pay(home: Path) -> None:
+    asked = ("laws", "plan", "tiny", "--compute-flops", "1e16")
+    assert json.loads(ask(*asked, "--json"))["workers"] is None
+    assert "\nworkers " not in ask(*asked)
+    assert "unknown: no cluster" in ask(*asked, "--workers")
+    asked += ("--cluster", "h100-8")
+    shown = ask(*asked)
+    assert re.search(
+        r"^workers         P\* = \d+, \S+ hours, \S+ kWh, \S+ USD, in bf16: P T\^2 is ", shown, re.M
+    )
+    assert "by the number of workers" not in shown
+    table = ask(*asked, "--workers", "--max-workers", "64")
+    assert "-dlnT/dlnP" in table
+    assert "the run is configured like the law's runs" in table
+    answer = json.loads(ask(*asked, "--max-workers", "64", "--json"))
+    bf16, fp32 = answer["workers"]
+    assert (bf16["precision"], fp32["precision"], bf16["max_workers"]) == ("bf16", "fp32", 64)
+    one, plan_hours = bf16["rows"][0], 8 * answer["wall_seconds"]
+    assert (
+        plan_hours < one["wall_seconds"] < 1.5 * plan_hours
+    )  # update, whole steps, the shape that was found
+    table = json.loads(ask("laws", "plan", "table@1", *asked[3:], "--json"))
+    assert "the law has no configuration" in table["workers"][0]["notes"][0]
+
+
+def test_joules_to_a_loss_by_workers_and_precision(home: Path) -> None:
+    asked = ("laws", "plan", "tiny", "--target-loss", "1.4", "--cluster", "h100-8", "--workers")
+    shown = ask(*asked)
+    assert "kWh, bf16" in shown
+    assert "kWh, fp32" in shown
+    answer = json.loads(ask(*asked, "--json"))
+    for curve in answer["workers"]:
+        for row in curve["rows"]:
+            low = answer["tokens_low"] / answer["tokens"]
+            assert row["energy_low_joules"] == pytest.approx(row["energy_joules"] * low)
+            assert row["energy_low_joules"] < row["energy_joules"] < row["energy_high_joules"]
+    bf16, fp32 = (curve["rows"][0]["energy_joules"] for curve in answer["workers"])
+    assert bf16 < fp32  # the same FLOPs, at a fifteenth of the speed: static power
+    assert bf16 == pytest.approx(answer["energy_joules"], rel=0.5)
+
+
+def test_a_plan_s_run_that_fits_nowhere_is_made_to(home: Path) -> None:
+    asked = ("laws", "plan", "tiny", "--compute-flops", "1e17", "--cluster", "h100-8", "--max-memory-gb", "2")
+    curve = json.loads(ask(*asked, "--json"))["workers"][0]
+    assert any("does not fit as configured" in note for note in curve["notes"])
+    assert all(row["memory_bytes"] <= 2e9 for row in curve["rows"] if row["fits"])
+    assert any(row["activation_checkpointing"] and row["fits"] for row in curve["rows"])
 
 
 def test_the_front_is_a_table_and_a_plot(home: Path) -> None:

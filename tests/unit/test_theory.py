@@ -34,6 +34,7 @@ from escala.planning.plan import Plan
 from escala.planning.plans import cluster_speed
 from escala.planning.propose import WINSOR_VARIANCE, information, noise_variance, observe
 from escala.planning.split import effective_tokens
+from escala.planning.workers import workers_curve
 from escala.schema import ModelConfig, PretrainConfig, RecallCorpus
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.schema.moe import Annealing
@@ -337,6 +338,42 @@ def test_memory_and_traffic() -> None:
         sent.append(communication(config).sent_bytes / n)
     says("laws.md", f"{states[0]:g} bytes at stage 0, and on 8 ranks {_listed(states[1:])}.")
     says("laws.md", f"m = 4 in bf16 that is {_listed(sent)} bytes per parameter")
+
+
+def test_workers() -> None:
+    """The closed form is test_workers.py's."""
+    model = {**GPT2, "vocab_size": 50_304, "max_context_tokens": 1024}
+    training = {"zero_stage": 1, "precision": "bf16", "batch_sequences": 512, "context_tokens": 1024}
+    shown, hidden = (
+        workers_curve(
+            PretrainConfig.model_validate(
+                {
+                    "model": model,
+                    "data": {"tokenizer": {"vocab_size": 4096}},
+                    "training": training,
+                    "resources": {"gpus_per_worker": gpus},
+                }
+            ),
+            load_cluster("h100-8"),
+            1024,
+        )
+        for gpus in (0, 1)
+    )
+    for row in shown.rows[-4:]:
+        times = (row.compute_seconds, row.exposed_seconds, row.step_seconds)
+        cells = [str(row.workers), *(f"{1e3 * seconds:.2f}" for seconds in times)]
+        says("laws.md", f"| {' | '.join(cells)} | {row.workers * times[2] ** 2:.5f} | {row.gain:.2f} |")
+    best, fewest = shown.best, next(row.workers for row in shown.rows if row.fits)
+    assert best is not None
+    assert hidden.best is not None
+    says(
+        "laws.md",
+        f"P* = {best.workers}, by a margin of {best.margin_more:.1%} over 512".replace("%", " %"),
+        f"and {best.margin_fewer:.1%} over 128".replace("%", " %"),
+        f"T is {best.over_fastest:.2f} times that of {best.fastest}. It does not fit below P = {fewest}",
+    )
+    step = {row.workers: row.step_seconds for row in hidden.rows}[hidden.best.workers]
+    says("laws.md", f"hidden P* is {hidden.best.workers} as well, and T {1e3 * step:.2f} ms")
 
 
 def _listed(values: list[float]) -> str:

@@ -171,6 +171,8 @@ def plan(
             "KIND, or KIND,window_tokens=512,features.count=128."
         ),
     ] = None,
+    workers: Workers = False,
+    max_workers: MaxWorkers = None,
     seal: Annotated[
         bool, typer.Option("--seal", help="Seal what the law says of the planned run. [always with --submit]")
     ] = False,
@@ -192,7 +194,9 @@ def plan(
         if attention:
             raise LawError("--attention compares plans of one budget.", "Give a budget, not --target-loss.")
         target = escala.plan_target(law, target_loss, options)
-        render_plans.target(target, json)
+        if target.wall_seconds is not None:  # there is a cluster
+            target = escala.plan_workers(target, options, max_workers)
+        render_plans.target(target, json, workers)
         best: PlanView = target
     else:
         limits = Limits(
@@ -214,7 +218,9 @@ def plan(
         if attention:
             kinds = escala.plan_kinds(law, limits, attention, options)
             best = best.model_copy(update={"kinds": tuple(kinds)})
-        render_plans.plan(best, json)
+        if best.wall_seconds is not None:  # there is a cluster
+            best = escala.plan_workers(best, options, max_workers)
+        render_plans.plan(best, json, workers)
     if seal and not submit:
         with progress.reporting("sealing", json) as report:
             made = escala.seal_plan(*_run(best.law, best), report=report, context_tokens=best.context_tokens)

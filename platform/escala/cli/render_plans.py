@@ -101,8 +101,8 @@ def precision(text: str) -> Precision:
     return "fp32" if text == "fp32" else "bf16"
 
 
-def plan(best: PlanView, json: bool) -> None:
-    """The best split of a budget."""
+def plan(best: PlanView, json: bool, workers: bool = False) -> None:
+    """The best split of a budget; `workers`: with the table over their number."""
     if json:
         as_json(best)
         return
@@ -120,6 +120,7 @@ def plan(best: PlanView, json: bool) -> None:
     ]
     if known:
         raw(f"spends          {', '.join(known)}")
+    render_workers.planned(best, workers)
     raw(f"binding         {', '.join(best.binding)}")
     if best.residuals:
         raw(f"residuals       {_residuals(best)}")
@@ -128,10 +129,12 @@ def plan(best: PlanView, json: bool) -> None:
         _front(best.front, best.front_plot)
     if best.kinds is not None:
         _kinds(best, best.kinds)
+    if workers and best.workers:
+        render_workers.curve(best.workers[0])
 
 
-def target(found: TargetView, json: bool) -> None:
-    """The least compute that reaches a loss."""
+def target(found: TargetView, json: bool, workers: bool = False) -> None:
+    """The least compute that reaches a loss; `workers`: with the table over their number and the precision."""
     if json:
         as_json(found)
         return
@@ -141,9 +144,12 @@ def target(found: TargetView, json: bool) -> None:
     if found.energy_joules is not None:
         ends = interval(found.energy_low_joules, found.energy_high_joules, "90 % interval of the tokens")
         raw(f"energy          {number(found.energy_joules)} J  ({ends})")
+    render_workers.planned(found, workers)
     if found.reached is not None and found.reached < 1:
         raw(f"note            {1 - found.reached:.0%} of the law's replicates never reach this loss")
     _caveats(found)
+    if workers and found.workers:
+        render_workers.by_precision(found.workers)
 
 
 def _split(best: PlanView) -> None:

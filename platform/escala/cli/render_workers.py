@@ -8,32 +8,43 @@ from typing import TYPE_CHECKING
 from escala.cli.render import duration, number, raw, table
 
 if TYPE_CHECKING:
+    from escala.views.plans import PlanView
     from escala.views.workers import WorkersRowView, WorkersView
 
 GB, KWH = 1e9, 3.6e6
 
 
-def line(found: WorkersView, of_run: bool = False) -> None:
-    """P* and how clear it is; `of_run`: with what the run takes there."""
+def planned(best: PlanView, asked: bool) -> None:
+    """P* of a plan's run, where it is known; `asked`: else why it is not."""
+    if best.workers:
+        line(best.workers[0], planned=True)
+    elif asked:
+        raw(f"workers         unknown: {best.workers_unknown or 'no cluster; name one with --cluster'}")
+
+
+def line(found: WorkersView, planned: bool = False) -> None:
+    """P* and how clear it is; of a planned run with what it takes there."""
     row = found.row(found.best_workers)
     if row is None:
         most = found.rows[-1].workers if found.rows else 0
         raw(f"workers         none: it fits in a device's memory on no number up to {most}")
         return
-    spent = f", {', '.join(_spent(row))}, in {found.precision}" if of_run else ""
-    raw(f"workers         P* = {row.workers}{spent}: {'; '.join(_reasons(found))}")
+    spent = f", {', '.join(_spent(row))}, in {found.precision}" if planned else ""
+    raw(f"workers         P* = {row.workers}{spent}: {'; '.join(_reasons(found, planned))}")
 
 
 def _spent(row: WorkersRowView) -> Iterator[str]:
     yield f"{number(row.wall_seconds / 3600)} hours"
     if row.energy_joules is not None:
         yield f"{number(row.energy_joules / KWH)} kWh"
+    if row.cost_usd is not None:
+        yield f"{number(row.cost_usd)} USD"
 
 
-def _reasons(found: WorkersView) -> Iterator[str]:
+def _reasons(found: WorkersView, planned: bool) -> Iterator[str]:
     """Why P* is what it is."""
     margins = {"fewer": found.margin_fewer, "more": found.margin_more}
-    known = [f"{margin:.1%} higher with {side}" for side, margin in margins.items() if margin is not None]
+    known = [f"{_higher(margin)} with {side}" for side, margin in margins.items() if margin is not None]
     yield f"P T^2 is {', '.join(known)}" if known else "the only one"
     if found.margin_more is None and found.next_workers is None:
         yield "no more share the batch"
@@ -44,19 +55,36 @@ def _reasons(found: WorkersView) -> Iterator[str]:
     fewest = next(row.workers for row in found.rows if row.fits)
     if fewest > found.rows[0].workers:
         yield f"does not fit below P = {fewest}"
-    if found.own_workers != found.best_workers:
+    if not planned and found.own_workers != found.best_workers:
         yield f"the spec has {found.own_workers}"
+
+
+def _higher(margin: float) -> str:
+    return f"{margin:.1%} higher" if margin < 10 else f"{number(1 + margin)} times as much"
 
 
 def curve(found: WorkersView) -> None:
     """A row a number of workers; seconds are of a step, all else the run's."""
-    columns = ("P", "s a step", "compute", "exposed", "share", "speed-up", "-dlnT/dlnP", "GB", "time", "kWh")
+    columns = (
+        "P",
+        "s a step",
+        "compute",
+        "exposed",
+        "share",
+        "speed-up",
+        "-dlnT/dlnP",
+        "micro",
+        "GB",
+        "time",
+        "kWh",
+    )
     rows = [
         (
             number(row.workers),
             *(number(x) for x in (row.step_seconds, row.compute_seconds, row.exposed_seconds)),
             f"{row.exposed_share:.1%}",
             *("" if x is None else f"{x:z.2f}" for x in (row.speed_up, row.gain)),
+            number(row.micro_batch_sequences),
             number(row.memory_bytes / GB),
             duration(row.wall_seconds),
             _kwh(row.energy_joules),
@@ -107,6 +135,8 @@ def _marks(found: WorkersView, row: WorkersRowView) -> Iterator[str]:
         yield "least time"
     if row.workers == found.own_workers:
         yield "as configured"
+    if row.activation_checkpointing:
+        yield "checkpointing"
     if not row.fits:
         yield "DOES NOT FIT"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from escala.client.home import Home
+from escala.contract.errors import SpecError
 from escala.report import Report, silent
 from escala.views.jobs import JobView
 from escala.views.plans import (
@@ -18,11 +19,14 @@ from escala.views.plans import (
     ProposalsView,
     TargetView,
 )
+from escala.views.workers import WorkersView
 
 if TYPE_CHECKING:
     from escala.planning.limits import Limits
     from escala.planning.plans import PlanOptions
     from escala.schema.hardware import Cluster
+
+PlanViewT = TypeVar("PlanViewT", bound=PlanView)
 
 
 class PlanMethods(Home):
@@ -67,6 +71,25 @@ class PlanMethods(Home):
 
         found = plans.plan_target(self.settings, reference, loss_nats, options or plans.PlanOptions())
         return TargetView.of_target(*found)
+
+    def plan_workers(
+        self, plan: PlanViewT, options: PlanOptions | None = None, max_workers: int | None = None
+    ) -> PlanViewT:
+        """The plan with what its run takes by the number of workers, up to `max_workers` (None: the cluster's devices),
+        in the options' precision and in others; or why there is no such run. As `planning.plan_workers.plan_workers`.
+        """
+        from escala.planning import plan_workers, plans
+
+        run = (plan.n_active, plan.n_total, plan.tokens, plan.context_tokens)
+        options = options or plans.PlanOptions()
+        try:
+            found = plan_workers.plan_workers(self.settings, plan.law, *run, options, max_workers)
+        except SpecError as error:
+            return plan.model_copy(update={"workers_unknown": error.message})
+        ends = (None if end is None else end / plan.tokens for end in (plan.tokens_low, plan.tokens_high))
+        low, high = ends
+        curves = tuple(WorkersView.of_curve(curve, low, high) for curve in found)
+        return plan.model_copy(update={"workers": curves})
 
     def propose_runs(
         self,

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from escala.contract.errors import SpecError
-from escala.planning.cost import LINK_UNKNOWN, cost, has_link
+from escala.planning.cost import LINK_UNKNOWN, cost, has_link, memory_bytes
 from escala.schema import TrainedConfig
-from escala.schema.hardware import Cluster, Precision
+from escala.schema.hardware import Cluster, Device, Precision
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class WorkersRow:
     """A run on `workers` devices, one each. None: the cluster's file does not say what it takes to know."""
 
     workers: int  # P
+    micro_batch_sequences: int  # of one worker
+    activation_checkpointing: bool
     step_seconds: float  # T, of one optimiser step
     compute_seconds: float  # of one step
     exposed_seconds: float  # of one step: communication that nothing hides
@@ -82,12 +84,16 @@ def choose(step_seconds: Mapping[int, float]) -> BestWorkers:
     )
 
 
-def workers_curve(config: TrainedConfig, cluster: Cluster, max_workers: int | None = None) -> WorkersCurve:
+def workers_curve(
+    config: TrainedConfig, cluster: Cluster, max_workers: int | None = None, *, make_fit: bool = False
+) -> WorkersCurve:
     """The run on every number of workers that its batch and experts can be shared by, the rest as in `config`: ZeRO
     stage, precision, micro-batch (where that follows from the batch, each P has its own).
 
     Args:
         max_workers: at most so many; None: the cluster's devices. Beyond these its device's link is extrapolated.
+        make_fit: where it does not fit as configured, with activation checkpointing and the largest micro-batch that
+            does.
 
     Raises SpecError for max_workers below 1.
     """
@@ -97,7 +103,8 @@ def workers_curve(config: TrainedConfig, cluster: Cluster, max_workers: int | No
     if not has_link(cluster.device):
         most = 1
     sharing = list(_sharing(config))
-    rows = [_row(each, cluster) for each in sharing if each.resources.workers <= most]
+    asked = [each for each in sharing if each.resources.workers <= most]
+    rows = [_row(_made_fit(each, cluster.device) if make_fit else each, cluster) for each in asked]
     fitting = {row.workers: row.step_seconds for row in rows if row.fits}
     beyond = [each.resources.workers for each in sharing if each.resources.workers > most]
     return WorkersCurve(
@@ -113,19 +120,41 @@ def workers_curve(config: TrainedConfig, cluster: Cluster, max_workers: int | No
 
 def _sharing(config: TrainedConfig) -> Iterator[TrainedConfig]:
     """`config` on each number of workers that the schema admits, fewest first."""
-    batch = config.training.batch_sequences
-    low = [p for p in range(1, math.isqrt(batch) + 1) if batch % p == 0]
-    for workers in sorted({*low, *(batch // p for p in low)}):
+    for workers in _divisors(config.training.batch_sequences):
         try:
             yield config.with_workers(workers)
         except ValueError:
             continue
 
 
+def _made_fit(config: TrainedConfig, device: Device) -> TrainedConfig:
+    """`config` where it fits, or nothing helps; else with checkpointing and the largest micro-batch that fits."""
+
+    def fits(tried: TrainedConfig) -> bool:
+        return memory_bytes(tried, device).total <= device.memory_bytes.value
+
+    if fits(config):
+        return config
+    training, share = config.training, config.training.batch_sequences // config.resources.workers
+    for micro in reversed(_divisors(share)):
+        changed = {"activation_checkpointing": True, "micro_batch_sequences": micro}
+        tried = config.model_copy(update={"training": training.model_copy(update=changed)})
+        if fits(tried):
+            return tried
+    return config
+
+
+def _divisors(n: int) -> list[int]:
+    low = [p for p in range(1, math.isqrt(n) + 1) if n % p == 0]
+    return sorted({*low, *(n // p for p in low)})
+
+
 def _row(config: TrainedConfig, cluster: Cluster) -> WorkersRow:
     found = cost(config, cluster)
     return WorkersRow(
         workers=config.resources.workers,
+        micro_batch_sequences=config.micro_batch_sequences,
+        activation_checkpointing=config.training.activation_checkpointing,
         step_seconds=found.step_seconds,
         compute_seconds=found.compute_seconds,
         exposed_seconds=found.exposed_seconds,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from escala.views.base import View
 from escala.views.laws import LawAnswerView, about
+from escala.views.workers import WorkersView
 
 if TYPE_CHECKING:
     from escala.planning.explore import Exploration, Round
@@ -60,6 +61,10 @@ class PlanView(LawAnswerView, SplitView):
     front: tuple[PlanView, ...] | None = None  # of smaller budgets, where they were asked for
     front_plot: str | None = None  # the PNG that shows them
     kinds: tuple[PlanView, ...] | None = None  # of other kinds of attention, where they were asked for
+    workers: tuple[WorkersView, ...] | None = (
+        None  # of the run, where there is a cluster: in the plan's precision, others
+    )
+    workers_unknown: str | None = None  # why there are none
 
     @classmethod
     def of_planned(cls, found: Planned) -> PlanView:

@@ -16,6 +16,8 @@ class WorkersRowView(View):
     """
 
     workers: int
+    micro_batch_sequences: int  # of one worker
+    activation_checkpointing: bool
     step_seconds: float  # of one optimiser step
     compute_seconds: float  # of one step
     exposed_seconds: float  # of one step: communication that nothing hides

@@ -352,6 +352,8 @@ def test_cost_from_the_command_line() -> None:
     assert "attention       hybrid, chi 1." in hybrid
     assert "MB a sequence in generation, however long it is" in hybrid
     assert "1,048,576" in hybrid
+    big = ask("--cluster", "h100-8", "--set", "model.n_layers=48", "--set", "model.d_model=8192")
+    assert "none: it fits in a device's memory on no number up to 8; more than 8 were not looked at" in big
     plain, table = (
         ("--compute-flops", "1e19", "--cluster", "h100-8", *GPUS),
         ("--workers", "--max-workers", "1024"),

@@ -93,6 +93,9 @@ def test_a_device_measured_alone_has_one_worker_and_beyond_the_cluster_the_link_
     alone = workers_curve(config(1), cluster(8, device={"link_bytes_per_second": None}))
     assert [row.workers for row in alone.rows] == [1]
     assert "measured alone" in alone.notes[0]
+    assert alone.ends == "the device's link is not known: it was measured alone"
+    assert workers_curve(config(1), cluster(8)).ends == "no more share the batch"
+    assert workers_curve(config(1), cluster(4)).ends == "more than 4 were not looked at"
     asked = config(1, batch_sequences=1024)
     assert not any("beyond" in note for note in workers_curve(asked, cluster(8)).notes)
     far = workers_curve(asked, cluster(8), 1024)

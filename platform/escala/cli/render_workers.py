@@ -26,8 +26,8 @@ def line(found: WorkersView, planned: bool = False) -> None:
     """P* and how clear it is; of a planned run with what it takes there."""
     row = found.row(found.best_workers)
     if row is None:
-        most = found.rows[-1].workers if found.rows else 0
-        raw(f"workers         none: it fits in a device's memory on no number up to {most}")
+        most = found.rows[-1].workers
+        raw(f"workers         none: it fits in a device's memory on no number up to {most}; {found.ends}")
         return
     spent = f", {', '.join(_spent(row))}, in {found.precision}" if planned else ""
     raw(f"workers         P* = {row.workers}{spent}: {'; '.join(_reasons(found, planned))}")
@@ -46,10 +46,8 @@ def _reasons(found: WorkersView, planned: bool) -> Iterator[str]:
     margins = {"fewer": found.margin_fewer, "more": found.margin_more}
     known = [f"{_higher(margin)} with {side}" for side, margin in margins.items() if margin is not None]
     yield f"P T^2 is {', '.join(known)}" if known else "the only one"
-    if found.margin_more is None and found.next_workers is None:
-        yield "no more share the batch"
-    elif found.margin_more is None:
-        yield f"more than {found.max_workers} were not looked at"
+    if found.margin_more is None:
+        yield found.ends
     if found.time_over_fastest is not None and found.time_over_fastest > 1:
         yield f"{number(found.time_over_fastest)} times the least time, at {found.fastest_workers}"
     fewest = next(row.workers for row in found.rows if row.fits)

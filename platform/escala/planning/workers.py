@@ -63,6 +63,7 @@ class WorkersCurve:
     own_workers: int  # as configured
     max_workers: int  # as many were looked at
     next_workers: int | None  # the least P beyond that shares the batch; None: there is none
+    ends: str  # why the rows end where they do, in words
     notes: tuple[str, ...]
 
 
@@ -100,8 +101,9 @@ def workers_curve(
     most = cluster.devices if max_workers is None else max_workers
     if most < 1:
         raise SpecError(f"max_workers is {most}", "give 1 or more")
+    ends = f"more than {most} were not looked at"
     if not has_link(cluster.device):
-        most = 1
+        most, ends = 1, LINK_UNKNOWN
     sharing = list(_sharing(config))
     asked = [each for each in sharing if each.resources.workers <= most]
     rows = [_row(_made_fit(each, cluster.device) if make_fit else each, cluster) for each in asked]
@@ -114,7 +116,8 @@ def workers_curve(
         own_workers=config.resources.workers,
         max_workers=most,
         next_workers=min(beyond, default=None),
-        notes=tuple(_notes(config, cluster, most)),
+        ends=ends if beyond else "no more share the batch",
+        notes=tuple(_notes(config, cluster, asked[-1].resources.workers)),
     )
 
 
@@ -182,6 +185,7 @@ def _compared(rows: list[WorkersRow]) -> Iterator[WorkersRow]:
 
 
 def _notes(config: TrainedConfig, cluster: Cluster, most: int) -> Iterator[str]:
+    """What the curve up to `most` workers rests on."""
     device, link = cluster.device, cluster.device.link_bytes_per_second
     if link is None or not has_link(device):
         yield f"one worker alone: {LINK_UNKNOWN}"

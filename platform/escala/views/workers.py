@@ -57,6 +57,7 @@ class WorkersView(View):
     own_workers: int  # as configured
     max_workers: int  # as many were looked at
     next_workers: int | None  # the least number beyond that shares the batch; None: there is none
+    ends: str  # why the rows end where they do, in words
     best_workers: int | None  # P*
     fastest_workers: int | None  # at which a step takes the least time
     margin_fewer: float | None
@@ -69,7 +70,7 @@ class WorkersView(View):
     def of_curve(cls, found: WorkersCurve, low: float | None = None, high: float | None = None) -> Self:
         """Of a curve; `low` and `high` as `WorkersRowView.of_row`."""
         best = found.best
-        same = ("precision", "own_workers", "max_workers", "next_workers", "notes")
+        same = ("precision", "own_workers", "max_workers", "next_workers", "ends", "notes")
         return cls(
             **{name: getattr(found, name) for name in same},
             best_workers=best and best.workers,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from escala.contract.errors import CheckpointError, SpecError, StateError
-from escala.schema import ModelConfig
+from escala.schema import ModelConfig, MoEConfig
 from escala.schema.engines import KINDS
 from escala.schema.serve import ServeConfig
 from workloads.data.tokenizer import TextTokenizer, train_tokenizer, wrap
@@ -26,11 +26,17 @@ def tokenizer() -> TextTokenizer:
 
 
 def engine_of(
-    kind: str, tokenizer: TextTokenizer | None = None, **limits: object
+    kind: str,
+    tokenizer: TextTokenizer | None = None,
+    *,
+    moe: dict[str, object] | None = None,
+    **limits: object,
 ) -> tuple[EngineProtocol, dict[str, Tensor]]:
     """An engine, and a copy of its model's weights."""
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=VOCAB, n_layers=1, d_model=32, n_heads=2, d_ff=32, max_context_tokens=64)
+    config = ModelConfig(
+        vocab_size=VOCAB, n_layers=1, d_model=32, n_heads=2, d_ff=32, max_context_tokens=64, moe=moe
+    )
     model = Transformer(config)
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
     return make_engine(KINDS.read({"kind": kind, **limits}), model, tokenizer), state
@@ -171,3 +177,47 @@ def test_weights_change_only_between_responses_and_only_if_they_fit(kind: str) -
     engine.add(Request("third", (1,), SamplingParams(max_tokens=2)))
     with pytest.raises(StateError, match="unfinished"):
         engine.generate([[1]], SamplingParams())
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_a_mixture_s_capacity_factor_changes_between_responses_alone(kind: str, own: float | None) -> None:
+    moe = {"experts": 4, "chosen": 2, "evaluation_capacity_factor": own}
+    engine, _ = engine_of(kind, moe=moe)
+    assert (engine.capacity_factor, engine.weights_version) == (own, 0)
+    prompts, params = [[1, 2, 3, 4, 5, 6, 7, 8], [9] * 20], SamplingParams(max_tokens=8)
+    first = engine.generate(prompts, params)
+    engine.set_capacity_factor(0.7, 3)
+    other = engine.generate(prompts, params)
+    assert (engine.capacity_factor, {one.weights_version for one in other}) == (0.7, {3})
+    assert [one.logprobs for one in other] != [one.logprobs for one in first]
+    engine.add(Request("running", (1, 2, 3), SamplingParams(max_tokens=8)))
+    engine.step()
+    with pytest.raises(StateError, match="1 requests have begun"):
+        engine.set_capacity_factor(own, 4)
+    assert (engine.capacity_factor, engine.weights_version) == (0.7, 3)
+    run(engine)
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        for refuse in (engine.check_capacity_factor, lambda factor: engine.set_capacity_factor(factor, 4)):
+            with pytest.raises(SpecError, match="Capacity factor"):
+                refuse(wrong)
+    engine.set_capacity_factor(own, 4)
+    assert [one.logprobs for one in engine.generate(prompts, params)] == [one.logprobs for one in first]
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_an_engine_that_is_told_a_factor_starts_with_it(kind: str, own: float | None) -> None:
+    config = ModelConfig(vocab_size=VOCAB, n_layers=1, d_model=32, n_heads=2, max_context_tokens=64)
+    moe = {"experts": 4, "chosen": 2, "evaluation_capacity_factor": own}
+    mixture = Transformer(config.model_copy(update={"moe": MoEConfig.model_validate(moe)}))
+    assert make_engine(KINDS.read({"kind": kind}), mixture, None, capacity_factor=0.8).capacity_factor == 0.8
+    with pytest.raises(SpecError, match="dense model"):
+        make_engine(KINDS.read({"kind": kind}), Transformer(config), None, capacity_factor=0.8)
+
+
+def test_a_dense_model_has_no_capacity_factor(kind: str) -> None:
+    engine, _ = engine_of(kind)
+    with pytest.raises(SpecError, match="dense model"):
+        engine.set_capacity_factor(1.0, 2)
+    assert (engine.capacity_factor, engine.weights_version) == (None, 0)
+    engine.set_capacity_factor(None, 2)  # the same weights as another version
+    assert (engine.capacity_factor, engine.weights_version) == (None, 2)

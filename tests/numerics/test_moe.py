@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from workloads.model.expert_runs import Run, runs_of
 from workloads.model.experts import Experts
 from workloads.model.gate import dispatch
 from workloads.model.moe import MixtureOfExperts, mixtures
+from workloads.model.sequence_capacity import bounds, keep, keep_next
 from workloads.model.transformer import Transformer
 from workloads.training.experts import COLLAPSE_TAG, Routers, temperature
 from workloads.training.kernels import choose_kernels, follow_kernels
@@ -270,9 +272,82 @@ def test_evaluation_drops_nothing_unless_it_is_told_to() -> None:
     assert torch.equal(made.eval()(x_BTD), roomy.train()(x_BTD))
     assert torch.equal(made(x_BTD), layer(capacity_factor=2.0)(x_BTD))  # 2 = E/k: room for everything
     assert not torch.equal(made.train()(x_BTD), made.eval()(x_BTD))
-    trained = made.train()(x_BTD)
+    whole = made.eval()(x_BTD)
+    made.evaluation_capacity_factor = 2.0
+    assert torch.equal(made(x_BTD), whole)
     made.evaluation_capacity_factor = 0.5
-    assert torch.equal(made.eval()(x_BTD), trained)
+    assert not torch.equal(made(x_BTD), whole)
+
+
+# Capacity of a sequence
+
+
+def kept_by_loops(experts_TK: list[list[int]], factor: Fraction, k: int, experts: int) -> list[list[bool]]:
+    """docs/theory B.5 read out loud: for each position and choice, take a place if there is one."""
+    taken, kept = [0] * experts, []
+    for t, chosen in enumerate(experts_TK):
+        bound = math.ceil(factor * (t + 1) * k / experts)
+        kept.append([taken[r] < bound for r in chosen])
+        for r, found in zip(chosen, kept[-1], strict=True):
+            taken[r] += found
+    return kept
+
+
+def some_choices(rows: int, context: int, k: int, experts: int) -> Tensor:
+    """(B, T, K), some experts more often than others."""
+    torch.manual_seed(3)
+    return (torch.randn(rows, context, experts) + torch.linspace(0, 2, experts)).topk(k).indices
+
+
+@pytest.mark.parametrize(("k", "experts"), [(1, 2), (1, 8), (2, 5), (3, 4)])
+@pytest.mark.parametrize("factor", ["0.3", "0.7", "1", "1.1", "1.25", "9"])
+def test_places_are_those_of_a_loop_however_a_sequence_is_cut(k: int, experts: int, factor: str) -> None:
+    experts_BTK = some_choices(4, 60, k, experts)
+    wanted = [kept_by_loops(row, Fraction(factor), k, experts) for row in experts_BTK.tolist()]
+    bound_BT = bounds(torch.arange(60), float(factor), k, experts).expand(4, -1)
+    for cuts in ((60,), (7, 1, 30, 22), (1,) * 60):
+        taken_BE, parts, at = experts_BTK.new_zeros(4, experts), [], 0
+        for size in cuts:
+            some, bound = experts_BTK[:, at : at + size], bound_BT[:, at : at + size]
+            kept_BTK, after_BE = keep(some, bound, taken_BE)
+            if size == 1:
+                next_BK, next_BE = keep_next(some[:, 0], bound[:, 0], taken_BE)
+                assert torch.equal(next_BK, kept_BTK[:, 0])
+                assert torch.equal(next_BE, after_BE)
+            parts.append(kept_BTK)
+            taken_BE, at = after_BE, at + size
+        assert torch.cat(parts, 1).tolist() == wanted
+    dropped = 1 - torch.tensor(wanted).double().mean()
+    assert (dropped > 0) == (float(factor) < 2)
+
+
+@pytest.mark.parametrize("factor", ["0.1", "1.1", "0.7", "1.15", "0.3333", "3.3"])
+def test_an_exact_multiple_is_not_rounded_up(factor: str) -> None:
+    for k, experts in ((1, 8), (2, 8), (2, 10), (6, 128)):
+        exact = [min(t + 1, math.ceil(Fraction(factor) * (t + 1) * k / experts)) for t in range(3000)]
+        assert bounds(torch.arange(3000), float(factor), k, experts).tolist() == exact
+    assert math.ceil(1.1 * 100 * 2 / 4) == 56  # which is 55
+    assert bounds(torch.tensor([99, 10**9 - 2]), 1.1, 2, 4).tolist() == [55, 549_999_999 + 1]
+    assert bounds(torch.tensor([0, 5]), 1e-30, 1, 2).tolist() == [1, 1]
+    assert bounds(torch.tensor([0, 10**9 - 2]), 1e30, 1, 2).tolist() == [1, 10**9 - 1]
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_in_evaluation_a_row_s_places_are_its_own(chosen: int) -> None:
+    made = layer(chosen=chosen, evaluation_capacity_factor=0.75, shared_experts=1, collapse_load_ratio=None)
+    made.eval()
+    x_BTD = states(5, 24)
+    together = made(x_BTD)
+    alone = torch.cat([made(x_BTD[row : row + 1]) for row in range(5)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(made(x_BTD[:, :13]), together[:, :13], rtol=1e-12, atol=1e-14)
+    experts_NK = made.served_choice(made.router(x_BTD.flatten(0, 1))).experts_NK
+    rows = experts_NK.view(5, 24, chosen).tolist()
+    dropped = [kept_by_loops(row, Fraction("0.75"), chosen, 4) for row in rows]
+    made.evaluation_capacity_factor = None
+    changed = ((made(x_BTD) - together).abs() > 1e-9).any(-1)
+    assert changed.tolist() == [[not all(token) for token in row] for row in dropped]
+    assert 0 < changed.double().mean() < 1
 
 
 def test_noise_is_for_training_alone() -> None:

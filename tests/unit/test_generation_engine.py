@@ -150,9 +150,15 @@ IMPLEMENTATION = """
         pass
 
 
-    def make_engine(section, model, tokenizer, kernels, smaller):
+    def make_engine(section, model, tokenizer, kernels, smaller, capacity_factor):
         return SerialEngine(
-            model, tokenizer, max_running=1, block_tokens=section.page_tokens, kernels=kernels, smaller=smaller
+            model,
+            tokenizer,
+            max_running=1,
+            block_tokens=section.page_tokens,
+            kernels=kernels,
+            smaller=smaller,
+            capacity_factor=capacity_factor,
         )
 """
 

@@ -298,3 +298,8 @@ def test_a_mixture_that_drops_tokens_is_refused() -> None:
     model = model_of(moe=moe)
     with pytest.raises(SpecError, match="can't serve a mixture that drops tokens"):
         Engine(model, None, speculation=Speculator(NgramDrafter(), 4))
+    dropless = model_of(moe={**moe, "evaluation_capacity_factor": None})
+    engine = Engine(dropless, None, speculation=Speculator(NgramDrafter(), 4))
+    with pytest.raises(SpecError, match="can't serve a mixture that drops tokens"):
+        engine.set_capacity_factor(1.0, 1)
+    engine.set_capacity_factor(None, 1)

@@ -11,6 +11,7 @@ are when they are computed again: so they change what a step costs, and no bit o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
@@ -59,10 +60,12 @@ class Engine:
         kernels: which kernels multiply, as text: those of an engine whose bits these shall be. MEASURED: the fastest
             here for these limits. None: the first that can, unmeasured.
         smaller: how matrices in full precision are stored, of these weights and of later ones. None: they stay.
+        capacity_factor: of a mixture's experts, in each request over its own positions (docs/theory B.5); prefixes are
+            then not shared. None: the model's own, mostly none dropped.
 
     Raises SpecError where the cache cannot hold a block, or attention can't have blocks of this size; where a choice of
-    kernels cannot be followed here; where the matrices cannot be stored so; for speculation with a mixture of experts
-    that drops tokens, since there a draft would change what is drawn.
+    kernels cannot be followed here; where the matrices cannot be stored so; for a capacity factor that
+    `check_capacity_factor` refuses.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Engine:
         speculation: Speculator | None = None,
         kernels: str | None = None,
         smaller: Smaller | None = None,
+        capacity_factor: float | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -104,21 +108,15 @@ class Engine:
                 f"{block_bytes} bytes each, cannot run.",
                 "Raise max_running and cache_tokens, or lower block_tokens.",
             )
-        if (
-            speculation is not None
-            and config.moe is not None
-            and config.moe.evaluation_capacity_factor is not None
-        ):
-            raise SpecError(
-                "Speculation can't serve a mixture that drops tokens in generation (moe.evaluation_capacity_factor "
-                f"{config.moe.evaluation_capacity_factor:g}): drafted tokens would take places of the others.",
-                "Leave engine.speculation out, or serve a mixture without that factor.",
-            )
         self._speculation = speculation
+        if capacity_factor is None and config.moe is not None:
+            capacity_factor = config.moe.evaluation_capacity_factor
+        self.check_capacity_factor(capacity_factor)
         on_cpu = self._network.like.device.type == "cpu"
         self._clock = time.thread_time if on_cpu else time.perf_counter
         self._scheduler = Scheduler(blocks, block_tokens, max_running, prefill_tokens, live)
         self.cache = self._network.decode_state(blocks, block_tokens)
+        self._count(capacity_factor)
         self._sequences: dict[str, Sequence] = {}
         self._cancelled: list[Output] = []
         self._version = 0
@@ -134,8 +132,13 @@ class Engine:
 
     @property
     def weights_version(self) -> int:
-        """The number last given to `load_weights`; 0 before."""
+        """The number last given to `load_weights` or `set_capacity_factor`; 0 before."""
         return self._version
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """See EngineProtocol."""
+        return self._capacity_factor
 
     @property
     def kernels(self) -> str:
@@ -224,15 +227,50 @@ class Engine:
 
     def load_weights(self, state: Mapping[str, Tensor], version: int) -> None:
         """See EngineProtocol."""
+        self._check_nothing_has_started()
+        self._network.load(state)
+        self._begin_version(version)
+
+    def check_capacity_factor(self, factor: float | None) -> None:
+        """See EngineProtocol."""
+        if factor is None:
+            return
+        if self._network.config.moe is None:
+            raise SpecError(
+                f"A dense model has no experts to limit by capacity factor {factor:g}.", "Leave it out."
+            )
+        if not (math.isfinite(factor) and factor > 0):
+            raise SpecError(f"Capacity factor {factor} is out of range.", "Give a number above 0, or none.")
+        if self._speculation is not None:
+            raise SpecError(
+                f"Speculation can't serve a mixture that drops tokens in generation (capacity factor {factor:g}): "
+                "drafted tokens would take places of the others.",
+                "Leave engine.speculation out, or serve a mixture without that factor.",
+            )
+
+    def set_capacity_factor(self, factor: float | None, version: int) -> None:
+        """See EngineProtocol."""
+        self.check_capacity_factor(factor)
+        self._check_nothing_has_started()
+        self._count(factor)
+        self._begin_version(version)
+
+    def _check_nothing_has_started(self) -> None:
         started = self.stats().started
         if started:
             raise StateError(
                 f"{started} requests have begun under weights {self._version}: a response is of one version.",
                 "Call step(admit=False) until stats().started is 0, or cancel them.",
             )
-        self._network.load(state)
+
+    def _begin_version(self, version: int) -> None:
         self._scheduler.pool.clear()
         self._version = version
+
+    def _count(self, factor: float | None) -> None:
+        self._capacity_factor = factor
+        self._counts = self._network.expert_counts(factor)
+        self._scheduler.shares_prefixes = self._counts is None
 
     def generate(
         self, prompts: Many[Many[int]], params: SamplingParams | Many[SamplingParams]
@@ -264,7 +302,7 @@ class Engine:
         """
         with torch.inference_mode():
             hidden = [
-                self._network.forward([_piece(w) for w in works], self.cache, tiled)
+                self._network.forward([_piece(w) for w in works], self.cache, tiled, self._counts)
                 for works, tiled in ((tiles, True), (rows, False))
                 if works
             ]
@@ -406,7 +444,8 @@ def _foreign(tokens: Many[object], vocabulary: int) -> Iterator[object]:
 
 def _piece(work: Work) -> TokenSpan:
     tokens = [*work.sequence.tokens[work.start : work.end], *work.draft]
-    return TokenSpan(tokens, work.start, work.sequence.table, len(work.draft) + 1)
+    sequence = work.sequence
+    return TokenSpan(tokens, work.start, sequence.table, len(work.draft) + 1, sequence.slot)
 
 
 def _merged(outputs: list[Output], drafted: int, share: float) -> list[Output]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from escala.contract.errors import CheckpointError
 from escala.schema.compression import Precision, QuantizationConfig
 from workloads.generation import kernel_choice
+from workloads.generation.expert_counts import ExpertCounts, Keep
 from workloads.generation.feed_forward import lay_feed_forward
 from workloads.generation.kernel_choice import MEMORY_BYTES, EngineLimits, Kernels, KernelTiming
 from workloads.generation.matrices import Layout, Stored, groups_of, release, sample, unembedding_of
@@ -41,12 +42,14 @@ class TokenSpan:
         start: the position of the first.
         table: the request's blocks, up to the last position at least; those that are not read may be any number.
         wanted: how many of the last tokens' hidden states are.
+        slot: the request's place among those that run, by which its experts' places are counted.
     """
 
     tokens: Sequence[int]
     start: int
     table: Sequence[int]
     wanted: int = 1
+    slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -206,24 +209,44 @@ class Network:
         cores = [block.attention.core for block in self.model.layers]
         return decode_state(cores, blocks, block_tokens, self.like)
 
-    def forward(self, pieces: Sequence[TokenSpan], cache: DecodeState, tiled: bool) -> Tensor:
+    def expert_counts(self, factor: float | None) -> ExpertCounts | None:
+        """Counts for as many requests as the limits have rows, at a capacity factor; None without one, or for a dense
+        model.
+        """
+        moe = self.config.moe
+        if factor is None or moe is None:
+            return None
+        return ExpertCounts(self.config, moe, factor, self._limits.rows, self.like)
+
+    def forward(
+        self,
+        pieces: Sequence[TokenSpan],
+        cache: DecodeState,
+        tiled: bool,
+        counts: ExpertCounts | None = None,
+    ) -> Tensor:
         """Write the keys and values of all pieces, and return the final hidden states_PD of the last `wanted`
         tokens of each.
 
         Args:
             tiled: in tiles of a block (the pieces begin on a block's border), else token by token. The two may
                 differ in a result's last bit: a position must always be computed in the same way.
+            counts: of a mixture whose experts have a capacity, in all calls the same; None: no choice is dropped.
         """
         device, size = self.like.device, cache.block_tokens
         read = [
-            (t, i, p.table[i // size], i % size)
+            (t, i, p.table[i // size], i % size, p.slot)
             for p in pieces
             for t, i in zip(p.tokens, _span(p), strict=True)
         ]
         # One tensor: a copy to a GPU each would take longer than the rest.
-        tokens, positions, blocks, offsets = torch.tensor(read).t().contiguous().to(device)
+        tokens, positions, blocks, offsets, slots = torch.tensor(read).t().contiguous().to(device)
         borders = cache.plan_borders([p.table for p in pieces], [_span(p) for p in pieces])
         groups = self._groups(pieces, cache, tiled)
+        counted = None
+        if counts is not None:
+            lengths, fresh = [len(p.tokens) for p in pieces], [p.slot for p in pieces if p.start == 0]
+            counted = counts.follow(lengths, fresh, positions, slots)
         x_ND = self.model.embedding(tokens)
         rotation = self._rotary(positions, like=x_ND)
         for layer, block in enumerate(self._blocks):
@@ -231,7 +254,7 @@ class Network:
             cache.write(layer, blocks, offsets, k_NGS, v_NGS, borders)
             mixed = [_mix(q_NHS, group, cache, layer) for group in groups]
             mixed_ND = (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).to(x_ND.dtype)
-            x_ND = block.finish(x_ND, mixed_ND, tiled)
+            x_ND = block.finish(x_ND, mixed_ND, tiled, None if counted is None else counted.of(layer))
         stops = accumulate(len(p.tokens) for p in pieces)
         ends = [row for p, stop in zip(pieces, stops, strict=True) for row in range(stop - p.wanted, stop)]
         normed: Tensor = self.model.final_norm(x_ND.index_select(0, torch.tensor(ends, device=device)))
@@ -314,10 +337,10 @@ class _LaidBlock:
         q_NHS, k_NGS = torch.split(turned, [a.heads, a.kv_heads], dim=1)
         return torch.unflatten(q_NHS, 1, (a.kv_heads, -1)), k_NGS, v_NGS
 
-    def finish(self, x_ND: Tensor, mixed_ND: Tensor, tiled: bool) -> Tensor:
+    def finish(self, x_ND: Tensor, mixed_ND: Tensor, tiled: bool, keep: Keep | None) -> Tensor:
         """The residual stream after the block, from the one before and the attention's mixture of values."""
         x_ND = self._output(mixed_ND, tiled).add_(x_ND)
-        return self._feed_forward(self._block.feed_forward_norm(x_ND), tiled).add_(x_ND)
+        return self._feed_forward(self._block.feed_forward_norm(x_ND), tiled, keep).add_(x_ND)
 
 
 def _outline_of(model: Transformer) -> Transformer:

@@ -264,7 +264,12 @@ class EngineProtocol(Protocol):
 
     @property
     def weights_version(self) -> int:
-        """The number last given to `load_weights`; 0 before."""
+        """The number last given to `load_weights` or `set_capacity_factor`; 0 before."""
+        ...
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """By which a mixture's experts have places in each request (docs/theory B.5); None: nothing is dropped."""
         ...
 
     @property
@@ -311,6 +316,21 @@ class EngineProtocol(Protocol):
 
         Raises StateError, with nothing changed, while any request has started (a response is of one version: drain
         first); CheckpointError, with nothing changed, where names or shapes differ.
+        """
+        ...
+
+    def check_capacity_factor(self, factor: float | None) -> None:
+        """Raise SpecError where a capacity factor cannot be had: the model is dense, the number is not above 0 or not
+        finite, or tokens are drafted, which would take places. None can always be had.
+        """
+        ...
+
+    def set_capacity_factor(self, factor: float | None, version: int) -> None:
+        """Serve the same weights at another capacity factor, as `version`, between two steps; None: nothing is dropped.
+
+        The prefix cache is emptied; requests that have not started run at the new one.
+
+        Raises StateError, with nothing changed, while any request has started; SpecError as `check_capacity_factor`.
         """
         ...
 

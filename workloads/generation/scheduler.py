@@ -30,6 +30,7 @@ from workloads.generation.text import TextStream
 
 RELEASED = -1
 """In a table: the block that was here is no longer the sequence's."""
+NO_SLOT = -1
 
 
 @dataclass(eq=False)
@@ -41,6 +42,7 @@ class Sequence:
         computed: how many positions have their keys and values in `table`'s blocks.
         keys: of the prompt's full blocks.
         released: how many of `table`'s first blocks are.
+        slot: its place among those that run, 0 to max_running - 1; NO_SLOT where it does not.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class Sequence:
     computed: int = 0
     table: list[int] = field(default_factory=list)
     released: int = 0
+    slot: int = NO_SLOT
 
     @property
     def prompt_length(self) -> int:
@@ -82,7 +85,12 @@ NO_DRAFTS: Drafts = MappingProxyType({})
 
 
 class Scheduler:
-    """The queue, the running requests and their blocks."""
+    """The queue, the running requests, their blocks and slots.
+
+    Attributes:
+        shares_prefixes: whether prompts share blocks. Not where experts have a capacity: of a prefix that is not
+            computed nothing would be counted, and what follows would find other places.
+    """
 
     def __init__(
         self, blocks: int, block_tokens: int, max_running: int, prefill_tokens: int, live: int | None = None
@@ -93,6 +101,8 @@ class Scheduler:
         self.prefill_tokens = max(prefill_tokens // block_tokens, 1) * block_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
+        self.shares_prefixes = True
+        self._free_slots = list(range(max_running))
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -225,7 +235,8 @@ class Scheduler:
         if end <= start:
             return 0
         self._grow(sequence, end)
-        for index in range(start // size, min(end // size, len(sequence.keys))):
+        full = min(end // size, len(sequence.keys)) if self.shares_prefixes else 0
+        for index in range(start // size, full):
             self.pool.publish(sequence.table[index], sequence.keys[index])
         tiles.append(Work(sequence, start, end))
         return budget - (end - start)
@@ -233,6 +244,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give it the blocks that it needs at once, shared ones first, if that leaves one for each running request."""
         sharable = (sequence.prompt_length - 1) // self.block_tokens  # the last token's state is wanted
+        sharable = sharable if self.shares_prefixes else 0
         live = None if self.live is None else self.live - 1  # beside its next token's
         count, shared = self.pool.known(sequence.keys[:sharable], live)
         wanted = -(-len(sequence.tokens) // self.block_tokens) - count
@@ -245,6 +257,7 @@ class Scheduler:
             raise RuntimeError("blocks are owned by nobody who runs: the pool's accounts are wrong")
         self.waiting.popleft()
         self.running.append(sequence)
+        sequence.slot = self._free_slots.pop()
         sequence.released = count - len(shared)
         sequence.table = [RELEASED] * sequence.released + [self.pool.share(block) for block in shared]
         sequence.computed = count * self.block_tokens
@@ -256,4 +269,6 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         for block in sequence.table[sequence.released :]:
             self.pool.release(block)
-        sequence.table, sequence.computed, sequence.released = [], 0, 0
+        if sequence.slot != NO_SLOT:
+            self._free_slots.append(sequence.slot)
+        sequence.table, sequence.computed, sequence.released, sequence.slot = [], 0, 0, NO_SLOT

@@ -62,7 +62,9 @@ def choose(logits_NE: Tensor, k: int, estimator: Estimator, tau: float) -> Choic
 
 
 def capacity(factor: float | None, tokens: int, k: int, experts: int) -> int | None:
-    """Slots of each expert for `tokens` of one rank's micro-batch: ceil(factor x tokens x k / E); None: no limit."""
+    """Slots of each expert in training, for `tokens` of one rank's micro-batch: ceil(factor x tokens x k / E); None: no
+    limit.
+    """
     return None if factor is None else math.ceil(factor * tokens * k / experts)
 
 
@@ -76,7 +78,9 @@ class Dispatch:
     load_E: Tensor  # tokens that chose each expert, dropped ones included
 
 
-def dispatch(experts_NK: Tensor, batch: int, experts: int, limit: int | None) -> Dispatch:
+def dispatch(
+    experts_NK: Tensor, batch: int, experts: int, limit: int | None, kept_NK: Tensor | None = None
+) -> Dispatch:
     """Sort the choices by expert; each expert keeps its first `limit` in the order (position t, choice rank, row b).
 
     In that order no token takes a slot from one at an earlier position: not by a higher probability, and not as
@@ -85,6 +89,8 @@ def dispatch(experts_NK: Tensor, batch: int, experts: int, limit: int | None) ->
     Args:
         experts_NK: tokens row by row: token n is position n mod T of row n // T.
         batch: rows B.
+        limit: slots of an expert; None: as many as there are choices.
+        kept_NK: where there is no limit, which choices have a slot (`sequence_capacity`); None: all.
     """
     n, k = experts_NK.shape
     fill_TKB = torch.arange(n * k, device=experts_NK.device).view(batch, -1, k).permute(1, 2, 0)
@@ -98,6 +104,10 @@ def dispatch(experts_NK: Tensor, batch: int, experts: int, limit: int | None) ->
         place_M = torch.arange(n * k, device=expert_M.device) - start_E[expert_M]
         choice_S = choice_S[place_M < limit]
         sizes_E = load_E.clamp(max=limit)
+    elif kept_NK is not None:
+        kept_M = kept_NK.reshape(-1)
+        choice_S = choice_S[kept_M[choice_S]]
+        sizes_E = torch.bincount(experts_NK.reshape(-1)[kept_M], minlength=experts)
     slot_NK = torch.full_like(choice_M, len(choice_S))
     slot_NK[choice_S] = torch.arange(len(choice_S), device=choice_S.device)
     return Dispatch(choice_S, slot_NK.view(n, k), sizes_E.tolist(), load_E)

@@ -19,6 +19,7 @@ from workloads.model.exchange import Exchange, compute_elsewhere
 from workloads.model.experts import Experts
 from workloads.model.gate import Choice, Dispatch, capacity, choose, dispatch, top_k
 from workloads.model.layers import FeedForward, Linear
+from workloads.model.sequence_capacity import bounds, keep
 
 
 class Router(Linear):
@@ -57,7 +58,8 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         tau: temperature of estimators gumbel and soft_to_hard in training; the training loop lowers it.
-        evaluation_capacity_factor: capacity in evaluation and generation; None: nothing is dropped.
+        evaluation_capacity_factor: of the capacity in evaluation, which counts over each row's own positions
+            (`sequence_capacity`); None: nothing is dropped.
         routing: of the last forward pass in training; None before one.
         exchange: with the ranks that share the experts; None: this one has all.
     """
@@ -91,7 +93,9 @@ class MixtureOfExperts(nn.Module):
         self.experts.keep_share(self.exchange.rank, self.exchange.ranks)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D). A token that finds no slot keeps its residual stream as it is."""
+        """(B, T, D) to (B, T, D). A token that finds no slot keeps its residual stream as it is. In evaluation each row
+        is a sequence from its first token.
+        """
         moe, x_ND = self.moe, x_BTD.flatten(0, 1)
         logits_NE = self.router(x_ND)
         noisy_NE = logits_NE
@@ -102,7 +106,9 @@ class MixtureOfExperts(nn.Module):
             limit = capacity(moe.capacity_factor, len(x_ND), moe.chosen, moe.experts)
             sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, limit)
         else:
-            choice, sent = self.assign(logits_NE, len(x_BTD))
+            choice = self.served_choice(logits_NE)
+            kept_NK = self._kept(choice.experts_NK, len(x_BTD))
+            sent = dispatch(choice.experts_NK, len(x_BTD), moe.experts, None, kept_NK)
         if self.exchange is None:
             out_ND = self.experts(x_ND, choice.weights_NK, sent)
         else:
@@ -114,15 +120,23 @@ class MixtureOfExperts(nn.Module):
         out_BTD: Tensor = out_ND.view_as(x_BTD)
         return out_BTD
 
-    def assign(self, logits_NE: Tensor, batch: int) -> tuple[Choice, Dispatch]:
-        """What evaluation and generation do with tokens of these logits, in `batch` rows. A model that was trained soft
-        to hard serves at its last temperature.
+    def served_choice(self, logits_NE: Tensor) -> Choice:
+        """What evaluation and generation choose by these logits. A model that was trained soft to hard serves at its
+        last temperature.
         """
         moe = self.moe
         sharp = moe.tau.end if moe.tau and moe.estimator == "soft_to_hard" else 1.0
-        choice = top_k(logits_NE / sharp, moe.chosen)
-        limit = capacity(self.evaluation_capacity_factor, len(logits_NE), moe.chosen, moe.experts)
-        return choice, dispatch(choice.experts_NK, batch, moe.experts, limit)
+        return top_k(logits_NE / sharp, moe.chosen)
+
+    def _kept(self, experts_NK: Tensor, batch: int) -> Tensor | None:
+        """In evaluation, which choices of `batch` whole sequences find a place; None: all."""
+        moe, factor = self.moe, self.evaluation_capacity_factor
+        if factor is None:
+            return None
+        experts_BTK = experts_NK.view(batch, -1, moe.chosen)
+        positions_T = torch.arange(experts_BTK.shape[1], device=experts_NK.device)
+        bound_BT = bounds(positions_T, factor, moe.chosen, moe.experts).expand(batch, -1)
+        return keep(experts_BTK, bound_BT, experts_NK.new_zeros(batch, moe.experts))[0].flatten(0, 1)
 
     def _account(self, logits_NE: Tensor, sent: Dispatch, limit: int | None) -> Routing:
         """Auxiliary losses and figures, of the logits before noise. Soft to hard, all experts take all tokens, which is

@@ -19,15 +19,18 @@ def make_engine(
     tokenizer: EngineTokenizer | None,
     kernels: str | None = None,
     smaller: Smaller | None = None,
+    capacity_factor: float | None = None,
 ) -> EngineProtocol:
     """`make_engine` of the kind's module: an engine for `model`, on its device and in its dtype.
 
     Args:
         kernels: a choice as text, or MEASURED; None: the first that can, unmeasured.
         smaller: how matrices in full precision are stored; None: they stay.
+        capacity_factor: of a mixture's experts in each request; None: the model's own.
 
-    Raises SpecError where the section's limits cannot hold, the kernels can't be had, or the matrices not be stored so.
+    Raises SpecError where the section's limits cannot hold, the kernels or the factor can't be had, or the matrices not
+    be stored so.
     """
     module = importlib.import_module(f"{__name__}.{section.kind}")
-    engine: EngineProtocol = module.make_engine(section, model, tokenizer, kernels, smaller)
+    engine: EngineProtocol = module.make_engine(section, model, tokenizer, kernels, smaller, capacity_factor)
     return engine

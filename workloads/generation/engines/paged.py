@@ -16,6 +16,7 @@ def make_engine(
     tokenizer: EngineTokenizer | None,
     kernels: str | None = None,
     smaller: Smaller | None = None,
+    capacity_factor: float | None = None,
 ) -> Engine:
     """See `workloads.generation.engines.make_engine`."""
     speculator = None
@@ -31,4 +32,5 @@ def make_engine(
         speculation=speculator,
         kernels=kernels,
         smaller=smaller,
+        capacity_factor=capacity_factor,
     )

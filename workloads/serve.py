@@ -73,7 +73,7 @@ def policy_deployment(config: ServeConfig) -> serve.Deployment:
     store = DeploymentActorConfig(
         name=STORE,
         actor_class=ray.remote(Store),
-        init_kwargs={"key": secrets.token_hex(8)},
+        init_kwargs={"key": secrets.token_hex(8), "has_owner": config.owner is not None},
         actor_options={**ON_HEAD, "max_concurrency": 1000},
     )
     return serve.deployment(

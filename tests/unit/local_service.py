@@ -20,6 +20,7 @@ import torch
 from ray import serve
 from ray.exceptions import RayTaskError
 
+from escala.rollouts.weights import digest_of
 from escala.schema import ModelConfig
 from escala.schema.serve import ServeConfig
 from workloads.data.chat_loading import load_chat_tokenizer
@@ -32,6 +33,7 @@ from workloads.serving.policy import Policy
 from workloads.serving.records import Generated
 from workloads.serving.stepper import Stepper
 from workloads.serving.tokenising import Tokenising
+from workloads.serving.weights import pack
 
 VOCAB = 320
 TEXTS = ["the cat sat on the mat and the dog ran after the cat", "é ü 日本 😀 done"] * 5
@@ -87,9 +89,10 @@ def local_policy(tokenizer: Any, **engine: Any) -> Policy:
     policy = LocalPolicy.__new__(LocalPolicy)
     policy.config = ServeConfig(model="m", engine={"max_response_tokens": 200})
     made = model()
-    weights = initial_version(made, "fp32")
+    digest = digest_of(pack(made.state_dict()))
     policy.tokenizer = tokenizer
     policy.stepper = Stepper(Engine(made, tokenizer, **{"max_running": 8, "block_tokens": 8, **engine}))
+    weights = initial_version(digest, "fp32", policy.stepper.engine)
     policy.prompts = Tokenising(tokenizer, policy.stepper.engine.max_context_tokens)
     policy._versions = {0: weights}
     policy.receiver = Receiver(weights)  # type: ignore[assignment]

@@ -7,11 +7,19 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from escala.contract.errors import DigestMismatch, EscalaError, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import (
+    DigestMismatch,
+    EscalaError,
+    SpecError,
+    StaleWeights,
+    StateError,
+    WeightsNotLoaded,
+)
 from escala.rollouts.store import Store
 from escala.rollouts.weights import Offer, Receiver, TensorEntry, Weights, WeightVersion, digest_of, verify
 from workloads.serving.engine_loading import agreed_engine
@@ -64,15 +72,17 @@ class Replica:
 
     def __init__(self, stores: list[Store], name: str = "serve/a", wait_seconds: float = 5.0) -> None:
         self.loaded: list[int] = []
+        self.applied: list[tuple[WeightVersion, Weights | None]] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.receiver = Receiver(lambda: Remote(stores[-1]), name, self._apply, wait_seconds)
 
-    async def _apply(self, version: WeightVersion, weights: Weights) -> None:
+    async def _apply(self, version: WeightVersion, weights: Weights | None) -> None:
         await self.gate.wait()
         if version.precision != "fp32":
             raise WeightsNotLoaded("another precision")
         self.loaded.append(version.version)
+        self.applied.append((version, weights))
 
 
 async def replica_version(replica: Replica, version: int) -> list[int]:
@@ -246,6 +256,126 @@ async def test_replicas_built_from_different_files_are_found() -> None:
     other = replace(INITIAL, digest=digest_of(weights(9)))
     with pytest.raises(DigestMismatch, match="same model files"):
         await Replica([store], "serve/b").receiver.start(other)
+
+
+@run
+async def test_another_capacity_factor_is_a_version_of_the_same_weights() -> None:
+    store = Store("key", Memory())
+    with pytest.raises(WeightsNotLoaded, match="No replica has come"):
+        await store.set_capacity(0.5)
+    early = Replica([store])
+    await early.receiver.start(INITIAL)
+    first = await store.set_capacity(0.5)
+    assert first == replace(INITIAL, version=1, capacity_factor=0.5)
+    assert await store.set_capacity(0.5) == first  # again: nothing new
+    assert await store.newest() == 1
+    late = Replica([store], "serve/b")
+    await late.receiver.start(INITIAL)
+    assert (await store.acknowledgements(1, 5)).acknowledged == ("serve/a", "serve/b")
+    assert early.receiver.current == late.receiver.current == first
+    assert early.applied == late.applied == [(first, None)]  # nothing was fetched
+
+    learned = offer(2, weights(1))
+    learned = Offer(replace(learned.weights, capacity_factor=0.5), learned.where)
+    await store.announce(learned)
+    third = await store.set_capacity(None)
+    assert third == replace(learned.weights, version=3, capacity_factor=None)
+    last = Replica([store], "serve/c")
+    await last.receiver.start(INITIAL)
+    found = await store.acknowledgements(3, 5)
+    assert found.acknowledged == ("serve/a", "serve/b", "serve/c")
+    assert [bool(given) for _, given in last.applied] == [True]  # these weights it had not
+    fourth = await store.set_capacity(2.0)
+    await store.acknowledgements(4, 5)
+    assert {r.receiver.current for r in (early, late, last)} == {fourth}
+    assert [bool(given) for _, given in last.applied] == [True, False]
+    with pytest.raises(StaleWeights, match="Give 5 or more"):
+        await store.announce(offer(3, weights(2)))  # who counts by itself must not meet others' versions
+
+
+@run
+async def test_a_capacity_factor_that_cannot_be_is_refused_before_it_is_a_version() -> None:
+    for factor in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(SpecError, match="out of range"):
+            await Store("key", Memory()).set_capacity(factor)
+    owned = Store("key", Memory(), has_owner=True)
+    await owned.register("serve/a", INITIAL)
+    with pytest.raises(StateError, match="job's own service"):
+        await owned.set_capacity(1.0)
+    assert await owned.newest() == 0
+
+
+@run
+async def test_who_has_other_weights_than_those_that_nobody_published_refuses() -> None:
+    store = Store("key", Memory())
+    replica = Replica([store])
+    await replica.receiver.start(INITIAL)
+    await store.announce(Offer(WeightVersion(1, "f" * 32, "fp32", 0.5), []))
+    assert "WeightsNotLoaded" in (await store.acknowledgements(1, 5)).refused["serve/a"]
+    with pytest.raises(WeightsNotLoaded, match="this one has"):
+        await replica.receiver.require()
+    assert replica.applied == []
+
+
+@run
+async def test_a_store_that_died_after_a_change_of_capacity_lets_nobody_serve_another_factor() -> None:
+    memory, stores = Memory(), []
+    stores.append(Store("key", memory))
+    old = Replica(stores)
+    await old.receiver.start(INITIAL)
+    changed = await stores[-1].set_capacity(0.5)
+    await stores[-1].acknowledgements(1, 5)
+    stores.append(Store("key", memory))
+    new = Replica(stores, "serve/b")
+    with pytest.raises(WeightsNotLoaded, match="version 1 are lost"):  # nobody has said at which factor
+        await new.receiver.start(INITIAL)
+    with pytest.raises(WeightsNotLoaded, match="version 1 are lost"):
+        await stores[-1].set_capacity(0.75)
+    assert await stores[-1].newer("serve/a", old.receiver.current, 0) is None
+    await new.receiver.start(INITIAL)
+    assert new.applied == [(changed, None)]
+    assert new.receiver.current == changed
+    assert (await stores[-1].describe())["lost"] is False
+    assert (await stores[-1].set_capacity(0.75)).version == 2
+
+
+@run
+async def test_published_weights_that_were_lost_are_not_found_again_by_their_factor() -> None:
+    memory, stores = Memory(), []
+    stores.append(Store("key", memory))
+    old = Replica(stores)
+    await old.receiver.start(INITIAL)
+    await stores[-1].announce(offer(1, weights(1)))
+    await stores[-1].set_capacity(0.5)
+    await stores[-1].acknowledgements(2, 5)
+    stores.append(Store("key", memory))
+    assert await stores[-1].newer("serve/a", old.receiver.current, 0) is None
+    for _ in range(2):
+        with pytest.raises(WeightsNotLoaded, match="version 2 are lost"):
+            await Replica(stores, "serve/b").receiver.start(INITIAL)
+    await stores[-1].announce(offer(3, weights(1)))
+    await Replica(stores, "serve/b").receiver.start(INITIAL)
+
+
+@run
+async def test_the_copy_of_published_weights_is_also_that_of_their_other_factor() -> None:
+    """A learner's object ends with its process: whatever is offered after `adopt` is the store's own."""
+    for late in (False, True):  # the other factor comes before the copy is begun, or while it is made
+        store, given = Store("key", Memory()), offer(1, weights(1))
+        await store.register("serve/a", INITIAL)
+        arrives: asyncio.Future[Weights] = asyncio.get_running_loop().create_future()
+        await store.announce(Offer(given.weights, [arrives]))
+        with mock.patch("ray.put", lambda value: ("copy", value)):
+            adopting = asyncio.create_task(store.adopt(given.weights.digest))
+            if late:
+                await asyncio.sleep(0)
+            await store.set_capacity(0.5)
+            arrives.set_result(weights(1))
+            await adopting
+        found = await store.register("serve/b", INITIAL)
+        assert found is not None
+        assert found.weights == replace(given.weights, version=2, capacity_factor=0.5)
+        assert found.where[0][0] == "copy"
 
 
 def test_a_version_has_a_short_name() -> None:

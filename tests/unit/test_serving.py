@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from fastapi import Request
+from pydantic import ValidationError
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
 from escala import spec
@@ -21,18 +23,20 @@ from escala.rollouts import deployment
 from escala.rollouts.policy import Rules
 from escala.rollouts.weights import Weights, WeightVersion, digest_of
 from escala.schema import ModelConfig
-from escala.schema.serve import ServeConfig
+from escala.schema.serve import OwnerConfig, ServeConfig
 from escala.settings import RolloutsSettings, Settings
 from tests.unit.local_service import LocalPolicy
-from workloads.generation.protocol import Completion, Output
+from workloads.generation.engine import Engine
+from workloads.generation.protocol import Completion, Output, SamplingParams
 from workloads.model.transformer import Transformer
 from workloads.serve import application, policy_deployment
 from workloads.serving.access import Unauthorized, authorise
-from workloads.serving.engine_loading import initial_version
+from workloads.serving.engine_loading import build_engine, initial_version
 from workloads.serving.openai import format_of, server_sent
 from workloads.serving.parsing import parse
 from workloads.serving.records import Generated, GeneratedChunk
 from workloads.serving.schemas import ChatRequest, CompletionRequest
+from workloads.serving.stepper import Stepper
 from workloads.serving.weights import pack, unpack
 
 SHIPPED = directory() / "services" / "rollouts.yaml"
@@ -231,6 +235,9 @@ def test_what_reserves_nothing_stays_on_the_head_where_it_holds_no_node_that_cou
     for options in (store.actor_options, api.ray_actor_options):
         assert (options["num_cpus"], options["resources"]) == (0, {HEAD_NODE_RESOURCE_NAME: 0.001})
     assert policy_deployment(config).ray_actor_options["num_cpus"] == 2
+    assert store.init_kwargs["has_owner"] is False
+    owned = config.model_copy(update={"owner": OwnerConfig(token="a/b", lock="/l")})
+    assert policy_deployment(owned)._deployment_config.deployment_actors[0].init_kwargs["has_owner"] is True
     held = policy_deployment(config.model_copy(update={"hold_places": True}))
     _, places = held._deployment_config.deployment_actors
     assert (held.ray_actor_options["num_cpus"], places.init_kwargs) == (0, {"cpus": 2.0})
@@ -238,12 +245,100 @@ def test_what_reserves_nothing_stays_on_the_head_where_it_holds_no_node_that_cou
     assert with_gpus.ray_actor_options["num_cpus"] == 2  # who reserves a GPU is given one
 
 
-@pytest.mark.parametrize("factor", [None, 1.5])
-def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(factor: float | None) -> None:
+def mixture(factor: float | None = None) -> Transformer:
+    torch.manual_seed(0)
     moe = {"experts": 4, "chosen": 2, "evaluation_capacity_factor": factor}
-    model = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1, moe=moe))
-    version = initial_version(model, "bf16")
-    assert (version.precision, version.capacity_factor) == ("bf16", factor)
+    return Transformer(
+        ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1, max_context_tokens=64, moe=moe)
+    )
+
+
+@pytest.mark.parametrize("own", [None, 1.5])
+@pytest.mark.parametrize("told", [None, 1.25])
+def test_the_weight_version_of_a_mixture_says_whether_it_drops_tokens(
+    own: float | None, told: float | None
+) -> None:
+    config = ServeConfig(model="m", capacity_factor=told)
+    engine = build_engine(mixture(own), None, config)  # type: ignore[arg-type]
+    version = initial_version("ab" * 16, "fp32", engine)
+    assert (version.precision, version.capacity_factor) == ("fp32", told or own)
+    assert version.kernels == engine.kernels
+
+
+def test_a_capacity_factor_is_refused_where_it_cannot_be_had() -> None:
+    dense = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1))
+    with pytest.raises(SpecError, match=r"dense model has no experts to limit by capacity factor 1\.5"):
+        build_engine(dense, None, ServeConfig(model="m", capacity_factor=1.5))  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="greater than 0"):
+        ServeConfig(model="m", capacity_factor=0)
+    drafts = ServeConfig(model="m", capacity_factor=1.5, engine={"speculation": {"draft": "ngram"}})
+    with pytest.raises(SpecError, match="can't serve a mixture that drops"):
+        build_engine(mixture(), None, drafts)  # type: ignore[arg-type]
+
+
+def test_a_replica_takes_another_capacity_factor_with_and_without_weights() -> None:
+    async def test(policy: LocalPolicy) -> None:
+        engine, prompt = policy.stepper.engine, [1, 2, 3, 4, 5, 6]
+        params = SamplingParams(max_tokens=20, seed=1)
+        running = asyncio.create_task(policy.stepper.complete(prompt, params))
+        while not policy.stepper.stats.started:
+            await asyncio.sleep(0.001)
+        await policy._apply(replace(first, version=1, capacity_factor=0.5), None)
+        assert (await running).weights_version == 0  # it has ended first
+        assert (engine.capacity_factor, engine.weights_version) == (0.5, 1)
+        found = await policy.stepper.complete(prompt, params)
+        wanted = Engine(mixture(), None, capacity_factor=0.5).generate([prompt], params)[0]
+        assert (found.token_ids, found.logprobs) == (wanted.token_ids, wanted.logprobs)
+
+        other = {name: weight * 1.5 for name, weight in mixture().state_dict().items()}
+        await policy._apply(replace(first, version=2, digest="cd" * 16, capacity_factor=2.0), pack(other))
+        assert (engine.capacity_factor, engine.weights_version) == (2.0, 2)
+        assert [policy._versions[v].name for v in (1, 2)] == [
+            "v1-abababab-fp32-cf0.5",
+            "v2-cdcdcdcd-fp32-cf2",
+        ]
+
+        wrong = dict(list(other.items())[1:])
+        with pytest.raises(CheckpointError):
+            await policy._apply(replace(first, version=3, capacity_factor=0.25), pack(wrong))
+        with pytest.raises(SpecError, match="out of range"):
+            await policy._apply(replace(first, version=3, capacity_factor=-1.0), pack(other))
+        assert (engine.capacity_factor, engine.weights_version) == (2.0, 2)  # nothing is half new
+        with pytest.raises(WeightsNotLoaded, match="of precision bf16; this deployment serves fp32"):
+            await policy._apply(replace(first, version=3, precision="bf16"), None)
+
+    async def main() -> None:
+        policy = LocalPolicy.__new__(LocalPolicy)
+        policy.stepper = Stepper(Engine(mixture(), None))
+        policy._versions = {0: first}
+        try:
+            await asyncio.wait_for(test(policy), 30)
+        finally:
+            await policy.stepper.close()
+
+    first = WeightVersion(0, "ab" * 16, "fp32")
+    asyncio.run(main())
+
+
+def test_a_replica_asks_for_no_capacity_factor_that_it_could_not_serve() -> None:
+    asked: list[float | None] = []
+
+    class Remote:
+        async def remote(self, factor: float | None) -> WeightVersion:
+            asked.append(factor)
+            return replace(V3, capacity_factor=factor)
+
+    def policy_of(model: Transformer) -> LocalPolicy:
+        policy = LocalPolicy.__new__(LocalPolicy)
+        policy.stepper = SimpleNamespace(engine=Engine(model, None))  # type: ignore[assignment]
+        policy._store = lambda: SimpleNamespace(set_capacity=Remote())  # type: ignore[method-assign]
+        return policy
+
+    dense = Transformer(ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=1))
+    with pytest.raises(SpecError, match="dense model"):
+        asyncio.run(policy_of(dense).set_capacity(1.0))
+    assert asked == []
+    assert asyncio.run(policy_of(mixture()).set_capacity(1.0)).capacity_factor == 1.0
 
 
 def test_weights_for_other_kernels_are_refused_by_name() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from escala.rollouts.weights import WeightVersion, digest_of
+from escala.rollouts.weights import WeightVersion
 from escala.schema.compression import BITS
 from escala.schema.serve import ServeConfig
 from workloads.data.chat import ChatTokenizer
@@ -18,7 +18,7 @@ from workloads.generation.network import MEASURED, Smaller
 from workloads.generation.protocol import EngineProtocol
 from workloads.model.compression.activation_aware import calibration_of
 from workloads.model.transformer import Transformer
-from workloads.serving.weights import PRECISIONS, pack
+from workloads.serving.weights import PRECISIONS
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ def build_engine(
     Args:
         kernels: that the other replicas have; None: there is no choice yet, and they are measured.
 
-    Raises SpecError where its limits can't hold, the kernels cannot be had here, or the matrices can't be stored so.
+    Raises SpecError where its limits can't hold, the kernels cannot be had here, the matrices can't be stored so, or a
+    capacity factor can't be had (a dense model, drafted tokens).
     """
     device = torch.device("cuda" if config.replica_gpus else "cpu")
     smaller = None
@@ -39,7 +40,9 @@ def build_engine(
         calibration_BT = calibration_of(config, tokenizer, model.config.max_context_tokens)
         smaller = Smaller(config.precision, config.quantization, calibration_BT)
     whole = model.to(device, PRECISIONS[config.precision])
-    engine = make_engine(config.engine, whole, tokenizer, kernels or MEASURED, smaller)
+    engine = make_engine(
+        config.engine, whole, tokenizer, kernels or MEASURED, smaller, config.capacity_factor
+    )
     log.info("weights of %d MB, kernels %s", engine.stats().weight_bytes // 10**6, engine.kernels)
     return engine
 
@@ -64,8 +67,6 @@ async def agreed_engine(
             return engine
 
 
-def initial_version(model: Transformer, precision: str) -> WeightVersion:
-    """Version 0, kernels not chosen. A mixture that drops tokens in generation, too, says so (docs/theory B.5)."""
-    moe = model.config.moe
-    capacity = None if moe is None else moe.evaluation_capacity_factor
-    return WeightVersion(0, digest_of(pack(model.state_dict())), precision, capacity)
+def initial_version(digest: str, precision: str, engine: EngineProtocol) -> WeightVersion:
+    """Version 0, as `engine` serves it. `digest`: of the model's weights, before the engine had them."""
+    return WeightVersion(0, digest, precision, engine.capacity_factor, engine.kernels)

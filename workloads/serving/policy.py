@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 
 from escala.contract.errors import SpecError, StaleWeights, WeightsNotLoaded
-from escala.rollouts.weights import Receiver, Weights, WeightVersion
+from escala.rollouts.weights import Receiver, Weights, WeightVersion, digest_of
 from escala.schema.compression import BITS
 from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import EngineProtocol, SamplingParams, completion_of, shown
@@ -26,7 +26,7 @@ from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
 from workloads.serving.stepper import Stepper
 from workloads.serving.tokenising import Tokenising
-from workloads.serving.weights import unpack
+from workloads.serving.weights import pack, unpack
 
 STORE = "weights"
 """The deployment actor that keeps the weight versions."""
@@ -46,14 +46,14 @@ class Policy:
         self.tokenizer = await asyncio.to_thread(load_tokenizer, path)
         load = load_compressed if self.config.precision in BITS else load_model
         loaded = [await asyncio.to_thread(load, path)]
-        initial = initial_version(loaded[0], self.config.precision)
+        digest = digest_of(pack(loaded[0].state_dict()))
 
         def build(kernels: str | None) -> EngineProtocol:  # it keeps its model: a second one needs another
             model = loaded.pop() if loaded else load(path)
             return build_engine(model, self.tokenizer, self.config, kernels)
 
         engine = await agreed_engine(self._store(), self.config.kernels, build)
-        initial = replace(initial, kernels=engine.kernels)
+        initial = initial_version(digest, self.config.precision, engine)
         self.stepper = Stepper(engine)
         self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
@@ -132,6 +132,16 @@ class Policy:
             "pid": os.getpid(),
         }
 
+    async def set_capacity(self, factor: float | None) -> WeightVersion:
+        """Serve the same weights at another capacity factor, as a newer version on every replica; None: nothing is
+        dropped. The version. Replicas take it one after another, their responses finished first.
+
+        Raises SpecError where this engine cannot serve it, and as `Store.set_capacity`.
+        """
+        self.stepper.engine.check_capacity_factor(factor)
+        version: WeightVersion = await self._store().set_capacity.remote(factor)
+        return version
+
     async def weights_store(self) -> Any:
         """The store actor, to publish to."""
         return self._store()
@@ -161,13 +171,11 @@ class Policy:
             self.prompts.close()
         await end(self.config)
 
-    async def _apply(self, version: WeightVersion, weights: Weights) -> None:
-        mine = self._versions[0]
-        wanted, served = (version.precision, version.capacity_factor), (mine.precision, mine.capacity_factor)
-        if wanted != served:
+    async def _apply(self, version: WeightVersion, weights: Weights | None) -> None:
+        served = self._versions[0].precision
+        if version.precision != served:
             raise WeightsNotLoaded(
-                f"Version {version.version} is of precision and capacity factor {wanted}; this deployment serves "
-                f"{served}.",
+                f"Version {version.version} is of precision {version.precision}; this deployment serves {served}.",
                 "Publish for what is served, or start a deployment for it.",
             )
         kernels = self.stepper.engine.kernels
@@ -177,7 +185,8 @@ class Policy:
                 "Publish for what is served, or start a deployment with `kernels` set to those.",
             )
         self._versions[version.version] = replace(version, kernels=kernels)
-        await self.stepper.load(unpack(weights), version.version)
+        state = None if weights is None else unpack(weights)
+        await self.stepper.load(state, version.version, version.capacity_factor)
         for old in sorted(self._versions)[
             1:-2
         ]:  # 0 for what is served; the last two for responses on their way

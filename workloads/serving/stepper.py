@@ -126,19 +126,33 @@ class Stepper:
             parts = [part async for part in outputs]
         return completion_of(parts)
 
-    async def load(self, state: Mapping[str, Tensor], version: int) -> None:
+    async def load(
+        self, state: Mapping[str, Tensor] | None, version: int, capacity_factor: float | None = None
+    ) -> None:
         """Load weights once the started requests have ended; those that wait run on the new ones. Who is cancelled
         while it waits takes the load back, unless it has begun.
 
-        Raises as `EngineProtocol.load_weights`, or EngineStopped.
+        Args:
+            state: None: the engine's own weights, as another version.
+            capacity_factor: of a mixture, from then on; None: nothing is dropped.
+
+        Raises as `EngineProtocol.load_weights` and `set_capacity_factor`, nothing changed then, or EngineStopped.
         """
-        load = _Command(lambda: self.engine.load_weights(state, version))
+        load = _Command(lambda: self._begin_version(state, version, capacity_factor))
         try:
             await self._call(lambda: self._loads.append(load))
             await asyncio.wrap_future(load.done)
         except asyncio.CancelledError:
             load.done.cancel()
             raise
+
+    def _begin_version(
+        self, state: Mapping[str, Tensor] | None, version: int, capacity_factor: float | None
+    ) -> None:
+        self.engine.check_capacity_factor(capacity_factor)  # before weights are written
+        if state is not None:
+            self.engine.load_weights(state, version)
+        self.engine.set_capacity_factor(capacity_factor, version)
 
     async def close(self) -> None:
         """End the thread after its present step; requests that have not ended raise EngineStopped."""

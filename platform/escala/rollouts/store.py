@@ -3,7 +3,9 @@
 Serve starts it beside the replicas, and again where it died.
 
 A restarted store has lost the weights but not the number of the newest version, which lies in the cluster's
-key-value store: it gives nobody older ones in their place, and says that they must be published again.
+key-value store: it gives nobody older ones in their place, and says that they must be published again. Where the
+newest version is of the weights that every replica is built with (another capacity factor, say), nothing is lost: once
+a replica that serves it and one that starts have said so, the store goes on.
 
 Every method runs on the actor's one event loop. Serve pickles this module by value, so it has no records of its own.
 """
@@ -11,9 +13,11 @@ Every method runs on the actor's one event loop. Serve pickles this module by va
 from __future__ import annotations
 
 import asyncio
+import math
+from dataclasses import replace
 from typing import Any, Protocol
 
-from escala.contract.errors import DigestMismatch, StaleWeights, WeightsNotLoaded
+from escala.contract.errors import DigestMismatch, SpecError, StaleWeights, StateError, WeightsNotLoaded
 from escala.rollouts.weights import Acknowledgements, Offer, WeightVersion
 
 
@@ -54,14 +58,17 @@ class Store:
     Args:
         key: of the deployment, another one each time that it is built.
         marker: where the newest version's number lies; None: in the cluster.
+        has_owner: a job's, which alone makes versions, and counts them itself.
     """
 
-    def __init__(self, key: str, marker: Marker | None = None) -> None:
+    def __init__(self, key: str, marker: Marker | None = None, has_owner: bool = False) -> None:
+        self._has_owner = has_owner
         self._marker = marker or ClusterMarker(key)
         self._newest = self._marker.read()
         self._lost = self._newest > 0
         self._offer: Offer | None = None
-        self._initial: str | None = None
+        self._initial: WeightVersion | None = None  # what replicas are built with
+        self._served: WeightVersion | None = None  # the newest, as a replica that serves it has said
         self._kernels: str | None = None
         self._replicas: dict[str, int] = {}
         self._refused: dict[str, str] = {}
@@ -74,12 +81,8 @@ class Store:
         replicas' initial ones.
         """
         self._check_initial(replica, holds)
-        if self._lost:
-            raise WeightsNotLoaded(
-                f"The weights of version {self._newest} are lost with the store that held them, and "
-                f"{replica} may not serve older ones.",
-                "Publish them again under a newer version, or take the deployment down and up.",
-            )
+        self._hear(holds)
+        self._check_there(f"{replica} may not serve older ones")
         self._replicas[replica] = holds.version
         return self._offer
 
@@ -90,6 +93,7 @@ class Store:
         """
         self._replicas.setdefault(replica, holds.version)
         self._kernels = self._kernels or holds.kernels
+        self._hear(holds)
         if holds.version > self._newest:
             raise StaleWeights(f"{replica} serves version {holds.version}, and {self._newest} is the newest.")
         await self._until(
@@ -122,17 +126,45 @@ class Store:
         self._refused.clear()
         self._change()
 
-    async def adopt(self, version: int) -> None:
-        """Copy the weights into an object of this actor's: a learner's objects end with its process."""
+    async def set_capacity(self, factor: float | None) -> WeightVersion:
+        """Serve the newest weights at another capacity factor (docs/theory B.5), as the next version; None: nothing is
+        dropped. That version, or the newest one where it has this factor.
+
+        Whether replicas can serve it, the store does not know: ask `Policy.set_capacity`.
+
+        Raises SpecError for a number that is no factor, StateError where a job owns the service, WeightsNotLoaded where
+        the newest weights are lost, or no replica has come yet.
+        """
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            raise SpecError(f"Capacity factor {factor} is out of range.", "Give a number above 0, or none.")
+        if self._has_owner:
+            raise StateError(
+                "The capacity factor of a job's own service stays: only the job makes its versions.",
+                "Change it on a service that no job owns.",
+            )
+        self._check_there("they cannot be served at another capacity factor")
+        newest = self._offer.weights if self._offer is not None else self._initial
+        if newest is None:
+            raise WeightsNotLoaded(
+                "No replica has come yet, whose weights these are.", "Ask again in a while."
+            )
+        if newest.capacity_factor == factor:
+            return newest
+        where = [] if self._offer is None else self._offer.where
+        version = replace(newest, version=self._newest + 1, capacity_factor=factor)
+        await self.announce(Offer(version, where))
+        return version
+
+    async def adopt(self, digest: str) -> None:
+        """Copy these weights into an object of this actor's: a learner's objects end with its process."""
         import ray
 
-        if self._offer is None or self._offer.weights.version != version:
-            return  # a newer one is here already
-        offer = self._offer
-        weights = await offer.where[0]
+        if self._offer is None or self._offer.weights.digest != digest:
+            return  # newer ones are here already
+        weights = await self._offer.where[0]
         copy = await asyncio.to_thread(ray.put, weights)
-        if self._offer is offer:
-            self._offer = Offer(offer.weights, [copy])
+        if self._offer.weights.digest == digest:
+            self._offer = Offer(self._offer.weights, [copy])
 
     async def acknowledge(self, replica: str, version: int) -> None:
         """A replica serves `version` from now on."""
@@ -179,12 +211,33 @@ class Store:
     def _check_initial(self, replica: str, holds: WeightVersion) -> None:
         if holds.version:
             return
-        self._initial = self._initial or holds.digest
-        if holds.digest != self._initial:
+        self._initial = self._initial or holds
+        if holds.digest != self._initial.digest:
             raise DigestMismatch(
-                f"{replica} was built from weights with the digest {holds.digest}, the others with {self._initial}.",
+                f"{replica} was built from weights with the digest {holds.digest}, the others with "
+                f"{self._initial.digest}.",
                 "Give every node the same model files.",
             )
+
+    def _check_there(self, so: str) -> None:
+        """Raise WeightsNotLoaded where the newest version's weights are lost; `so`: what follows from it."""
+        if self._lost:
+            raise WeightsNotLoaded(
+                f"The weights of version {self._newest} are lost with the store that held them, and {so}.",
+                "Publish them again under a newer version, or take the deployment down and up.",
+            )
+
+    def _hear(self, holds: WeightVersion) -> None:
+        """What a replica says that it holds: after a restart it may be what the store before this one has known."""
+        if not holds.version:
+            self._initial = self._initial or holds
+        if not self._lost:
+            return
+        if holds.version == self._newest:
+            self._served = holds
+        if self._served and self._initial and self._served.digest == self._initial.digest:
+            self._offer, self._lost = Offer(self._served, []), False
+            self._change()
 
     async def _until(self, condition: Any, seconds: float) -> None:
         try:

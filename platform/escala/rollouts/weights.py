@@ -5,6 +5,9 @@ the store actor (`store.py`) announces them. Every replica (`Receiver`) waits fo
 before it serves, verifies the digest, loads, acknowledges. A replica that does not acknowledge in time is killed,
 for its deployment to replace it, and named. Versions only grow: 0 is what the deployment was started with.
 
+A version may also be the same weights at another capacity factor (`Store.set_capacity`): a replica that has them
+fetches none.
+
 State dicts are opaque here: names, dtypes, shapes, and buffers of bytes (`workloads/serving/weights.py` makes them).
 The digest finds damage and mix-ups, not attackers: XXH3, 128 bits, at 30 GB/s where BLAKE2b does 1.
 """
@@ -61,8 +64,8 @@ class WeightVersion:
         version: 0 for those that a deployment started with; published ones count up, gaps allowed.
         digest: of `digest_of`.
         precision: that they are served in ("fp32", "bf16", "int8", ...).
-        capacity_factor: of a mixture of experts whose generation drops tokens (docs/theory B.5); None: dropless, or
-            dense.
+        capacity_factor: of a mixture of experts that drops tokens in generation (docs/theory B.5); None: dropless,
+            or dense.
         kernels: that multiply by them, `form=rows/tiles;...`, on which the last bits depend (docs/theory A.9); None:
             whoever published did not ask, and the service's own do.
     """
@@ -82,7 +85,9 @@ class WeightVersion:
 
 @dataclass(frozen=True)
 class Offer:
-    """A version and where its `Weights` lie: a list of one ObjectRef (in a list, Ray passes it on unresolved)."""
+    """A version and where its `Weights` lie: a list of one ObjectRef (in a list, Ray passes it on unresolved), or an
+    empty one: these are the weights that the replicas were built with, and nobody has published them.
+    """
 
     weights: WeightVersion
     where: list[Any]
@@ -152,7 +157,9 @@ def publish(
     started = time.monotonic()
     identity = WeightVersion(version, digest_of(weights), precision, capacity_factor, kernels)
     ray.get(store.announce.remote(Offer(identity, [ray.put(weights)])), timeout=timeout_seconds)
-    adopted = store.adopt.remote(version)  # the copy that outlives this process, made while the replicas load
+    adopted = store.adopt.remote(
+        identity.digest
+    )  # the copy that outlives this process, made while the replicas load
     replicas = _wait(store, version, started + timeout_seconds)
     ray.get(adopted)
     for name in replicas.missing:
@@ -214,7 +221,8 @@ class Receiver:
     Args:
         find_store: the store actor's handle, looked up again after it died.
         name: NAMESPACE/NAME of the replica's actor.
-        apply: loads verified weights; it returns when every later response is of them. Its EscalaErrors are refusals.
+        apply: loads verified weights; it returns when every later response is of them. None: the weights are those
+            that it has, and only the rest of the version is new. Its EscalaErrors are refusals.
         wait_seconds: how long a request waits for a version that is announced and not loaded yet.
     """
 
@@ -222,12 +230,13 @@ class Receiver:
         self,
         find_store: Callable[[], Any],
         name: str,
-        apply: Callable[[WeightVersion, Weights], Awaitable[None]],
+        apply: Callable[[WeightVersion, Weights | None], Awaitable[None]],
         wait_seconds: float = 120.0,
     ) -> None:
         self.failure: EscalaError | None = None
         self._find_store, self._name, self._apply, self._wait_seconds = find_store, name, apply, wait_seconds
         self._current: WeightVersion | None = None
+        self._digest: str | None = None  # of the weights that it has
         self._moved = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
 
@@ -246,7 +255,7 @@ class Receiver:
         Raises WeightsNotLoaded where newer ones were published and are lost, DigestMismatch where `initial` are not
         the other replicas', or the published ones are damaged.
         """
-        store = self._find_store()
+        store, self._digest = self._find_store(), initial.digest
         offer = await store.register.remote(self._name, initial)
         if offer is None:
             self._current = initial
@@ -317,16 +326,28 @@ class Receiver:
 
     async def _take(self, store: Any, offer: Offer) -> None:
         try:
-            weights = await self._fetch(offer)
-            await asyncio.to_thread(verify, weights, offer.weights)
-            await self._apply(offer.weights, weights)
+            await self._apply(offer.weights, await self._weights_of(offer))
         except EscalaError as error:
             why = f"{type(error).__name__}: {error.message}"
             await store.refuse.remote(self._name, offer.weights.version, why)
             raise
-        self._current = offer.weights
+        self._current, self._digest = offer.weights, offer.weights.digest
         self._announce_move()
         await store.acknowledge.remote(self._name, offer.weights.version)
+
+    async def _weights_of(self, offer: Offer) -> Weights | None:
+        """Those of an offer, verified; None: the replica has them."""
+        if offer.weights.digest == self._digest:
+            return None
+        if not offer.where:
+            raise WeightsNotLoaded(
+                f"Version {offer.weights.version} is of the weights {offer.weights.digest} that replicas were built "
+                f"with, and this one has {self._digest}.",
+                "Publish weights under a newer version.",
+            )
+        weights = await self._fetch(offer)
+        await asyncio.to_thread(verify, weights, offer.weights)
+        return weights
 
     async def _fetch(self, offer: Offer) -> Weights:
         import ray

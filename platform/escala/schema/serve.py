@@ -57,6 +57,12 @@ class ServeConfig(StoredWeights):
         description="which kernels multiply, `form=rows/tiles;...` as `/weights` shows them: a replica that can't have "
         "them refuses; None: the first replica measures, the others follow",
     )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="of a mixture: an expert's share of a request's tokens over the even one, beyond which choices are "
+        "dropped (docs/theory B.5); None: the model's own, mostly none dropped",
+    )
     engine: EngineSection = KINDS.read({})
     scaling: ScalingConfig = ScalingConfig()
     reward: list[RewardConfig] = Field([], description="weighted and summed; none: no such deployment")

@@ -43,7 +43,7 @@ from workloads.alignment.kl import ProportionalKL, kl
 from workloads.alignment.losses import bradley_terry, dpo_loss, policy_loss, value_loss
 from workloads.alignment.token_rewards import token_rewards
 from workloads.data.recall import ideal_loss, key_entropy
-from workloads.model import balance, gate
+from workloads.model import balance, gate, sequence_capacity
 from workloads.model.compression.spectrum import active_entropy
 from workloads.model.rope import RotaryTable, rotate
 from workloads.rewards.judge_models import compare
@@ -178,6 +178,13 @@ def test_experts() -> None:
     says("experts.md", f"weights {two[0]:.3f} and {two[1]:.3f}. k = 1: weight {one[0]:.3f}")
     says("experts.md", f"it is {temperature(40, 101, Annealing()):.3f} at 40 % of a run")
     says("experts.md", f"a factor of 1.25 these are {gate.capacity(1.25, 1024, 2, 8)}")
+    bound_BT = sequence_capacity.bounds(torch.arange(1024)[None], 1.25, 2, 8)
+    experts_BTK = torch.tensor([5, 2]).expand(1, 1024, 2)
+    kept_BTK, taken_BE = sequence_capacity.keep(experts_BTK, bound_BT, torch.zeros(1, 8, dtype=torch.long))
+    first, kept = bound_BT[0, :8].tolist(), kept_BTK[0, :8, 0].nonzero().flatten().tolist()
+    says("experts.md", f"the first eight positions are {', '.join(map(str, first))}: an expert that")
+    said = f"computes those at positions {', '.join(map(str, kept))}"
+    says("experts.md", f"{said}. Of 1,024 such tokens it computes {taken_BE[0, 5]}.")
     logits_NE = torch.zeros(100, 8, dtype=torch.float64)
     logits_NE[:, 0] += 0.01
     chosen = gate.dispatch(gate.top_k(logits_NE, 1).experts_NK, 1, 8, None)

@@ -51,10 +51,13 @@ class MoEConfig(Strict):
     capacity_factor: float | None = Field(
         1.25,
         gt=0,
-        description="a rank's expert takes ceil(factor x tokens x k / E) of a micro-batch; None: all come",
+        description="in training a rank's expert takes ceil(factor x tokens x k / E) of a micro-batch; None: all come",
     )
     evaluation_capacity_factor: float | None = Field(
-        None, gt=0, description="the same in evaluation and generation; None: nothing is dropped"
+        None,
+        gt=0,
+        description="in evaluation and generation, of each sequence by itself: up to its n-th token an expert takes "
+        "ceil(factor x n x k / E); None: nothing is dropped",
     )
     estimator: Estimator = Field(
         "top_k",

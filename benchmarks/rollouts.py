@@ -128,9 +128,10 @@ def publish(megabytes: int, rounds: int) -> bool:
     make = ray.remote(Replica)
     replicas = [make.options(name=n, namespace="bench", num_cpus=0).remote(megabytes) for n in names]
     ray.get([r.follow.remote(store, f"bench/{n}") for r, n in zip(replicas, names, strict=True)])
-    packed = pack(state(megabytes))
-    ours, bare = [], []
+    weights, ours, bare = state(megabytes), [], []
     for number in range(rounds + 1):
+        weights["w000"][0] = number  # others in each round: a replica fetches none that it has
+        packed = pack(weights)
         started = time.perf_counter()
         where = [ray.put(packed)]
         ray.get([replica.take.remote(where) for replica in replicas])

@@ -82,6 +82,9 @@ bench: setup  # every ratio of benchmarks/README.md, peers beside: hours
 	$(BIN)/python benchmarks/rlhf.py
 	$(BIN)/python benchmarks/submits.py
 
+bench-governor: setup  # a burst trace live, scaled by the governor, our policy, Ray Serve: an hour, with nothing else running
+	$(BIN)/python benchmarks/governor.py
+
 bench-quantised: setup  # decoding with INT8 and INT4 weights beside fp32; LLAMA=PYTHON: beside llama.cpp: 3 minutes
 	$(BIN)/python benchmarks/quantised.py $(if $(LLAMA),--llama-python $(LLAMA))
 

@@ -36,7 +36,7 @@ ON_GPU = 8  # times as many of both: launching 400 MB of traffic takes a tenth o
 MESSAGE_ELEMENTS = 1 << 23  # 32 MB in fp32: a gather of a large layer
 SMALL_ELEMENTS = 64
 LAYERS = 12  # as deep as a real model: two layers, weights and all, would sit in the cache
-STAGES = (1, 3)  # that meet once in a step, and at every layer
+STAGES = (0, 1, 3)  # all-reduce once in a step; shard the optimiser; meet at every layer
 LIMIT_BYTES = Path("/sys/fs/cgroup/memory.max")
 
 

@@ -49,6 +49,8 @@ ARGUMENTS = (  # that a method of Escala takes, or whose own arguments and error
     "escala.planning.plans.PlanOptions",
     "escala.planning.plans.plan_kinds",
     "escala.planning.plan_workers.plan_workers",
+    "escala.rollouts.tuning.TuneOptions",
+    "escala.rollouts.tuning.tune",
     "escala.planning.plans.propose_runs",
     "escala.planning.explore.explore",
     "escala.planning.submission.JobRequest",

@@ -34,7 +34,7 @@ MINUTES = {
     "docs/how-to/own-space.md": 5,
     "docs/how-to/plans-and-proposals.md": 3,
     "docs/how-to/postgresql.md": 2,
-    "docs/how-to/serve.md": 4,
+    "docs/how-to/serve.md": 5,
     "docs/how-to/start-from-a-model.md": 8,
     "docs/how-to/submit-jobs.md": 4,
     "docs/tutorials/from-nothing-to-a-law.md": 9,

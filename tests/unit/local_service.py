@@ -29,6 +29,7 @@ from workloads.generation.engine import Engine
 from workloads.model.transformer import Transformer
 from workloads.serving import api
 from workloads.serving.engine_loading import initial_version
+from workloads.serving.latency import Latencies
 from workloads.serving.policy import Policy
 from workloads.serving.records import Generated
 from workloads.serving.stepper import Stepper
@@ -94,6 +95,7 @@ def local_policy(tokenizer: Any, **engine: Any) -> Policy:
     policy.stepper = Stepper(Engine(made, tokenizer, **{"max_running": 8, "block_tokens": 8, **engine}))
     weights = initial_version(digest, "fp32", policy.stepper.engine)
     policy.prompts = Tokenising(tokenizer, policy.stepper.engine.max_context_tokens)
+    policy.replica = SimpleNamespace(latencies=Latencies(5.0))  # type: ignore[assignment]
     policy._versions = {0: weights}
     policy.receiver = Receiver(weights)  # type: ignore[assignment]
     return policy
@@ -111,9 +113,10 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.target, name)
 
-        def remote(*arguments: Any) -> Any:
-            given = pickle.loads(pickle.dumps(arguments))
-            return _pieces(method(*given)) if name == "stream" else _result(method(*given))
+        def remote(*arguments: Any, **named: Any) -> Any:
+            given, more = pickle.loads(pickle.dumps((arguments, named)))
+            answer = method(*given, **more)
+            return _pieces(answer) if name == "stream" else _result(answer)
 
         return SimpleNamespace(remote=remote)
 

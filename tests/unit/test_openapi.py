@@ -24,6 +24,7 @@ ROUTES = {
     ("post", "/score"),
     ("post", "/compare"),
     ("get", "/weights"),
+    ("get", "/service"),
 }
 
 

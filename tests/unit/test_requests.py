@@ -345,15 +345,15 @@ def test_the_service_asks_another_replica_where_an_engine_has_died(
             asked.append("")
             return len(asked) < 3
 
-        async def complete(*given: Any) -> Any:
+        async def complete(*given: Any, **named: Any) -> Any:
             if dead():
                 raise EngineStopped("The engine has stopped.", "")
-            return await policy.complete(*given)
+            return await policy.complete(*given, **named)
 
-        async def pieces(*given: Any) -> Any:
+        async def pieces(*given: Any, **named: Any) -> Any:
             if dead():
                 raise EngineStopped("The engine has stopped.", "")
-            async for piece in policy.stream(*given):
+            async for piece in policy.stream(*given, **named):
                 yield piece
 
         return SimpleNamespace(complete=complete, stream=pieces)

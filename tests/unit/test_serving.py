@@ -171,7 +171,10 @@ def test_what_is_sent_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     (override,) = sent["deployments"]
     scaling = override["autoscaling_config"]
     assert (override["name"], scaling["min_replicas"], scaling["max_replicas"]) == ("policy", 1, 3)
-    assert Rules(**scaling["policy"]["policy_kwargs"])  # the hook's arguments are the policy's
+    arguments = scaling["policy"]["policy_kwargs"]
+    assert arguments.pop("governor") is None
+    assert arguments.pop("rates")["gco2e_per_kwh"] > 0  # of the cluster's file
+    assert Rules(**arguments)  # the hook's other arguments are the policy's
     wrong = deployment.read([], ["model=/m", "engine.max_runing=3"])
     with pytest.raises(SpecError, match="did you mean max_running"):
         deployment.prepare(wrong["applications"][0], "mine", Settings(), RolloutsSettings())

@@ -35,6 +35,8 @@ from escala.planning.plans import cluster_speed
 from escala.planning.propose import WINSOR_VARIANCE, information, noise_variance, observe
 from escala.planning.split import effective_tokens
 from escala.planning.workers import workers_curve
+from escala.rollouts.governor import spectral_radius
+from escala.rollouts.stability import BRISK, QUICKEST
 from escala.schema import ModelConfig, PretrainConfig, RecallCorpus
 from escala.schema.flops import flops_per_token, parameter_counts
 from escala.schema.moe import Annealing
@@ -433,3 +435,12 @@ def test_entropy() -> None:
     )
     met = active_entropy(torch.tensor([3, 1]), torch.tensor([4.0, 8.0]))
     says("energy.md", f"two experts of 4 and 8 bits, met in proportion 3 to 1, have {met:g} bits")
+
+
+def test_governor() -> None:
+    radii = [f"{spectral_radius(2, 0.5, 1, 2, delay):.3f}" for delay in (0, 1, 2)]
+    says(
+        "energy.md",
+        f"a spectral radius of {radii[0]}, {radii[1]} and {radii[2]} at a delay of 0, 1 and 2 windows",
+        f"{BRISK:g} times that is used, {QUICKEST:g} at the most",
+    )

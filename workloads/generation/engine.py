@@ -267,6 +267,10 @@ class Engine:
         self._scheduler.pool.clear()
         self._version = version
 
+    def limit_running(self, requests: int) -> None:
+        """See EngineProtocol."""
+        self._scheduler.limit = min(max(requests, 1), self._scheduler.max_running)
+
     def _count(self, factor: float | None) -> None:
         self._capacity_factor = factor
         self._counts = self._network.expert_counts(factor)

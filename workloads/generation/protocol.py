@@ -319,6 +319,10 @@ class EngineProtocol(Protocol):
         """
         ...
 
+    def limit_running(self, requests: int) -> None:
+        """Admit no request while as many run, 1 or more, its own most at the most; those that run go on."""
+        ...
+
     def check_capacity_factor(self, factor: float | None) -> None:
         """Raise SpecError where a capacity factor cannot be had: the model is dense, the number is not above 0 or not
         finite, or tokens are drafted, which would take places. None can always be had.

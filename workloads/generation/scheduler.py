@@ -97,7 +97,8 @@ class Scheduler:
     ) -> None:
         self.pool = BlockPool(blocks)
         self.block_tokens, self.live = block_tokens, live
-        self.max_running = max_running
+        self.max_running = max_running  # of which `limit` are admitted
+        self.limit = max_running
         self.prefill_tokens = max(prefill_tokens // block_tokens, 1) * block_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
@@ -135,7 +136,7 @@ class Scheduler:
     @property
     def reads_prompts(self) -> bool:
         """Whether the next step will, as far as that is known before it is planned."""
-        has_room = bool(self.waiting) and len(self.running) < self.max_running
+        has_room = bool(self.waiting) and len(self.running) < self.limit
         return has_room or any(s.computed < s.prompt_length for s in self.running)
 
     def plan(self, admit: bool, drafts: Drafts = NO_DRAFTS) -> tuple[list[Work], list[Work]]:
@@ -150,7 +151,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.computed < sequence.prompt_length and budget > 0:
                 budget = self._read(sequence, budget, tiles)
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+        while self.waiting and budget > 0 and len(self.running) < self.limit:
             sequence = self.waiting[0]
             if not (admit or sequence.generated) or not self._admit(sequence):
                 break
@@ -188,7 +189,7 @@ class Scheduler:
         next one where there is a place for it.
         """
         size, kept = self.block_tokens, len(self.running)
-        if self.waiting and kept < self.max_running:
+        if self.waiting and kept < self.limit:
             kept += -(-len(self.waiting[0].tokens) // size)
         while len(sequence.table) * size < end + len(draft) and self.pool.free > kept:
             self._grow(sequence, (len(sequence.table) + 1) * size)

@@ -9,6 +9,7 @@ future): Serve pickles the class by value while this module is being imported, w
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -20,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from escala.contract.errors import NotFoundError, SpecError
+from escala.rollouts import board
 from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import SamplingParams
 from workloads.serving.guard import answer_json, describe
@@ -40,6 +42,7 @@ from workloads.serving.schemas import (
     ScoreRequest,
     ScoresBody,
     ServedModel,
+    ServiceStatus,
     VerdictsBody,
     WeightsStatus,
 )
@@ -168,6 +171,15 @@ class Api:
         answer: WeightsStatus = await store.describe.remote()
         return answer_json(answer)
 
+    @app.get("/service", response_model=ServiceStatus, responses=errors(body=False))
+    async def service(self) -> Response:
+        """What the service used, by replica; what the governor measured and wants; what replicas can set."""
+        name = serve.get_replica_context().app_name
+        record = await asyncio.to_thread(board.read_service, name) or {}
+        notes = await asyncio.to_thread(board.read_replicas, name)
+        answer: ServiceStatus = {"record": record, "replicas": notes}
+        return answer_json(answer)
+
     @app.get(OPENAPI, include_in_schema=False)
     async def openapi(self, request: Request) -> Response:
         """These routes, their models and errors."""
@@ -216,15 +228,16 @@ class Api:
         return answer_json(body, headers={VERSION_HEADER: str(body["weights_version"])})
 
     async def _complete(self, *arguments: Any) -> Generated:
-        return await retry(lambda: self._policy.complete.remote(*arguments))
+        asked = time.time()
+        return await retry(lambda: self._policy.complete.remote(*arguments, asked=asked))
 
     async def _chunks(self, *arguments: Any) -> AsyncGenerator[GeneratedChunk]:
         """A response in chunks; another replica is asked where one dies before the first chunk."""
-        stream = self._policy.options(stream=True).stream
+        stream, asked = self._policy.options(stream=True).stream, time.time()
         for attempt in range(ATTEMPTS):
             begun = False
             try:
-                async for chunk in stream.remote(*arguments):
+                async for chunk in stream.remote(*arguments, asked=asked):
                     begun = True
                     yield chunk
             except (RayTaskError, RayActorError, BackPressureError, DeploymentUnavailableError) as error:

@@ -7,6 +7,7 @@ have started are finished, and answers nothing after it has refused some.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -21,6 +22,7 @@ from escala.rollouts.weights import Receiver, Weights, WeightVersion, digest_of
 from escala.schema.compression import BITS
 from escala.schema.serve import ServeConfig
 from workloads.generation.protocol import EngineProtocol, SamplingParams, completion_of, shown
+from workloads.serving.governed import GovernedReplica
 from workloads.serving.metrics import Metrics
 from workloads.serving.records import Generated, GeneratedChunk, RequestPrompt
 from workloads.serving.replica import begin, end, own_name
@@ -31,6 +33,7 @@ from workloads.serving.weights import pack, unpack
 STORE = "weights"
 """The deployment actor that keeps the weight versions."""
 REPORT_SECONDS = 1.0
+log = logging.getLogger(__name__)
 
 
 class Policy:
@@ -52,9 +55,11 @@ class Policy:
             model = loaded.pop() if loaded else load(path)
             return build_engine(model, self.tokenizer, self.config, kernels)
 
+        model = loaded[0].config
         engine = await agreed_engine(self._store(), self.config.kernels, build)
         initial = initial_version(digest, self.config.precision, engine)
         self.stepper = Stepper(engine)
+        self.replica = GovernedReplica(self.config, model, self.stepper, self.set_capacity)
         self.prompts = Tokenising(self.tokenizer, engine.max_context_tokens)
         self._versions = {0: initial}
         self.receiver = Receiver(self._store, own_name(), self._apply, self.config.sync_seconds)
@@ -68,6 +73,7 @@ class Policy:
         min_version: int = 0,
         max_staleness: int | None = None,
         clip: bool = False,
+        asked: float | None = None,
     ) -> Generated:
         """One response.
 
@@ -75,13 +81,14 @@ class Policy:
             min_version, max_staleness: the oldest weights that it may be from; versions that they may be behind the
                 newest.
             clip: lower max_tokens to what the service and the context leave, where they leave less.
+            asked: when the service was, in seconds since the epoch; None: now.
 
         Raises SpecError where the prompt or the parameters don't fit the engine; DataError for a chat that the model's
         template refuses; StaleWeights where the bound can't be kept; WeightsNotLoaded or DigestMismatch where this
         replica has refused weights; RequestFailed for an error of this response alone; EngineStopped where another
         replica can be asked.
         """
-        async with aclosing(self.stream(prompt, params, min_version, max_staleness, clip)) as stream:
+        async with aclosing(self.stream(prompt, params, min_version, max_staleness, clip, asked)) as stream:
             chunks = [chunk async for chunk in stream]
         completion = completion_of([chunk.output for chunk in chunks])
         return Generated(completion, chunks[-1].weights, chunks[-1].prompt_tokens)
@@ -93,11 +100,24 @@ class Policy:
         min_version: int = 0,
         max_staleness: int | None = None,
         clip: bool = False,
+        asked: float | None = None,
     ) -> AsyncGenerator[GeneratedChunk]:
         """One response in chunks. Raises as `complete`, before the first chunk or, where the engine dies, after it."""
-        await self.receiver.require(min_version, max_staleness)
-        tokens = await self.prompts.tokens(prompt)
-        params = self._limit(params, len(tokens), clip)
+        timing, answered = self.replica.latencies.begin(asked), False
+        try:
+            await self.receiver.require(min_version, max_staleness)
+            tokens = await self.prompts.tokens(prompt)
+            params = self._limit(params, len(tokens), clip)
+            async for chunk in self._chunks(tokens, params, min_version):
+                self.replica.latencies.token(timing)
+                yield chunk
+            answered = True
+        finally:
+            self.replica.latencies.end(timing, answered)
+
+    async def _chunks(
+        self, tokens: list[int], params: SamplingParams, min_version: int
+    ) -> AsyncGenerator[GeneratedChunk]:
         async with aclosing(self.stepper.outputs(tokens, params)) as outputs:
             async for output in outputs:
                 if output.weights_version < min_version:
@@ -153,19 +173,21 @@ class Policy:
             raise self.receiver.failure
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the scaling policy reads (`escala.rollouts.serve_hook.METRICS`)."""
+        """What the scaling policy reads (`escala.rollouts.serve_hook`: METRICS, READINGS)."""
         stats = self.stepper.stats
         return {
             "running_requests": float(stats.running),
             "waiting_requests": float(stats.waiting),
             "queued_tokens": float(stats.queued_tokens),
             "tokens_per_second": self.stepper.tokens_per_second,
+            **self.replica.figures(),
         }
 
     async def __del__(self) -> None:
         """Serve calls this once when the replica leaves, its requests finished."""
         if hasattr(self, "_report"):
             self._report.cancel()
+            await self.replica.leave()
             await self.receiver.stop()
             await self.stepper.close()
             self.prompts.close()
@@ -203,4 +225,8 @@ class Policy:
                 self.stepper.tokens_per_second,
                 -1 if failed else self.receiver.current.version,
             )
+            try:
+                await self.replica.obey()
+            except Exception:
+                log.exception("the governor's targets were not taken; they are tried again")
             await asyncio.sleep(REPORT_SECONDS)

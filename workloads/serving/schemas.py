@@ -352,6 +352,15 @@ class WeightsStatus(TypedDict):
     kernels: str | None
 
 
+class ServiceStatus(TypedDict):
+    """The answer of /service: what Serve's controller wrote last (`escala.rollouts.serve_hook`), and what each replica
+    can set or read of its device.
+    """
+
+    record: dict[str, Any]
+    replicas: dict[str, dict[str, Any]]
+
+
 class ErrorDetail(TypedDict):
     """What is wrong, and how it is put right. `type` is the class of the error."""
 

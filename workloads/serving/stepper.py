@@ -146,6 +146,10 @@ class Stepper:
             load.done.cancel()
             raise
 
+    async def limit_running(self, requests: int) -> None:
+        """See EngineProtocol. Raises EngineStopped."""
+        await self._call(lambda: self.engine.limit_running(requests))
+
     def _begin_version(
         self, state: Mapping[str, Tensor] | None, version: int, capacity_factor: float | None
     ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from escala.cli import render, render_rollouts
+from escala.cli import progress, render, render_rollouts
 from escala.cli.cluster import Json
 from escala.cli.home import open_home
 from escala.cli.jobs import Code
@@ -21,6 +21,8 @@ def register(app: typer.Typer) -> None:
     nouns.command()(up)
     nouns.command()(status)
     nouns.command()(scale)
+    nouns.command()(tune)
+    nouns.command()(replay)
     nouns.command()(down)
     app.add_typer(nouns, name="rollouts")
 
@@ -34,10 +36,15 @@ def up(
     ] = None,
     name: Name = "escala",
     code: Code = None,
+    governor: Annotated[
+        Path | None,
+        typer.Option(help="Keep the latency as this file says: `escala rollouts tune` writes it."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Start the service, or bring it to this configuration. Loopback only, unless ESCALA_ROLLOUTS_TOKEN is set."""
-    render_rollouts.status(open_home().rollouts_up(files or [], set_ or [], name, render.note, code), json)
+    found = open_home().rollouts_up(files or [], set_ or [], name, render.note, code, governor)
+    render_rollouts.status(found, json)
 
 
 def status(name: Name = "escala", json: Json = False) -> None:
@@ -56,6 +63,46 @@ def scale(
 ) -> None:
     """Move the bounds between which the scaling policy sets the number of replicas."""
     render_rollouts.status(open_home().rollouts_scale(min_, max_, requests, name), json)
+
+
+def tune(
+    target_seconds: Annotated[float, typer.Option(help="The 95th percentile of latency to be kept.")],
+    to: Annotated[Path, typer.Option(help="The governor's file, a new one.")],
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, help="Asked at once, all the time. [default: two batches of all replicas]"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 16,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 32,
+    seconds: Annotated[float, typer.Option(min=10, help="Before the step, and after it.")] = 60.0,
+    window_seconds: Annotated[float, typer.Option(min=0.5, help="The governor's sampling period.")] = 2.0,
+    kp: Annotated[
+        float | None, typer.Option(help="Your own gain, to be checked. [default: a safe one]")
+    ] = None,
+    ki: Annotated[float | None, typer.Option(help="Likewise, of the sum.")] = None,
+    name: Name = "escala",
+    json: Json = False,
+) -> None:
+    """Load the running service, add replicas, and find gains that are stable on what that shows."""
+    from escala.rollouts.tuning import TuneOptions
+
+    options = TuneOptions(
+        target_seconds, requests, prompt_tokens, response_tokens, seconds, window_seconds, kp, ki
+    )
+    with progress.reporting("testing the service", json) as report:
+        found = open_home().rollouts_tune(options, to, name, report)
+    render_rollouts.tuned(found, json)
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(help="Requests: a CSV, or a seeded trace as YAML.")],
+    governor: Annotated[Path, typer.Option(help="What `escala rollouts tune` wrote.")],
+    min_: Annotated[int, typer.Option("--min", help="Replicas at least.")] = 1,
+    max_: Annotated[int, typer.Option("--max", help="Replicas at most.")] = 2,
+    json: Json = False,
+) -> None:
+    """Simulate a service on a trace, with the governor and with the scaling policy alone. Needs no cluster."""
+    render_rollouts.replayed(open_home().rollouts_replay(trace, governor, min_, max_), json)
 
 
 def down(name: Name = "escala") -> None:

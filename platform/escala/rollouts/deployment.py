@@ -12,13 +12,16 @@ import hashlib
 import ipaddress
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from escala import http_client, preflight, spec
+from escala import documents, http_client, preflight, spec
 from escala.contract.errors import ClusterError, NotFoundError, SpecError, StateError
+from escala.hardware import load_cluster
 from escala.report import Report, silent
+from escala.rollouts.governed import rules_of
+from escala.rollouts.governor import Governor
 from escala.rollouts.serve_interface import (
     RolloutsStatus,
     call,
@@ -29,6 +32,7 @@ from escala.rollouts.serve_interface import (
     status_of,
 )
 from escala.runtime_env import job_variables, runtime_env
+from escala.schema.governor import GovernorConfig
 from escala.settings import RolloutsSettings, Settings
 from escala.storage import user_code
 from escala.storage.checkpoints import check_readable, open_checkpoints
@@ -51,6 +55,7 @@ def up(
     report: Report = silent,
     wait_seconds: float = START_SECONDS,
     code: str | Path | None = None,
+    governor: Path | None = None,
     resolve: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RolloutsStatus:
     """Start the service, or bring it to this configuration, and wait until it answers.
@@ -59,6 +64,7 @@ def up(
         files: Serve configuration files with one application, ours; later ones override earlier ones.
         overrides: `a.b=value` of the application's arguments (`escala.schema.serve.ServeConfig`).
         code: the directory of the user's modules (see `preflight.ready`).
+        governor: its file (`escala.schema.governor.GovernorConfig`); None: as the arguments say.
         resolve: arguments that name jobs -> arguments with their checkpoints.
 
     Raises SpecError for what does not validate, and for an address beyond loopback without a token; CheckpointError for
@@ -69,6 +75,8 @@ def up(
     http: dict[str, Any] = {"host": rollouts.host, "port": rollouts.port}
     http |= document.get("http_options") or {}
     written = document["applications"][0]
+    if governor is not None:
+        written["args"]["governor"] = read_governor(governor).model_dump(mode="json")
     written = {**written, "args": resolve(written["args"])}
     application = prepare(written, name, settings, rollouts, code)
     if (model := Path(str(application["args"]["model"]))).is_dir():
@@ -107,8 +115,9 @@ def status(
     found = status_of(details_of(settings), name)
     if not weights or found.address is None:  # without HTTP there is no address to ask
         return found
+    used = _answer(found, rollouts, "service")
     awake = any(r.state == "RUNNING" for d in found.deployments if d.name == POLICY for r in d.replicas)
-    return replace(found, weights=_weights(found, rollouts)) if awake else found
+    return replace(found, used=used, weights=_answer(found, rollouts, "weights") if awake else None)
 
 
 def scale(
@@ -206,7 +215,10 @@ def prepare(
             "token_sha256", hashlib.sha256(rollouts.token.get_secret_value().encode()).hexdigest()
         )
     args.setdefault("hold_places", settings.ray_address is None)
+    args.setdefault("rates", asdict(load_cluster(settings.cluster).rates()))
     config = spec.load_rollouts(args)
+    if config.governor is not None:
+        check_governor(config.governor, config.scaling.min_replicas, config.scaling.max_replicas)
     overrides = [d for d in application.get("deployments") or [] if d.get("name") != POLICY]
     plain = config.model_dump(mode="json")
     digest = None
@@ -222,6 +234,18 @@ def prepare(
         "runtime_env": application.get("runtime_env") or environment,
         "deployments": [*overrides, {"name": POLICY, "autoscaling_config": config.autoscaling()}],
     }
+
+
+def read_governor(path: Path) -> GovernorConfig:
+    """The governor's file, its gains checked. Raises NotFoundError, SpecError."""
+    config: GovernorConfig = spec.validate(GovernorConfig, documents.read_yaml(path), path.name)
+    check_governor(config)
+    return config
+
+
+def check_governor(config: GovernorConfig, min_replicas: int = 1, max_replicas: int = 1) -> None:
+    """Raise SpecError for rules that cannot hold, and for gains that are not stable."""
+    Governor(*rules_of(config, min_replicas, max_replicas, config.min_batch))
 
 
 def check_exposure(host: str, args: dict[str, Any]) -> None:
@@ -274,15 +298,15 @@ def _has_bounds(found: RolloutsStatus, scaling: dict[str, Any]) -> bool:
     return any((d.min_replicas, d.max_replicas, d.requests_per_replica) == wanted for d in found.deployments)
 
 
-def _weights(found: RolloutsStatus, rollouts: RolloutsSettings) -> dict[str, Any] | None:
-    """What the service says of its weight versions; None where it does not answer us."""
+def _answer(found: RolloutsStatus, rollouts: RolloutsSettings, path: str) -> dict[str, Any] | None:
+    """What the service says of its weight versions, or of what it used; None where it does not answer us."""
     token = rollouts.token.get_secret_value() if rollouts.token else None
     try:
-        answer = http_client.request(f"{found.address}/weights", token=token, timeout_seconds=WEIGHTS_SECONDS)
-        weights: dict[str, Any] | None = answer.json() if answer.succeeded else None
+        answer = http_client.request(f"{found.address}/{path}", token=token, timeout_seconds=WEIGHTS_SECONDS)
+        said: dict[str, Any] | None = answer.json() if answer.succeeded else None
     except (OSError, ValueError):
         return None
-    return weights
+    return said
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -50,6 +50,8 @@ class RolloutsStatus:
     deployments: tuple[Deployment, ...] = field(default_factory=tuple)
     weights: dict[str, Any] | None = None
     """The newest version, and what each replica serves; None: no answer."""
+    used: dict[str, Any] | None = None
+    """Energy by replica, what the governor wants, what replicas can set; None: no answer."""
 
 
 def details_of(settings: Settings) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from escala.contract.records import Rates
 from escala.schema.base import StoredPath, Strict
 from escala.schema.compression import StoredWeights
 from escala.schema.engines import KINDS, EngineSection
+from escala.schema.governor import GovernorConfig
 from escala.schema.rewards import RewardConfig
 from escala.schema.rewards.judge import JudgeModelConfig
 
@@ -69,6 +71,12 @@ class ServeConfig(StoredWeights):
     judge: JudgeModelConfig | None = Field(None, description="None: no such deployment")
     replica_cpus: float = Field(1.0, gt=0, description="of each replica")
     replica_gpus: float = Field(0.0, ge=0, description="of each replica")
+    governor: GovernorConfig | None = Field(
+        None, description="keeps the latency within `scaling`'s bounds; None: the policy alone scales"
+    )
+    rates: dict[str, Any] | None = Field(
+        None, description="of the cluster's energy and carbon; `escala rollouts up` takes them from its file"
+    )
     hold_places: bool = Field(
         False,
         description="hold the CPUs of replicas beside them, so that a dead one's are not given to a job meanwhile; for "
@@ -88,10 +96,34 @@ class ServeConfig(StoredWeights):
         None, pattern=r"^[0-9a-f]{64}$", description="of the bearer token; None: loopback only, and no token"
     )
 
+    @field_validator("rates")
+    @classmethod
+    def _are_rates(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        try:
+            return None if value is None else vars(Rates(**value))
+        except TypeError as error:
+            raise ValueError(f"these are not the rates of a cluster: {error}") from error
+
+    @property
+    def cluster_rates(self) -> Rates | None:
+        """`rates` as a record."""
+        return None if self.rates is None else Rates(**self.rates)
+
     @property
     def holds_places(self) -> bool:
         """Whether replicas reserve nothing themselves: a GPU is given to who reserves it."""
         return self.hold_places and not self.replica_gpus
+
+    def governed(self) -> dict[str, Any] | None:
+        """The governor's file, as the scaling policy takes it. A job's service keeps its capacity factor: its learner
+        counts on the function that its responses are from.
+        """
+        if self.governor is None:
+            return None
+        kept = (
+            self.governor if self.owner is None else self.governor.model_copy(update={"capacity_factors": []})
+        )
+        return kept.model_dump(mode="json")
 
     def autoscaling(self) -> dict[str, Any]:
         """Serve's AutoscalingConfig of the policy deployment, as plain data."""
@@ -107,6 +139,8 @@ class ServeConfig(StoredWeights):
             "policy": {
                 "policy_function": "escala.rollouts.serve_hook:ScalingPolicy",
                 "policy_kwargs": {
+                    "governor": self.governed(),
+                    "rates": self.rates,
                     "drain_seconds": scaling.drain_seconds,
                     "up_seconds": scaling.up_seconds,
                     "down_seconds": scaling.down_seconds,

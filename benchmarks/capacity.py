@@ -11,12 +11,10 @@ Exit code 1 where a version does not say its factor.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 CLIENTS, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 128, 48
@@ -31,6 +29,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0)
     options = parser.parse_args()
     factors = [float(text) for text in options.factors.split(",")]
+    from benchmarks.rollouts import connect
     from escala import Escala
 
     Escala().rollouts_up(
@@ -41,19 +40,6 @@ def main() -> int:
         return measure(factors, options.seconds)
     finally:
         Escala().rollouts_down(report=print)
-
-
-def connect() -> None:
-    """This process as a client of the cluster."""
-    from escala.cluster import connection
-    from escala.runtime_env import source_paths
-    from escala.settings import Settings
-
-    os.environ |= connection(Settings()).environment
-    import ray
-
-    paths = os.pathsep.join([*source_paths(), str(Path(__file__).parents[1])])
-    ray.init(Settings().gcs_address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
 
 
 def measure(factors: list[float], seconds: float) -> int:

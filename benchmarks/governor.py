@@ -15,7 +15,6 @@ missed.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,6 @@ TRACE = {
     "response_tokens": [24, 72],
 }
 BATCH, NAME = 8, "smollm"
-WAYS = ("governor", "policy", "ray", "ray-default")
 RAY = {
     "ray": {"upscale_delay_s": 3.0, "downscale_delay_s": 60.0},
     "ray-default": {
@@ -80,12 +78,10 @@ def main() -> int:
 
 def measure(home: Path, options: argparse.Namespace) -> int:
     """All ways on a cluster of their own."""
-    from tests.conftest import free_ports
-
-    ports = ("RAY_PORT", "RAY_DASHBOARD_PORT", "MLFLOW_PORT", "ROLLOUTS_PORT")
-    os.environ |= {f"ESCALA_{p}": str(n) for p, n in zip(ports, free_ports(4), strict=True)}
-    os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    from benchmarks.rollouts import live_in
     from escala import Escala
+
+    live_in(home)
 
     Escala().up(print)
     try:

@@ -46,13 +46,9 @@ def main() -> int:
 
 def measure(home: Path, options: argparse.Namespace) -> int:
     """Both on a cluster of their own."""
-    from tests.conftest import free_ports
-
-    ports = ("RAY_PORT", "RAY_DASHBOARD_PORT", "MLFLOW_PORT", "ROLLOUTS_PORT")
-    os.environ |= {f"ESCALA_{p}": str(n) for p, n in zip(ports, free_ports(4), strict=True)}
-    os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
     from escala import Escala
 
+    live_in(home)
     Escala().up(print)
     try:
         connect()
@@ -61,6 +57,15 @@ def measure(home: Path, options: argparse.Namespace) -> int:
     finally:
         Escala().down(print)
     return 0 if all(good) else 1
+
+
+def live_in(home: Path) -> None:
+    """This process's settings: a home of its own, on free ports."""
+    from tests.conftest import free_ports
+
+    ports = ("RAY_PORT", "RAY_DASHBOARD_PORT", "MLFLOW_PORT", "ROLLOUTS_PORT")
+    os.environ |= {f"ESCALA_{p}": str(n) for p, n in zip(ports, free_ports(4), strict=True)}
+    os.environ |= {"ESCALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
 def connect() -> None:

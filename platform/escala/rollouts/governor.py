@@ -107,6 +107,19 @@ class GovernorRules:
             "[1, 0.8, 0.6]",
         )
 
+    @property
+    def least(self) -> int:
+        """Replicas that there are at least while the service is not idle."""
+        return max(self.min_replicas, 1)
+
+    def clamp(self, replicas: int) -> int:
+        """`replicas` within `least` and the most."""
+        return min(max(replicas, self.least), self.max_replicas)
+
+    def clamp_sum(self, total: float) -> float:
+        """The law's sum, half a replica below `least` at least, so that the law can want `least` itself."""
+        return min(max(total, self.least - 0.5), float(self.max_replicas))
+
 
 def _falling(levels: tuple[float, ...]) -> bool:
     positive = all(math.isfinite(x) and x > 0 for x in levels)
@@ -131,7 +144,7 @@ class Measurement:
         one_fewer_seconds: what the latency would be with one replica fewer; None: by the plant's gain.
         backlog_seconds: in which the ready replicas would have done all the work that is there.
         queued_requests: that wait.
-        tokens_per_second, watts: of all replicas, for the record.
+        tokens_per_second, watts: of one replica at work, of all replicas; for the record.
         startup_seconds: that a replica took until it was ready, lately.
         refused: actuators that do not obey ("power", "capacity factor").
     """
@@ -200,11 +213,10 @@ class GovernorState:
 
     def within(self, rules: GovernorRules) -> GovernorState:
         """The same under rules that may have changed since: the user moved the bounds, say."""
-        least, most = max(rules.min_replicas, 1), rules.max_replicas
         return replace(
             self,
-            total=min(max(self.total, least - 0.5), float(most)),
-            replicas=min(max(self.replicas, least), most),
+            total=rules.clamp_sum(self.total),
+            replicas=rules.clamp(self.replicas),
             batch=min(max(self.batch, rules.min_batch), rules.max_batch),
             capacity_level=min(self.capacity_level, max(len(rules.capacity_factors) - 1, 0)),
             power_level=min(self.power_level, max(len(rules.power_shares) - 1, 0)),
@@ -223,9 +235,8 @@ class Governor:
 
     def __init__(self, gains: Gains, rules: GovernorRules, state: GovernorState | None = None) -> None:
         check_gains(gains.kp, gains.ki, rules.plant)
-        least = max(rules.min_replicas, 1)
         self.gains, self.rules = gains, rules
-        self.state = (state or GovernorState(float(least), least, rules.max_batch)).within(rules)
+        self.state = (state or GovernorState(float(rules.least), rules.least, rules.max_batch)).within(rules)
 
     def step(self, measured: Measurement) -> Targets:
         """The targets after a window. They lie within the rules' bounds whatever was measured."""
@@ -255,8 +266,7 @@ class Governor:
     def _follow(self, measured: Measurement) -> None:
         """Go on from the count that the policy has decided on."""
         if measured.wanted_replicas is not None and measured.wanted_replicas != self.state.replicas:
-            least = max(self.rules.min_replicas, 1)
-            count = min(max(measured.wanted_replicas, least), self.rules.max_replicas)
+            count = self.rules.clamp(measured.wanted_replicas)
             self.state = replace(self.state, replicas=count, total=float(count))
 
     def _trouble(self, measured: Measurement) -> str | None:
@@ -331,9 +341,8 @@ class Governor:
     def _control(self, error: float, measured: Measurement) -> float:
         """The PI law: the number of replicas that it wants, and the state after it."""
         rules, gains = self.rules, self._gains_now(error, measured)
-        least, most = max(rules.min_replicas, 1), rules.max_replicas
         now = self.state.replicas
-        total = min(max(self.state.total + gains.ki * error, least - 0.5), float(most))
+        total = rules.clamp_sum(self.state.total + gains.ki * error)
         wanted = total + gains.kp * error
         count = now
         if error > 0:
@@ -342,7 +351,7 @@ class Governor:
             count = max(min(now, math.ceil(wanted)), now - rules.max_step)
         else:
             total = wanted = min(max(total, now - 0.5), float(now))  # what is there is what is wanted
-        self.state = replace(self.state, total=total, replicas=min(max(count, least), most))
+        self.state = replace(self.state, total=total, replicas=rules.clamp(count))
         return wanted
 
     def _move_others(self, measured: Measurement, acting: float) -> None:
@@ -367,7 +376,7 @@ class Governor:
             calm = 0
             if capacity > 0:
                 capacity -= 1
-            elif state.replicas <= max(rules.min_replicas, 1):
+            elif state.replicas <= rules.least:
                 power = min(power + 1, max(len(rules.power_shares) - 1, 0))
         self.state = replace(
             state, power_level=power, batch=batch, capacity_level=capacity, slow=slow, calm=calm

@@ -132,9 +132,7 @@ class ScalingPolicy:
         assert self._config is not None  # its caller asked
         batch = max(round(rules.requests_per_replica), 1)
         gains, kept = rules_of(self._config, rules.min_replicas, rules.max_replicas, batch)
-        if state is None:
-            return Governor(gains, kept)
-        return Governor(gains, kept, GovernorState(**state))
+        return Governor(gains, kept, None if state is None else GovernorState(**state))
 
     def _measure(
         self,

@@ -11,9 +11,6 @@ from typing import Any
 
 from escala.contract.records import Rates
 
-NOT_KNOWN = -1.0
-"""A replica's figures are numbers alone: this one stands for None."""
-
 
 @dataclass(frozen=True)
 class Reading:

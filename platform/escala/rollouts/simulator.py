@@ -53,8 +53,7 @@ class Replayed:
 
     def percentile(self, quantile: float, first_token: bool = False) -> float:
         """Seconds of whole responses, or to the first token."""
-        seconds = sorted((r.first_token if first_token else r.done) - r.asked for r in self.responses)
-        return seconds[math.ceil(quantile * len(seconds)) - 1]
+        return _at(quantile, [(r.first_token if first_token else r.done) - r.asked for r in self.responses])
 
 
 @dataclass(eq=False)
@@ -271,4 +270,9 @@ def _percentile_with(ended: list[float], ages: list[float]) -> float | None:
 
 
 def _percentile(values: list[float]) -> float | None:
-    return sorted(values)[math.ceil(0.95 * len(values)) - 1] if values else None
+    return _at(0.95, values) if values else None
+
+
+def _at(quantile: float, values: list[float]) -> float:
+    """The least of them that is not below that share of them."""
+    return sorted(values)[math.ceil(quantile * len(values)) - 1]
